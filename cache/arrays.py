@@ -1,0 +1,136 @@
+"""One part of one array to and from the bytes of a Zarr v3 chunk.
+
+Metadata is always generated from the identity, never taken from a cache: a foreign codec, dtype or shape in a
+file cannot reach the decoder.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import zarr
+from numpy.typing import NDArray
+from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
+from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.storage import MemoryStore
+
+from kdcache.cache.errors import CorruptError
+from kdcache.cache.identity import RecordIdentity
+from kdcache.cache.records import class_dtype
+
+# Blosc never grows data by more than its header and a few bytes a block.
+_OVERHEAD = 4096
+
+
+@dataclass(frozen=True)
+class ArraySpec:
+    """An array [N, ...] in chunks of `rows` rows; `attributes` are for people who open it with zarr alone."""
+
+    name: str
+    shape: tuple[int, ...]
+    rows: int
+    dtype: str
+    dims: tuple[str, ...]
+    attributes: tuple[tuple[str, Any], ...] = ()
+
+    @property
+    def fill(self) -> float | int:
+        """Shows a hole: NaN, or the largest id."""
+        return float("nan") if np.dtype(self.dtype).kind == "f" else int(np.iinfo(self.dtype).max)
+
+    @property
+    def chunk_shape(self) -> tuple[int, ...]:
+        return (min(self.rows, self.shape[0]), *self.shape[1:])
+
+    @property
+    def chunk_bytes(self) -> int:
+        return int(np.prod(self.chunk_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+
+    @property
+    def max_file_bytes(self) -> int:
+        return self.chunk_bytes + self.chunk_bytes // 128 + _OVERHEAD
+
+    def chunk_file(self, part: int) -> str:
+        return "/".join([self.name, "c", str(part), *["0"] * (len(self.shape) - 1)])
+
+    def interval(self, part: int) -> slice:
+        return slice(part * self.rows, min((part + 1) * self.rows, self.shape[0]))
+
+
+def record_arrays(record: RecordIdentity, samples: int, part: int) -> list[ArraySpec]:
+    """The arrays of one view. An array without elements (K = 1 gaps, L = 0 labels) is left out."""
+    ids = id_dtype(record.classes)
+    names: list[tuple[str, int, str, str]] = []
+    if record.k is not None:
+        names.append(("classes", record.k, ids, "rank"))
+        names.append(("gaps", record.k - 1, record.precision, "rank_from_2"))
+    else:
+        names.append(("gaps", record.classes, record.precision, "class"))
+    names.append(("target_gap", record.labels, "float16", "label"))
+    if record.k is not None:
+        names.append(("tail", len(record.temperatures), "float16", "temperature"))
+    notes = {"tail": (("temperatures", list(record.temperatures)),)}
+    return [
+        ArraySpec(name, (samples, width), part, dtype, ("sample", dim), notes.get(name, ()))
+        for name, width, dtype, dim in names
+        if width
+    ]
+
+
+def id_dtype(classes: int) -> str:
+    """The NumPy name of the type in which class ids are stored."""
+    return str(class_dtype(classes)).removeprefix("torch.")
+
+
+def _open(store: dict[str, Buffer], spec: ArraySpec) -> Any:
+    return zarr.create_array(
+        MemoryStore(store),
+        name=spec.name,
+        shape=spec.shape,
+        chunks=spec.chunk_shape,
+        dtype=spec.dtype,
+        fill_value=spec.fill,
+        dimension_names=spec.dims,
+        attributes=dict(spec.attributes),
+        compressors=(BloscCodec(cname="zstd", clevel=5, shuffle=BloscShuffle.bitshuffle), Crc32cCodec()),
+        zarr_format=3,
+        config={"write_empty_chunks": True},
+    )
+
+
+def group_metadata() -> bytes:
+    """The zarr.json of a view's group."""
+    store: dict[str, Buffer] = {}
+    zarr.create_group(MemoryStore(store), zarr_format=3)
+    return store["zarr.json"].to_bytes()
+
+
+def array_metadata(spec: ArraySpec) -> bytes:
+    """The zarr.json of an array."""
+    store: dict[str, Buffer] = {}
+    _open(store, spec)
+    return store[f"{spec.name}/zarr.json"].to_bytes()
+
+
+def encode_part(spec: ArraySpec, part: int, data: NDArray[Any]) -> bytes:
+    """The chunk's bytes for rows `spec.interval(part)`."""
+    store: dict[str, Buffer] = {}
+    _open(store, spec)[spec.interval(part)] = data
+    return store[spec.chunk_file(part)].to_bytes()
+
+
+def decode_part(spec: ArraySpec, part: int, data: bytes, where: str) -> NDArray[Any]:
+    """The rows of a part; CorruptError naming the file where the bytes are not such a chunk."""
+    # Blosc's header declares how much it will write; checked before it is believed.
+    declared = int.from_bytes(data[4:8], "little") if len(data) >= 16 else -1
+    if declared != spec.chunk_bytes:
+        raise CorruptError(f"{where}: declares {declared} bytes of data where {spec.chunk_bytes} belong")
+    store: dict[str, Buffer] = {}
+    array = _open(store, spec)
+    store[spec.chunk_file(part)] = default_buffer_prototype().buffer.from_bytes(data)
+    try:
+        return np.asarray(array[spec.interval(part)])
+    except (ValueError, RuntimeError) as e:
+        raise CorruptError(f"{where}: {e}") from e

@@ -1,0 +1,136 @@
+"""What a cache is: the immutable description whose hash is its key."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from typing import Any, Final, Literal, TypeVar
+
+import pydantic
+from pydantic import BaseModel, ConfigDict, Field
+
+from kdcache.cache.errors import CorruptError, MismatchError
+
+FORMAT: Final = 0
+# Far above any real one; a larger file is refused before it is parsed.
+MAX_JSON_BYTES = 1 << 20
+
+Sha256 = str
+
+
+class Strict(BaseModel):
+    """Unknown keys, other types, NaN and later changes are refused."""
+
+    model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
+
+
+class TeacherIdentity(Strict):
+    """The network that answers: architecture, its tensors' hash, and how it wants its pixels."""
+
+    architecture: str
+    weights: Sha256
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    input_size: int = Field(ge=1)
+    numeric: Literal["float32", "bf16"]
+
+
+class DataIdentity(Strict):
+    """One split of a dataset: samples by stable index. full_contents: whether every file was hashed."""
+
+    name: str
+    split: Literal["train", "eval"]
+    samples: int = Field(ge=1, le=2**40)
+    fingerprint: Sha256
+    full_contents: bool
+
+
+class ViewsIdentity(Strict):
+    """How views are drawn and rendered. How many there are is not part of it: views can be added."""
+
+    policy: str
+    seed: int = Field(ge=0, lt=2**63)
+    renderer: str
+
+
+class RecordIdentity(Strict):
+    """What is stored for one (view, sample)."""
+
+    classes: int = Field(ge=2, lt=2**32)
+    k: int | None = Field(ge=1)
+    temperatures: tuple[float, ...]
+    precision: Literal["float16", "float32"]
+    labels: int = Field(ge=0, le=2)
+
+    @property
+    def dense(self) -> bool:
+        return self.k is None
+
+
+class Identity(Strict):
+    """The content address of a cache is the sha256 of this, as canonical JSON."""
+
+    format: Literal[0] = FORMAT
+    teacher: TeacherIdentity
+    data: DataIdentity
+    evaluation: DataIdentity
+    views: ViewsIdentity
+    record: RecordIdentity
+    part: int = Field(ge=1, le=2**24)
+
+    @property
+    def key(self) -> str:
+        return hashlib.sha256(canonical(self)).hexdigest()
+
+    def differences(self, other: Identity, mine: str = "the cache has", theirs: str = "asked for") -> list[str]:
+        """One line a field in which the two differ."""
+        a, b = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        return [f"{name}: {mine} {a.get(name)}, {theirs} {b.get(name)}" for name in a if a[name] != b.get(name)]
+
+    def require(self, other: Identity, where: str) -> None:
+        """MismatchError with every differing field unless `other` is the same identity."""
+        if found := self.differences(other):
+            raise MismatchError(f"{where} is another cache than the one asked for: " + "; ".join(found))
+
+
+def canonical(model: BaseModel) -> bytes:
+    """Sorted keys, fixed separators, ASCII: the same bytes for the same content."""
+    return json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+def parse(model: type[M], data: bytes, where: str) -> M:
+    """The strict model in `data`, or a CorruptError that names the file and the field."""
+    if len(data) > MAX_JSON_BYTES:
+        raise CorruptError(f"{where} is larger than {MAX_JSON_BYTES} bytes: not a file of kdcache's")
+    try:
+        raw = json.loads(data, object_pairs_hook=_no_duplicates)
+    except (ValueError, RecursionError) as e:
+        raise CorruptError(f"{where} is not valid JSON ({e}); remove it and build again") from e
+    found = raw.get("format") if isinstance(raw, dict) else None
+    if isinstance(found, int) and found > FORMAT:
+        raise MismatchError(f"{where} has format {found}; this kdcache reads up to {FORMAT}: update kdcache")
+    try:
+        return model.model_validate_json(data)
+    except pydantic.ValidationError as e:
+        first = e.errors()[0]
+        field = ".".join(map(str, first["loc"])) or "the whole"
+        raise CorruptError(f"{where} is not what kdcache writes: {field}: {first['msg']}") from e
+
+
+def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    out = dict(pairs)
+    if len(out) != len(pairs):
+        raise ValueError("a key stands twice")
+    return out
+
+
+def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
+    if not isinstance(value, dict):
+        return {prefix: value}
+    out: dict[str, Any] = {}
+    for name, v in value.items():
+        out.update(_flat(v, f"{prefix}.{name}" if prefix else name))
+    return out

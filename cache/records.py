@@ -1,0 +1,307 @@
+"""What is stored for one (view, sample), as tensors: encode, gather, and the teacher's distribution read back.
+
+Shapes: B batch, C classes, K stored classes, T stored temperatures, L labels a record. Logits are in nats.
+Everything is relative to the largest logit z_1, so every normaliser is a sum of positive terms and a
+probability is never found by subtraction.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import dataclass, replace
+from typing import Literal, get_args
+
+import torch
+from torch import Tensor
+
+from kdcache.cache.errors import InputError, UnservedError
+
+Tail = Literal["prior", "uniform", "bucket", "renorm", "drop"]
+Precision = Literal["float16", "float32"]
+
+TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
+_FLOATS = {"float16": torch.float16, "float32": torch.float32}
+
+
+def class_dtype(classes: int) -> torch.dtype:
+    """The smallest unsigned type that holds every class id and one value more, which marks a hole."""
+    return torch.uint8 if classes < 2**8 else torch.uint16 if classes < 2**16 else torch.uint32
+
+
+@dataclass(frozen=True, eq=False)
+class Records:
+    """Records of B (view, sample) pairs; indexing with a tensor of B' positions gathers records.
+
+    classes [B, K] ids by decreasing logit (None: dense, all C classes in order); gaps [B, K-1] z_1 - z_(j),
+    j = 2..K, or dense [B, C]; target_gap [B, L] z_1 - z_y; tail [B, T] log of the unstored classes' summed
+    exp((z_c - z_1)/t), labels left out; labels [B, L]; prior [T, C] how the tail is spread, or None.
+    """
+
+    classes: Tensor | None
+    gaps: Tensor
+    target_gap: Tensor
+    tail: Tensor
+    labels: Tensor
+    num_classes: int
+    temperatures: tuple[float, ...]
+    prior: Tensor | None = None
+
+    def __len__(self) -> int:
+        return self.gaps.shape[0]
+
+    def __getitem__(self, index: Tensor) -> Records:
+        return self._map(lambda t: t.index_select(0, index))
+
+    def to(self, device: torch.device | str) -> Records:
+        moved = self._map(lambda t: t.to(device, non_blocking=True))
+        return replace(moved, prior=None if self.prior is None else self.prior.to(device))
+
+    def _map(self, f: Callable[[Tensor], Tensor]) -> Records:
+        return replace(
+            self,
+            classes=None if self.classes is None else f(self.classes),
+            gaps=f(self.gaps),
+            target_gap=f(self.target_gap),
+            tail=f(self.tail),
+            labels=f(self.labels),
+        )
+
+    def softened(self, temperature: float, tail: Tail = "prior") -> Softened:
+        """The teacher's softmax(z / temperature); UnservedError where it is not stored."""
+        return Softened(self, temperature, tail)
+
+    def predictions(self) -> Tensor:
+        """[B] the teacher's most probable class."""
+        return self.gaps.argmin(1) if self.classes is None else self.classes[:, 0].long()
+
+    def dense(self, temperature: float, tail: Tail = "prior", prior: Tensor | None = None) -> Tensor:
+        """Probabilities [B, C], for tests and plots. `prior` [T, C] replaces the records' own.
+
+        With `drop` a row sums to less than one. `bucket` has no dense form: InputError.
+        """
+        source = self if prior is None else replace(self, prior=prior)
+        return Softened(source, temperature, tail).dense()
+
+
+def encode(
+    logits: Tensor,
+    labels: Tensor | None,
+    k: int | None = None,
+    temperatures: tuple[float, ...] = TEMPERATURES,
+    precision: Precision | None = None,
+) -> Records:
+    """Records of the logits [B, C] with labels [B], [B, L] or None, on the logits' device.
+
+    k: classes to store; None or C: dense, exact at every temperature. precision: of the gaps, float16 unless
+    told. InputError for k > C, labels out of range, and logits that are not finite.
+    """
+    z = logits.detach().float()
+    count, classes = z.shape
+    k = classes if k is None else k
+    if not 1 <= k <= classes:
+        raise InputError(f"k = {k} does not fit {classes} classes: take 1 to {classes}")
+    if not bool(torch.isfinite(z).all()):
+        row = int((~torch.isfinite(z)).any(1).nonzero()[0])
+        raise InputError(f"the teacher's logits are not finite (row {row} of the batch)")
+    y = z.new_empty((count, 0), dtype=torch.long) if labels is None else labels.long().reshape(count, -1)
+    if y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
+        raise InputError(f"labels reach from {int(y.min())} to {int(y.max())}, the teacher has {classes} classes")
+    kept = _FLOATS[precision or "float16"]
+    top = z.amax(1, keepdim=True)
+    dtype = class_dtype(classes)
+    if k == classes:
+        return Records(
+            None, _gap(top - z, kept), _gap(top - z.gather(1, y), torch.float16), z.new_empty((count, 0)).half(),
+            y.to(dtype), classes, (),
+        )  # fmt: skip
+    # A stable sort, because topk leaves the order of ties open.
+    ordered, ids = torch.sort(z, dim=1, descending=True, stable=True)
+    ids = ids[:, :k].contiguous()
+    rest = (z - top).scatter(1, ids, -torch.inf).scatter(1, y, -torch.inf)
+    tail = torch.stack([torch.logsumexp(rest / t, 1) for t in temperatures], 1)
+    # -inf means that nothing remains: a tail too small for float16 is not that.
+    tail = torch.where(torch.isinf(tail), tail, tail.clamp(min=torch.finfo(torch.float16).min))
+    return Records(
+        ids.to(dtype), _gap(top - ordered[:, 1:k], kept), _gap(top - z.gather(1, y), torch.float16), tail.half(),
+        y.to(dtype), classes, tuple(temperatures),
+    )  # fmt: skip
+
+
+def _gap(gap: Tensor, dtype: torch.dtype) -> Tensor:
+    return gap.clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
+def tail_distribution(logits: Tensor, records: Records) -> Tensor:
+    """Sum over the batch of the tail's distribution at each stored temperature, float64 [T, C].
+
+    The class prior is the mean of these over view 0. A record without a tail adds nothing.
+    """
+    assert records.classes is not None
+    z = logits.detach().double()
+    rest = z.scatter(1, records.classes.long(), -torch.inf).scatter(1, records.labels.long(), -torch.inf)
+    return torch.stack([torch.softmax(rest / t, 1).nan_to_num(0.0).sum(0) for t in records.temperatures])
+
+
+def class_prior(sums: Tensor) -> Tensor:
+    """The prior float32 [T, C] from summed tail distributions [T, C].
+
+    A thousandth is spread evenly, so that a class the tail never held keeps a positive weight.
+    """
+    total = sums.sum(1, keepdim=True)
+    even = torch.full_like(sums, 1 / sums.shape[1])
+    share = torch.where(total > 0, sums / total.clamp(min=1e-300), even)
+    return (0.999 * share + 0.001 * even).float()
+
+
+class Softened:
+    """softmax(z / T) of the teacher for B records, as stored classes, labels and a modelled tail.
+
+    The tail's mass is exact; how it is spread over the classes that were not stored is the `tail` model:
+    prior (as the class prior; evenly where records have none), uniform, bucket (one class of its own),
+    renorm (as if it were not there), drop (mass that no class receives).
+    """
+
+    def __init__(self, records: Records, temperature: float, tail: Tail = "prior") -> None:
+        if tail not in get_args(Tail):
+            raise InputError(f"unknown tail model {tail!r}: take one of {', '.join(get_args(Tail))}")
+        self._model, self._classes = tail, records.num_classes
+        self._labels = labels = records.labels.long()
+        self._label_log = -records.target_gap.float() / temperature
+        if records.classes is None:
+            # Dense: every class is stored, in order.
+            self._ids = None
+            self._log = -records.gaps.float() / temperature
+            self._label_log = self._log.gather(1, labels)
+            self._tail_log = self._log.new_full((len(records),), -torch.inf)
+        else:
+            at = _position(temperature, records.temperatures)
+            head = records.classes.long()
+            gaps = records.gaps.float()
+            # A label among the stored classes, or named twice, must not count twice.
+            outside = (labels.unsqueeze(2) != head.unsqueeze(1)).all(2)
+            for j in range(1, labels.shape[1]):
+                outside[:, j] &= (labels[:, :j] != labels[:, j : j + 1]).all(1)
+            extra = self._label_log.masked_fill(~outside, -torch.inf)
+            self._ids = torch.cat([head, labels], 1)
+            self._log = torch.cat([gaps.new_zeros(len(gaps), 1), -gaps / temperature, extra], 1)
+            self._counted = torch.cat([torch.ones_like(head, dtype=torch.bool), outside], 1)
+            self._tail_log = records.tail[:, at].float()
+            if tail == "renorm":
+                self._tail_log = torch.full_like(self._tail_log, -torch.inf)
+            self._prior = records.prior[at].float() if tail == "prior" and records.prior is not None else None
+        self._norm = _logsumexp(self._log, self._tail_log)
+
+    @property
+    def head_mass(self) -> Tensor:
+        """[B] probability of the stored classes and labels together."""
+        return (self._log - self._norm).exp().sum(1)
+
+    def target(self) -> Tensor:
+        """[B, L] probability of each label: exact also where the label is not among the stored classes."""
+        return (self._label_log - self._norm).exp()
+
+    def cross(self, logq: Tensor) -> Tensor:
+        """[B] sum over c of p_c logq_c for logq [B, C]; differentiable in logq only."""
+        return self._cross(logq, self._log)
+
+    def cross_others(self, logq: Tensor) -> Tensor:
+        """[B] the same over the classes other than the (first) label, p renormalised over those."""
+        return self._cross(logq, self._others())
+
+    def entropy(self) -> Tensor:
+        """[B] -sum p log p, the tail as modelled."""
+        return self._entropy(self._log)
+
+    def entropy_others(self) -> Tensor:
+        """[B] entropy over the classes other than the (first) label."""
+        return self._entropy(self._others())
+
+    def dense(self) -> Tensor:
+        """[B, C] probabilities."""
+        p, tail = self._normalised(self._log)
+        if self._ids is None:
+            return p
+        if self._model == "bucket":
+            raise InputError("the bucket tail is one class of its own and has no dense form")
+        out = p.new_zeros(len(p), self._classes)
+        if self._spreads:
+            spread = out + (1.0 if self._prior is None else self._prior)
+            spread.scatter_(1, self._ids, 0.0)
+            out = spread * (tail / spread.sum(1).clamp(min=1e-30)).unsqueeze(1)
+        return out.scatter_add_(1, self._ids, p)
+
+    def _others(self) -> Tensor:
+        y = self._labels[:, :1]
+        if self._ids is None:
+            return self._log.scatter(1, y, -torch.inf)
+        return self._log.masked_fill(self._ids == y, -torch.inf)
+
+    def _normalised(self, log: Tensor) -> tuple[Tensor, Tensor]:
+        """[B, K+L] and [B]: probabilities of the stored classes and of the tail."""
+        # By way of logarithms: next to a label with p_y -> 1 all other masses can be below float32's smallest.
+        norm = _logsumexp(log, self._tail_log)
+        return (log - norm).exp(), (self._tail_log - norm[:, 0]).exp()
+
+    def _cross(self, logq: Tensor, log: Tensor) -> Tensor:
+        logq = logq.float()
+        p, tail = self._normalised(log)
+        if self._ids is None:
+            return (p * logq).sum(1)
+        at_ids = logq.gather(1, self._ids)
+        total = (p * at_ids).sum(1)
+        if self._model == "bucket":
+            left_out = logq.scatter(1, self._ids, -torch.inf)
+            return total + tail * torch.where(tail > 0, torch.logsumexp(left_out, 1), 0.0)
+        return total + tail * self._rest_mean(logq, at_ids) if self._spreads else total
+
+    def _entropy(self, log: Tensor) -> Tensor:
+        p, tail = self._normalised(log)
+        out: Tensor = -torch.special.xlogy(p, p).sum(1)
+        if self._ids is None or self._model in ("renorm", "drop"):
+            return out
+        out = out - torch.special.xlogy(tail, tail)
+        if not self._spreads:
+            return out
+        if self._prior is None:
+            return out + tail * self._rest_count().log()
+        log_prior = self._prior.log().expand(len(p), -1)
+        within = self._rest_weight().log() - self._rest_mean(log_prior, log_prior.gather(1, self._ids))
+        return out + tail * within
+
+    @property
+    def _spreads(self) -> bool:
+        return self._model in ("prior", "uniform")
+
+    def _rest_count(self) -> Tensor:
+        return (self._classes - self._counted.sum(1)).clamp(min=1).float()
+
+    def _rest_weight(self) -> Tensor:
+        # In float64: 1 - (almost 1), and the prior's floor keeps it positive.
+        assert self._prior is not None and self._ids is not None
+        prior = self._prior.double()
+        return (prior.sum() - (prior[self._ids] * self._counted).sum(1)).clamp(min=1e-12).float()
+
+    def _rest_mean(self, x: Tensor, at_ids: Tensor) -> Tensor:
+        """[B] mean of x [B, C] over the classes not stored, weighted as the tail is spread."""
+        if self._prior is None:
+            return (x.sum(1) - (at_ids * self._counted).sum(1)) / self._rest_count()
+        assert self._ids is not None
+        weights = self._prior[self._ids] * self._counted
+        with torch.autocast(x.device.type, enabled=False):
+            return (x @ self._prior - (at_ids * weights).sum(1)) / self._rest_weight()
+
+
+def _position(temperature: float, stored: tuple[float, ...]) -> int:
+    if temperature not in stored:
+        have = ",".join(f"{t:g}" for t in stored)
+        raise UnservedError(
+            f"temperature {temperature:g} is not stored (stored: {have}); "
+            f"build with --temperatures {have},{temperature:g}, or dense records"
+        )
+    return stored.index(temperature)
+
+
+def _logsumexp(log: Tensor, tail_log: Tensor) -> Tensor:
+    """[B, 1] log of all mass; 0 where there is none, so that what is divided by it stays 0."""
+    norm = torch.logsumexp(torch.cat([log, tail_log.unsqueeze(1)], 1), 1, keepdim=True)
+    return torch.where(torch.isinf(norm), 0.0, norm)

@@ -1,0 +1,347 @@
+"""A cache on disk: immutable files, made visible by commits.
+
+    identity.json                 what the cache is; its hash is the key
+    labels/, prior/               Zarr arrays [N, L] and [T, C]
+    tail_sums/                    Zarr array [P, T, C]: each part's share of the prior, from view 0
+    views/v00042/                 a Zarr group: classes, gaps, target_gap, tail
+    commits/v00042-p0003.json     sizes and hashes of one shard's files: its creation commits the shard
+    eval/                         labels, views and commits of the evaluation split
+
+Readers go by the commits alone: what no commit names does not exist.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Mapping, Sequence
+from functools import cached_property
+from pathlib import Path
+from typing import Any, Literal
+
+import numpy as np
+import torch
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from kdcache.cache import arrays, files
+from kdcache.cache.arrays import ArraySpec
+from kdcache.cache.errors import BusyError, CorruptError, InputError, NotFoundError
+from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
+from kdcache.cache.records import Records, class_prior
+
+_SHARD = re.compile(r"v(\d{5})-p(\d{4})\.json")
+
+
+class StoredFile(Strict):
+    """Size in bytes and sha256 of one committed file."""
+
+    size: int
+    sha256: str
+
+
+class Commit(Strict):
+    """Makes the files of one shard (or of labels or prior) part of the cache.
+
+    parameters: digest of the view parameters of the shard's samples. writer: who built it, for people.
+    """
+
+    format: Literal[0] = FORMAT
+    key: str
+    name: str
+    parameters: str | None
+    files: dict[str, StoredFile]
+    writer: dict[str, str]
+
+
+def shard_name(view: int, part: int) -> str:
+    return f"v{view:05d}-p{part:04d}"
+
+
+class SplitStore:
+    """The shards of one split of the cache at `path` (N samples); a shard is (view, part)."""
+
+    def __init__(self, path: Path, split: Literal["train", "eval"], identity: Identity) -> None:
+        self.split = split
+        self.root = path if split == "train" else path / "eval"
+        self.samples = samples = (identity.data if split == "train" else identity.evaluation).samples
+        self.part = identity.part
+        self._scratch, self._key, self._record = path / "scratch", identity.key, identity.record
+        self.parts = -(-samples // self.part)
+        labels = identity.record.labels
+        self._labels = ArraySpec(
+            "labels", (samples, labels), self.part, arrays.id_dtype(identity.record.classes), ("sample", "label")
+        )
+
+    def rows(self, part: int) -> range:
+        """The samples of a part."""
+        return range(part * self.part, min((part + 1) * self.part, self.samples))
+
+    # Commits
+
+    def committed(self) -> dict[int, set[int]]:
+        """The committed parts of each view."""
+        found: dict[int, set[int]] = {}
+        folder = self.root / "commits"
+        for path in folder.iterdir() if folder.is_dir() else ():
+            if m := _SHARD.fullmatch(path.name):
+                found.setdefault(int(m[1]), set()).add(int(m[2]))
+        return found
+
+    def complete_views(self) -> tuple[int, ...]:
+        every = set(range(self.parts))
+        return tuple(sorted(v for v, parts in self.committed().items() if parts >= every))
+
+    def has(self, name: str) -> bool:
+        return (self.root / "commits" / f"{name}.json").exists()
+
+    def commit(self, name: str) -> Commit:
+        """The commit of that name; CorruptError when it is not one of this cache and name."""
+        path = self.root / "commits" / f"{name}.json"
+        commit = parse(Commit, files.read_bounded(path, MAX_JSON_BYTES), str(path))
+        if (commit.key, commit.name) != (self._key, name):
+            raise CorruptError(f"{path} belongs to {commit.name} of cache {commit.key[:12]}, not here; {_again(path)}")
+        return commit
+
+    def write(
+        self,
+        name: str,
+        data: Sequence[tuple[str, ArraySpec, int, NDArray[Any]]],
+        writer: Mapping[str, str],
+        parameters: str | None = None,
+    ) -> None:
+        """Publish parts of arrays, given as (folder, spec, part, rows), then commit them as `name`.
+
+        Only one writer at a time (`Cache.writing`): leavings that no commit names are replaced.
+        """
+        stored: dict[str, StoredFile] = {}
+        for folder, spec, part, rows in data:
+            base = self.root / folder
+            if folder:
+                self._metadata(base / "zarr.json", arrays.group_metadata())
+            self._metadata(base / spec.name / "zarr.json", arrays.array_metadata(spec))
+            content = arrays.encode_part(spec, part, rows)
+            files.publish(base / spec.chunk_file(part), content, self._scratch, replace=True)
+            stored[_join(folder, spec.chunk_file(part))] = StoredFile(size=len(content), sha256=files.sha256(content))
+        commit = Commit(key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer))
+        files.publish(self.root / "commits" / f"{name}.json", canonical(commit), self._scratch)
+
+    def _metadata(self, path: Path, content: bytes) -> None:
+        # For people with plain zarr; kdcache reads none of it, so a later zarr may word it otherwise.
+        if not path.exists():
+            files.publish(path, content, self._scratch, replace=True)
+
+    def load(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> list[NDArray[Any]]:
+        """The committed parts of arrays, their bytes checked against the commit before they are decoded."""
+        commit = self.commit(name)
+        expected = {_join(folder, spec.chunk_file(part)) for folder, spec, part in wanted}
+        path = self.root / "commits" / f"{name}.json"
+        if set(commit.files) != expected:
+            raise CorruptError(f"{path} does not name the files of {name}; {_again(path)}")
+        out = []
+        for folder, spec, part in wanted:
+            file = _join(folder, spec.chunk_file(part))
+            where = f"{self.root / file} (of {name})"
+            content = files.read_bounded(self.root / file, spec.max_file_bytes)
+            stored = commit.files[file]
+            if len(content) != stored.size or files.sha256(content) != stored.sha256:
+                raise CorruptError(f"{where} is not what was committed; {_again(path)}")
+            out.append(arrays.decode_part(spec, part, content, where))
+        return out
+
+    # Shards and labels
+
+    def shard_arrays(self, view: int, part: int) -> list[tuple[str, ArraySpec, int]]:
+        specs = arrays.record_arrays(self._record, self.samples, self.part)
+        return [(f"views/v{view:05d}", spec, part) for spec in specs]
+
+    def write_shard(
+        self,
+        view: int,
+        part: int,
+        rows: Mapping[str, NDArray[Any]],
+        parameters: str,
+        writer: Mapping[str, str],
+        tail_sums: NDArray[np.float64] | None = None,
+    ) -> None:
+        """Publish and commit a shard; `rows` by array name, `tail_sums` [T, C] with view 0 of top-k records."""
+        data = [(folder, spec, p, rows[spec.name]) for folder, spec, p in self.shard_arrays(view, part)]
+        if tail_sums is not None:
+            data.append(("", self.tail_sums_array, part, tail_sums[None]))
+        self.write(shard_name(view, part), data, writer, parameters)
+
+    @property
+    def tail_sums_array(self) -> ArraySpec:
+        shape = (self.parts, len(self._record.temperatures), self._record.classes)
+        return ArraySpec("tail_sums", shape, 1, "float64", ("part", "temperature", "class"))
+
+    def read_shard(self, view: int, part: int, with_tail_sums: bool = False) -> dict[str, NDArray[Any]]:
+        """The arrays of a shard by name."""
+        wanted = self.shard_arrays(view, part)
+        if with_tail_sums:
+            wanted = [*wanted, ("", self.tail_sums_array, part)]
+        return {
+            spec.name: rows
+            for (_, spec, _), rows in zip(wanted, self.load(shard_name(view, part), wanted), strict=True)
+        }
+
+    def write_labels(self, labels: NDArray[Any], writer: Mapping[str, str]) -> None:
+        if self.has("labels"):
+            return
+        parts = range(self.parts) if self._labels.shape[1] else ()
+        self.write("labels", [("", self._labels, p, labels[self._labels.interval(p)]) for p in parts], writer)
+
+    @cached_property
+    def labels(self) -> NDArray[Any]:
+        """[N, L] class ids."""
+        if not self._labels.shape[1]:
+            return np.zeros(self._labels.shape, self._labels.dtype)
+        parts = self.load("labels", [("", self._labels, p) for p in range(self.parts)])
+        labels = np.concatenate(parts)
+        if int(labels.max()) >= self._record.classes:
+            raise CorruptError(f"{self.root / 'labels'} holds a class id above {self._record.classes - 1}")
+        return labels
+
+    def read(self, view: int, prior: torch.Tensor | None) -> Records:
+        """All records of a view, checked; they lie in memory as stored."""
+        missing = set(range(self.parts)) - self.committed().get(view, set())
+        if missing:
+            raise NotFoundError(
+                f"view {view} is not complete in {self.root} ({len(missing)} of {self.parts} parts missing): "
+                f"run kdcache build with --views {view + 1} or more"
+            )
+        specs = arrays.record_arrays(self._record, self.samples, self.part)
+        slabs = {spec.name: np.empty(spec.shape, spec.dtype) for spec in specs}
+        for part in range(self.parts):
+            shard = self.check_shard(view, part)
+            for spec in specs:
+                slabs[spec.name][spec.interval(part)] = shard[spec.name]
+        return self._records(slabs, prior)
+
+    def carries_tail_sums(self, view: int) -> bool:
+        """Whether the commits of a view also name the part's share of the prior."""
+        return view == 0 and not self._record.dense and self.split == "train"
+
+    def check_shard(self, view: int, part: int) -> dict[str, NDArray[Any]]:
+        """The arrays of a shard by name; CorruptError unless bytes and values are sound."""
+        shard = self.read_shard(view, part, with_tail_sums=self.carries_tail_sums(view))
+        where = f"view {view}, part {part} of {self.root}"
+        for name, rows in shard.items():
+            if name == "classes":
+                if int(rows.max()) >= self._record.classes:
+                    raise CorruptError(f"{where}: a class id above {self._record.classes - 1}")
+            elif np.isnan(rows).any():
+                raise CorruptError(f"{where}: {name} holds values that are not numbers")
+            elif name in ("gaps", "target_gap") and rows.size and float(rows.min()) < 0:
+                raise CorruptError(f"{where}: {name} holds negative gaps")
+        return shard
+
+    def _records(self, slabs: Mapping[str, NDArray[Any]], prior: torch.Tensor | None) -> Records:
+        def tensor(name: str, width: int, dtype: str) -> torch.Tensor:
+            found = slabs.get(name)
+            return torch.from_numpy(np.empty((self.samples, width), dtype) if found is None else found)
+
+        record = self._record
+        return Records(
+            classes=None if record.dense else torch.from_numpy(slabs["classes"]),
+            gaps=tensor("gaps", 0, record.precision),
+            target_gap=tensor("target_gap", 0, "float16"),
+            tail=tensor("tail", 0, "float16"),
+            labels=torch.from_numpy(self.labels),
+            num_classes=record.classes,
+            temperatures=() if record.dense else record.temperatures,
+            prior=prior,
+        )
+
+
+class Cache:
+    """A cache in a folder. `identity` says what it is; `train` and `evaluation` hold the records."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        file = path / "identity.json"
+        if not file.exists():
+            raise NotFoundError(f"{path} is not a kdcache cache: it has no identity.json")
+        self.identity = parse(Identity, files.read_bounded(file, MAX_JSON_BYTES), str(file))
+        self.train = SplitStore(path, "train", self.identity)
+        self.evaluation = SplitStore(path, "eval", self.identity)
+
+    @classmethod
+    def create(cls, path: Path, identity: Identity) -> Cache:
+        """The cache at `path`, made if there is none; MismatchError if it is another one."""
+        file = path / "identity.json"
+        if not file.exists():
+            if path.is_dir() and any(path.iterdir()):
+                raise InputError(f"{path} is not empty and no cache: give another --out")
+            files.publish(file, canonical(identity), path / "scratch")
+        cache = cls(path)
+        cache.identity.require(identity, str(path))
+        return cache
+
+    @property
+    def key(self) -> str:
+        return self.identity.key
+
+    @property
+    def views(self) -> tuple[int, ...]:
+        """The complete views."""
+        return self.train.complete_views()
+
+    def read(self, view: int) -> Records:
+        """All records of one view; NotFoundError if it is not complete, CorruptError if bytes are damaged."""
+        return self.train.read(view, self.prior)
+
+    def read_evaluation(self) -> Records:
+        """The records of the unaugmented evaluation split."""
+        return self.evaluation.read(0, self.prior)
+
+    @cached_property
+    def prior(self) -> torch.Tensor | None:
+        """float32 [T, C], or None for dense records and until view 0 is complete."""
+        if self.identity.record.dense or not self.train.has("prior"):
+            return None
+        prior = self.train.load("prior", [("", self._prior_array, 0)])[0]
+        if not np.isfinite(prior).all() or not (prior > 0).all():
+            raise CorruptError(f"{self.path / 'prior'} holds values that are no probabilities")
+        return torch.from_numpy(prior)
+
+    def write_prior(self, writer: Mapping[str, str]) -> None:
+        """Fix the prior from view 0, once that is complete; it never changes later."""
+        if self.identity.record.dense or self.train.has("prior") or 0 not in self.views:
+            return
+        sums = np.zeros(self._prior_array.shape)
+        for part in range(self.train.parts):
+            sums += self.train.read_shard(0, part, with_tail_sums=True)["tail_sums"][0]
+        prior = class_prior(torch.from_numpy(sums)).numpy()
+        self.train.write("prior", [("", self._prior_array, 0, prior)], writer)
+        self.__dict__.pop("prior", None)
+
+    @property
+    def _prior_array(self) -> ArraySpec:
+        record = self.identity.record
+        shape = (len(record.temperatures), record.classes)
+        return ArraySpec("prior", shape, shape[0], "float32", ("temperature", "class"))
+
+    def writing(self) -> FileLock:
+        """Held (`with`) by the one process that writes; released by the system when it dies."""
+        lock = FileLock(self.path / "scratch" / "lock", timeout=0)
+        (self.path / "scratch").mkdir(exist_ok=True)
+        try:
+            lock.acquire()
+        except Timeout:
+            raise BusyError(f"another build is writing {self.path}: wait for it, or stop it first") from None
+        for leaving in (self.path / "scratch").iterdir():
+            if leaving.name != "lock":
+                leaving.unlink()
+        return lock
+
+    def size(self) -> int:
+        """Bytes of all files."""
+        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+
+
+def _join(folder: str, file: str) -> str:
+    return f"{folder}/{file}" if folder else file
+
+
+def _again(commit: Path) -> str:
+    return f"remove {commit} and run kdcache build again to make that shard anew"

@@ -1,0 +1,313 @@
+"""The command line: parse, call, print."""
+
+from __future__ import annotations
+
+import errno
+import json
+import os
+import sys
+from pathlib import Path
+from typing import Any
+
+import click
+
+from kdcache import __version__
+from kdcache.cache.errors import KdcacheError
+
+INTERRUPTED = 130
+
+
+class _Failure(click.ClickException):
+    exit_code = 2
+
+
+class _Main(click.Group):
+    """Every mistake is one clear line; settings come from flags, the environment, then kdcache.toml."""
+
+    def invoke(self, ctx: click.Context) -> Any:
+        try:
+            from kdcache.pipeline.settings import FILE, load_settings
+
+            commands = {
+                name: {p.name for p in command.params if isinstance(p, click.Option) and p.name}
+                for name, command in self.commands.items()
+            }
+            ctx.default_map = load_settings(commands, os.environ, Path(FILE))
+            return super().invoke(ctx)
+        except KdcacheError as e:
+            raise _Failure(str(e)) from e
+        except OSError as e:
+            raise _Failure(_system_error(e)) from e
+        except KeyboardInterrupt:
+            click.echo("stopped; nothing is lost: the same command (train: with --resume) goes on", err=True)
+            sys.exit(INTERRUPTED)
+
+
+def _system_error(e: OSError) -> str:
+    what = f"{e.filename}: {e.strerror}" if e.filename else str(e)
+    if e.errno in (errno.ENOSPC, errno.EDQUOT):
+        return f"{what}: free some space and run the same command again, it goes on where it was"
+    if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
+        return f"{what}: give a place that can be written with --out or KDCACHE_HOME"
+    return what
+
+
+def _print(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
+    click.echo(json.dumps(facts, indent=2, default=str) if as_json else text)
+
+
+def _say(text: str) -> None:
+    click.echo(text, err=True)
+
+
+def _temperatures(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
+    try:
+        found = tuple(sorted({float(t) for t in str(value).split(",")}))
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not a list of numbers such as 1,2,4") from None
+    if not all(0 < t < 1000 for t in found):
+        raise click.BadParameter(f"{value!r}: temperatures lie between 0 and 1000")
+    return found
+
+
+_data = click.option(
+    "--data", default="digits", show_default=True, metavar="NAME[:PATH]",
+    help="digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH or module:function.",
+)  # fmt: skip
+_device = click.option("--device", help="cuda, cuda:1, cpu, ...; the GPU where there is one.")
+_workers = click.option("--workers", type=click.IntRange(0), help="Processes that decode image files [the cores].")
+_amp = click.option("--amp", type=click.Choice(["bf16"]), help="Run the network in bfloat16.")
+_json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
+_seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
+_batch = click.option("--batch-size", type=click.IntRange(1))
+_weights = click.option("--weights", metavar="FILE|NAME", help="A weights file, or a torchvision name.")
+_augment = click.option("--augment", metavar="POLICY", help="crop,flip  rrc,flip  ... [by dataset].")
+_unlabelled = click.option("--unlabelled", is_flag=True, help="Build without labels (L = 0).")
+
+
+@click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
+@click.version_option(__version__, prog_name="kdcache")
+def main() -> None:
+    """Run a teacher once, keep what students need, train any number of them without it.
+
+    \b
+      kdcache build --teacher resnet34
+      kdcache train --loss nkd
+
+    Without --data both work on scikit-learn's digits, to try things out.
+    """
+
+
+@main.command()
+@click.option("--teacher", required=True, metavar="NAME", help="A network's name.")
+@_data
+@_augment
+@click.option("--epochs", type=click.IntRange(1))
+@_batch
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
+@click.option("--weight-decay", type=click.FloatRange(0))
+@_seed
+@_device
+@_amp
+@_workers
+@click.option("--force", is_flag=True, help="Teach again one that is there.")
+@_json
+def teach(as_json: bool, **options: Any) -> None:
+    """Train a teacher on a dataset that has no pretrained one.
+
+    Example: kdcache teach --teacher resnet56 --data cifar10 --epochs 60
+    """
+    from kdcache.train.teach import TeachConfig
+    from kdcache.train.teach import teach as run
+
+    path, top1 = run(TeachConfig(**options), _say)
+    _print({"weights": str(path), "top1": top1}, as_json, str(path))
+
+
+def _build_options(command: Any) -> Any:
+    for option in reversed(
+        [
+            click.option("--teacher", required=True, metavar="NAME", help="A network's name."),
+            _weights,
+            _data,
+            _augment,
+            click.option("--topk", type=click.IntRange(1), help="Classes to store [all up to 200, else 20]."),
+            click.option(
+                "--temperatures", default="1,2,3,4", show_default=True, callback=_temperatures,
+                help="At which the tail is stored.",
+            ),
+            click.option(
+                "--precision", type=click.Choice(["float16", "float32"]), default="float16", show_default=True,
+                help="Of the stored gaps between logits.",
+            ),
+            click.option("--class-map", metavar="FILE|auto", help="Dataset's class names to the teacher's classes."),
+            _unlabelled,
+            click.option("--out", metavar="PATH", help="The cache's folder [under KDCACHE_HOME, by its key]."),
+            _seed,
+            _batch,
+            _device,
+            _amp,
+            _workers,
+            click.option("--full-fingerprint", is_flag=True, help="Hash every file's contents, not 4,096 of them."),
+        ]
+    ):  # fmt: skip
+        command = option(command)
+    return command
+
+
+@main.command()
+@_build_options
+@click.option("--views", type=click.IntRange(1), help="How many augmented views [by dataset].")
+@click.option("--allow-low-accuracy", is_flag=True, help="Build although the teacher is near chance.")
+@click.option("--list-unreadable", is_flag=True, help="Name every image file that cannot be read, and stop.")
+@_json
+def build(as_json: bool, list_unreadable: bool, **options: Any) -> None:
+    """Run the teacher once over every view and store its answers.
+
+    \b
+    Example: kdcache build --teacher resnet34
+             kdcache build --teacher resnet34 --data imagenet:/data/imagenet --views 16
+    """
+    from kdcache.pipeline.build import BuildConfig
+    from kdcache.train.teach import build_and_teach, unreadable_files
+
+    config = BuildConfig(**options)
+    if list_unreadable:
+        found = unreadable_files(config.data, config.unlabelled, _say)
+        _print(found, as_json, "\n".join(found) or "every file can be read")
+        sys.exit(1 if found else 0)
+    result = build_and_teach(config, _say)
+    _print(vars(result), as_json, str(result.path))
+
+
+@main.command()
+@click.option("--loss", default="nkd", show_default=True, metavar="NAME[:KEY=VALUE,...]", help="ce, kd or nkd.")
+@click.option("--cache", metavar="PATH|KEY", help="[the only one that matches]")
+@_data
+@click.option("--student", metavar="NAME", help="A network's name [by dataset].")
+@click.option("--epochs", type=click.IntRange(1))
+@click.option("--out", metavar="DIR", help="The run's folder [runs/...].")
+@click.option("--resume", is_flag=True, help="Go on after the last whole epoch of the run in --out.")
+@_batch
+@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
+@click.option("--weight-decay", type=click.FloatRange(0))
+@click.option("--warmup", type=click.FloatRange(0), default=1.0, show_default=True, help="Epochs.")
+@click.option("--views", type=click.IntRange(1), help="Use only the first so many views.")
+@click.option("--image-size", type=click.IntRange(8), help="The student's input size in pixels.")
+@click.option("--online", is_flag=True, help="Run the teacher in every step instead: the baseline.")
+@click.option("--fresh-views", is_flag=True, help="With --online: a new view every epoch.")
+@click.option("--teacher", metavar="NAME", help="Take a cache of this teacher.")
+@_weights
+@_seed
+@_device
+@_amp
+@_workers
+@_json
+def train(as_json: bool, **options: Any) -> None:
+    """Train a student from a cache.
+
+    Example: kdcache train --loss nkd --student resnet20 --data cifar10 --epochs 60
+    """
+    from kdcache.train.run import TrainConfig
+    from kdcache.train.run import train as run
+
+    summary = run(TrainConfig(**options), _say)
+    line = "  ".join(f"{k} {v:.4f}" for k, v in summary.items() if isinstance(v, float))
+    _print(summary, as_json, f"{summary['run']}: {line}")
+
+
+@main.command(name="eval")
+@click.argument("run")
+@click.option("--data", metavar="NAME[:PATH]", help="[the run's]")
+@click.option("--cache", metavar="PATH|KEY", help="[the run's]")
+@_device
+@_workers
+@_json
+def evaluate(as_json: bool, run: str, **options: Any) -> None:
+    """Top-1, top-5, NLL, ECE and agreement with the teacher of a run's best weights, or of a weights file.
+
+    Example: kdcache eval runs/digits-resnet8-nkd-seed0
+    """
+    from kdcache.train.run import evaluate_run
+
+    found = evaluate_run(run, **options)
+    _print(found, as_json, "\n".join(f"{k:10} {v:.4f}" for k, v in found.items() if isinstance(v, float)))
+
+
+@main.command(name="ls")
+@_json
+def list_command(as_json: bool) -> None:
+    """The caches under KDCACHE_HOME.
+
+    Example: kdcache ls
+    """
+    from kdcache.cache.home import list_caches
+    from kdcache.pipeline.info import one_line, summary
+
+    good, bad = list_caches()
+    _print([summary(c) for c in good], as_json, "\n".join(map(one_line, good)) or "no caches: see kdcache build --help")
+    for line in bad:
+        click.echo(f"not a cache: {line}", err=True)
+
+
+@main.command()
+@click.argument("cache")
+@_json
+def info(as_json: bool, cache: str) -> None:
+    """What a cache is, how large, how complete.
+
+    Example: kdcache info 1f0c2a
+    """
+    from kdcache.cache.home import open_cache
+    from kdcache.pipeline.info import describe, summary
+
+    found = open_cache(cache)
+    _print(summary(found), as_json, describe(found))
+
+
+@main.command()
+@click.argument("cache")
+@click.option("--data", metavar="NAME[:PATH]", help="Where the images are [by the name in the cache].")
+@_weights
+@click.option("--class-map", metavar="FILE|auto", help="As given to build.")
+@click.option("--replay", type=click.IntRange(0), default=512, show_default=True, help="Records a view; 0: none.")
+@_device
+@_json
+def verify(as_json: bool, cache: str, replay: int, **options: Any) -> None:
+    """Check that a cache is complete, undamaged, and what the live teacher answers. Exit status 1 if not.
+
+    \b
+    Example: kdcache verify 1f0c2a
+             kdcache verify 1f0c2a --replay 0     (without the teacher and the images)
+    """
+    from kdcache.cache.home import open_cache
+    from kdcache.pipeline.verify import source_of
+    from kdcache.pipeline.verify import verify as run
+
+    found = open_cache(cache)
+    report = run(found, source_of(found, **options) if replay else None, replay)
+    text = [f"{report.shards} shards of {len(report.views)} complete views read, {report.replayed} records replayed"]
+    if report.total_variation is not None:
+        text.append(f"largest mean total variation {report.total_variation:.2e}")
+    text += [f"FAILED: {p}" for p in report.problems] or ["passed"]
+    _print({**vars(report), "passed": report.passed}, as_json, "\n".join(text))
+    sys.exit(0 if report.passed else 1)
+
+
+@main.command()
+@click.option("--out", metavar="DIR", help="Keep everything in this empty folder.")
+@_json
+def demo(as_json: bool, out: str | None) -> None:
+    """Teach, build and train on the embedded digits; ends with a table.
+
+    Example: kdcache demo
+    """
+    from kdcache.train.demo import demo as run
+
+    found = run(out, _say if as_json else click.echo)
+    if as_json:
+        _print(found, True, "")
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,403 @@
+"""Stage 1: the teacher runs once over the evaluation split and V views, and what a student needs is stored."""
+
+from __future__ import annotations
+
+import io
+import os
+import shutil
+import socket
+import sys
+import time
+import zipfile
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache import __version__
+from kdcache.cache import arrays
+from kdcache.cache.errors import InputError
+from kdcache.cache.files import replace_file
+from kdcache.cache.home import caches_folder, home
+from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
+from kdcache.cache.records import TEMPERATURES, Precision, Records, encode, tail_distribution
+from kdcache.cache.store import Cache, SplitStore, shard_name
+from kdcache.pipeline.classmap import map_labels
+from kdcache.pipeline.datasets import Dataset, open_data
+from kdcache.pipeline.defaults import DATA, defaults_for, stored_classes
+from kdcache.pipeline.progress import Progress, duration, size
+from kdcache.pipeline.render import RENDERER, Renderer
+from kdcache.pipeline.teachers import Teacher, load_teacher, pick_device
+from kdcache.pipeline.views import ViewParameters, check_policy, draw, evaluation_view
+
+PART = 262_144
+_PROBE = 512
+_SPOOL_SECONDS = 20.0
+_QUEUE = 8
+
+
+@dataclass(frozen=True)
+class BuildConfig:
+    """What to build. None means the default for the dataset's kind (defaults.py)."""
+
+    teacher: str
+    weights: str | None = None
+    data: str = DATA
+    augment: str | None = None
+    views: int | None = None
+    topk: int | None = None
+    temperatures: tuple[float, ...] = TEMPERATURES
+    precision: Precision = "float16"
+    class_map: str | None = None
+    unlabelled: bool = False
+    out: str | None = None
+    seed: int = 0
+    batch_size: int | None = None
+    device: str | None = None
+    amp: str | None = None
+    workers: int | None = None
+    allow_low_accuracy: bool = False
+    full_fingerprint: bool = False
+    part: int = PART
+
+
+@dataclass(frozen=True)
+class BuildResult:
+    """path, key and size (bytes) of the cache; images the teacher answered for (0: nothing was computed)."""
+
+    path: Path
+    key: str
+    views: int
+    bytes: int
+    teacher_images: int
+    seconds: float
+    teacher_top1: float | None
+
+
+@dataclass(frozen=True, eq=False)
+class Source:
+    """Both splits of a dataset with labels in the teacher's classes, the teacher, and the identity they give."""
+
+    train: Dataset
+    evaluation: Dataset
+    train_labels: NDArray[np.int64]
+    evaluation_labels: NDArray[np.int64]
+    teacher: Teacher
+    identity: Identity
+
+
+def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None) -> Source:
+    """Open the data and the teacher and describe what a build of them is. Writes nothing."""
+    device = pick_device(config.device)
+    data = open_data(config.data, "train", unlabelled=config.unlabelled)
+    evaluation = open_data(config.data, "eval", unlabelled=config.unlabelled)
+    teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp)
+    labels = [_teacher_labels(split, config.class_map, teacher) for split in (data, evaluation)]
+    policy = check_policy(config.augment or defaults_for(data).augment)
+    if data.images is None and "crop" in policy.split(","):
+        say(f"note: {policy} keeps each image's own frame; rrc,flip is usual for image files")
+    k = stored_classes(teacher.classes) if config.topk is None else config.topk
+    if k is not None and not 1 <= k <= teacher.classes:
+        raise InputError(f"--topk {k} does not fit the teacher's {teacher.classes} classes")
+    dense = k is None or k == teacher.classes
+    identity = Identity(
+        teacher=teacher.identity,
+        data=_describe(data, config.full_fingerprint),
+        evaluation=_describe(evaluation, config.full_fingerprint),
+        views=ViewsIdentity(policy=policy, seed=config.seed, renderer=RENDERER),
+        record=RecordIdentity(
+            classes=teacher.classes,
+            k=None if dense else k,
+            temperatures=() if dense else config.temperatures,
+            precision=config.precision,
+            labels=labels[0].shape[1],
+        ),
+        part=config.part,
+    )
+    return Source(data, evaluation, labels[0], labels[1], teacher, identity)
+
+
+def build(config: BuildConfig, say: Callable[[str], None] = print, source: Source | None = None) -> BuildResult:
+    """Build, extend or complete the cache that `config` describes; complete ones are only named.
+
+    Killed at any moment, a later call goes on where it was, less at most `_SPOOL_SECONDS` of teacher time.
+    """
+    start = time.monotonic()
+    source = source or open_source(config, say)
+    views = config.views if config.views is not None else defaults_for(source.train).views
+    if views < 1:
+        raise InputError(f"--views {views}: at least one view is needed")
+    key = source.identity.key
+    path = Path(config.out) if config.out else caches_folder() / key
+    todo = _missing(path, source, views)
+    if not todo:
+        cache = Cache(path)
+        say(f"cache {key[:12]} has all of {views} views already: nothing to compute ({path})")
+        return BuildResult(path, key, views, cache.size(), 0, time.monotonic() - start, teacher_top1(cache))
+    batch = config.batch_size or defaults_for(source.train).build_batch
+    images = sum(len(rows) for _, _, rows in todo)
+    rate, record_bytes = _probe(source, config, batch)
+    say(
+        f"cache {key[:12]}: {source.identity.teacher.architecture} on {source.identity.data.name}, "
+        f"{source.identity.views.policy}, {views} views of {len(source.train):,} samples"
+    )
+    say(
+        f"to compute: {images:,} records on {source.teacher.device}, about {duration(images / rate)} at "
+        f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {path}"
+    )
+    cache = Cache.create(path, source.identity)
+    writer = _writer(source.teacher)
+    with cache.writing():
+        cache.train.write_labels(source.train_labels.astype(arrays.id_dtype(source.teacher.classes)), writer)
+        cache.evaluation.write_labels(source.evaluation_labels.astype(arrays.id_dtype(source.teacher.classes)), writer)
+        computed = 0
+        with Progress("build", images, "images") as progress:
+            for store, view, rows in todo:
+                computed += _build_shard(source, config, store, view, rows, batch, key, writer, progress)
+                cache.write_prior(writer)
+        cache.write_prior(writer)
+    top1 = teacher_top1(cache)
+    seconds = time.monotonic() - start
+    say(
+        f"done in {duration(seconds)}: {size(cache.size())}"
+        + (f"; teacher's top-1 on the evaluation split {100 * top1:.2f}" if top1 is not None else "")
+    )
+    return BuildResult(path, key, views, cache.size(), computed, seconds, top1)
+
+
+def teacher_top1(cache: Cache) -> float | None:
+    """The teacher's accuracy (0..1) on the evaluation split, from its records; None without labels."""
+    records = cache.read_evaluation()
+    if not records.labels.shape[1]:
+        return None
+    return float((records.predictions() == records.labels[:, 0].long()).float().mean())
+
+
+def view_parameters(data: Dataset, identity: Identity, view: int, rows: range) -> ViewParameters:
+    """The parameters of a view's samples, or of the evaluation view where `data` is that split."""
+    sizes = data.sizes[rows.start : rows.stop]
+    if data.split == "eval":
+        return evaluation_view(sizes, whole=data.images is not None)
+    return draw(identity.views.policy, identity.views.seed, view, rows, sizes)
+
+
+def record_batches(
+    source: Source, data: Dataset, labels: NDArray[np.int64], view: int, rows: range, batch: int, workers: int | None
+) -> Iterator[tuple[Records, torch.Tensor]]:
+    """The live teacher's records and logits [B, C] for rows of a view, in the batches that a build takes.
+
+    `rows` starts on a batch boundary of its shard; a short last batch is filled up, because logits of small
+    batches can differ in the last bit.
+    """
+    record, teacher = source.identity.record, source.teacher
+    parameters = view_parameters(data, source.identity, view, rows)
+    renderer = teacher_renderer(data, source, workers)
+    batches = [np.arange(i, min(i + batch, rows.stop)) for i in range(rows.start, rows.stop, batch)]
+    full = [np.pad(b, (0, batch - len(b)), mode="edge") for b in batches]
+    for index, images in zip(batches, renderer.batches(parameters, full, first=rows.start), strict=True):
+        logits = teacher.logits(images)[: len(index)]
+        y = torch.from_numpy(labels[index]).to(logits.device)
+        yield encode(logits, y, record.k, record.temperatures, record.precision), logits
+
+
+def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) -> Renderer:
+    """Images as the teacher wants them."""
+    identity = source.identity
+    return Renderer(data, identity.teacher.input_size, source.teacher.device, identity.views.policy, workers)
+
+
+def _build_shard(
+    source: Source,
+    config: BuildConfig,
+    store: SplitStore,
+    view: int,
+    rows: range,
+    batch: int,
+    key: str,
+    writer: Mapping[str, str],
+    progress: Progress,
+) -> int:
+    """Compute and commit one shard; how many images the teacher answered for."""
+    data, labels = (
+        (source.evaluation, source.evaluation_labels) if store.split == "eval" else (source.train, source.train_labels)
+    )
+    part = rows.start // store.part
+    prefix = "eval-" if data.split == "eval" else ""
+    spool = Spool(home() / "spool" / key / f"{prefix}{shard_name(view, part)}-b{batch}", len(rows))
+    keeps_sums = store.carries_tail_sums(view)
+    first = rows.start + spool.rows
+    progress.advance(spool.rows)
+    # One thread writes while the teacher runs; the queue is bounded, and an error there comes back here.
+    pending: deque[Future[None]] = deque()
+    with ThreadPoolExecutor(1) as thread:
+        for records, logits in record_batches(
+            source, data, labels, view, range(first, rows.stop), batch, config.workers
+        ):
+            sums = tail_distribution(logits, records).cpu().numpy() if keeps_sums else None
+            pending.append(thread.submit(spool.add, _as_arrays(records), sums))
+            if len(pending) > _QUEUE:
+                pending.popleft().result()
+            progress.advance(len(records), f"(view {view}, {data.split})")
+        for waiting in pending:
+            waiting.result()
+    digest = view_parameters(data, source.identity, view, rows).digest()
+    store.write_shard(view, part, spool.arrays(), digest, writer, spool.sums)
+    spool.remove()
+    return rows.stop - first
+
+
+class Spool:
+    """Encoded batches of one shard under way, synced to local disk now and then until the shard is committed."""
+
+    def __init__(self, folder: Path, total: int) -> None:
+        self._folder, self._total = folder, total
+        self._blocks: list[dict[str, NDArray[Any]]] = []
+        self._unsynced: list[dict[str, NDArray[Any]]] = []
+        self._synced_at = time.monotonic()
+        self.sums: NDArray[np.float64] | None = None
+        self.rows = 0
+        self._load()
+
+    def add(self, block: dict[str, NDArray[Any]], sums: NDArray[np.float64] | None) -> None:
+        """Append a batch's arrays by name, and its tail sums [T, C]."""
+        self._unsynced.append(block)
+        # Summed batch by batch, so that where the spool was cut does not change a bit.
+        if sums is not None:
+            self.sums = sums if self.sums is None else self.sums + sums
+        if time.monotonic() - self._synced_at > _SPOOL_SECONDS:
+            self._sync()
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All rows by array name."""
+        blocks = self._blocks + self._unsynced
+        return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _sync(self) -> None:
+        block = {name: np.concatenate([b[name] for b in self._unsynced]) for name in self._unsynced[0]}
+        stop = self.rows + len(block["gaps"])
+        content = io.BytesIO()
+        extra = {} if self.sums is None else {"_sums": self.sums}
+        np.savez(content, allow_pickle=False, **block, **extra)
+        replace_file(self._folder / f"{self.rows:012d}-{stop:012d}.npz", content.getvalue())
+        self._blocks.append(block)
+        self._unsynced, self.rows, self._synced_at = [], stop, time.monotonic()
+
+    def _load(self) -> None:
+        for path in sorted(self._folder.glob("*.npz")):
+            start, stop = map(int, path.stem.split("-"))
+            if start != self.rows or stop > self._total:
+                break
+            try:
+                with np.load(path, allow_pickle=False) as f:
+                    block = {name: f[name] for name in f.files}
+            except (OSError, ValueError, zipfile.BadZipFile):
+                break  # damaged: these rows are computed again
+            self.sums = block.pop("_sums", self.sums)
+            self._blocks.append(block)
+            self.rows = stop
+
+
+def _as_arrays(records: Records) -> dict[str, NDArray[Any]]:
+    fields = {"gaps": records.gaps, "target_gap": records.target_gap, "tail": records.tail}
+    if records.classes is not None:
+        fields["classes"] = records.classes
+    return {name: tensor.cpu().numpy() for name, tensor in fields.items()}
+
+
+def _missing(path: Path, source: Source, views: int) -> list[tuple[SplitStore, int, range]]:
+    """The shards still to compute: the evaluation split first, then view after view."""
+    if (path / "identity.json").exists():
+        cache = Cache(path)
+        cache.identity.require(source.identity, str(path))
+        stores = cache.train, cache.evaluation
+    else:
+        identity = source.identity
+        stores = (
+            SplitStore(path, "train", identity),
+            SplitStore(path, "eval", identity),
+        )
+    train, evaluation = stores
+    todo = []
+    for store, count in ((evaluation, 1), (train, views)):
+        done = store.committed()
+        todo += [
+            (store, v, store.rows(p)) for v in range(count) for p in range(store.parts) if p not in done.get(v, ())
+        ]
+    return todo
+
+
+def _probe(source: Source, config: BuildConfig, batch: int) -> tuple[float, float]:
+    """The teacher's images/s and bytes a record, from up to 512 seeded random images without augmentation.
+
+    InputError where its accuracy on them is near chance: classes in another order are the commonest silent error.
+    """
+    data, identity = source.train, source.identity
+    shuffled = np.argsort(np.random.Philox(key=7).random_raw(len(data)), kind="stable")
+    index = np.sort(shuffled[:_PROBE]).astype(np.int64)
+    batches = [index[i : i + batch] for i in range(0, len(index), batch)]
+    parameters = evaluation_view(data.sizes, whole=data.images is not None)
+    rendered = list(teacher_renderer(data, source, config.workers).batches(parameters, batches))
+    source.teacher.logits(rendered[0][:2])
+    start = time.monotonic()
+    logits = torch.cat([source.teacher.logits(images) for images in rendered]).cpu()
+    rate = len(index) / (time.monotonic() - start)
+    labels = source.train_labels[index]
+    record = identity.record
+    encoded = _as_arrays(encode(logits, torch.from_numpy(labels), record.k, record.temperatures, record.precision))
+    specs = arrays.record_arrays(record, len(index), len(index))
+    record_bytes = sum(len(arrays.encode_part(spec, 0, encoded[spec.name])) for spec in specs) / len(index)
+    if labels.shape[1] and not config.allow_low_accuracy:
+        accuracy = float((logits.argmax(1).numpy() == labels[:, 0]).mean())
+        chance = 1 / len(np.unique(source.train_labels[:, 0]))
+        limit = chance + 4 * (chance * (1 - chance) / len(index)) ** 0.5
+        if accuracy < limit:
+            raise InputError(
+                f"the teacher is right on {100 * accuracy:.1f}% of {len(index)} training images, chance is "
+                f"{100 * chance:.1f}%: are its classes in another order (--class-map), or its weights untrained? "
+                "--allow-low-accuracy builds all the same"
+            )
+    return rate, record_bytes
+
+
+def _teacher_labels(data: Dataset, class_map: str | None, teacher: Teacher) -> NDArray[np.int64]:
+    if not data.labels.shape[1]:
+        return data.labels
+    if class_map:
+        return map_labels(data.labels, data.class_names, class_map, teacher.class_names, teacher.classes)
+    if len(data.class_names) != teacher.classes:
+        raise InputError(
+            f"the teacher has {teacher.classes} classes, {data.name} has {len(data.class_names)}: "
+            "give --class-map auto (by class names) or a file"
+        )
+    return data.labels
+
+
+def _describe(data: Dataset, full: bool) -> DataIdentity:
+    return DataIdentity(
+        name=data.name,
+        split="train" if data.split == "train" else "eval",
+        samples=len(data),
+        fingerprint=data.fingerprint(full),
+        full_contents=full,
+    )
+
+
+def _writer(teacher: Teacher) -> dict[str, str]:
+    return {
+        "kdcache": __version__,
+        "torch": str(torch.__version__),
+        "python": sys.version.split()[0],
+        "device": str(teacher.device),
+        "host": socket.gethostname(),
+        "process": str(os.getpid()),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+    }

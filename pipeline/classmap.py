@@ -1,0 +1,153 @@
+"""Which class of the teacher each class of a dataset is, where the two number them differently."""
+
+import csv
+import difflib
+import io
+import json
+import re
+from collections.abc import Callable, Iterable, Sequence
+from importlib import import_module
+from pathlib import Path
+
+import numpy as np
+from torchvision.models import ResNet18_Weights
+
+from kdcache.cache.errors import InputError
+
+_SHOWN = 5  # names in one message
+_SYNSET = re.compile(r"n\d{8}")
+
+
+def map_labels(
+    labels: np.ndarray,
+    class_names: tuple[str, ...],
+    spec: str,
+    teacher_classes: tuple[str, ...] | None,
+    teacher_count: int,
+) -> np.ndarray:
+    """labels, int64 [N, L] ids of class_names, as ids of the teacher's classes.
+
+    spec is the path of a .json object, or of a .csv or .tsv of two columns without a heading: dataset class,
+    and teacher class by name or id. Lines for other classes are ignored. Or spec is 'auto': classes of the
+    same name, where case does not matter and _ is a space; and folders named by ImageNet's synsets
+    (n01440764), by timm's list, for a teacher of ImageNet's 1,000 classes. teacher_classes are the names of
+    the teacher's teacher_count classes where they are known.
+
+    InputError for a file that cannot be read, a class without a counterpart, an id out of range, and two
+    classes with one counterpart.
+    """
+    if not class_names:  # unlabelled
+        return labels
+    if spec == "auto":
+        ids = _auto(class_names, teacher_classes, teacher_count)
+    else:
+        given = _read(Path(spec).expanduser())
+        if missing := [name for name in class_names if name not in given]:
+            raise InputError(f"{spec}: has no line for {_listed(missing, given)}")
+        ids = _resolve(spec, [given[name] for name in class_names], teacher_classes or (), teacher_count)
+
+    taken: dict[int, str] = {}
+    for name, i in zip(class_names, ids, strict=True):
+        if i in taken:
+            raise InputError(f"class map {spec}: {taken[i]!r} and {name!r} are both the teacher's class {i}")
+        taken[i] = name
+    mapped: np.ndarray = np.array(ids, dtype=np.int64)[labels]
+    return mapped
+
+
+def _auto(names: Sequence[str], teacher_classes: Sequence[str] | None, teacher_count: int) -> list[int]:
+    synsets = all(_SYNSET.fullmatch(name) for name in names)
+    imagenet = teacher_count == 1000 and (
+        teacher_classes is None or list(teacher_classes) == ResNet18_Weights.IMAGENET1K_V1.meta["categories"]
+    )
+    if synsets and imagenet:
+        teacher_classes = _imagenet_synsets()
+    if teacher_classes is None:
+        raise InputError("class map auto: the names of the teacher's classes are not known: give a file")
+    ids = _finder(teacher_classes)
+    if missing := [name for name in names if ids(name) is None]:
+        unmatched = _listed(missing, teacher_classes)
+        raise InputError(f"class map auto: the teacher has no class {unmatched}; give a file that maps them")
+    return [i for name in names if (i := ids(name)) is not None]
+
+
+def _resolve(spec: str, wanted: Sequence[str | int], teacher_classes: Sequence[str], count: int) -> list[int]:
+    find = _finder(teacher_classes)
+    ids: list[int] = []
+    for value in wanted:
+        found = find(value) if isinstance(value, str) else value
+        if found is None and str(value).isdecimal():
+            found = int(value)
+        if found is None:
+            raise InputError(f"{spec}: the teacher has no class {_listed([str(value)], teacher_classes)}")
+        if not 0 <= found < count:
+            raise InputError(f"{spec}: there is no class {found}: the teacher's are 0 to {count - 1}")
+        ids.append(found)
+    return ids
+
+
+def _finder(names: Sequence[str]) -> Callable[[str], int | None]:
+    """A function from a name to its place in names: the very name, else the only one that reads the same."""
+    exact = {name: i for i, name in enumerate(names)}
+    alike: dict[str, list[int]] = {}
+    for i, name in enumerate(names):
+        alike.setdefault(_folded(name), []).append(i)
+
+    def find(name: str) -> int | None:
+        near = alike.get(_folded(name), [])
+        return exact.get(name, near[0] if len(near) == 1 else None)
+
+    return find
+
+
+def _folded(name: str) -> str:
+    return " ".join(name.replace("_", " ").casefold().split())
+
+
+def _listed(missing: Sequence[str], known: Iterable[str]) -> str:
+    """Up to five of the missing names, each with the known names nearest to it."""
+    folded = {_folded(name): name for name in known}
+    parts = []
+    for name in missing[:_SHOWN]:
+        near = [repr(folded[key]) for key in difflib.get_close_matches(_folded(name), folded, n=2)]
+        parts.append(repr(name) + (f" (nearest: {', '.join(near)})" if near else ""))
+    more = f" and {len(missing) - _SHOWN} more" if len(missing) > _SHOWN else ""
+    return ", ".join(parts) + more
+
+
+def _imagenet_synsets() -> list[str]:
+    """ImageNet's 1,000 synset ids in the order of its classes."""
+    try:
+        timm_data = import_module("timm.data")
+    except ImportError as e:
+        raise InputError(
+            "class map auto: the list of ImageNet's synsets comes with timm, which is not installed: "
+            "pip install timm, or give a file"
+        ) from e
+    names: list[str] = timm_data.ImageNetInfo("imagenet-1k").label_names()
+    return names
+
+
+def _read(path: Path) -> dict[str, str | int]:
+    """Dataset class -> teacher class, from the file."""
+    try:
+        text = path.read_text(encoding="utf-8-sig")
+        if path.suffix == ".json":
+            rows = json.loads(text, object_pairs_hook=tuple)  # keeps a key that is there twice
+        else:
+            delimiter = "\t" if path.suffix == ".tsv" else ","
+            rows = tuple(row for row in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if row)
+    except (OSError, ValueError, csv.Error) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise InputError(f"class map {path}: cannot be read: {reason}") from e
+    result: dict[str, str | int] = {}
+    if not isinstance(rows, tuple):
+        raise InputError(f"class map {path}: is not a JSON object")
+    for row in rows:
+        if len(row) != 2 or type(row[1]) not in (str, int):
+            raise InputError(f"class map {path}: {row!r} is not a dataset class and a teacher class or id")
+        name, value = row
+        if name in result:
+            raise InputError(f"class map {path}: has two lines for {name!r}")
+        result[name] = value
+    return result

@@ -1,0 +1,5 @@
+"""Stage 2: students from the cache."""
+
+from kdcache.train.loader import CachedLoader
+
+__all__ = ["CachedLoader"]

@@ -1,0 +1,57 @@
+"""How good a student is on the evaluation split, and how close to its teacher there."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.cache.records import Records
+from kdcache.pipeline.datasets import Dataset
+from kdcache.pipeline.render import Renderer
+from kdcache.pipeline.teachers import Classifier
+from kdcache.pipeline.views import evaluation_view
+
+_BATCH = 500
+_ECE_BINS = 15
+
+
+@torch.no_grad()
+def predict(model: Classifier, data: Dataset, renderer: Renderer, amp: bool = False) -> Tensor:
+    """float32 logits [N, C] on the CPU for the unaugmented images; leaves the model in eval()."""
+    model.eval()
+    batches = np.split(np.arange(len(data)), range(_BATCH, len(data), _BATCH))
+    parameters = evaluation_view(data.sizes, whole=data.images is not None)
+    out = []
+    for images in renderer.batches(parameters, batches):
+        with torch.autocast(renderer.device.type, torch.bfloat16, enabled=amp):
+            out.append(model(images).float().cpu())
+    return torch.cat(out)
+
+
+def metrics(logits: Tensor, labels: Tensor, teacher: Records | None = None) -> dict[str, float]:
+    """top1, top5, agreement (with the teacher's most probable class) in 0..1; nll and kl in nats; ece in 0..1.
+
+    logits [N, C]; labels [N], or empty without labels. ece: expected calibration error of the top class over 15
+    bins (Guo et al. 2017). kl: mean KL(teacher, student) at temperature 1, the teacher's tail as modelled; left
+    out where the records do not hold temperature 1.
+    """
+    # Slow to import, and help screens need none of it.
+    from torchmetrics.functional.classification import multiclass_calibration_error
+
+    out: dict[str, float] = {}
+    if labels.numel():
+        ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
+        out["top1"] = float(ranked[:, 0].float().mean())
+        out["top5"] = float(ranked.any(1).float().mean())
+        out["nll"] = float(F.cross_entropy(logits, labels))
+        classes = logits.shape[1]
+        ece = multiclass_calibration_error(logits.softmax(1), labels, num_classes=classes, n_bins=_ECE_BINS)
+        out["ece"] = float(ece)
+    if teacher is not None:
+        out["agreement"] = float((logits.argmax(1) == teacher.predictions()).float().mean())
+        if teacher.classes is None or 1.0 in teacher.temperatures:
+            soft = teacher.softened(1.0)
+            out["kl"] = float((-soft.entropy() - soft.cross(F.log_softmax(logits, 1))).mean())
+    return out

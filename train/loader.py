@@ -1,0 +1,263 @@
+"""Batches of (images, labels, records): where the cache meets the pixels.
+
+The epoch's records are one slab on the device, gathered by index; the next epoch's slab is read ahead in a thread.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.identity import DataIdentity
+from kdcache.cache.records import Records, encode
+from kdcache.cache.store import Cache, shard_name
+from kdcache.pipeline.datasets import Dataset, open_data
+from kdcache.pipeline.render import RENDERER, Renderer
+from kdcache.pipeline.teachers import Teacher
+from kdcache.pipeline.views import ViewParameters, draw
+
+Step = tuple[Tensor, Tensor, Records | None]
+
+
+def epoch_batches(
+    samples: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1
+) -> list[NDArray[np.int64]]:
+    """This rank's part of each batch of an epoch: a permutation that depends on (seed, epoch) alone.
+
+    The samples left over by whole batches wait for another epoch's permutation.
+    """
+    words = np.random.Philox(key=np.array([seed, 1], np.uint64), counter=np.array([0, epoch, 0, 0], np.uint64))
+    order = np.argsort(words.random_raw(samples), kind="stable").astype(np.int64)
+    count = samples // batch_size
+    return [np.array_split(b, world)[rank] for b in np.split(order[: count * batch_size], count)]
+
+
+def require_data(cache: Cache, data: Dataset) -> None:
+    """MismatchError, field by field, unless `data` is the split that the cache was built from."""
+    has = cache.identity.data if data.split == "train" else cache.identity.evaluation
+    given = DataIdentity(
+        name=data.name,
+        split="train" if data.split == "train" else "eval",
+        samples=len(data),
+        fingerprint=data.fingerprint(has.full_contents),
+        full_contents=has.full_contents,
+    )
+    if has != given:
+        a, b = has.model_dump(), given.model_dump()
+        found = "; ".join(f"{k}: the cache has {a[k]}, the data {b[k]}" for k in a if a[k] != b[k])
+        raise MismatchError(f"{cache.path} was built from other data than {data.name}: {found}")
+
+
+def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
+    """The view's parameters, drawn again and compared with the digests of its commits."""
+    views, store = cache.identity.views, cache.train
+    if views.renderer != RENDERER:
+        raise MismatchError(f"{cache.path} was rendered by {views.renderer}, this kdcache renders by {RENDERER}")
+    drawn = draw(views.policy, views.seed, view, range(len(data)), data.sizes)
+    for part in range(store.parts):
+        rows = store.rows(part)
+        if drawn[rows.start : rows.stop].digest() != store.commit(shard_name(view, part)).parameters:
+            raise MismatchError(
+                f"view {view}, part {part} of {cache.path} was built with other view parameters than this "
+                "kdcache draws: its records do not belong to these pixels"
+            )
+    return drawn
+
+
+class CachedLoader:
+    """Iterates over (images, labels, records) of an epoch, in an order that depends on (seed, epoch) alone.
+
+    images: float32 [B, 3, S, S], normalised by the dataset's mean and std, in the view that the records belong
+    to; labels: int64 [B] in the teacher's classes ([B, L] unless L = 1); records: Records of B. Epoch e takes
+    complete view e mod V. batch_size is that of all `world` ranks together; samples that fill no batch are left
+    out of the epoch.
+
+    data: a Dataset, or its name as in --data. image_size: pixels for the student, by default those of the images
+    (in memory) or of the teacher (files). views: use only the first so many. Raises MismatchError when the data
+    are not the cache's, NotFoundError when no view is complete.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        data: Dataset | str,
+        batch_size: int = 256,
+        rank: int = 0,
+        world: int = 1,
+        *,
+        seed: int = 0,
+        device: torch.device | str = "cpu",
+        image_size: int | None = None,
+        views: int | None = None,
+        workers: int | None = None,
+    ) -> None:
+        unlabelled = cache.identity.record.labels == 0
+        self.cache = cache
+        self.data = open_data(data, "train", unlabelled=unlabelled) if isinstance(data, str) else data
+        require_data(cache, self.data)
+        self._views = cache.views[:views]
+        if not self._views:
+            raise NotFoundError(f"{cache.path} has no complete view: run kdcache build again to finish it")
+        if views is not None and views > len(self._views):
+            raise NotFoundError(f"{cache.path} has {len(self._views)} complete views, not {views}: build more")
+        self._order = _Order(len(self.data), batch_size, rank, world, seed)
+        self._device = torch.device(device)
+        self._renderer = _renderer(cache, self.data, image_size, self._device, workers)
+        self._labels = _labels(cache, self._device)
+        self._mean, self._std = (
+            torch.tensor(v, device=self._device).view(1, 3, 1, 1) * 255 for v in (self.data.mean, self.data.std)
+        )
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdcache-slab")
+        self._slabs: dict[int, Future[tuple[Records, ViewParameters]]] = {}
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch, counted from 0: its view and its order."""
+        self._order.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
+        for images, labels, records in self.steps():
+            yield (images - self._mean) / self._std, labels, records
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
+        """The same with the images as rendered: uint8."""
+        now, after = (self._views[(self._order.epoch + i) % len(self._views)] for i in (0, 1))
+        wanted = {now, after}
+        self._slabs = {v: f for v, f in self._slabs.items() if v in wanted}
+        for view in (now, after):
+            if view not in self._slabs:
+                self._slabs[view] = self._thread.submit(self._read, view)
+        records, parameters = self._slabs[now].result()
+        batches = self._order.batches()
+        for index, images in zip(batches, self._renderer.batches(parameters, batches), strict=True):
+            at = torch.from_numpy(index).to(self._device)
+            yield images, self._labels[at], records[at]
+
+    def _read(self, view: int) -> tuple[Records, ViewParameters]:
+        return self.cache.read(view).to(self._device), stored_view(self.cache, self.data, view)
+
+
+class OnlineLoader:
+    """The baseline: the same views in the same order, answered by the live teacher in every step.
+
+    fresh_views: epoch e takes view e, a new one every epoch, instead of view e mod V.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        data: Dataset,
+        teacher: Teacher,
+        batch_size: int,
+        *,
+        fresh_views: bool = False,
+        seed: int = 0,
+        image_size: int | None = None,
+        views: int | None = None,
+        workers: int | None = None,
+    ) -> None:
+        if not fresh_views and not cache.views:
+            raise NotFoundError(f"{cache.path} has no complete view; --fresh-views needs none")
+        self._cache, self._data, self._teacher = cache, data, teacher
+        self._views = None if fresh_views else cache.views[:views]
+        self._order = _Order(len(data), batch_size, 0, 1, seed)
+        self._student_images = _renderer(cache, data, image_size, teacher.device, workers)
+        self._teacher_images = _renderer(cache, data, teacher.identity.input_size, teacher.device, workers)
+        self._labels = _labels(cache, teacher.device)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._order.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
+        """(images uint8 [B, 3, S, S], labels, dense float32 records of the live teacher)."""
+        epoch, views = self._order.epoch, self._cache.identity.views
+        view = epoch if self._views is None else self._views[epoch % len(self._views)]
+        parameters = draw(views.policy, views.seed, view, range(len(self._data)), self._data.sizes)
+        batches = self._order.batches()
+        for index, (images, seen) in zip(batches, self._images(parameters, batches), strict=True):
+            labels = self._labels[torch.from_numpy(index).to(self._teacher.device)]
+            y = labels if labels.numel() else None
+            yield images, labels, encode(self._teacher.logits(seen), y, precision="float32")
+
+    def _images(
+        self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the student and what the teacher sees: one rendering where the sizes are equal."""
+        mine = self._student_images.batches(parameters, batches)
+        if self._student_images.size == self._teacher_images.size:
+            return ((images, images) for images in mine)
+        return zip(mine, self._teacher_images.batches(parameters, batches), strict=True)
+
+
+class PlainLoader:
+    """Images and labels alone, a new view every epoch: for teaching a teacher."""
+
+    def __init__(
+        self,
+        data: Dataset,
+        policy: str,
+        batch_size: int,
+        size: int,
+        *,
+        seed: int,
+        device: torch.device,
+        workers: int | None = None,
+    ) -> None:
+        self._data, self._policy, self._seed = data, policy, seed
+        self._order = _Order(len(data), batch_size, 0, 1, seed)
+        self._renderer = Renderer(data, size, device, policy, workers)
+        self._labels = torch.from_numpy(data.labels[:, 0]).to(device)
+
+    def set_epoch(self, epoch: int) -> None:
+        self._order.epoch = epoch
+
+    def __len__(self) -> int:
+        return len(self._order)
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor, None]]:
+        parameters = draw(self._policy, self._seed, self._order.epoch, range(len(self._data)), self._data.sizes)
+        batches = self._order.batches()
+        for index, images in zip(batches, self._renderer.batches(parameters, batches), strict=True):
+            yield images, self._labels[torch.from_numpy(index).to(self._labels.device)], None
+
+
+class _Order:
+    """Which samples stand in which batch of which epoch."""
+
+    def __init__(self, samples: int, batch_size: int, rank: int, world: int, seed: int) -> None:
+        if not 1 <= batch_size <= samples:
+            raise InputError(f"a batch of {batch_size} does not fit the data's {samples} samples")
+        if batch_size < world:
+            raise InputError(f"a batch of {batch_size} cannot be split over {world} ranks")
+        self._samples, self._batch_size, self._seed = samples, batch_size, seed
+        self._rank, self._world = rank, world
+        self.epoch = 0
+
+    def __len__(self) -> int:
+        return self._samples // self._batch_size
+
+    def batches(self) -> list[NDArray[np.int64]]:
+        return epoch_batches(self._samples, self._batch_size, self._seed, self.epoch, self._rank, self._world)
+
+
+def _renderer(
+    cache: Cache, data: Dataset, image_size: int | None, device: torch.device, workers: int | None
+) -> Renderer:
+    size = image_size or (None if data.images is not None else cache.identity.teacher.input_size)
+    return Renderer(data, size, device, cache.identity.views.policy, workers)
+
+
+def _labels(cache: Cache, device: torch.device) -> Tensor:
+    labels = torch.from_numpy(cache.train.labels.astype(np.int64)).to(device)
+    return labels[:, 0] if labels.shape[1] == 1 else labels

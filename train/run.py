@@ -1,0 +1,227 @@
+"""`kdcache train` and `kdcache eval`: a run from its settings, and its weights looked at again."""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache import __version__
+from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.home import list_caches, open_cache
+from kdcache.cache.records import Records
+from kdcache.cache.store import Cache
+from kdcache.pipeline.datasets import Dataset, open_data
+from kdcache.pipeline.defaults import DATA, defaults_for
+from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.render import Renderer
+from kdcache.pipeline.teachers import (
+    Classifier,
+    Teacher,
+    load_fitting,
+    load_teacher,
+    pick_device,
+    read_weights,
+)
+from kdcache.train.evaluate import metrics, predict
+from kdcache.train.loader import CachedLoader, OnlineLoader, require_data
+from kdcache.train.losses import make_loss, require_served
+from kdcache.train.trainer import Recipe, RunFolder, fit, seeded
+
+
+@dataclass(frozen=True)
+class TrainConfig:
+    """What to train. None means the default for the dataset's kind (defaults.py), or the only one that matches."""
+
+    loss: str
+    cache: str | None = None
+    data: str = DATA
+    student: str | None = None
+    epochs: int | None = None
+    out: str | None = None
+    resume: bool = False
+    seed: int = 0
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    warmup: float = 1.0
+    views: int | None = None
+    image_size: int | None = None
+    online: bool = False
+    fresh_views: bool = False
+    teacher: str | None = None
+    weights: str | None = None
+    device: str | None = None
+    amp: str | None = None
+    workers: int | None = None
+
+
+def find_cache(data: str, teacher: str | None = None) -> Cache:
+    """The only cache under KDCACHE_HOME with complete views of this dataset (and teacher's architecture).
+
+    NotFoundError where there is none; InputError that lists them where there are several.
+    """
+    name, _, path = data.partition(":")
+    opened: dict[bool, Dataset] = {}
+    found = []
+    for cache in list_caches()[0]:
+        identity = cache.identity
+        if identity.data.name != (name if not path or name in ("imagenet", "imagefolder") else identity.data.name):
+            continue
+        if teacher and identity.teacher.architecture.split(" ")[0] != teacher:
+            continue
+        if not cache.views:
+            continue
+        unlabelled = identity.record.labels == 0
+        if unlabelled not in opened:
+            opened[unlabelled] = open_data(data, "train", unlabelled=unlabelled)
+        if identity.data.fingerprint == opened[unlabelled].fingerprint(identity.data.full_contents):
+            found.append(cache)
+    if not found:
+        by = f" by {teacher}" if teacher else ""
+        raise NotFoundError(f"no cache of {data}{by} with a complete view: run kdcache build --data {data} first")
+    if len(found) > 1:
+        raise InputError(
+            f"{len(found)} caches of {data} match, choose one with --cache: "
+            + "; ".join(
+                f"{c.key[:12]} ({c.identity.teacher.architecture}, {c.identity.views.policy}, {len(c.views)} views, "
+                f"{'dense' if c.identity.record.dense else f'top {c.identity.record.k}'})"
+                for c in found
+            )
+        )
+    return found[0]
+
+
+def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
+    """Train a student; the summary, which also stands in the run folder."""
+    device = pick_device(config.device)
+    cache = open_cache(config.cache) if config.cache else find_cache(config.data, config.teacher)
+    record = cache.identity.record
+    data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
+    require_data(cache, data)
+    require_data(cache, evaluation)
+    defaults = defaults_for(data)
+    size = config.image_size or data.image_size or cache.identity.teacher.input_size
+    loss = make_loss(config.loss, size)
+    if not config.online:
+        require_served(loss, record)
+    student = config.student or defaults.student
+    batch = config.batch_size or defaults.train_batch
+    recipe = Recipe(
+        epochs=config.epochs or defaults.epochs,
+        lr=config.lr or defaults.rate(batch),
+        decay=defaults.decay if config.weight_decay is None else config.weight_decay,
+        warmup=config.warmup,
+        amp=config.amp == "bf16",
+    )
+    loader: CachedLoader | OnlineLoader
+    if config.online:
+        teacher = _same_teacher(cache, config, data, device)
+        loader = OnlineLoader(
+            cache, data, teacher, batch, fresh_views=config.fresh_views, seed=config.seed, image_size=size,
+            views=config.views, workers=config.workers,
+        )  # fmt: skip
+    elif config.fresh_views:
+        raise InputError("--fresh-views needs the live teacher: give --online too")
+    else:
+        loader = CachedLoader(
+            cache, data, batch, seed=config.seed, device=device, image_size=size, views=config.views,
+            workers=config.workers,
+        )  # fmt: skip
+    network = seeded(config.seed, lambda: build_network(student, record.classes, size))
+    model = Classifier(network, data.mean, data.std).to(device)
+    model.to(memory_format=torch.channels_last)
+    name = f"{data.name.replace(':', '-')}-{student.replace('/', '-')}-{loss.name}-seed{config.seed}"
+    path = Path(config.out or f"runs/{name}{'-online' if config.online else ''}")
+    settings = {
+        "cache": cache.key, "data": config.data, "student": student, "loss": loss.name, "loss_options": vars(loss),
+        "epochs": recipe.epochs, "batch_size": batch, "lr": recipe.lr, "weight_decay": recipe.decay,
+        "momentum": recipe.momentum, "warmup": recipe.warmup, "seed": config.seed, "views": config.views,
+        "image_size": size, "online": config.online, "fresh_views": config.fresh_views, "amp": config.amp,
+    }  # fmt: skip
+    folder = RunFolder(path, settings, config.resume)
+    say(
+        f"{student} on {data.name} with {loss}, {'online' if config.online else 'from cache'} {cache.key[:12]} "
+        f"({len(cache.views)} views), {recipe.epochs} epochs on {device}: {path}"
+    )
+    notes = {
+        "student": student, "classes": record.classes, "input_size": size, "mean": list(data.mean),
+        "std": list(data.std), "class_names": list(data.class_names), "data": config.data, "cache": cache.key,
+    }  # fmt: skip
+    judge = Judge(cache, evaluation, size, device, config.workers)
+    started = time.monotonic()
+    history = fit(model, loss, loader, recipe, lambda m: judge(m, recipe.amp), folder, notes, say)
+    last = history[-1]
+    summary = {
+        **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
+        "epochs": len(history),
+        "best_top1": max((line["top1"] for line in history if "top1" in line), default=None),
+        "seconds_an_epoch": sorted(line["seconds"] for line in history)[len(history) // 2],
+        "seconds": time.monotonic() - started,
+        "run": str(path),
+        "kdcache": __version__,
+        "torch": str(torch.__version__),
+        "device": str(device),
+    }
+    folder.finish(summary)
+    return summary
+
+
+class Judge:
+    """Evaluates students on the evaluation split, beside the teacher's records of it."""
+
+    def __init__(
+        self, cache: Cache | None, evaluation: Dataset, size: int, device: torch.device, workers: int | None
+    ) -> None:
+        self._data = evaluation
+        self._renderer = Renderer(evaluation, size, device, workers=workers)
+        self._records: Records | None = None
+        labels = evaluation.labels
+        if cache is not None:
+            self._records = cache.read_evaluation()
+            labels = cache.evaluation.labels.astype("int64")
+        self._labels = torch.from_numpy(labels[:, 0] if labels.shape[1] else labels.reshape(-1))
+
+    def __call__(self, model: Classifier, amp: bool = False) -> dict[str, float]:
+        return metrics(predict(model, self._data, self._renderer, amp), self._labels, self._records)
+
+
+def evaluate_run(
+    where: str, data: str | None = None, cache: str | None = None, device: str | None = None, workers: int | None = None
+) -> dict[str, Any]:
+    """Metrics of a run folder's best weights or of a weights file that kdcache wrote."""
+    path = Path(where)
+    if path.is_dir():
+        path = path / "best.safetensors"
+    state, notes = read_weights(path)
+    if "student" not in notes and "input_size" not in notes:
+        raise InputError(f"{path} was not written by kdcache: it does not say which network and data it belongs to")
+    name = notes.get("student")
+    if name is None:
+        raise InputError(f"{path} is a taught teacher: its accuracy stands in its notes, see kdcache build")
+    on = pick_device(device)
+    network = build_network(name, notes["classes"], notes["input_size"])
+    load_fitting(network, state, f"the weights in {path} and {name}")
+    model = Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(on)
+    model.to(memory_format=torch.channels_last)
+    found = open_cache(cache or notes["cache"])
+    evaluation = open_data(data or notes["data"], "eval", unlabelled=found.identity.record.labels == 0)
+    require_data(found, evaluation)
+    return {"weights": str(path), **Judge(found, evaluation, notes["input_size"], on, workers)(model)}
+
+
+def _same_teacher(cache: Cache, config: TrainConfig, data: Dataset, device: torch.device) -> Teacher:
+    """The live teacher, which must be the one that the cache was built by."""
+    had = cache.identity.teacher
+    name = config.teacher or had.architecture.split(" ")[0]
+    amp = "bf16" if had.numeric == "bf16" else None
+    teacher = load_teacher(name, data, device, weights=config.weights, amp=amp)
+    if teacher.identity != had:
+        a, b = had.model_dump(), teacher.identity.model_dump()
+        found = "; ".join(f"{k}: the cache has {a[k]}, found {b[k]}" for k in a if a[k] != b[k])
+        raise MismatchError(f"the live teacher is not that of cache {cache.key[:12]}: {found}")
+    return teacher

@@ -1,0 +1,113 @@
+"""A teacher for a dataset that has no pretrained one: plain cross-entropy, filed so that build finds it."""
+
+from __future__ import annotations
+
+import shutil
+from collections.abc import Callable
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+
+from kdcache.cache.errors import InputError
+from kdcache.pipeline.build import BuildConfig, BuildResult, build
+from kdcache.pipeline.datasets import open_data
+from kdcache.pipeline.defaults import DATA, defaults_for
+from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.render import Renderer
+from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, file_classifier, pick_device, taught_file
+from kdcache.pipeline.views import check_policy
+from kdcache.train.evaluate import metrics, predict
+from kdcache.train.loader import PlainLoader
+from kdcache.train.losses import CE
+from kdcache.train.trainer import Recipe, RunFolder, fit, seeded
+
+
+@dataclass(frozen=True)
+class TeachConfig:
+    """What to teach. None means the default for the dataset's kind (defaults.py)."""
+
+    teacher: str
+    data: str = DATA
+    augment: str | None = None
+    epochs: int | None = None
+    batch_size: int | None = None
+    lr: float | None = None
+    weight_decay: float | None = None
+    seed: int = 0
+    device: str | None = None
+    amp: str | None = None
+    workers: int | None = None
+    force: bool = False
+
+
+def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path, float]:
+    """Train the teacher and file it; its weights' file and top-1 (0..1) on the evaluation split.
+
+    Stopped, it resumes after the last whole epoch. One that is filed already is kept, unless `force`.
+    """
+    device = pick_device(config.device)
+    data, evaluation = open_data(config.data, "train"), open_data(config.data, "eval")
+    path = taught_file(config.teacher, data)
+    if path.exists() and not config.force:
+        raise InputError(f"{config.teacher} is taught on {data.name} already ({path}): --force teaches it anew")
+    defaults = defaults_for(data)
+    policy = check_policy(config.augment or defaults.augment)
+    batch = min(config.batch_size or defaults.train_batch, len(data))
+    size = data.image_size or IMAGENET_SIZE
+    network = seeded(config.seed, lambda: build_network(config.teacher, len(data.class_names), size))
+    model = Classifier(network, data.mean, data.std).to(device)
+    model.to(memory_format=torch.channels_last)
+    recipe = Recipe(
+        epochs=config.epochs or defaults.epochs,
+        lr=config.lr or defaults.rate(batch),
+        decay=defaults.decay if config.weight_decay is None else config.weight_decay,
+        amp=config.amp == "bf16",
+    )
+    settings = {
+        "teacher": config.teacher, "data": data.fingerprint(), "augment": policy, "epochs": recipe.epochs,
+        "batch_size": batch, "lr": recipe.lr, "weight_decay": recipe.decay, "seed": config.seed, "amp": config.amp,
+    }  # fmt: skip
+    work = path.with_suffix(".run")
+    if config.force:
+        shutil.rmtree(work, ignore_errors=True)
+    notes = {
+        "input_size": size, "mean": list(data.mean), "std": list(data.std), "class_names": list(data.class_names),
+    }  # fmt: skip
+    say(f"teaching {config.teacher} on {data.name}: {recipe.epochs} epochs of {len(data):,} images on {device}")
+    renderer = Renderer(evaluation, size, device, workers=config.workers)
+    labels = torch.from_numpy(evaluation.labels[:, 0])
+    history = fit(
+        model,
+        CE(),
+        PlainLoader(data, policy, batch, size, seed=config.seed, device=device, workers=config.workers),
+        recipe,
+        lambda m: metrics(predict(m, evaluation, renderer, recipe.amp), labels),
+        RunFolder(work, settings, resume=work.exists()),
+        notes,
+        say,
+    )
+    file_classifier(path, model, {**notes, "metrics": history[-1]})
+    shutil.rmtree(work)
+    say(f"{config.teacher} has top-1 {100 * history[-1]['top1']:.2f} on {data.name}'s evaluation split: {path}")
+    return path, history[-1]["top1"]
+
+
+def build_and_teach(config: BuildConfig, say: Callable[[str], None] = print) -> BuildResult:
+    """Build; on the embedded digits a teacher that is not there is taught first, so that the short form works."""
+    if config.data == DATA:
+        say(f"data: {DATA}, scikit-learn's 8x8 images, to try things out; --data names your own")
+        named = ":" not in config.teacher and config.weights is None
+        if named and not taught_file(config.teacher, open_data(DATA, "train")).exists():
+            say(f"no {config.teacher} has been taught on {DATA} yet: teaching one first")
+            teach(TeachConfig(config.teacher, device=config.device), say)
+    return build(config, say)
+
+
+def unreadable_files(data: str, unlabelled: bool, say: Callable[[str], None]) -> list[str]:
+    """Every image file of both splits that cannot be read, one `path: reason` each."""
+    found = []
+    for split in ("train", "eval"):
+        say(f"reading every image of {data}, {split}")
+        found += open_data(data, split, unlabelled=unlabelled).unreadable()
+    return found

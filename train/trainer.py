@@ -1,0 +1,241 @@
+"""Stage 2: one student, from a loader's (images, labels, records) and a loss."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import time
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError
+from kdcache.cache.files import replace_file
+from kdcache.cache.records import Records
+from kdcache.pipeline.progress import Progress
+from kdcache.pipeline.teachers import Classifier, file_classifier
+from kdcache.train.losses import Loss
+
+
+class Loader(Protocol):
+    """What the trainer iterates over: an epoch of (images uint8, labels, records)."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def steps(self) -> Iterator[tuple[Tensor, Tensor, Records | None]]: ...
+
+
+@dataclass(frozen=True)
+class Recipe:
+    """SGD with Nesterov momentum, linear warm-up over `warmup` epochs, then cosine to zero, step by step.
+
+    lr: peak learning rate at this batch size; decay: weight decay; amp: bfloat16 autocast.
+    """
+
+    epochs: int
+    lr: float
+    decay: float = 5e-4
+    momentum: float = 0.9
+    warmup: float = 1.0
+    amp: bool = False
+
+    def rate(self, step: int, steps_per_epoch: int) -> float:
+        """The learning rate of a step, counted from 0 over the whole run."""
+        total, warm = self.epochs * steps_per_epoch, round(self.warmup * steps_per_epoch)
+        if step < warm:
+            return self.lr * (step + 1) / warm
+        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+
+
+class RunFolder:
+    """config.json, metrics.jsonl, summary.json, last and best weights, TensorBoard events, and the state to resume."""
+
+    def __init__(self, path: Path, config: dict[str, Any], resume: bool) -> None:
+        self.path = path
+        file = path / "config.json"
+        if file.exists():
+            if not resume:
+                raise InputError(f"{path} holds a run already: give --resume to go on with it, or another --out")
+            self._require_same(json.loads(file.read_text()), config)
+        elif resume:
+            raise InputError(f"{path} holds no run to resume: leave --resume out to start one")
+        elif path.exists() and any(path.iterdir()):
+            raise InputError(f"{path} is not empty and no run: give another --out")
+        else:
+            replace_file(file, _json(config))
+
+    def _require_same(self, had: dict[str, Any], config: dict[str, Any]) -> None:
+        wanted = json.loads(_json(config))
+        names = [k for k in {**had, **wanted} if had.get(k) != wanted.get(k)]
+        if names:
+            found = "; ".join(f"{k}: the run has {had.get(k)}, asked for {wanted.get(k)}" for k in names)
+            raise InputError(f"{self.path} is another run and is not resumed: {found}")
+
+    def load_state(self) -> dict[str, Any] | None:
+        """The state after the last whole epoch, or None."""
+        file = self.path / "state.pt"
+        if not file.exists():
+            return None
+        try:
+            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
+        except Exception as e:
+            raise CorruptError(f"{file} cannot be read ({type(e).__name__}): remove it to start the run anew") from e
+        return state
+
+    def save_epoch(self, model: Classifier, state: dict[str, Any], notes: dict[str, Any], best: bool) -> None:
+        """Everything of a whole epoch; the state last, so that a kill in between repeats the epoch."""
+        history = state["history"]
+        file_classifier(self.path / "last.safetensors", model, notes)
+        if best:
+            file_classifier(self.path / "best.safetensors", model, notes)
+        replace_file(self.path / "metrics.jsonl", b"".join(_json(line, indent=None) for line in history))
+        content = io.BytesIO()
+        torch.save(state, content)
+        replace_file(self.path / "state.pt", content.getvalue())
+
+    def finish(self, summary: dict[str, Any]) -> None:
+        replace_file(self.path / "summary.json", _json(summary))
+
+
+def fit(
+    model: Classifier,
+    loss: Loss,
+    loader: Loader,
+    recipe: Recipe,
+    evaluate: Callable[[Classifier], dict[str, float]],
+    folder: RunFolder | None = None,
+    notes: dict[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+) -> list[dict[str, Any]]:
+    """Train in place; one line of metrics an epoch. With a folder, goes on after the last whole epoch there.
+
+    `notes` go into the weights' files. KdcacheError when the loss is no longer finite.
+    """
+    device = next(model.parameters()).device
+    optimiser = torch.optim.SGD(
+        model.parameters(),
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.decay,
+        nesterov=recipe.momentum > 0,
+        fused=device.type in ("cpu", "cuda"),
+    )
+    history: list[dict[str, Any]] = []
+    if folder and (state := folder.load_state()):
+        history = state["history"]
+        model.load_state_dict(state["model"])
+        optimiser.load_state_dict(state["optimiser"])
+        _restore_random(state["random"], device)
+        say(f"resuming {folder.path} after epoch {len(history)} of {recipe.epochs}")
+    events = _events(folder, len(history), say) if folder else None
+    for epoch in range(len(history), recipe.epochs):
+        loader.set_epoch(epoch)
+        started = time.monotonic()
+        mean_loss = _train_epoch(model, loss, loader, optimiser, recipe, epoch, device)
+        seconds = time.monotonic() - started
+        if not math.isfinite(mean_loss):
+            raise KdcacheError(f"the loss is not finite in epoch {epoch + 1}: lower --lr (now {recipe.lr:g})")
+        line: dict[str, Any] = {"epoch": epoch + 1, "loss": mean_loss, "seconds": seconds, **evaluate(model)}
+        history.append(line)
+        say(_describe(line, recipe.epochs))
+        if events is not None:
+            for name, value in line.items():
+                events.add_scalar(name, value, epoch + 1)
+            events.flush()
+        if folder:
+            score = [_score(past) for past in history]
+            folder.save_epoch(
+                model,
+                {
+                    "history": history,
+                    "model": model.state_dict(),
+                    "optimiser": optimiser.state_dict(),
+                    "random": _random_state(device),
+                },
+                {**(notes or {}), "metrics": line},
+                best=score[-1] >= max(score),
+            )
+    if events is not None:
+        events.close()
+    return history
+
+
+def _train_epoch(
+    model: Classifier,
+    loss: Loss,
+    loader: Loader,
+    optimiser: torch.optim.Optimizer,
+    recipe: Recipe,
+    epoch: int,
+    device: torch.device,
+) -> float:
+    model.train()
+    total = torch.zeros((), device=device)
+    first = epoch * len(loader)
+    with Progress(f"epoch {epoch + 1}/{recipe.epochs}", len(loader), "steps") as progress:
+        for i, (images, labels, records) in enumerate(loader.steps()):
+            for group in optimiser.param_groups:
+                group["lr"] = recipe.rate(first + i, len(loader))
+            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
+                logits = model(images)
+            value = loss(logits, labels, records)
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+            total += value.detach()
+            progress.advance(1)
+    return float(total) / len(loader)
+
+
+def _score(line: dict[str, Any]) -> float:
+    """What the best weights are best at: top-1, or agreement where there are no labels."""
+    return float(line.get("top1", line.get("agreement", -line["loss"])))
+
+
+def _describe(line: dict[str, Any], epochs: int) -> str:
+    parts = [f"epoch {line['epoch']}/{epochs}", f"loss {line['loss']:.4f}"]
+    parts += [
+        f"{name} {100 * line[key]:.2f}" for name, key in (("top-1", "top1"), ("agreement", "agreement")) if key in line
+    ]
+    if "nll" in line:
+        parts.append(f"nll {line['nll']:.4f}")
+    return "  ".join([*parts, f"{line['seconds']:.1f} s"])
+
+
+def _events(folder: RunFolder, done: int, say: Callable[[str], None]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("note: no TensorBoard events are written: pip install 'kdcache[tensorboard]' for them")
+        return None
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=done + 1)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _restore_random(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def _json(value: dict[str, Any], indent: int | None = 2) -> bytes:
+    return (json.dumps(value, indent=indent, sort_keys=indent is not None) + "\n").encode()
+
+
+def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+    """A freshly initialised network that depends on the seed alone; dropout goes on from there."""
+    torch.manual_seed(seed)
+    return make()
