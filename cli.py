@@ -2,17 +2,24 @@
 
 from __future__ import annotations
 
+import _thread
 import errno
 import json
+import math
 import os
 import sys
+import threading
+from collections.abc import Callable
 from pathlib import Path
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import click
+from click.core import ParameterSource
 
 from kdcache import __version__
-from kdcache.cache.errors import KdcacheError
+
+if TYPE_CHECKING:
+    from kdcache.pipeline.settings import Setting
 
 INTERRUPTED = 130
 
@@ -20,27 +27,70 @@ INTERRUPTED = 130
 class _Failure(click.ClickException):
     exit_code = 2
 
+    def __init__(self, message: str) -> None:
+        super().__init__(" ".join(message.splitlines()))
+
 
 class _Main(click.Group):
     """Every mistake is one clear line; settings come from flags, the environment, then kdcache.toml."""
 
     def invoke(self, ctx: click.Context) -> Any:
+        before = sys.unraisablehook
+        sys.unraisablehook = lambda unraisable: _unraisable(unraisable, before)
         try:
-            from kdcache.pipeline.settings import FILE, load_settings
-
-            commands = {
-                name: {p.name for p in command.params if isinstance(p, click.Option) and p.name}
-                for name, command in self.commands.items()
-            }
-            ctx.default_map = load_settings(commands, os.environ, Path(FILE))
-            return super().invoke(ctx)
-        except KdcacheError as e:
-            raise _Failure(str(e)) from e
-        except OSError as e:
-            raise _Failure(_system_error(e)) from e
+            return self._invoke(ctx)
         except KeyboardInterrupt:
             click.echo("stopped; nothing is lost: the same command (train: with --resume) goes on", err=True)
             sys.exit(INTERRUPTED)
+        finally:
+            sys.unraisablehook = before
+
+    def _invoke(self, ctx: click.Context) -> Any:
+        # Only here, because it takes seconds in which people press Ctrl-C.
+        from kdcache.cache.errors import KdcacheError
+        from kdcache.pipeline.settings import FILE, load_settings
+
+        flags = {name: _flags(command) for name, command in self.commands.items()}
+        found: dict[str, dict[str, Setting]] = {}
+        try:
+            found = load_settings({name: set(known) for name, known in flags.items()}, os.environ, Path(FILE))
+            ctx.default_map = {
+                command: {flags[command][flag]: setting.value for flag, setting in chosen.items()}
+                for command, chosen in found.items()
+            }
+            return super().invoke(ctx)
+        except click.BadParameter as e:
+            if e.ctx and e.param and e.ctx.get_parameter_source(e.param.name or "") is ParameterSource.DEFAULT_MAP:
+                origin = found[str(e.ctx.info_name)][_flag(e.param)].origin
+                raise click.BadParameter(f"{e.message} (from {origin})", e.ctx, e.param, e.param_hint) from e
+            raise
+        except KdcacheError as e:
+            raise _Failure(str(e)) from e
+        except OSError as e:
+            if e.errno == errno.EPIPE:
+                raise  # the reader of our output has gone, as in `kdcache ls | head`: click ends quietly
+            raise _Failure(_system_error(e)) from e
+        except (MemoryError, RuntimeError) as e:
+            if (reason := _machine_error(e)) is None:
+                raise
+            raise _Failure(reason) from e
+
+
+def _unraisable(unraisable: Any, otherwise: Callable[[Any], object]) -> None:
+    """Ctrl-C that fell where Python drops exceptions, as when worker processes start or end, comes a moment later."""
+    if unraisable.exc_type is KeyboardInterrupt:
+        threading.Timer(0.05, _thread.interrupt_main).start()
+    else:
+        otherwise(unraisable)
+
+
+def _flag(param: click.Parameter) -> str:
+    return max(param.opts, key=len).lstrip("-")
+
+
+def _flags(command: click.Command) -> dict[str, str]:
+    """The command's options as typed, without the dashes, and the names of their parameters."""
+    return {_flag(p): p.name for p in command.params if isinstance(p, click.Option) and p.name}
 
 
 def _system_error(e: OSError) -> str:
@@ -49,7 +99,19 @@ def _system_error(e: OSError) -> str:
         return f"{what}: free some space and run the same command again, it goes on where it was"
     if e.errno in (errno.EACCES, errno.EPERM, errno.EROFS):
         return f"{what}: give a place that can be written with --out or KDCACHE_HOME"
+    if e.errno in (errno.ENOTDIR, errno.EEXIST):
+        return f"{what}: a folder is needed there; give another --out or KDCACHE_HOME"
     return what
+
+
+def _machine_error(e: Exception) -> str | None:
+    """What to do where the machine is too small for what was asked; None for other errors."""
+    first = (str(e).splitlines() or [""])[0]
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
+        return f"out of memory ({first[:200]}): lower --batch-size or --image-size"
+    if first.startswith("DataLoader worker"):
+        return f"{first.split('. ')[0]}: often too little memory, or too small a /dev/shm; lower --workers"
+    return None
 
 
 def _print(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
@@ -60,9 +122,19 @@ def _say(text: str) -> None:
     click.echo(text, err=True)
 
 
+class _Number(click.FloatRange):
+    """A finite number: nan passes every comparison with a bound."""
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> float:
+        number = float(super().convert(value, param, ctx))
+        if not math.isfinite(number):
+            self.fail(f"{value} is not a finite number.", param, ctx)
+        return number
+
+
 def _temperatures(ctx: click.Context, param: click.Parameter, value: str) -> tuple[float, ...]:
     try:
-        found = tuple(sorted({float(t) for t in str(value).split(",")}))
+        found = tuple(sorted({float(t) for t in value.split(",")}))
     except ValueError:
         raise click.BadParameter(f"{value!r} is not a list of numbers such as 1,2,4") from None
     if not all(0 < t < 1000 for t in found):
@@ -78,11 +150,18 @@ _device = click.option("--device", help="cuda, cuda:1, cpu, ...; the GPU where t
 _workers = click.option("--workers", type=click.IntRange(0), help="Processes that decode image files [the cores].")
 _amp = click.option("--amp", type=click.Choice(["bf16"]), help="Run the network in bfloat16.")
 _json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
-_seed = click.option("--seed", type=click.IntRange(0), default=0, show_default=True)
-_batch = click.option("--batch-size", type=click.IntRange(1))
+# One image has no statistics for a batch norm.
+_batch = click.option("--batch-size", type=click.IntRange(2), help="Images a step [by dataset].")
 _weights = click.option("--weights", metavar="FILE|NAME", help="A weights file, or a torchvision name.")
 _augment = click.option("--augment", metavar="POLICY", help="crop,flip  rrc,flip  ... [by dataset].")
 _unlabelled = click.option("--unlabelled", is_flag=True, help="Build without labels (L = 0).")
+_class_map = click.option("--class-map", metavar="FILE|auto", help="Dataset's class names to the teacher's classes.")
+_epochs = click.option("--epochs", type=click.IntRange(1), help="[by dataset]")
+_lr = click.option("--lr", type=_Number(0, min_open=True), help="Peak learning rate [by dataset].")
+_decay = click.option("--weight-decay", type=_Number(0), help="[by dataset]")
+_seed = click.option(
+    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything drawn at random."
+)
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -102,10 +181,10 @@ def main() -> None:
 @click.option("--teacher", required=True, metavar="NAME", help="A network's name.")
 @_data
 @_augment
-@click.option("--epochs", type=click.IntRange(1))
+@_epochs
 @_batch
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
-@click.option("--weight-decay", type=click.FloatRange(0))
+@_lr
+@_decay
 @_seed
 @_device
 @_amp
@@ -124,59 +203,53 @@ def teach(as_json: bool, **options: Any) -> None:
     _print({"weights": str(path), "top1": top1}, as_json, str(path))
 
 
-def _build_options(command: Any) -> Any:
-    for option in reversed(
-        [
-            click.option("--teacher", required=True, metavar="NAME", help="A network's name."),
-            _weights,
-            _data,
-            _augment,
-            click.option("--topk", type=click.IntRange(1), help="Classes to store [all up to 200, else 20]."),
-            click.option(
-                "--temperatures", default="1,2,3,4", show_default=True, callback=_temperatures,
-                help="At which the tail is stored.",
-            ),
-            click.option(
-                "--precision", type=click.Choice(["float16", "float32"]), default="float16", show_default=True,
-                help="Of the stored gaps between logits.",
-            ),
-            click.option("--class-map", metavar="FILE|auto", help="Dataset's class names to the teacher's classes."),
-            _unlabelled,
-            click.option("--out", metavar="PATH", help="The cache's folder [under KDCACHE_HOME, by its key]."),
-            _seed,
-            _batch,
-            _device,
-            _amp,
-            _workers,
-            click.option("--full-fingerprint", is_flag=True, help="Hash every file's contents, not 4,096 of them."),
-        ]
-    ):  # fmt: skip
-        command = option(command)
-    return command
-
-
 @main.command()
-@_build_options
-@click.option("--views", type=click.IntRange(1), help="How many augmented views [by dataset].")
+@click.option("--teacher", metavar="NAME", help="A network's name.  [required]")
+@_weights
+@_data
+@_augment
+@click.option("--views", type=click.IntRange(1, 100_000), help="How many augmented views [by dataset].")
+@click.option("--topk", type=click.IntRange(1), help="Classes to store [all up to 200, else 20].")
+@click.option(
+    "--temperatures", default="1,2,3,4", show_default=True, callback=_temperatures, help="At which the tail is stored."
+)
+@click.option(
+    "--precision",
+    type=click.Choice(["float16", "float32"]),
+    default="float16",
+    show_default=True,
+    help="Of the stored gaps between logits.",
+)
+@_class_map
+@_unlabelled
+@click.option("--out", metavar="PATH", help="The cache's folder [under KDCACHE_HOME, by its key].")
+@_seed
+@click.option("--batch-size", type=click.IntRange(1), help="Images that the teacher gets at once [by dataset].")
+@_device
+@_amp
+@_workers
+@click.option("--full-fingerprint", is_flag=True, help="Hash every file's contents, not 4,096 of them.")
 @click.option("--allow-low-accuracy", is_flag=True, help="Build although the teacher is near chance.")
 @click.option("--list-unreadable", is_flag=True, help="Name every image file that cannot be read, and stop.")
 @_json
-def build(as_json: bool, list_unreadable: bool, **options: Any) -> None:
+def build(as_json: bool, list_unreadable: bool, teacher: str | None, **options: Any) -> None:
     """Run the teacher once over every view and store its answers.
 
     \b
     Example: kdcache build --teacher resnet34
              kdcache build --teacher resnet34 --data imagenet:/data/imagenet --views 16
+             kdcache build --data imagefolder:/data/birds --list-unreadable
     """
     from kdcache.pipeline.build import BuildConfig
     from kdcache.train.teach import build_and_teach, unreadable_files
 
-    config = BuildConfig(**options)
     if list_unreadable:
-        found = unreadable_files(config.data, config.unlabelled, _say)
+        found = unreadable_files(options["data"], options["unlabelled"], _say)
         _print(found, as_json, "\n".join(found) or "every file can be read")
         sys.exit(1 if found else 0)
-    result = build_and_teach(config, _say)
+    if teacher is None:
+        raise click.UsageError("Missing option '--teacher'.")
+    result = build_and_teach(BuildConfig(teacher, **options), _say)
     _print(vars(result), as_json, str(result.path))
 
 
@@ -185,13 +258,13 @@ def build(as_json: bool, list_unreadable: bool, **options: Any) -> None:
 @click.option("--cache", metavar="PATH|KEY", help="[the only one that matches]")
 @_data
 @click.option("--student", metavar="NAME", help="A network's name [by dataset].")
-@click.option("--epochs", type=click.IntRange(1))
+@_epochs
 @click.option("--out", metavar="DIR", help="The run's folder [runs/...].")
 @click.option("--resume", is_flag=True, help="Go on after the last whole epoch of the run in --out.")
 @_batch
-@click.option("--lr", type=click.FloatRange(0, min_open=True), help="Peak learning rate.")
-@click.option("--weight-decay", type=click.FloatRange(0))
-@click.option("--warmup", type=click.FloatRange(0), default=1.0, show_default=True, help="Epochs.")
+@_lr
+@_decay
+@click.option("--warmup", type=_Number(0), default=1.0, show_default=True, help="Epochs.")
 @click.option("--views", type=click.IntRange(1), help="Use only the first so many views.")
 @click.option("--image-size", type=click.IntRange(8), help="The student's input size in pixels.")
 @click.option("--online", is_flag=True, help="Run the teacher in every step instead: the baseline.")
@@ -206,7 +279,9 @@ def build(as_json: bool, list_unreadable: bool, **options: Any) -> None:
 def train(as_json: bool, **options: Any) -> None:
     """Train a student from a cache.
 
-    Example: kdcache train --loss nkd --student resnet20 --data cifar10 --epochs 60
+    \b
+    Example: kdcache train --loss nkd
+             kdcache train --loss nkd --student resnet20 --data cifar10 --epochs 60
     """
     from kdcache.train.run import TrainConfig
     from kdcache.train.run import train as run
@@ -269,7 +344,7 @@ def info(as_json: bool, cache: str) -> None:
 @click.argument("cache")
 @click.option("--data", metavar="NAME[:PATH]", help="Where the images are [by the name in the cache].")
 @_weights
-@click.option("--class-map", metavar="FILE|auto", help="As given to build.")
+@_class_map
 @click.option("--replay", type=click.IntRange(0), default=512, show_default=True, help="Records a view; 0: none.")
 @_device
 @_json

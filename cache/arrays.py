@@ -20,8 +20,10 @@ from kdcache.cache.errors import CorruptError
 from kdcache.cache.identity import RecordIdentity
 from kdcache.cache.records import class_dtype
 
-# Blosc never grows data by more than its header and a few bytes a block.
+# Blosc never grows data by more than its header and a few bytes a block, and takes no more than this at once.
 _OVERHEAD = 4096
+MAX_CHUNK_BYTES = 2**31 - 17
+_CRC_BYTES = 4
 
 
 @dataclass(frozen=True)
@@ -123,10 +125,14 @@ def encode_part(spec: ArraySpec, part: int, data: NDArray[Any]) -> bytes:
 
 def decode_part(spec: ArraySpec, part: int, data: bytes, where: str) -> NDArray[Any]:
     """The rows of a part; CorruptError naming the file where the bytes are not such a chunk."""
-    # Blosc's header declares how much it will write; checked before it is believed.
-    declared = int.from_bytes(data[4:8], "little") if len(data) >= 16 else -1
-    if declared != spec.chunk_bytes:
-        raise CorruptError(f"{where}: declares {declared} bytes of data where {spec.chunk_bytes} belong")
+    # Blosc's header declares how much it will write and read; it does neither check, so both are checked here.
+    if len(data) < 16 + _CRC_BYTES:
+        raise CorruptError(f"{where}: {len(data)} bytes are no chunk")
+    writes, reads = (int.from_bytes(data[i : i + 4], "little") for i in (4, 12))
+    if writes != spec.chunk_bytes:
+        raise CorruptError(f"{where}: declares {writes} bytes of data where {spec.chunk_bytes} belong")
+    if reads != len(data) - _CRC_BYTES:
+        raise CorruptError(f"{where}: declares {reads} compressed bytes and has {len(data) - _CRC_BYTES}")
     store: dict[str, Buffer] = {}
     array = _open(store, spec)
     store[spec.chunk_file(part)] = default_buffer_prototype().buffer.from_bytes(data)

@@ -2,12 +2,16 @@
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import os
 import secrets
+import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
-from kdcache.cache.errors import CorruptError, NotFoundError
+from kdcache.cache.errors import CorruptError, KdcacheError, NotFoundError
 
 
 def sha256(data: bytes) -> str:
@@ -24,14 +28,11 @@ def publish(path: Path, data: bytes, scratch: Path, *, replace: bool = False) ->
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = scratch / f"{os.getpid()}-{secrets.token_hex(8)}"
     try:
-        with temporary.open("xb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        _write(temporary, data, path)
         try:
             os.link(temporary, path)
         except FileExistsError:
-            if path.read_bytes() != data:
+            if not _holds(path, data):
                 if not replace:
                     raise CorruptError(f"{path} exists with other content; it is never overwritten") from None
                 temporary.replace(path)
@@ -53,29 +54,56 @@ def replace_file(path: Path, data: bytes) -> None:
     path.parent.mkdir(parents=True, exist_ok=True)
     temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
     try:
-        with temporary.open("wb") as f:
-            f.write(data)
-            f.flush()
-            os.fsync(f.fileno())
+        _write(temporary, data, path)
         temporary.replace(path)
         sync_folder(path.parent)
     finally:
         temporary.unlink(missing_ok=True)
 
 
+def _write(temporary: Path, data: bytes, path: Path) -> None:
+    with _naming(path), temporary.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+@contextmanager
+def _naming(path: Path) -> Iterator[None]:
+    # A write that fails, on a full disk for one, does not say by itself where.
+    try:
+        yield
+    except OSError as e:
+        e.filename = str(path)
+        raise
+
+
+def _holds(path: Path, data: bytes) -> bool:
+    try:
+        return read_bounded(path, len(data)) == data
+    except KdcacheError:
+        return False
+
+
 def read_bounded(path: Path, limit: int) -> bytes:
     """The file's bytes; a CorruptError, without reading on, where it is longer or not a plain file."""
     try:
+        # Neither through a link out of the cache, nor waiting for a pipe's other end.
         fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing") from None
     except OSError as e:
+        reason = "a symbolic link is not followed" if e.errno == errno.ELOOP else e.strerror
+        raise CorruptError(f"{path} cannot be read: {reason}") from e
+    try:
+        found = os.fstat(fd)
+        if not stat.S_ISREG(found.st_mode):
+            raise CorruptError(f"{path} is not a plain file")
+        if found.st_size > limit:
+            raise CorruptError(f"{path} is longer than the {limit} bytes that it may have")
+        with open(fd, "rb", closefd=False) as f:
+            return f.read(found.st_size)
+    except OSError as e:
         raise CorruptError(f"{path} cannot be read: {e.strerror}") from e
-    with os.fdopen(fd, "rb") as f:
-        try:
-            data = f.read(limit + 1) or b""
-        except OSError as e:
-            raise CorruptError(f"{path} cannot be read: {e.strerror}") from e
-    if len(data) > limit:
-        raise CorruptError(f"{path} is longer than the {limit} bytes that fit its shape")
-    return data
+    finally:
+        os.close(fd)

@@ -101,23 +101,21 @@ def canonical(model: BaseModel) -> bytes:
 M = TypeVar("M", bound=BaseModel)
 
 
-def parse(model: type[M], data: bytes, where: str) -> M:
-    """The strict model in `data`, or a CorruptError that names the file and the field."""
-    if len(data) > MAX_JSON_BYTES:
-        raise CorruptError(f"{where} is larger than {MAX_JSON_BYTES} bytes: not a file of kdcache's")
+def parse(model: type[M], data: bytes, where: str, advice: str) -> M:
+    """The strict model in `data`, or a CorruptError that names the file and the field and ends with the advice."""
     try:
         raw = json.loads(data, object_pairs_hook=_no_duplicates)
     except (ValueError, RecursionError) as e:
-        raise CorruptError(f"{where} is not valid JSON ({e}); remove it and build again") from e
+        raise CorruptError(f"{where} is not valid JSON ({e}); {advice}") from e
     found = raw.get("format") if isinstance(raw, dict) else None
-    if isinstance(found, int) and found > FORMAT:
-        raise MismatchError(f"{where} has format {found}; this kdcache reads up to {FORMAT}: update kdcache")
+    if type(found) is int and found > FORMAT:
+        raise MismatchError(f"{where} has format {found}; this kdcache reads up to format {FORMAT}: update kdcache")
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as e:
         first = e.errors()[0]
         field = ".".join(map(str, first["loc"])) or "the whole"
-        raise CorruptError(f"{where} is not what kdcache writes: {field}: {first['msg']}") from e
+        raise CorruptError(f"{where} is not what kdcache writes: {field}: {first['msg']}; {advice}") from e
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

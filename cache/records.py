@@ -70,6 +70,15 @@ class Records:
         """The teacher's softmax(z / temperature); UnservedError where it is not stored."""
         return Softened(self, temperature, tail)
 
+    def logits(self) -> Tensor:
+        """[B, C] the teacher's logits, the largest of each row at 0; UnservedError from top-k records."""
+        if self.classes is not None:
+            raise UnservedError(
+                f"these records hold the top {self.classes.shape[1]} of {self.num_classes} classes, and all are "
+                f"needed: build with --topk {self.num_classes}"
+            )
+        return -self.gaps.float()
+
     def predictions(self) -> Tensor:
         """[B] the teacher's most probable class."""
         return self.gaps.argmin(1) if self.classes is None else self.classes[:, 0].long()
@@ -200,21 +209,63 @@ class Softened:
         """[B, L] probability of each label: exact also where the label is not among the stored classes."""
         return (self._label_log - self._norm).exp()
 
+    def log_target(self) -> Tensor:
+        """[B, L] logarithm of target(), finite also where that underflows."""
+        return self._label_log - self._norm
+
+    def rest(self, which: Tensor | None = None) -> Tensor:
+        """[B] probability of all classes but the label: 1 - target(), as a sum of positive terms."""
+        masses = torch.cat([self._others(which), self._tail_log.unsqueeze(1)], 1)
+        return (torch.logsumexp(masses, 1) - self._norm[:, 0]).exp()
+
+    def ranked(self) -> tuple[Tensor, Tensor, Tensor]:
+        """[B, K] ids and probabilities of the stored classes, the most probable first; [B] that of all others."""
+        p = (self._log - self._norm).exp()
+        if self._ids is None:
+            ordered = torch.sort(p, dim=1, descending=True, stable=True)
+            return ordered.indices, ordered.values, torch.zeros_like(p[:, 0])
+        k = self._ids.shape[1] - self._labels.shape[1]
+        below = p[:, k:].sum(1) + (self._tail_log - self._norm[:, 0]).exp()
+        return self._ids[:, :k], p[:, :k], below
+
     def cross(self, logq: Tensor) -> Tensor:
         """[B] sum over c of p_c logq_c for logq [B, C]; differentiable in logq only."""
         return self._cross(logq, self._log)
 
-    def cross_others(self, logq: Tensor) -> Tensor:
-        """[B] the same over the classes other than the (first) label, p renormalised over those."""
-        return self._cross(logq, self._others())
+    def cross_others(self, logq: Tensor, which: Tensor | None = None) -> Tensor:
+        """[B] the same over the classes other than the label, p renormalised over those.
+
+        which [B]: the label's column in each row; the first unless told.
+        """
+        return self._cross(logq, self._others(which))
+
+    def cross_of(self, q: Tensor) -> Tensor:
+        """[B] sum over c of q_c log p_c for q [B, C]; differentiable in q only. InputError for a tail without density.
+
+        Linear in q, so the dense teacher is not needed: with a tail spread as w, log p_c = log tail + log w_c - log W.
+        """
+        q = q.float()
+        log = self._log - self._norm
+        if self._ids is None:
+            return (q * log).sum(1)
+        if not self._spreads:
+            raise InputError(f"the {self._model} tail has no density over the unstored classes: take prior or uniform")
+        stored = (q.gather(1, self._ids) * torch.where(self._counted, log, 0.0)).sum(1)
+        unstored = q.scatter(1, self._ids, 0.0)
+        tail_log = self._tail_log - self._norm[:, 0]
+        tail_log = torch.where(torch.isinf(tail_log), 0.0, tail_log)  # no class is left there
+        if self._prior is None:
+            return stored + unstored.sum(1) * (tail_log - self._rest_count().log())
+        with torch.autocast(q.device.type, enabled=False):
+            return stored + unstored @ self._prior.log() + unstored.sum(1) * (tail_log - self._rest_weight().log())
 
     def entropy(self) -> Tensor:
         """[B] -sum p log p, the tail as modelled."""
         return self._entropy(self._log)
 
-    def entropy_others(self) -> Tensor:
-        """[B] entropy over the classes other than the (first) label."""
-        return self._entropy(self._others())
+    def entropy_others(self, which: Tensor | None = None) -> Tensor:
+        """[B] entropy over the classes other than the label; which: as in cross_others."""
+        return self._entropy(self._others(which))
 
     def dense(self) -> Tensor:
         """[B, C] probabilities."""
@@ -230,8 +281,8 @@ class Softened:
             out = spread * (tail / spread.sum(1).clamp(min=1e-30)).unsqueeze(1)
         return out.scatter_add_(1, self._ids, p)
 
-    def _others(self) -> Tensor:
-        y = self._labels[:, :1]
+    def _others(self, which: Tensor | None) -> Tensor:
+        y = self._labels[:, :1] if which is None else self._labels.gather(1, which.unsqueeze(1))
         if self._ids is None:
             return self._log.scatter(1, y, -torch.inf)
         return self._log.masked_fill(self._ids == y, -torch.inf)

@@ -13,7 +13,8 @@ Readers go by the commits alone: what no commit names does not exist.
 from __future__ import annotations
 
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Any, Literal
@@ -25,11 +26,11 @@ from numpy.typing import NDArray
 
 from kdcache.cache import arrays, files
 from kdcache.cache.arrays import ArraySpec
-from kdcache.cache.errors import BusyError, CorruptError, InputError, NotFoundError
+from kdcache.cache.errors import BusyError, CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
 from kdcache.cache.records import Records, class_prior
 
-_SHARD = re.compile(r"v(\d{5})-p(\d{4})\.json")
+_SHARD = re.compile(r"v([0-9]{5,})-p([0-9]{4,})\.json")
 
 
 class StoredFile(Strict):
@@ -83,7 +84,8 @@ class SplitStore:
         found: dict[int, set[int]] = {}
         folder = self.root / "commits"
         for path in folder.iterdir() if folder.is_dir() else ():
-            if m := _SHARD.fullmatch(path.name):
+            m = _SHARD.fullmatch(path.name)
+            if m and path.stem == shard_name(int(m[1]), int(m[2])):
                 found.setdefault(int(m[1]), set()).add(int(m[2]))
         return found
 
@@ -97,7 +99,13 @@ class SplitStore:
     def commit(self, name: str) -> Commit:
         """The commit of that name; CorruptError when it is not one of this cache and name."""
         path = self.root / "commits" / f"{name}.json"
-        commit = parse(Commit, files.read_bounded(path, MAX_JSON_BYTES), str(path))
+        try:
+            content = files.read_bounded(path, MAX_JSON_BYTES)
+        except NotFoundError as e:
+            raise NotFoundError(f"{e}: run kdcache build again") from None
+        except CorruptError as e:
+            raise CorruptError(f"{e}; {_again(path)}") from e
+        commit = parse(Commit, content, str(path), _again(path))
         if (commit.key, commit.name) != (self._key, name):
             raise CorruptError(f"{path} belongs to {commit.name} of cache {commit.key[:12]}, not here; {_again(path)}")
         return commit
@@ -111,24 +119,27 @@ class SplitStore:
     ) -> None:
         """Publish parts of arrays, given as (folder, spec, part, rows), then commit them as `name`.
 
-        Only one writer at a time (`Cache.writing`): leavings that no commit names are replaced.
+        Only one writer at a time (`Cache.writing`): leavings that no commit names are replaced, what is committed
+        never is.
         """
+        if self.has(name):
+            raise CorruptError(f"{name} of {self.root} is committed already and never overwritten")
         stored: dict[str, StoredFile] = {}
         for folder, spec, part, rows in data:
             base = self.root / folder
             if folder:
-                self._metadata(base / "zarr.json", arrays.group_metadata())
-            self._metadata(base / spec.name / "zarr.json", arrays.array_metadata(spec))
+                self._metadata(base / "zarr.json", arrays.group_metadata)
+            self._metadata(base / spec.name / "zarr.json", lambda s=spec: arrays.array_metadata(s))  # type: ignore[misc]
             content = arrays.encode_part(spec, part, rows)
             files.publish(base / spec.chunk_file(part), content, self._scratch, replace=True)
             stored[_join(folder, spec.chunk_file(part))] = StoredFile(size=len(content), sha256=files.sha256(content))
         commit = Commit(key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer))
         files.publish(self.root / "commits" / f"{name}.json", canonical(commit), self._scratch)
 
-    def _metadata(self, path: Path, content: bytes) -> None:
+    def _metadata(self, path: Path, content: Callable[[], bytes]) -> None:
         # For people with plain zarr; kdcache reads none of it, so a later zarr may word it otherwise.
         if not path.exists():
-            files.publish(path, content, self._scratch, replace=True)
+            files.publish(path, content(), self._scratch, replace=True)
 
     def load(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> list[NDArray[Any]]:
         """The committed parts of arrays, their bytes checked against the commit before they are decoded."""
@@ -140,12 +151,14 @@ class SplitStore:
         out = []
         for folder, spec, part in wanted:
             file = _join(folder, spec.chunk_file(part))
-            where = f"{self.root / file} (of {name})"
-            content = files.read_bounded(self.root / file, spec.max_file_bytes)
             stored = commit.files[file]
-            if len(content) != stored.size or files.sha256(content) != stored.sha256:
-                raise CorruptError(f"{where} is not what was committed; {_again(path)}")
-            out.append(arrays.decode_part(spec, part, content, where))
+            try:
+                content = files.read_bounded(self.root / file, spec.max_file_bytes)
+                if len(content) != stored.size or files.sha256(content) != stored.sha256:
+                    raise CorruptError(f"{self.root / file} is not what was committed")
+                out.append(arrays.decode_part(spec, part, content, str(self.root / file)))
+            except KdcacheError as e:
+                raise CorruptError(f"{e} ({name} of {self.root}); {_again(path)}") from e
         return out
 
     # Shards and labels
@@ -185,20 +198,36 @@ class SplitStore:
         }
 
     def write_labels(self, labels: NDArray[Any], writer: Mapping[str, str]) -> None:
+        """Commit the labels, or require that those committed are the same."""
         if self.has("labels"):
+            self.require_labels(labels)
             return
-        parts = range(self.parts) if self._labels.shape[1] else ()
-        self.write("labels", [("", self._labels, p, labels[self._labels.interval(p)]) for p in parts], writer)
+        rows = [("", self._labels, p, labels[self._labels.interval(p)]) for p in self._label_parts]
+        self.write("labels", rows, writer)
+
+    @property
+    def _label_parts(self) -> range:
+        return range(self.parts if self._labels.shape[1] else 0)
+
+    def require_labels(self, labels: NDArray[Any]) -> None:
+        """MismatchError unless these are the cache's: how they were mapped to classes is not part of the key."""
+        if not np.array_equal(self.labels, labels):
+            differing = int((self.labels != labels).any(1).sum()) if self.labels.shape == labels.shape else len(labels)
+            raise MismatchError(
+                f"{self.root} has other labels than asked for ({differing} of {self.samples} differ): "
+                "was it built with another --class-map? Take that one, or another --out"
+            )
 
     @cached_property
     def labels(self) -> NDArray[Any]:
         """[N, L] class ids."""
-        if not self._labels.shape[1]:
-            return np.zeros(self._labels.shape, self._labels.dtype)
-        parts = self.load("labels", [("", self._labels, p) for p in range(self.parts)])
-        labels = np.concatenate(parts)
-        if int(labels.max()) >= self._record.classes:
-            raise CorruptError(f"{self.root / 'labels'} holds a class id above {self._record.classes - 1}")
+        parts = self.load("labels", [("", self._labels, p) for p in self._label_parts])
+        labels = np.concatenate(parts) if parts else np.empty(self._labels.shape, self._labels.dtype)
+        if labels.size and int(labels.max()) >= self._record.classes:
+            raise CorruptError(
+                f"{self.root / 'labels'} holds a class id above {self._record.classes - 1}; "
+                + _again(self.root / "commits" / "labels.json")
+            )
         return labels
 
     def read(self, view: int, prior: torch.Tensor | None) -> Records:
@@ -210,9 +239,11 @@ class SplitStore:
                 f"run kdcache build with --views {view + 1} or more"
             )
         specs = arrays.record_arrays(self._record, self.samples, self.part)
-        slabs = {spec.name: np.empty(spec.shape, spec.dtype) for spec in specs}
+        slabs: dict[str, NDArray[Any]] = {}
         for part in range(self.parts):
             shard = self.check_shard(view, part)
+            # Only now, when one shard has been found to be of the sizes that the identity claims.
+            slabs = slabs or {spec.name: np.empty(spec.shape, spec.dtype) for spec in specs}
             for spec in specs:
                 slabs[spec.name][spec.interval(part)] = shard[spec.name]
         return self._records(slabs, prior)
@@ -223,17 +254,23 @@ class SplitStore:
 
     def check_shard(self, view: int, part: int) -> dict[str, NDArray[Any]]:
         """The arrays of a shard by name; CorruptError unless bytes and values are sound."""
+        commit = self.root / "commits" / f"{shard_name(view, part)}.json"
+        if part >= self.parts:
+            raise CorruptError(f"{commit}: there is no part {part}, the last one is {self.parts - 1}; remove it")
         shard = self.read_shard(view, part, with_tail_sums=self.carries_tail_sums(view))
-        where = f"view {view}, part {part} of {self.root}"
         for name, rows in shard.items():
-            if name == "classes":
-                if int(rows.max()) >= self._record.classes:
-                    raise CorruptError(f"{where}: a class id above {self._record.classes - 1}")
-            elif np.isnan(rows).any():
-                raise CorruptError(f"{where}: {name} holds values that are not numbers")
-            elif name in ("gaps", "target_gap") and rows.size and float(rows.min()) < 0:
-                raise CorruptError(f"{where}: {name} holds negative gaps")
+            if problem := self._unsound(name, rows):
+                raise CorruptError(f"view {view}, part {part} of {self.root}: {name} holds {problem}; {_again(commit)}")
         return shard
+
+    def _unsound(self, name: str, rows: NDArray[Any]) -> str | None:
+        """What no teacher's answer encodes to, if it is in there."""
+        low, high = rows.min(), rows.max()  # both are NaN where one value is
+        if name == "classes":
+            return f"a class id above {self._record.classes - 1}" if int(high) >= self._record.classes else None
+        if np.isnan(low) or np.isposinf(high):
+            return "values that are not finite"
+        return f"values below zero ({low:g})" if name != "tail" and low < 0 else None
 
     def _records(self, slabs: Mapping[str, NDArray[Any]], prior: torch.Tensor | None) -> Records:
         def tensor(name: str, width: int, dtype: str) -> torch.Tensor:
@@ -261,18 +298,23 @@ class Cache:
         file = path / "identity.json"
         if not file.exists():
             raise NotFoundError(f"{path} is not a kdcache cache: it has no identity.json")
-        self.identity = parse(Identity, files.read_bounded(file, MAX_JSON_BYTES), str(file))
+        advice = f"copy it anew, or remove {path} and run kdcache build again"
+        self.identity = parse(Identity, files.read_bounded(file, MAX_JSON_BYTES), str(file), advice)
         self.train = SplitStore(path, "train", self.identity)
         self.evaluation = SplitStore(path, "eval", self.identity)
+        self._prior: torch.Tensor | None = None
 
     @classmethod
     def create(cls, path: Path, identity: Identity) -> Cache:
         """The cache at `path`, made if there is none; MismatchError if it is another one."""
         file = path / "identity.json"
         if not file.exists():
-            if path.is_dir() and any(path.iterdir()):
+            # Its own scratch folder is what a builder that was stopped, or is just ahead of this one, left there.
+            if path.is_dir() and any(p.name != "scratch" for p in path.iterdir()) and not file.exists():
                 raise InputError(f"{path} is not empty and no cache: give another --out")
-            files.publish(file, canonical(identity), path / "scratch")
+            # Another builder that created the cache meanwhile has cleared the scratch folder.
+            with suppress(FileNotFoundError):
+                files.publish(file, canonical(identity), path / "scratch")
         cache = cls(path)
         cache.identity.require(identity, str(path))
         return cache
@@ -294,15 +336,27 @@ class Cache:
         """The records of the unaugmented evaluation split."""
         return self.evaluation.read(0, self.prior)
 
-    @cached_property
+    @property
+    def finished(self) -> bool:
+        """Whether labels and prior are committed too: a build can be stopped between them and the shards."""
+        has = self.train.has("labels") and self.evaluation.has("labels")
+        return has and (self.identity.record.dense or self.train.has("prior") or 0 not in self.views)
+
+    @property
     def prior(self) -> torch.Tensor | None:
         """float32 [T, C], or None for dense records and until view 0 is complete."""
-        if self.identity.record.dense or not self.train.has("prior"):
+        if self.identity.record.dense or self._prior is not None:
+            return self._prior
+        if not self.train.has("prior"):
+            if 0 in self.views:
+                raise NotFoundError(f"{self.path} lacks its prior: run kdcache build again")
             return None
         prior = self.train.load("prior", [("", self._prior_array, 0)])[0]
         if not np.isfinite(prior).all() or not (prior > 0).all():
-            raise CorruptError(f"{self.path / 'prior'} holds values that are no probabilities")
-        return torch.from_numpy(prior)
+            again = _again(self.path / "commits" / "prior.json")
+            raise CorruptError(f"{self.path / 'prior'} holds values that are no probabilities; {again}")
+        self._prior = torch.from_numpy(prior)
+        return self._prior
 
     def write_prior(self, writer: Mapping[str, str]) -> None:
         """Fix the prior from view 0, once that is complete; it never changes later."""
@@ -313,7 +367,6 @@ class Cache:
             sums += self.train.read_shard(0, part, with_tail_sums=True)["tail_sums"][0]
         prior = class_prior(torch.from_numpy(sums)).numpy()
         self.train.write("prior", [("", self._prior_array, 0, prior)], writer)
-        self.__dict__.pop("prior", None)
 
     @property
     def _prior_array(self) -> ArraySpec:
@@ -321,22 +374,33 @@ class Cache:
         shape = (len(record.temperatures), record.classes)
         return ArraySpec("prior", shape, shape[0], "float32", ("temperature", "class"))
 
-    def writing(self) -> FileLock:
-        """Held (`with`) by the one process that writes; released by the system when it dies."""
-        lock = FileLock(self.path / "scratch" / "lock", timeout=0)
-        (self.path / "scratch").mkdir(exist_ok=True)
+    @contextmanager
+    def writing(self) -> Iterator[None]:
+        """Held by the one process that writes; released by the system when it dies."""
+        scratch = self.path / "scratch"
+        if scratch.is_symlink():
+            raise CorruptError(f"{scratch} is a symbolic link: what lies there is not ours to clear; remove it")
+        scratch.mkdir(exist_ok=True)
+        lock = FileLock(scratch / "lock", timeout=0)
         try:
             lock.acquire()
         except Timeout:
             raise BusyError(f"another build is writing {self.path}: wait for it, or stop it first") from None
-        for leaving in (self.path / "scratch").iterdir():
-            if leaving.name != "lock":
-                leaving.unlink()
-        return lock
+        try:
+            for leaving in scratch.iterdir():
+                if leaving.name != "lock":
+                    leaving.unlink(missing_ok=True)
+            yield
+        finally:
+            lock.release()
 
     def size(self) -> int:
         """Bytes of all files."""
-        return sum(p.stat().st_size for p in self.path.rglob("*") if p.is_file())
+        total = 0
+        for path in self.path.rglob("*"):
+            with suppress(FileNotFoundError):  # a temporary file of a build that runs now
+                total += path.stat().st_size if path.is_file() else 0
+        return total
 
 
 def _join(folder: str, file: str) -> str:

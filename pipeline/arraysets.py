@@ -2,7 +2,6 @@
 
 import gzip
 import math
-import warnings
 import zlib
 from collections.abc import Callable
 from http.client import HTTPException
@@ -10,7 +9,6 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from sklearn.datasets import load_digits
 from torchvision import datasets
 
 from kdcache.cache.errors import InputError
@@ -19,11 +17,15 @@ from kdcache.pipeline.imagefiles import one_line
 
 Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
 
+# What torchvision raises where files are missing or not whole, or cannot be downloaded.
+_BROKEN = (OSError, RuntimeError, ValueError, TypeError, AssertionError, HTTPException)
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def digits(train: bool) -> Arrays:
     """1,797 images of 8x8: every fifth of each class is held out."""
+    from sklearn.datasets import load_digits  # takes a second, which every worker process would spend
+
     data = load_digits()
     grey = (data.images.astype(np.int64) * 255 + 8) // 16  # 0..16 to 0..255, rounded
     labels = data.target.astype(np.int64)
@@ -55,19 +57,16 @@ def fashion_mnist(path: Path | None, downloads: Path, train: bool) -> Arrays:
 
 
 def _present_or_downloaded(kind: Callable[..., Any], root: Path, train: bool, what: str) -> Any:
-    with warnings.catch_warnings():
-        # CIFAR's files (pickles whose md5 torchvision checks) are of an old numpy, and new ones warn of that.
-        warnings.simplefilter("ignore", np.exceptions.VisibleDeprecationWarning)
+    try:
+        return kind(root, train=train)
+    except _BROKEN:
         try:
-            return kind(root, train=train)
-        except RuntimeError:  # not there, or not whole
-            try:
-                return kind(root, train=train, download=True)
-            except (OSError, RuntimeError, HTTPException) as e:
-                raise InputError(
-                    f"{root}: has no {what}, and the download failed ({one_line(e)[:200]}): "
-                    "put the files there, or use imagefolder:PATH"
-                ) from e
+            return kind(root, train=train, download=True)
+        except _BROKEN as e:
+            raise InputError(
+                f"{root}: has no {what}, and the download failed ({one_line(e)[:200]}): "
+                "put the files there, or use imagefolder:PATH"
+            ) from e
 
 
 def _three_channels(grey: np.ndarray) -> np.ndarray:

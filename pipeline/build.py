@@ -2,16 +2,17 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import os
 import shutil
 import socket
 import sys
 import time
-import zipfile
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,8 +23,8 @@ from numpy.typing import NDArray
 
 from kdcache import __version__
 from kdcache.cache import arrays
-from kdcache.cache.errors import InputError
-from kdcache.cache.files import replace_file
+from kdcache.cache.errors import BusyError, InputError
+from kdcache.cache.files import replace_file, sha256
 from kdcache.cache.home import caches_folder, home
 from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
 from kdcache.cache.records import TEMPERATURES, Precision, Records, encode, tail_distribution
@@ -98,18 +99,19 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
     data = open_data(config.data, "train", unlabelled=config.unlabelled)
     evaluation = open_data(config.data, "eval", unlabelled=config.unlabelled)
     teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp)
+    if teacher.classes < 2:
+        raise InputError(f"the teacher has {teacher.classes} classes, at least 2 are needed: is {config.data} right?")
+    check_options(config, teacher.classes)
     labels = [_teacher_labels(split, config.class_map, teacher) for split in (data, evaluation)]
     policy = check_policy(config.augment or defaults_for(data).augment)
     if data.images is None and "crop" in policy.split(","):
         say(f"note: {policy} keeps each image's own frame; rrc,flip is usual for image files")
     k = stored_classes(teacher.classes) if config.topk is None else config.topk
-    if k is not None and not 1 <= k <= teacher.classes:
-        raise InputError(f"--topk {k} does not fit the teacher's {teacher.classes} classes")
     dense = k is None or k == teacher.classes
     identity = Identity(
         teacher=teacher.identity,
-        data=_describe(data, config.full_fingerprint),
-        evaluation=_describe(evaluation, config.full_fingerprint),
+        data=describe_data(data, config.full_fingerprint),
+        evaluation=describe_data(evaluation, config.full_fingerprint),
         views=ViewsIdentity(policy=policy, seed=config.seed, renderer=RENDERER),
         record=RecordIdentity(
             classes=teacher.classes,
@@ -120,7 +122,23 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
         ),
         part=config.part,
     )
+    largest = max(spec.chunk_bytes for spec in arrays.record_arrays(identity.record, len(data), config.part))
+    if largest > arrays.MAX_CHUNK_BYTES:
+        raise InputError(
+            f"a shard would hold {size(largest)} in one array, the most is {size(arrays.MAX_CHUNK_BYTES)}: "
+            f"{identity.record.k or teacher.classes} classes a record are too many, lower --topk"
+        )
     return Source(data, evaluation, labels[0], labels[1], teacher, identity)
+
+
+def check_options(config: BuildConfig, classes: int) -> None:
+    """InputError for what no data can make good, before a teacher of so many classes is taught or asked."""
+    if config.augment:
+        check_policy(config.augment)
+    if config.topk is not None and not 1 <= config.topk <= classes:
+        raise InputError(f"--topk {config.topk} does not fit the teacher's {classes} classes")
+    if config.out and "://" in config.out:
+        raise InputError(f"--out {config.out}: caches are built in folders; remote ones are not supported yet")
 
 
 def build(config: BuildConfig, say: Callable[[str], None] = print, source: Source | None = None) -> BuildResult:
@@ -135,22 +153,28 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
         raise InputError(f"--views {views}: at least one view is needed")
     key = source.identity.key
     path = Path(config.out) if config.out else caches_folder() / key
+    spool = _spool_folder(path, source)
     todo = _missing(path, source, views)
-    if not todo:
-        cache = Cache(path)
+    if not todo and (cache := Cache(path)).finished:
+        cache.train.require_labels(source.train_labels)
+        cache.evaluation.require_labels(source.evaluation_labels)
+        _clear(spool, cache)
         say(f"cache {key[:12]} has all of {views} views already: nothing to compute ({path})")
         return BuildResult(path, key, views, cache.size(), 0, time.monotonic() - start, teacher_top1(cache))
+    _require_place(path)
     batch = config.batch_size or defaults_for(source.train).build_batch
     images = sum(len(rows) for _, _, rows in todo)
-    rate, record_bytes = _probe(source, config, batch)
     say(
         f"cache {key[:12]}: {source.identity.teacher.architecture} on {source.identity.data.name}, "
         f"{source.identity.views.policy}, {views} views of {len(source.train):,} samples"
     )
-    say(
-        f"to compute: {images:,} records on {source.teacher.device}, about {duration(images / rate)} at "
-        f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {path}"
-    )
+    if images:
+        rate, record_bytes = _probe(source, config, batch)
+        say(
+            f"to compute: {images:,} records on {source.teacher.device}, about {duration(images / rate)} at "
+            f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {path}"
+        )
+    path.mkdir(parents=True, exist_ok=True)
     cache = Cache.create(path, source.identity)
     writer = _writer(source.teacher)
     with cache.writing():
@@ -159,9 +183,13 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
         computed = 0
         with Progress("build", images, "images") as progress:
             for store, view, rows in todo:
-                computed += _build_shard(source, config, store, view, rows, batch, key, writer, progress)
+                if store.has(shard_name(view, rows.start // store.part)):
+                    progress.advance(len(rows))  # by another build, before this one held the lock
+                else:
+                    computed += _build_shard(source, config, store, view, rows, batch, spool, writer, progress)
                 cache.write_prior(writer)
         cache.write_prior(writer)
+    _clear(spool, cache)
     top1 = teacher_top1(cache)
     seconds = time.monotonic() - start
     say(
@@ -219,7 +247,7 @@ def _build_shard(
     view: int,
     rows: range,
     batch: int,
-    key: str,
+    spools: Path,
     writer: Mapping[str, str],
     progress: Progress,
 ) -> int:
@@ -229,7 +257,7 @@ def _build_shard(
     )
     part = rows.start // store.part
     prefix = "eval-" if data.split == "eval" else ""
-    spool = Spool(home() / "spool" / key / f"{prefix}{shard_name(view, part)}-b{batch}", len(rows))
+    spool = Spool(spools / f"{prefix}{shard_name(view, part)}-b{batch}", len(rows))
     keeps_sums = store.carries_tail_sums(view)
     first = rows.start + spool.rows
     progress.advance(spool.rows)
@@ -287,23 +315,39 @@ class Spool:
         content = io.BytesIO()
         extra = {} if self.sums is None else {"_sums": self.sums}
         np.savez(content, allow_pickle=False, **block, **extra)
-        replace_file(self._folder / f"{self.rows:012d}-{stop:012d}.npz", content.getvalue())
+        data = content.getvalue()
+        replace_file(self._folder / f"{self.rows:012d}-{stop:012d}.block", sha256(data).encode() + data)
         self._blocks.append(block)
         self._unsynced, self.rows, self._synced_at = [], stop, time.monotonic()
 
     def _load(self) -> None:
-        for path in sorted(self._folder.glob("*.npz")):
+        for path in sorted(self._folder.glob(f"{'[0-9]' * 12}-{'[0-9]' * 12}.block")):
             start, stop = map(int, path.stem.split("-"))
-            if start != self.rows or stop > self._total:
-                break
-            try:
-                with np.load(path, allow_pickle=False) as f:
-                    block = {name: f[name] for name in f.files}
-            except (OSError, ValueError, zipfile.BadZipFile):
-                break  # damaged: these rows are computed again
+            content = path.read_bytes()
+            digest, data = content[:64], content[64:]
+            # Damaged, or beyond a damaged one: these rows are computed again.
+            if start != self.rows or stop > self._total or sha256(data).encode() != digest:
+                continue
+            with np.load(io.BytesIO(data), allow_pickle=False) as f:
+                block = {name: f[name] for name in f.files}
             self.sums = block.pop("_sums", self.sums)
             self._blocks.append(block)
             self.rows = stop
+
+
+def _spool_folder(path: Path, source: Source) -> Path:
+    """For builds of this cache in this place: not for one of the same key elsewhere, or of labels mapped otherwise."""
+    digest = hashlib.sha256(os.fsencode(path.resolve()))
+    for labels in (source.train_labels, source.evaluation_labels):
+        digest.update(labels.astype("<i8").tobytes())
+    return home() / "spool" / f"{source.identity.key[:16]}-{digest.hexdigest()[:16]}"
+
+
+def _clear(spool: Path, cache: Cache) -> None:
+    """Remove what builds have left in the spool, unless one is at work there."""
+    if spool.exists():
+        with suppress(BusyError), cache.writing():
+            shutil.rmtree(spool, ignore_errors=True)
 
 
 def _as_arrays(records: Records) -> dict[str, NDArray[Any]]:
@@ -311,6 +355,17 @@ def _as_arrays(records: Records) -> dict[str, NDArray[Any]]:
     if records.classes is not None:
         fields["classes"] = records.classes
     return {name: tensor.cpu().numpy() for name, tensor in fields.items()}
+
+
+def _require_place(path: Path) -> None:
+    """InputError where no cache can be made or gone on with, before the teacher is asked for anything."""
+    folder = next(p for p in (path, *path.absolute().parents) if p.exists())
+    if not folder.is_dir():
+        raise InputError(f"{folder} is a file where a folder is needed: give another --out or KDCACHE_HOME")
+    if not os.access(folder, os.W_OK | os.X_OK):
+        raise InputError(f"{folder} cannot be written: give another --out or KDCACHE_HOME")
+    if folder == path and not (path / "identity.json").exists() and any(p.name != "scratch" for p in path.iterdir()):
+        raise InputError(f"{path} is not empty and no cache: give another --out")
 
 
 def _missing(path: Path, source: Source, views: int) -> list[tuple[SplitStore, int, range]]:
@@ -381,7 +436,8 @@ def _teacher_labels(data: Dataset, class_map: str | None, teacher: Teacher) -> N
     return data.labels
 
 
-def _describe(data: Dataset, full: bool) -> DataIdentity:
+def describe_data(data: Dataset, full: bool) -> DataIdentity:
+    """What an identity says of one split."""
     return DataIdentity(
         name=data.name,
         split="train" if data.split == "train" else "eval",

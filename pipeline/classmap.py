@@ -135,8 +135,8 @@ def _read(path: Path) -> dict[str, str | int]:
         if path.suffix == ".json":
             rows = json.loads(text, object_pairs_hook=tuple)  # keeps a key that is there twice
         else:
-            delimiter = "\t" if path.suffix == ".tsv" else ","
-            rows = tuple(row for row in csv.reader(io.StringIO(text), delimiter=delimiter, strict=True) if row)
+            dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
+            rows = tuple(line for line in csv.reader(io.StringIO(text), dialect, strict=True) if line)
     except (OSError, ValueError, csv.Error) as e:
         reason = e.strerror if isinstance(e, OSError) else e
         raise InputError(f"class map {path}: cannot be read: {reason}") from e

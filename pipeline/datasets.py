@@ -23,7 +23,7 @@ import json
 import os
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import numpy as np
@@ -58,6 +58,7 @@ class Dataset:
     images: torch.Tensor | None = None  # uint8 [N, H, W, 3]
     root: Path | None = None
     paths: tuple[str, ...] = ()  # POSIX, relative to root, in byte order
+    _fingerprints: dict[bool, str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
         n, ids = len(self.sizes), self.labels
@@ -91,17 +92,19 @@ class Dataset:
         if self.images is not None:
             return self.images[index].permute(2, 0, 1).contiguous()
         assert self.root is not None
-        image = imagefiles.decode_file(self.root / self.paths[index])
-        if image.shape[1:] != tuple(self.sizes[index]):
-            raise InputError(f"{self.root / self.paths[index]}: has changed since the dataset was opened")
-        return image
+        return imagefiles.decode_file(self.root / self.paths[index], self.sizes[index])
 
     def fingerprint(self, full: bool = False) -> str:
         """sha256, in hexadecimal, of labels, class names, order and pixels; not of places and times.
 
         In files: all relative paths and sizes, and the contents of 4,096 drawn files or, when `full`, of all.
-        A full fingerprint never equals one that is not. InputError names a file that cannot be read.
+        A full fingerprint never equals one that is not. InputError names a file that cannot be read. Computed once.
         """
+        if full not in self._fingerprints:
+            self._fingerprints[full] = self._fingerprint(full)
+        return self._fingerprints[full]
+
+    def _fingerprint(self, full: bool) -> str:
         n = len(self)
         about: dict[str, object] = {
             "format": 1,

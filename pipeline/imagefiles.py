@@ -45,7 +45,7 @@ _STATISTICS_CHUNK = 1 << 20  # pixels
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """What load_folder found. mean and std are of the pixels in 0..1, or ImageNet's when images is None."""
+    """What load_folder found. mean and std are of small images' pixels in 0..1, else ImageNet's."""
 
     sizes: np.ndarray  # int32 [N, 2], H and W
     images: torch.Tensor | None  # uint8 [N, H, W, 3]
@@ -107,8 +107,11 @@ def load_folder(root: Path, paths: Sequence[str], home: Path, *, decode: bool = 
     return Folder(sizes, images if decode else None, mean, std)
 
 
-def decode_file(path: Path) -> torch.Tensor:
-    """uint8 [3, H, W] as stored: an orientation in the EXIF data is ignored. InputError names the file."""
+def decode_file(path: Path, size: np.ndarray | None = None) -> torch.Tensor:
+    """uint8 [3, H, W] as stored: an orientation in the EXIF data is ignored.
+
+    InputError names a file that cannot be decoded, or that is not of the `size` (H, W) that its header gave.
+    """
     try:
         data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
         # The operator of torchvision.io.decode_image, whose wrapper warns for every image since 0.29.
@@ -119,6 +122,8 @@ def decode_file(path: Path) -> torch.Tensor:
         raise InputError(f"{path}: has more than 8 bits a channel: convert it to 8")
     if image.ndim != 3:
         raise InputError(f"{path}: holds several images: convert it to a single one")
+    if size is not None and image.shape[1:] != tuple(size):
+        raise InputError(f"{path}: has changed since its header was read: open the dataset again")
     return image
 
 
@@ -213,7 +218,7 @@ def _listing_key(root: Path, paths: Sequence[str]) -> str:
 def _recall(memory: Path, n: int) -> Folder | None:
     """What load_folder wrote; None where there is nothing or it is broken, for that costs only a reading."""
     try:
-        with np.load(memory, allow_pickle=False) as stored:
+        with memory.open("rb") as f, np.load(f, allow_pickle=False) as stored:
             sizes, mean, std = stored["sizes"], stored["mean"].tolist(), stored["std"].tolist()
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None
@@ -249,7 +254,7 @@ def _decode_all(root: Path, paths: Sequence[str], sizes: np.ndarray) -> torch.Te
 
     def decode(i: int) -> str | None:
         try:
-            pixels[i] = decode_file(root / paths[i]).numpy().transpose(1, 2, 0)
+            pixels[i] = decode_file(root / paths[i], sizes[i]).numpy().transpose(1, 2, 0)
         except InputError as e:
             return str(e)
         return None

@@ -23,13 +23,18 @@ def summary(cache: Cache) -> dict[str, Any]:
 
 
 def one_line(cache: Cache) -> str:
-    """For ls."""
+    """For ls, and where one is to be chosen."""
     i = cache.identity
-    kept = "dense" if i.record.dense else f"top {i.record.k} of {i.record.classes}"
-    return (
-        f"{cache.key[:12]}  {i.teacher.architecture} on {i.data.name} ({i.data.samples:,}), {i.views.policy}, "
-        f"{len(cache.views)} views, {kept}, {i.record.precision}, {size(cache.size())}"
-    )
+    parts = [
+        f"{cache.key[:12]}  {i.teacher.architecture} on {i.data.name} ({i.data.samples:,})",
+        f"{i.views.policy}{f' (seed {i.views.seed})' if i.views.seed else ''}",
+        f"{len(cache.views)} views",
+        "dense" if i.record.dense else f"top {i.record.k} of {i.record.classes}",
+        i.record.precision,
+        *(() if i.record.labels else ("unlabelled",)),
+        size(cache.size()),
+    ]
+    return ", ".join(parts)
 
 
 def describe(cache: Cache) -> str:

@@ -32,9 +32,11 @@ def render(image: Tensor, box: Sequence[int], flip: bool, size: tuple[int, int])
     Antialiased bilinear; pixels outside of the image are black.
     """
     top, left, height, width = (int(b) for b in box)
-    _, h, w = image.shape
-    inside = image[:, max(top, 0) : max(top + height, 0), max(left, 0) : max(left + width, 0)]
-    beyond = (max(-left, 0), max(left + width - w, 0), max(-top, 0), max(top + height - h, 0))
+    y0, y1 = (min(max(y, 0), image.shape[1]) for y in (top, top + height))
+    x0, x1 = (min(max(x, 0), image.shape[2]) for x in (left, left + width))
+    inside = image[:, y0:y1, x0:x1]
+    before = min(-min(left, 0), width), min(-min(top, 0), height)
+    beyond = (before[0], width - before[0] - (x1 - x0), before[1], height - before[1] - (y1 - y0))
     if any(beyond):
         inside = F.pad(inside, beyond)
     if (height, width) != size:

@@ -4,12 +4,16 @@ from __future__ import annotations
 
 import hashlib
 import json
+import re
+import warnings
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
 import torchvision
+from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
@@ -73,10 +77,9 @@ def pick_device(name: str | None) -> torch.device:
     """The device of that name, or cuda where there is one, else cpu."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError) as e:
-        reason = str(e).splitlines()[0]
-        raise InputError(f"device {name!r} cannot be used here: {reason}") from e
+        torch.zeros(1, device=device).item()  # meta makes tensors, but holds nothing
+    except (RuntimeError, AssertionError, ImportError) as e:
+        raise InputError(f"device {name!r} cannot be used here: {_first_sentence(e)}") from e
     return device
 
 
@@ -103,28 +106,72 @@ def file_classifier(path: Path, model: Classifier, notes: dict[str, Any]) -> Non
     replace_file(path, save(state, {"kdcache": json.dumps(notes)}))
 
 
+class _Notes(BaseModel):
+    """What must stand in kdcache's notes in a weights file; there may be more."""
+
+    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
+    input_size: int = Field(ge=1)
+    mean: RGB
+    std: RGB
+    class_names: tuple[str, ...]
+    # Of a student:
+    student: str | None = None
+    classes: int | None = Field(None, ge=1)
+    data: str | None = None
+    cache: str | None = None
+    cache_path: str | None = None
+
+
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Tensors by name and kdcache's notes (empty for a foreign file), without running code from the file."""
     if not path.is_file():
-        raise InputError(f"no weights file at {path}")
+        raise InputError(f"{path} is a folder, not a weights file" if path.is_dir() else f"no weights file at {path}")
+    if path.suffix == ".safetensors":
+        return _read_safetensors(path)
     try:
-        if path.suffix == ".safetensors":
-            with safe_open(path, "pt") as f:
-                notes = json.loads((f.metadata() or {}).get("kdcache", "{}"))
-                return {k: f.get_tensor(k) for k in f.keys()}, notes  # noqa: SIM118
-        state = torch.load(path, map_location="cpu", weights_only=True)
-    except (SafetensorError, OSError, RuntimeError, ValueError, EOFError) as e:
-        raise InputError(f"{path} is not a safetensors file or state dict: {str(e).splitlines()[0]}") from e
-    except Exception as e:
-        if type(e).__name__ != "UnpicklingError":
-            raise
-        raise InputError(f"{path} holds more than tensors; it is not loaded. Save its state_dict()") from e
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # pickle's protocol and the like, before the error that counts
+            state = torch.load(path, map_location="cpu", weights_only=True)
+    except OSError:
+        raise
+    except Exception as e:  # bytes that are no pickle raise whatever comes first: KeyError, EOFError, ...
+        if code := re.search(r"GLOBAL (\S+)", str(e)):
+            raise InputError(
+                f"{path} holds {code[1]} besides tensors, which could be any code: nothing of it was run. "
+                "Save its state_dict() alone, best as .safetensors"
+            ) from e
+        raise InputError(
+            f"{path} is damaged, or neither a state dict of tensors nor .safetensors ({_first_sentence(e)})"
+        ) from e
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
             state = state[wrapper]
     if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
         raise InputError(f"{path} is not a state dict of tensors")
     return {str(k).removeprefix("module."): v for k, v in state.items()}, {}
+
+
+def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+    try:
+        with safe_open(path, "pt") as f:
+            text = (f.metadata() or {}).get("kdcache")
+            state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
+    except SafetensorError as e:
+        raise InputError(f"{path} is damaged, or no safetensors file: {e}") from e
+    if text is None:
+        return state, {}
+    try:
+        return state, _Notes.model_validate_json(text).model_dump(exclude_none=True)
+    except pydantic.ValidationError as e:
+        first = e.errors()[0]
+        where = ".".join(map(str, first["loc"])) or "the whole"
+        raise InputError(f"{path}: its notes are not what kdcache writes: {where}: {first['msg']}") from e
+
+
+def _first_sentence(error: Exception) -> str:
+    """The error's kind and the beginning of its message, which torch's can be pages of."""
+    text = " ".join(str(error).split()).split(". ")[0][:160]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def load_fitting(network: nn.Module, state: dict[str, Tensor], what: str) -> None:
@@ -165,10 +212,9 @@ def load_teacher(
             if not taught.exists() and data.name == "imagenet" and not name.startswith("timm/"):
                 weights = "IMAGENET1K_V1"
             elif not taught.exists():
-                raise NotFoundError(
-                    f"no {name} has been taught on this {data.name}: run kdcache teach --teacher {name} first, "
-                    "or give --weights FILE or, with --class-map, --weights IMAGENET1K_V1"
-                )
+                with torch.device("meta"):
+                    build_network(name, 2, size)  # a name that no network has is an error of its own
+                raise NotFoundError(_untaught(name, data))
             else:
                 weights = str(taught)
         if weights.isidentifier() and weights.upper() == weights and not Path(weights).exists():
@@ -177,8 +223,8 @@ def load_teacher(
             state, notes = read_weights(Path(weights))
             if not state:
                 raise InputError(f"{weights} holds no tensors")
-            size, names = notes.get("input_size", size), tuple(notes["class_names"]) if notes else None
-            mean, std = tuple(notes.get("mean", mean)), tuple(notes.get("std", std))
+            size, names = notes.get("input_size", size), notes.get("class_names")
+            mean, std = notes.get("mean", mean), notes.get("std", std)
             network = build_network(name, _count_classes(name, size, state, len(data.class_names)), size)
             load_fitting(network, state, f"the weights in {weights} and {name}")
     model = Classifier(network, mean, std).eval().to(device)
@@ -191,11 +237,35 @@ def load_teacher(
         input_size=size,
         numeric="bf16" if amp == "bf16" else "float32",
     )
-    with torch.inference_mode():
-        logits = model(torch.zeros((2, 3, size, size), dtype=torch.uint8, device=device))
+    return Teacher(identity, model, try_out(model, name, size), names, device)
+
+
+def try_out(model: Classifier, name: str, size: int) -> int:
+    """How many classes the model answers for; InputError unless it takes images of this size and gives logits."""
+    images = torch.zeros((2, 3, size, size), dtype=torch.uint8, device=model.mean.device)
+    was_training = model.training
+    try:
+        with torch.inference_mode():
+            logits = model.eval()(images)  # as in evaluation: nothing is drawn, no statistics change
+    except torch.OutOfMemoryError:
+        raise
+    except Exception as e:  # other people's networks; most often one that halves a small image once too often
+        raise InputError(f"{name} does not take images of {size}x{size} pixels: {_first_sentence(e)}") from e
+    finally:
+        model.train(was_training)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:
         raise InputError(f"{name} does not answer with logits [B, C]")
-    return Teacher(identity, model, logits.shape[1], names, device)
+    return logits.shape[1]
+
+
+def _untaught(name: str, data: Dataset) -> str:
+    if not data.labels.shape[1]:
+        return f"no {name} is filed for the unlabelled {data.name}: give --weights FILE"
+    pretrained = name in torchvision.models.list_models(module=torchvision.models)
+    return (
+        f"no {name} has been taught on this {data.name} data: run kdcache teach with the same --teacher and --data "
+        "first, or give --weights FILE" + (", or --weights IMAGENET1K_V1 with --class-map" if pretrained else "")
+    )
 
 
 def architecture(name: str, image_size: int) -> str:

@@ -9,11 +9,18 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.cache.errors import KdcacheError, MismatchError
+from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.records import TEMPERATURES, Records, encode
 from kdcache.cache.store import Cache, SplitStore, shard_name
-from kdcache.pipeline.build import BuildConfig, Source, open_source, teacher_renderer, view_parameters
-from kdcache.pipeline.datasets import Dataset
+from kdcache.pipeline.build import (
+    BuildConfig,
+    Source,
+    describe_data,
+    open_source,
+    teacher_renderer,
+    view_parameters,
+)
+from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.progress import Progress
 
 # Mean total variation between stored and replayed distributions, by the teacher's numeric type.
@@ -43,14 +50,12 @@ def verify(
 
     Without a source (data and live teacher) the contents are checked but not replayed.
     """
+    cache = Cache(cache.path)  # with nothing in memory that was read before
     report = Report(views=cache.views)
+    _try(report, lambda: cache.prior)
     for store in (cache.evaluation, cache.train):
         committed = store.committed()
-        for name in ("labels", "prior"):
-            if store.has(name):
-                _try(report, lambda n=name, s=store: s.labels if n == "labels" else cache.prior)  # type: ignore[misc]
-        if not store.has("labels"):
-            report.problems.append(f"{store.root}: the labels are missing: run kdcache build again")
+        _try(report, lambda s=store: s.labels)  # type: ignore[misc]
         if not committed:
             report.problems.append(f"{store.root}: nothing is committed: run kdcache build again")
         for view, parts in sorted(committed.items()):
@@ -86,6 +91,7 @@ def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
     plan += [(cache.train, source.train, source.train_labels, view) for view in chosen_views]
     with Progress("replay", count * len(plan), "records") as progress:
         for store, data, labels, view in plan:
+            store.require_labels(labels)
             _same_parameters(store, data, source, view)
             raw = np.random.Philox(key=11 + view).random_raw(len(data))
             index = np.sort(np.argsort(raw, kind="stable")[:count]).astype(np.int64)
@@ -144,23 +150,33 @@ def source_of(
     class_map: str | None = None,
     device: str | None = None,
 ) -> Source:
-    """The data and the live teacher that the cache names; what differs from it is for verify to find."""
+    """The data and the live teacher that the cache names; what differs from it is for verify to find.
+
+    InputError, NotFoundError or MismatchError where there is no such teacher or data to ask.
+    """
     i = cache.identity
-    return open_source(
-        BuildConfig(
-            teacher=i.teacher.architecture.split(" ")[0],
-            weights=weights,
-            data=data or i.data.name,
-            augment=i.views.policy,
-            topk=i.record.k,
-            temperatures=i.record.temperatures or TEMPERATURES,
-            precision=i.record.precision,
-            class_map=class_map,
-            unlabelled=i.record.labels == 0,
-            seed=i.views.seed,
-            device=device,
-            amp="bf16" if i.teacher.numeric == "bf16" else None,
-            full_fingerprint=i.data.full_contents,
-            part=i.part,
-        )
+    if data is None and i.data.name in ("imagenet", "imagefolder"):
+        raise InputError(f"where are the images? give --data {i.data.name}:PATH, or --replay 0 to do without them")
+    config = BuildConfig(
+        teacher=i.teacher.architecture.split(" ")[0],
+        weights=weights,
+        data=data or i.data.name,
+        augment=i.views.policy,
+        topk=i.record.k,
+        temperatures=i.record.temperatures or TEMPERATURES,
+        precision=i.record.precision,
+        class_map=class_map,
+        unlabelled=i.record.labels == 0,
+        seed=i.views.seed,
+        device=device,
+        amp="bf16" if i.teacher.numeric == "bf16" else None,
+        full_fingerprint=i.data.full_contents,
+        part=i.part,
     )
+    try:
+        return open_source(config)
+    except NotFoundError:
+        # Teachers are filed by their data: it is the data that is wrong where they differ from the cache's.
+        found = describe_data(open_data(config.data, "train", unlabelled=config.unlabelled), i.data.full_contents)
+        i.require(i.model_copy(update={"data": found}), str(cache.path))
+        raise

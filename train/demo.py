@@ -12,6 +12,7 @@ from typing import Any
 
 import torch
 
+from kdcache.cache.errors import InputError
 from kdcache.cache.store import Cache
 from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.progress import duration, size
@@ -30,6 +31,9 @@ def demo(out: str | None, say: Callable[[str], None] = print) -> dict[str, Any]:
     if out is None:
         with tempfile.TemporaryDirectory(prefix="kdcache-demo-") as folder:
             return _demo(Path(folder), say)
+    Path(out).mkdir(parents=True, exist_ok=True)
+    if any(Path(out).iterdir()):
+        raise InputError(f"{out} is not empty: give another --out")
     return _demo(Path(out), say)
 
 

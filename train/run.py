@@ -17,6 +17,7 @@ from kdcache.cache.records import Records
 from kdcache.cache.store import Cache
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
+from kdcache.pipeline.info import one_line
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.teachers import (
@@ -26,11 +27,14 @@ from kdcache.pipeline.teachers import (
     load_teacher,
     pick_device,
     read_weights,
+    try_out,
 )
 from kdcache.train.evaluate import metrics, predict
+from kdcache.train.features import FeatureLoss
 from kdcache.train.loader import CachedLoader, OnlineLoader, require_data
-from kdcache.train.losses import make_loss, require_served
-from kdcache.train.trainer import Recipe, RunFolder, fit, seeded
+from kdcache.train.losses import IKL, USKD, Loss
+from kdcache.train.presets import head_mass_warning, make_loss, options_of, require_served
+from kdcache.train.trainer import Recipe, RunFolder, fit, read_config, seeded
 
 
 @dataclass(frozen=True)
@@ -68,7 +72,8 @@ def find_cache(data: str, teacher: str | None = None) -> Cache:
     name, _, path = data.partition(":")
     opened: dict[bool, Dataset] = {}
     found = []
-    for cache in list_caches()[0]:
+    caches, bad = list_caches()
+    for cache in caches:
         identity = cache.identity
         if identity.data.name != (name if not path or name in ("imagenet", "imagefolder") else identity.data.name):
             continue
@@ -83,15 +88,11 @@ def find_cache(data: str, teacher: str | None = None) -> Cache:
             found.append(cache)
     if not found:
         by = f" by {teacher}" if teacher else ""
-        raise NotFoundError(f"no cache of {data}{by} with a complete view: run kdcache build --data {data} first")
+        also = f" ({len(bad)} that cannot be read are left out: see kdcache ls)" if bad else ""
+        raise NotFoundError(f"no cache of {data}{by} with a complete view{also}: run kdcache build --data {data} first")
     if len(found) > 1:
         raise InputError(
-            f"{len(found)} caches of {data} match, choose one with --cache: "
-            + "; ".join(
-                f"{c.key[:12]} ({c.identity.teacher.architecture}, {c.identity.views.policy}, {len(c.views)} views, "
-                f"{'dense' if c.identity.record.dense else f'top {c.identity.record.k}'})"
-                for c in found
-            )
+            f"{len(found)} caches of {data} match, choose one with --cache: " + "; ".join(map(one_line, found))
         )
     return found[0]
 
@@ -99,7 +100,11 @@ def find_cache(data: str, teacher: str | None = None) -> Cache:
 def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
     """Train a student; the summary, which also stands in the run folder."""
     device = pick_device(config.device)
-    cache = open_cache(config.cache) if config.cache else find_cache(config.data, config.teacher)
+    if config.fresh_views and not config.online:
+        raise InputError("--fresh-views needs the live teacher: give --online too")
+    if config.weights and not config.online:
+        raise InputError("--weights are those of the live teacher: give --online too")
+    cache = _cache_of(config)
     record = cache.identity.record
     data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
     require_data(cache, data)
@@ -107,10 +112,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     defaults = defaults_for(data)
     size = config.image_size or data.image_size or cache.identity.teacher.input_size
     loss = make_loss(config.loss, size)
-    if not config.online:
-        require_served(loss, record)
+    # The live teacher answers for all classes, at any temperature.
+    require_served(loss, record.model_copy(update={"k": None}) if config.online else record)
     student = config.student or defaults.student
-    batch = config.batch_size or defaults.train_batch
+    batch = config.batch_size or min(defaults.train_batch, len(data))
     recipe = Recipe(
         epochs=config.epochs or defaults.epochs,
         lr=config.lr or defaults.rate(batch),
@@ -120,13 +125,13 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     )
     loader: CachedLoader | OnlineLoader
     if config.online:
+        if config.views and not config.fresh_views and config.views > len(cache.views):
+            raise NotFoundError(f"{cache.path} has {len(cache.views)} complete views, not {config.views}: build more")
         teacher = _same_teacher(cache, config, data, device)
         loader = OnlineLoader(
             cache, data, teacher, batch, fresh_views=config.fresh_views, seed=config.seed, image_size=size,
             views=config.views, workers=config.workers,
         )  # fmt: skip
-    elif config.fresh_views:
-        raise InputError("--fresh-views needs the live teacher: give --online too")
     else:
         loader = CachedLoader(
             cache, data, batch, seed=config.seed, device=device, image_size=size, views=config.views,
@@ -135,14 +140,19 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     network = seeded(config.seed, lambda: build_network(student, record.classes, size))
     model = Classifier(network, data.mean, data.std).to(device)
     model.to(memory_format=torch.channels_last)
+    if (answers := try_out(model, student, size)) != record.classes:
+        raise InputError(f"{student} answers for {answers} classes, the teacher for {record.classes}")
+    judge = Judge(cache, evaluation, size, device, config.workers)
     name = f"{data.name.replace(':', '-')}-{student.replace('/', '-')}-{loss.name}-seed{config.seed}"
     path = Path(config.out or f"runs/{name}{'-online' if config.online else ''}")
     settings = {
-        "cache": cache.key, "data": config.data, "student": student, "loss": loss.name, "loss_options": vars(loss),
-        "epochs": recipe.epochs, "batch_size": batch, "lr": recipe.lr, "weight_decay": recipe.decay,
-        "momentum": recipe.momentum, "warmup": recipe.warmup, "seed": config.seed, "views": config.views,
-        "image_size": size, "online": config.online, "fresh_views": config.fresh_views, "amp": config.amp,
+        "cache": cache.key, "data": config.data, "student": student, "loss": loss.name,
+        "loss_options": options_of(loss), "epochs": recipe.epochs, "batch_size": batch, "lr": recipe.lr,
+        "weight_decay": recipe.decay, "momentum": recipe.momentum, "warmup": recipe.warmup, "seed": config.seed,
+        "views": config.views, "image_size": size, "online": config.online, "fresh_views": config.fresh_views,
+        "amp": config.amp,
     }  # fmt: skip
+    ready = _prepared(loss, cache, model, size, config.online, say)
     folder = RunFolder(path, settings, config.resume)
     say(
         f"{student} on {data.name} with {loss}, {'online' if config.online else 'from cache'} {cache.key[:12]} "
@@ -151,10 +161,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     notes = {
         "student": student, "classes": record.classes, "input_size": size, "mean": list(data.mean),
         "std": list(data.std), "class_names": list(data.class_names), "data": config.data, "cache": cache.key,
+        "cache_path": str(cache.path.absolute()),
     }  # fmt: skip
-    judge = Judge(cache, evaluation, size, device, config.workers)
     started = time.monotonic()
-    history = fit(model, loss, loader, recipe, lambda m: judge(m, recipe.amp), folder, notes, say)
+    history = fit(model, ready, loader, recipe, lambda m: judge(m, recipe.amp), folder, notes, say)
     last = history[-1]
     summary = {
         **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
@@ -169,6 +179,18 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     }
     folder.finish(summary)
     return summary
+
+
+def _prepared(loss: Loss, cache: Cache, model: Classifier, size: int, online: bool, say: Callable[[str], None]) -> Loss:
+    """The loss with all that it takes from view 0 and from the student; a warning where the tail is most of it."""
+    needs_view = isinstance(loss, IKL) or (loss.needs.temperatures and not cache.identity.record.dense)
+    if needs_view and (cache.views or not online):
+        records = cache.read(cache.views[0])
+        if isinstance(loss, IKL):
+            loss.prepare(records.to(next(model.parameters()).device))
+        if not online and (warning := head_mass_warning(loss, records)):
+            say(f"warning: {warning}")
+    return FeatureLoss(loss, model, size, cache.identity.record.classes) if isinstance(loss, USKD) else loss
 
 
 class Judge:
@@ -195,23 +217,43 @@ def evaluate_run(
 ) -> dict[str, Any]:
     """Metrics of a run folder's best weights or of a weights file that kdcache wrote."""
     path = Path(where)
+    if not path.exists():
+        raise NotFoundError(f"there is no run folder or weights file {where}")
     if path.is_dir():
         path = path / "best.safetensors"
+        if not path.exists():
+            raise NotFoundError(f"{where} is no run with a whole epoch: it has no {path.name}")
     state, notes = read_weights(path)
-    if "student" not in notes and "input_size" not in notes:
+    if not notes:
         raise InputError(f"{path} was not written by kdcache: it does not say which network and data it belongs to")
-    name = notes.get("student")
-    if name is None:
+    if not {"student", "classes", "data", "cache"} <= notes.keys():
         raise InputError(f"{path} is a taught teacher: its accuracy stands in its notes, see kdcache build")
-    on = pick_device(device)
+    on, name = pick_device(device), notes["student"]
     network = build_network(name, notes["classes"], notes["input_size"])
     load_fitting(network, state, f"the weights in {path} and {name}")
     model = Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(on)
     model.to(memory_format=torch.channels_last)
-    found = open_cache(cache or notes["cache"])
+    place = notes.get("cache_path")
+    found = open_cache(cache or (place if place and Path(place).is_dir() else notes["cache"]))
+    if cache is None and found.key != notes["cache"]:
+        raise MismatchError(f"{found.path} is not the cache of this run any more: give the one to use with --cache")
     evaluation = open_data(data or notes["data"], "eval", unlabelled=found.identity.record.labels == 0)
     require_data(found, evaluation)
     return {"weights": str(path), **Judge(found, evaluation, notes["input_size"], on, workers)(model)}
+
+
+def _cache_of(config: TrainConfig) -> Cache:
+    """The cache asked for: by --cache, by the run that is resumed, or the only one that matches."""
+    where = config.cache
+    if where is None and config.resume and config.out:
+        where = read_config(Path(config.out)).get("cache")
+    if where is None:
+        return find_cache(config.data, config.teacher)
+    cache = open_cache(where)
+    built_by = cache.identity.teacher.architecture.split(" ")[0]
+    if config.teacher and config.teacher != built_by:
+        raise MismatchError(f"{cache.path} was built by {built_by}, not by {config.teacher}")
+    return cache
 
 
 def _same_teacher(cache: Cache, config: TrainConfig, data: Dataset, device: torch.device) -> Teacher:

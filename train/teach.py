@@ -4,18 +4,18 @@ from __future__ import annotations
 
 import shutil
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.build import BuildConfig, BuildResult, build
-from kdcache.pipeline.datasets import open_data
+from kdcache.pipeline.build import BuildConfig, BuildResult, build, check_options
+from kdcache.pipeline.datasets import list_unreadable, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.render import Renderer
-from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, file_classifier, pick_device, taught_file
+from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, file_classifier, pick_device, taught_file, try_out
 from kdcache.pipeline.views import check_policy
 from kdcache.train.evaluate import metrics, predict
 from kdcache.train.loader import PlainLoader
@@ -48,16 +48,20 @@ def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path
     """
     device = pick_device(config.device)
     data, evaluation = open_data(config.data, "train"), open_data(config.data, "eval")
+    if not data.labels.shape[1] or len(data.class_names) < 2:
+        raise InputError(f"{config.data} has {len(data.class_names)} classes: a teacher is taught two or more")
     path = taught_file(config.teacher, data)
     if path.exists() and not config.force:
         raise InputError(f"{config.teacher} is taught on {data.name} already ({path}): --force teaches it anew")
     defaults = defaults_for(data)
     policy = check_policy(config.augment or defaults.augment)
-    batch = min(config.batch_size or defaults.train_batch, len(data))
+    batch = config.batch_size or min(defaults.train_batch, len(data))
     size = data.image_size or IMAGENET_SIZE
     network = seeded(config.seed, lambda: build_network(config.teacher, len(data.class_names), size))
     model = Classifier(network, data.mean, data.std).to(device)
     model.to(memory_format=torch.channels_last)
+    if (answers := try_out(model, config.teacher, size)) != len(data.class_names):
+        raise InputError(f"{config.teacher} answers for {answers} classes, {data.name} has {len(data.class_names)}")
     recipe = Recipe(
         epochs=config.epochs or defaults.epochs,
         lr=config.lr or defaults.rate(batch),
@@ -68,9 +72,14 @@ def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path
         "teacher": config.teacher, "data": data.fingerprint(), "augment": policy, "epochs": recipe.epochs,
         "batch_size": batch, "lr": recipe.lr, "weight_decay": recipe.decay, "seed": config.seed, "amp": config.amp,
     }  # fmt: skip
+    loader = PlainLoader(data, policy, batch, size, seed=config.seed, device=device, workers=config.workers)
     work = path.with_suffix(".run")
     if config.force:
         shutil.rmtree(work, ignore_errors=True)
+    try:
+        folder = RunFolder(work, settings, resume=work.exists())
+    except InputError as e:
+        raise InputError(f"{e} (--force teaches it from the start)") from e
     notes = {
         "input_size": size, "mean": list(data.mean), "std": list(data.std), "class_names": list(data.class_names),
     }  # fmt: skip
@@ -80,10 +89,10 @@ def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path
     history = fit(
         model,
         CE(),
-        PlainLoader(data, policy, batch, size, seed=config.seed, device=device, workers=config.workers),
+        loader,
         recipe,
         lambda m: metrics(predict(m, evaluation, renderer, recipe.amp), labels),
-        RunFolder(work, settings, resume=work.exists()),
+        folder,
         notes,
         say,
     )
@@ -97,10 +106,14 @@ def build_and_teach(config: BuildConfig, say: Callable[[str], None] = print) -> 
     """Build; on the embedded digits a teacher that is not there is taught first, so that the short form works."""
     if config.data == DATA:
         say(f"data: {DATA}, scikit-learn's 8x8 images, to try things out; --data names your own")
-        named = ":" not in config.teacher and config.weights is None
-        if named and not taught_file(config.teacher, open_data(DATA, "train")).exists():
-            say(f"no {config.teacher} has been taught on {DATA} yet: teaching one first")
-            teach(TeachConfig(config.teacher, device=config.device), say)
+        if ":" not in config.teacher and config.weights is None:
+            data = open_data(DATA, "train")
+            taught = taught_file(config.teacher, data)
+            if not taught.exists():
+                check_options(config, len(data.class_names))
+                say(f"no {config.teacher} has been taught on {DATA} yet: teaching one first")
+                teach(TeachConfig(config.teacher, device=config.device), say)
+            config = replace(config, weights=str(taught))  # also where --unlabelled makes it other data
     return build(config, say)
 
 
@@ -109,5 +122,5 @@ def unreadable_files(data: str, unlabelled: bool, say: Callable[[str], None]) ->
     found = []
     for split in ("train", "eval"):
         say(f"reading every image of {data}, {split}")
-        found += open_data(data, split, unlabelled=unlabelled).unreadable()
+        found += list_unreadable(data, split, unlabelled=unlabelled)
     return found

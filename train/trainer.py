@@ -9,12 +9,12 @@ import time
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.errors import CorruptError, InputError, KdcacheError
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError, NotFoundError
 from kdcache.cache.files import replace_file
 from kdcache.cache.records import Records
 from kdcache.pipeline.progress import Progress
@@ -54,16 +54,54 @@ class Recipe:
         return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
 
 
+@runtime_checkable
+class Learnt(Protocol):
+    """A loss with parameters of its own, which are trained beside the student's."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """A loss that goes by the epoch, counted from 1."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+_STATE = {"history", "model", "optimiser", "random", "loss"}
+_ANEW = "remove it to start the run anew"
+
+
+def read_config(path: Path) -> dict[str, Any]:
+    """The settings of the run in a folder."""
+    file = path / "config.json"
+    try:
+        config = json.loads(file.read_text())
+    except FileNotFoundError:
+        raise NotFoundError(f"{path} is no run folder: it has no config.json") from None
+    except ValueError as e:  # also where it is no text
+        raise CorruptError(f"{file} is not valid JSON ({e}): give another --out") from e
+    if not isinstance(config, dict):
+        raise CorruptError(f"{file} is not what kdcache writes: give another --out")
+    return config
+
+
 class RunFolder:
     """config.json, metrics.jsonl, summary.json, last and best weights, TensorBoard events, and the state to resume."""
 
     def __init__(self, path: Path, config: dict[str, Any], resume: bool) -> None:
         self.path = path
         file = path / "config.json"
-        if file.exists():
+        if any((path / name).exists() for name in ("metrics.jsonl", "state.pt", "summary.json")):
             if not resume:
                 raise InputError(f"{path} holds a run already: give --resume to go on with it, or another --out")
-            self._require_same(json.loads(file.read_text()), config)
+            self._require_same(config)
+        elif file.exists():
+            replace_file(file, _json(config))  # it ended before its first whole epoch: nothing to keep
         elif resume:
             raise InputError(f"{path} holds no run to resume: leave --resume out to start one")
         elif path.exists() and any(path.iterdir()):
@@ -71,7 +109,8 @@ class RunFolder:
         else:
             replace_file(file, _json(config))
 
-    def _require_same(self, had: dict[str, Any], config: dict[str, Any]) -> None:
+    def _require_same(self, config: dict[str, Any]) -> None:
+        had = read_config(self.path)
         wanted = json.loads(_json(config))
         names = [k for k in {**had, **wanted} if had.get(k) != wanted.get(k)]
         if names:
@@ -85,8 +124,12 @@ class RunFolder:
             return None
         try:
             state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except Exception as e:
-            raise CorruptError(f"{file} cannot be read ({type(e).__name__}): remove it to start the run anew") from e
+        except OSError:
+            raise
+        except Exception as e:  # bytes that are no pickle raise whatever comes first
+            raise CorruptError(f"{file} cannot be read ({type(e).__name__}): {_ANEW}") from e
+        if not isinstance(state, dict) or state.keys() != _STATE:
+            raise CorruptError(f"{file} is not what kdcache writes: {_ANEW}")
         return state
 
     def save_epoch(self, model: Classifier, state: dict[str, Any], notes: dict[str, Any], best: bool) -> None:
@@ -119,8 +162,9 @@ def fit(
     `notes` go into the weights' files. KdcacheError when the loss is no longer finite.
     """
     device = next(model.parameters()).device
+    learnt = list(loss.parameters()) if isinstance(loss, Learnt) else []
     optimiser = torch.optim.SGD(
-        model.parameters(),
+        [*model.parameters(), *learnt],
         lr=recipe.lr,
         momentum=recipe.momentum,
         weight_decay=recipe.decay,
@@ -130,13 +174,20 @@ def fit(
     history: list[dict[str, Any]] = []
     if folder and (state := folder.load_state()):
         history = state["history"]
-        model.load_state_dict(state["model"])
-        optimiser.load_state_dict(state["optimiser"])
+        try:
+            model.load_state_dict(state["model"])
+            optimiser.load_state_dict(state["optimiser"])
+            if isinstance(loss, Learnt):
+                loss.load_state_dict(state["loss"])
+        except (KeyError, RuntimeError, TypeError, ValueError) as e:
+            raise CorruptError(f"{folder.path / 'state.pt'} is not of this network: {_ANEW}") from e
         _restore_random(state["random"], device)
         say(f"resuming {folder.path} after epoch {len(history)} of {recipe.epochs}")
     events = _events(folder, len(history), say) if folder else None
     for epoch in range(len(history), recipe.epochs):
         loader.set_epoch(epoch)
+        if isinstance(loss, Paced):
+            loss.set_epoch(epoch + 1)
         started = time.monotonic()
         mean_loss = _train_epoch(model, loss, loader, optimiser, recipe, epoch, device)
         seconds = time.monotonic() - started
@@ -157,6 +208,7 @@ def fit(
                     "history": history,
                     "model": model.state_dict(),
                     "optimiser": optimiser.state_dict(),
+                    "loss": loss.state_dict() if isinstance(loss, Learnt) else {},
                     "random": _random_state(device),
                 },
                 {**(notes or {}), "metrics": line},

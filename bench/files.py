@@ -1,0 +1,112 @@
+"""The file path at ImageNet's shape: a 1,000-class teacher on 224-pixel JPEG files, built, verified and trained from.
+
+    python bench/files.py --work FOLDER
+
+The images are seeded cut-outs of the two photographs that scikit-learn carries, at sizes from 256 to 400 pixels, in
+ten class folders; the teacher is a resnet34 with random weights, so the accuracies mean nothing: this measures the
+path, not the method. Writes JSON.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from cifar10 import machine
+from PIL import Image
+from sklearn.datasets import load_sample_images
+
+from kdcache.cache import open_cache
+from kdcache.pipeline.build import BuildConfig, build, open_source
+from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.render import Renderer
+from kdcache.pipeline.teachers import Classifier, file_classifier
+from kdcache.pipeline.verify import verify
+from kdcache.pipeline.views import draw
+from kdcache.train.run import TrainConfig, train
+
+IMAGES, CLASSES, VIEWS = 240, 10, 2
+
+
+def make_folder(folder: Path) -> None:
+    """IMAGES JPEG files in train/ and a quarter as many in val/, the same ones every time."""
+    photographs = load_sample_images().images
+    rng = np.random.default_rng(0)
+    for split, count in (("train", IMAGES), ("val", IMAGES // 4)):
+        for i in range(count):
+            path = folder / split / f"class{i % CLASSES}" / f"{i:04d}.jpg"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            photograph = photographs[i % 2]
+            height, width = rng.integers(256, 400, 2)
+            top, left = (rng.integers(0, s - c + 1) for s, c in zip(photograph.shape, (height, width), strict=False))
+            Image.fromarray(photograph[top : top + height, left : left + width]).save(path, quality=90)
+
+
+def rate(renderer: Renderer, batches: list[np.ndarray], parameters: Any) -> float:
+    """Images/s of decoding and cutting alone."""
+    start = time.perf_counter()
+    count = sum(len(images) for images in renderer.batches(parameters, batches))
+    return count / (time.perf_counter() - start)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="an empty folder")
+    parser.add_argument("--out", type=Path, default=Path("bench/results/files.json"))
+    a = parser.parse_args()
+    os.environ["KDCACHE_HOME"] = str(a.work / "home")
+    folder, weights, classes = a.work / "images", a.work / "teacher.safetensors", a.work / "classes.json"
+    make_folder(folder)
+    torch.manual_seed(0)
+    teacher = Classifier(build_network("resnet34", 1000, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
+    file_classifier(weights, teacher, {})
+    classes.write_text(json.dumps({f"class{i}": 97 * i for i in range(CLASSES)}))
+    config = BuildConfig(
+        "resnet34", str(weights), f"imagefolder:{folder}", views=VIEWS, class_map=str(classes), allow_low_accuracy=True,
+        batch_size=32,
+    )  # fmt: skip
+    source = open_source(config)
+    batches = np.split(np.arange(IMAGES), range(32, IMAGES, 32))
+    parameters = draw("rrc,flip", 0, 0, range(IMAGES), source.train.sizes)
+    decoding = rate(Renderer(source.train, 224, torch.device("cpu")), batches, parameters)
+    pixels = next(iter(Renderer(source.train, 224, torch.device("cpu")).batches(parameters, batches[:1])))
+    source.teacher.logits(pixels)
+    start = time.perf_counter()
+    for _ in range(3):
+        source.teacher.logits(pixels)
+    bare = 3 * len(pixels) / (time.perf_counter() - start)
+    built = build(config, source=source)
+    report = verify(open_cache(built.path), source, replay=64)
+    summary = train(
+        TrainConfig(
+            "nkd", cache=str(built.path), data=config.data, student="resnet18", epochs=1, batch_size=32,
+            image_size=160, out=str(a.work / "run"),
+        )
+    )  # fmt: skip
+    result = {
+        "machine": machine(),
+        "command": "python bench/files.py",
+        "images": IMAGES,
+        "evaluation_images": IMAGES // 4,
+        "views": VIEWS,
+        "decode_and_cut_images_per_second": decoding,
+        "bare_teacher_images_per_second": bare,
+        "build_images_per_second": built.teacher_images / built.seconds,
+        "records": {"k": 20, "bytes_of_the_whole_cache": built.bytes, "bytes_a_record": built.bytes / (IMAGES * VIEWS)},
+        "verify": {"passed": report.passed, "total_variation": report.total_variation, "replayed": report.replayed},
+        "student_seconds_an_epoch": summary["seconds_an_epoch"],
+        "student_loss": summary["loss"],
+    }
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

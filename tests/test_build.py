@@ -1,0 +1,822 @@
+"""Stage 1: what is stored is what the teacher answers, whoever stops, resumes, extends or disturbs the build."""
+
+import contextlib
+import errno
+import hashlib
+import json
+import os
+import resource
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+from torchvision.transforms.v2 import functional as tv
+
+from kdcache.cache import Cache, KdcacheError, encode, open_cache
+from kdcache.cache import errors as e
+from kdcache.cache.store import SplitStore, shard_name
+from kdcache.pipeline import build as build_module
+from kdcache.pipeline.build import BuildConfig, build, open_source, record_batches
+from kdcache.pipeline.render import _Pixels
+from kdcache.pipeline.teachers import Teacher
+from kdcache.pipeline.verify import verify
+from kdcache.pipeline.views import draw
+
+# 150 images in parts of 64, 64 and 22; batches of 16, the last of each split short.
+TOY = """
+import numpy as np, torch
+from torch import nn
+
+def images(split):
+    rng = np.random.default_rng(split == "train")
+    labels = np.arange(150 if split == "train" else 40) * 5 % 12
+    patterns = np.random.default_rng(2).integers(0, 256, (12, 10, 10, 3))
+    noisy = patterns[labels] + rng.normal(0, 60, (len(labels), 10, 10, 3))
+    return np.clip(noisy, 0, 255).astype("u1"), labels, tuple("abcdefghijkl")
+
+def net(classes, width=8, stride=2, side=3):
+    with torch.random.fork_rng():
+        torch.manual_seed(5)
+        found = nn.Sequential(
+            nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
+            nn.Conv2d(width, 16, 3, stride, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
+            nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(16 * side * side, classes))
+        with torch.no_grad():
+            found[-1].weight.mul_(8)
+        return found
+
+def twelve():
+    return net(12)
+
+def thousand():
+    return net(1000, 4, 8, 2)
+"""
+BATCH, PART, PARTS = 16, 64, 3
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def toy(tmp_path_factory):
+    """A folder with the module kd_toy and an empty home of kdcache's."""
+    folder = tmp_path_factory.mktemp("toy")
+    (folder / "kd_toy.py").write_text(TOY)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.syspath_prepend(str(folder))
+        patch.setenv("KDCACHE_HOME", str(folder / "home"))
+        threads = torch.get_num_threads()
+        torch.set_num_threads(1)  # for networks this small, more only wait for each other
+        yield folder
+        torch.set_num_threads(threads)
+
+
+@pytest.fixture(autouse=True)
+def _home(toy, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
+
+
+def settings(**changes):
+    return BuildConfig(
+        **{
+            "teacher": "kd_toy:net",
+            "data": "kd_toy:images",
+            "augment": "crop,flip",
+            "views": 2,
+            "topk": 4,
+            "temperatures": (1.0, 4.0),
+            "batch_size": BATCH,
+            "allow_low_accuracy": True,
+            "device": "cpu",
+            "part": PART,
+            **changes,
+        }
+    )
+
+
+@pytest.fixture(scope="module")
+def source(toy):
+    return open_source(settings(), quiet)
+
+
+@pytest.fixture(scope="module")
+def reference(toy, source):
+    """The cache of `settings()`, built without a disturbance."""
+    build(settings(out=str(toy / "reference")), quiet, source)
+    return toy / "reference"
+
+
+def content(path):
+    """Every file's bytes, and of commits all but who wrote them; a lock in scratch/ is no content."""
+    found = {}
+    for file in sorted(path.rglob("*")):
+        name = file.relative_to(path).as_posix()
+        if file.is_file() and not name.startswith("scratch/"):
+            found[name] = file.read_bytes()
+            if "commits/" in name:
+                about = json.loads(found[name])
+                assert set(about.pop("writer")) >= {"host", "torch", "time"}
+                found[name] = about
+    return found
+
+
+def spooled(tmp_path):
+    return [p for p in (tmp_path / "home" / "spool").rglob("*") if p.is_file()]
+
+
+def equal(a, b):
+    fields = ("classes", "gaps", "target_gap", "tail", "labels", "prior")
+    pairs = [(getattr(a, f), getattr(b, f)) for f in fields]
+    return all((x is None and y is None) or x.equal(y) for x, y in pairs)
+
+
+# ---- what is stored ----
+
+
+def rendered_apart(data, boxes, flips):
+    """uint8 [n, H, W, 3]: each crop on its own, by numpy."""
+    out = []
+    for image, (top, left, height, width), flip in zip(data.images.numpy(), boxes, flips, strict=True):
+        pad = max(height, width)
+        black = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
+        cut = black[pad + top : pad + top + height, pad + left : pad + left + width]
+        out.append(cut[:, ::-1] if flip else cut)
+    return np.stack(out)
+
+
+@pytest.mark.parametrize(("k", "precision"), [(4, "float16"), (None, "float32")])
+def test_records_and_prior_are_those_of_the_teachers_answers(tmp_path, source, k, precision):
+    """Rendered, batched, encoded and averaged again here, apart from the product."""
+    import kd_toy
+
+    config = settings(topk=k or 12, precision=precision, out=str(tmp_path / "c"))
+    build(config, quiet)
+    cache = open_cache(tmp_path / "c")
+    assert cache.identity.record.k == k
+    network = kd_toy.net(12).eval()
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (source.train.mean, source.train.std))
+    still = np.tile([0, 0, 10, 10], (40, 1)), np.zeros(40, bool)
+    first_view = []
+    for data, view, records in (
+        (source.evaluation, None, cache.read_evaluation()),
+        *((source.train, v, cache.read(v)) for v in cache.views),
+    ):
+        drawn = draw("crop,flip", 0, view or 0, range(len(data)), data.sizes)
+        pixels = rendered_apart(data, *(still if view is None else (drawn.boxes, drawn.flips)))
+        for part in range(0, len(data), PART):
+            for at in range(part, min(part + PART, len(data)), BATCH):
+                rows = np.arange(at, min(at + BATCH, part + PART, len(data)))
+                full = np.pad(rows, (0, BATCH - len(rows)), mode="edge")
+                images = torch.from_numpy(pixels[full]).permute(0, 3, 1, 2)
+                with torch.inference_mode():
+                    logits = network((images - mean) / std)[: len(rows)]
+                if view == 0:
+                    first_view.append(logits)
+                labels = torch.from_numpy(data.labels[rows])
+                want = replace(encode(logits, labels, k, (1.0, 4.0), precision), prior=cache.prior)
+                assert equal(records[torch.from_numpy(rows)], want)
+    if k is None:
+        assert cache.prior is None
+        return
+    prior = np.zeros((2, 12))
+    for z, y in zip(torch.cat(first_view).double().numpy(), source.train.labels[:, 0], strict=True):
+        rest = sorted(set(range(12)) - set(np.argsort(-z, kind="stable")[:k].tolist()) - {int(y)})
+        for i, t in enumerate((1.0, 4.0)):
+            share = np.exp((z[rest] - z[rest].max()) / t)
+            prior[i, rest] += share / share.sum()
+    prior = 0.999 * prior / prior.sum(1, keepdims=True) + 0.001 / 12
+    np.testing.assert_allclose(cache.prior.numpy(), prior, rtol=1e-6)
+
+
+def test_every_batch_is_full_and_the_evaluation_split_is_first(tmp_path, source, monkeypatch):
+    sizes, shards = [], []
+    answer, write = Teacher.logits, SplitStore.write_shard
+    monkeypatch.setattr(Teacher, "logits", lambda self, images: sizes.append(len(images)) or answer(self, images))
+    monkeypatch.setattr(
+        SplitStore, "write_shard", lambda self, v, p, *a: shards.append((self.split, v, p)) or write(self, v, p, *a)
+    )
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    result = build(settings(out=str(tmp_path / "c")), quiet, source)
+    assert set(sizes) == {BATCH} and result.teacher_images == 40 + 2 * 150
+    assert shards == [("eval", 0, 0), *(("train", v, p) for v in (0, 1) for p in range(PARTS))]
+
+
+def test_a_batch_does_not_depend_on_where_the_build_went_on(source):
+    whole = list(record_batches(source, source.train, source.train_labels, 1, range(64, 128), BATCH, 0))
+    for skipped in (1, 3):
+        rows = range(64 + skipped * BATCH, 128)
+        rest = list(record_batches(source, source.train, source.train_labels, 1, rows, BATCH, 0))
+        assert len(rest) == len(whole) - skipped
+        for (a, z), (b, y) in zip(rest, whole[skipped:], strict=True):
+            assert equal(a, b) and z.equal(y)
+
+
+def test_unlabelled_and_single_class_records_are_built(tmp_path):
+    config = settings(teacher="kd_toy:twelve", topk=1, unlabelled=True, views=1, out=str(tmp_path / "c"))
+    result = build(config, quiet)
+    records = open_cache(tmp_path / "c").read(0)
+    assert result.teacher_top1 is None
+    assert records.gaps.shape == (150, 0) and records.labels.shape == (150, 0) and records.tail.shape == (150, 2)
+    assert verify(open_cache(tmp_path / "c"), open_source(config, quiet)).passed
+    assert build(config, quiet).teacher_images == 0
+
+
+# ---- again, and more ----
+
+
+def test_more_views_leave_what_is_there_untouched(tmp_path, reference, source):
+    path = tmp_path / "c"
+    build(settings(views=1, out=str(path)), quiet, source)
+
+    def state():
+        files = [p for p in path.rglob("*") if p.is_file() and p.parent.name != "scratch"]
+        return {p: (p.stat().st_mtime_ns, p.stat().st_ino, hashlib.sha256(p.read_bytes()).digest()) for p in files}
+
+    before = state()
+    assert build(settings(out=str(path)), quiet, source).teacher_images == 150
+    after = state()
+    assert {p: after[p] for p in before} == before
+    assert {p.relative_to(path).parts[:2] for p in after.keys() - before.keys()} == {
+        ("views", "v00001"),
+        *(("commits", f"v00001-p000{p}.json") for p in range(PARTS)),
+    }
+    assert content(path) == content(reference)
+
+
+def test_reuse_asks_the_teacher_nothing_and_writes_nothing(tmp_path, reference, source, monkeypatch):
+    monkeypatch.setattr(Teacher, "logits", None)
+    monkeypatch.setattr(os, "fsync", None)
+    monkeypatch.setattr(os, "link", None)
+    said = []
+    for views in (2, 1):
+        result = build(settings(views=views, out=str(reference)), said.append, source)
+        assert result.teacher_images == 0 and result.key == source.identity.key
+    assert ["nothing to compute" in line for line in said] == [True, True]
+    # The same cache at its usual place, by its key.
+    shutil.copytree(reference, tmp_path / "home" / "caches" / source.identity.key)
+    assert build(settings(), quiet, source).teacher_images == 0
+
+
+def test_labels_or_a_prior_that_are_gone_are_made_again_without_the_teacher(tmp_path, reference, source, monkeypatch):
+    path = tmp_path / "c"
+    for gone in ("commits/prior.json", "commits/labels.json", "eval/commits/labels.json"):
+        shutil.copytree(reference, path)
+        (path / gone).unlink()
+        with pytest.raises(KdcacheError, match="run kdcache build again"):
+            (Cache(path).read_evaluation() if "eval" in gone else Cache(path).read(0))
+        with monkeypatch.context() as patch:
+            patch.setattr(Teacher, "logits", None)
+            assert build(settings(out=str(path)), quiet, source).teacher_images == 0
+        assert content(path) == content(reference)
+        shutil.rmtree(path)
+
+
+def test_a_shard_whose_commit_was_removed_as_told_is_made_anew(tmp_path, reference, source):
+    path = tmp_path / "c"
+    shutil.copytree(reference, path)
+    chunk = path / "views/v00000/gaps/c/1/0"
+    chunk.write_bytes(chunk.read_bytes()[::-1])
+    with pytest.raises(e.CorruptError, match=r"remove .*v00000-p0001\.json and run kdcache build") as caught:
+        Cache(path).read(0)
+    Path(str(caught.value).split("remove ")[1].split(" and run")[0]).unlink()
+    assert build(settings(out=str(path)), quiet, source).teacher_images == 64
+    assert content(path) == content(reference)
+
+
+def test_other_labels_under_the_same_key_are_refused(tmp_path, reference, source):
+    """A class map changes the labels, and is not part of the key."""
+    mapping = tmp_path / "map.csv"
+    mapping.write_text("".join(f"{a},{(i + 1) % 12}\n" for i, a in enumerate("abcdefghijkl")))
+    other = open_source(settings(class_map=str(mapping)), quiet)
+    assert other.identity == source.identity
+    for views in (2, 3):
+        before = content(reference)
+        config = settings(class_map=str(mapping), views=views, out=str(reference))
+        with pytest.raises(e.MismatchError, match=r"other labels than asked for \(150 of 150 differ\).*--class-map"):
+            build(config, quiet, other)
+        assert content(reference) == before
+    (problem,) = verify(Cache(reference), other).problems
+    assert "other labels" in problem
+
+
+def test_another_cache_in_the_same_place_is_refused_field_by_field(reference):
+    before = content(reference)
+    with pytest.raises(e.MismatchError) as caught:
+        build(settings(topk=3, seed=7, augment="flip", out=str(reference)), quiet)
+    for line in ("record.k: the cache has 4, asked for 3", "views.seed: the cache has 0, asked for 7", "views.policy"):
+        assert line in str(caught.value)
+    assert content(reference) == before
+
+
+def test_a_record_too_large_for_a_shard_is_refused_before_the_teacher_works(source, monkeypatch):
+    monkeypatch.setattr(build_module.arrays, "MAX_CHUNK_BYTES", 300)
+    with pytest.raises(e.InputError, match=r"a shard would hold 384 B .*4 classes a record are too many, lower --topk"):
+        open_source(settings(precision="float16"), quiet)
+
+
+# ---- stopped and resumed ----
+
+DRIVER = """
+import json, os, random, shutil, signal, sys, time, warnings
+warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
+import torch
+torch.set_num_threads(1)
+from pathlib import Path
+from kdcache.cache import store
+from kdcache.cache.errors import BusyError
+from kdcache.pipeline import build as module
+from kdcache.pipeline.teachers import Teacher
+module._SPOOL_SECONDS = 0.0
+module._QUEUE = 1
+quiet = lambda line: None
+config = module.BuildConfig(**json.loads(sys.argv[1]) | {"temperatures": (1.0, 4.0)})
+source = module.open_source(config, quiet)
+
+def in_child(work):
+    child = os.fork()
+    if not child:
+        try:
+            work()
+        except BaseException:
+            import traceback
+            traceback.print_exc()
+            os._exit(1)
+        os._exit(0)
+    return child
+
+def ended(child):
+    return os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+
+def run(path, facts=None):
+    from dataclasses import replace
+    result = module.build(replace(config, out=str(path)), quiet, source)
+    if facts:
+        facts.write_text(json.dumps(result.teacher_images))
+
+def killed_at(event):
+    # Every step that leaves a trace, and every answer of the teacher, is a moment to die.
+    left = [event]
+    def counting(function):
+        def counted(*args, **kwargs):
+            left[0] -= 1
+            if left[0] < 0:
+                os.kill(os.getpid(), signal.SIGKILL)
+            return function(*args, **kwargs)
+        return counted
+    os.fsync, os.link, os.replace = counting(os.fsync), counting(os.link), counting(os.replace)
+    os.mkdir, os.unlink, Teacher.logits = counting(os.mkdir), counting(os.unlink), counting(Teacher.logits)
+    return left
+"""
+
+
+def start(toy, script, *arguments, **env):
+    return subprocess.Popen(
+        [sys.executable, "-W", "error", "-c", DRIVER + script, *map(str, arguments)],
+        env={**os.environ, "PYTHONPATH": str(toy), **{k: str(v) for k, v in env.items()}},
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+    )  # fmt: skip
+
+
+def finish(process):
+    out, err = process.communicate(timeout=200)
+    assert process.returncode == 0, err
+    return out
+
+
+def as_json(config):
+    return json.dumps(vars(config))
+
+
+def images_left(path, home, views):
+    """What a build that was killed has neither committed nor spooled, from the files that it left."""
+    left = 0
+    for root, prefix, samples, count in ((path / "eval", "eval-", 40, 1), (path, "", 150, views)):
+        for view in range(count):
+            for part in range(-(-samples // PART)):
+                rows = min(PART, samples - part * PART)
+                if (root / "commits" / f"{shard_name(view, part)}.json").exists():
+                    continue
+                blocks = (home / "spool").glob(f"*/{prefix}{shard_name(view, part)}-b{BATCH}/*.block")
+                left += rows - max((int(b.stem.split("-")[1]) for b in blocks), default=0)
+    return left
+
+
+@pytest.mark.timeout(280)
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(toy, tmp_path):
+    """SIGKILL at chosen steps and, in the last rounds, at random times; then at a second one; then to the end."""
+    script = """
+folder, rng = Path(sys.argv[2]), random.Random(4)
+assert ended(in_child(lambda: run(folder / "whole"))) == 0
+def count():
+    left = killed_at(10**9)
+    run(folder / "counted")
+    (folder / "events").write_text(str(10**9 - left[0]))
+assert ended(in_child(count)) == 0
+events = int((folder / "events").read_text())
+first = sorted({0, 3, 6, 9, events - 1, events - 3, *(rng.randrange(events) for _ in range(int(sys.argv[3])))})
+for n in [*first, -1, -2, -3]:
+    place = folder / str(n)
+    os.environ["KDCACHE_HOME"] = str(place / "home")
+    for attempt in (0, 1):
+        def victim():
+            if n >= 0:
+                killed_at(n if attempt == 0 else rng.randrange(events // 2))
+            else:
+                slow = Teacher.logits
+                def logits(*args):
+                    time.sleep(0.004)
+                    return slow(*args)
+                Teacher.logits = logits
+            run(place / "cache")
+        child = in_child(victim)
+        if n < 0:
+            time.sleep(rng.uniform(0.05, 0.6))
+            os.kill(child, signal.SIGKILL)
+        assert ended(child) in (-signal.SIGKILL, 0)
+    rng.random()
+    for name in ("cache", "home"):
+        if (place / name).exists():
+            shutil.copytree(place / name, place / f"{name}-killed")
+    assert ended(in_child(lambda: run(place / "cache", place / "facts"))) == 0
+    print(n)
+"""
+    env = {"KDCACHE_HOME": tmp_path / "home"}
+    killed = finish(start(toy, script, as_json(settings()), tmp_path, 10, **env)).split()
+    want = content(tmp_path / "whole")
+    assert content(tmp_path / "counted") == want and len(killed) > 15
+    saved = 0
+    for n in killed:
+        place = tmp_path / n
+        assert content(place / "cache") == want, n
+        assert [p.name for p in (place / "cache" / "scratch").iterdir()] in ([], ["lock"]), n
+        assert not list(place.glob("home/spool/*")), n
+        left = images_left(place / "cache-killed", place / "home-killed", 2)
+        assert json.loads((place / "facts").read_text()) == left, n
+        saved += 340 - left
+        # What was readable when it was killed was right.
+        with contextlib.suppress(e.NotFoundError):
+            early = Cache(place / "cache-killed")
+            for view in early.views:
+                assert equal(early.train.read(view, None), replace(Cache(place / "cache").read(view), prior=None))
+    assert saved > 340
+
+
+@pytest.mark.parametrize(("how", "saved"), [("half", 32), ("empty", 32), ("a bit", 0), ("gap", 16), ("whole", 48)])
+def test_a_damaged_spool_costs_time_only(tmp_path, reference, source, monkeypatch, how, saved):
+    monkeypatch.setattr(build_module, "_SPOOL_SECONDS", -1.0)
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    path, answers, answer = tmp_path / "c", [], Teacher.logits
+
+    def stop(self, images):
+        answers.append(len(images))
+        if len(answers) == 3 + 4 + 4:  # the evaluation split, part 0, and the last batch of part 1
+            raise ZeroDivisionError
+        return answer(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "logits", stop)
+        with pytest.raises(ZeroDivisionError):
+            build(settings(out=str(path)), quiet, source)
+    blocks = sorted(spooled(tmp_path))
+    assert [b.name for b in blocks] == [f"{i:012d}-{i + 16:012d}.block" for i in (0, 16, 32)]
+    if how == "half":
+        os.truncate(blocks[2], blocks[2].stat().st_size // 2)
+    elif how == "empty":
+        blocks[2].write_bytes(b"")
+    elif how == "a bit":
+        data = bytearray(blocks[0].read_bytes())
+        data[len(data) // 2] ^= 4
+        blocks[0].write_bytes(data)
+    elif how == "gap":
+        blocks[1].unlink()
+    assert build(settings(out=str(path)), quiet, source).teacher_images == 340 - 40 - 64 - saved
+    assert content(path) == content(reference) and spooled(tmp_path) == []
+
+
+def test_builds_of_one_key_in_two_places_do_not_share_a_spool(tmp_path, reference, source, monkeypatch):
+    monkeypatch.setattr(build_module, "_SPOOL_SECONDS", -1.0)
+    write, other = SplitStore.write_shard, iter([tmp_path / "b"])
+
+    def interrupted(self, *args):
+        if self.split == "train" and (place := next(other, None)):
+            build(settings(out=str(place)), quiet, source)
+        write(self, *args)
+
+    monkeypatch.setattr(SplitStore, "write_shard", interrupted)
+    assert build(settings(out=str(tmp_path / "a")), quiet, source).teacher_images == 340
+    assert content(tmp_path / "a") == content(tmp_path / "b") == content(reference)
+    assert spooled(tmp_path) == []
+
+
+def test_leavings_of_a_build_killed_at_its_very_end_go_with_the_next(tmp_path, reference, source):
+    shutil.copytree(reference, tmp_path / "c")
+    block = build_module._spool_folder(tmp_path / "c", source) / "v00001-p0002-b16" / "000000000000-000000000016.block"
+    block.parent.mkdir(parents=True)
+    block.write_bytes(b"left")
+    with Cache(tmp_path / "c").writing():  # by a build of more views, who may need it
+        assert build(settings(out=str(tmp_path / "c")), quiet, source).teacher_images == 0
+        assert block.exists()
+    assert build(settings(out=str(tmp_path / "c")), quiet, source).teacher_images == 0
+    assert spooled(tmp_path) == [] and list((tmp_path / "home" / "spool").iterdir()) == []
+
+
+# ---- two builders ----
+
+
+def test_a_build_that_was_overtaken_computes_nothing_again(tmp_path, reference, source, monkeypatch):
+    create, path = Cache.create.__func__, tmp_path / "c"
+
+    def overtaken(cls, *args):
+        monkeypatch.undo()
+        build(settings(out=str(path), views=1), quiet, source)
+        return create(cls, *args)
+
+    monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.setattr(Cache, "create", classmethod(overtaken))
+    assert build(settings(out=str(path)), quiet, source).teacher_images == 150
+    assert content(path) == content(reference)
+
+
+@pytest.mark.timeout(200)
+def test_two_processes_building_one_cache_leave_it_whole(toy, tmp_path):
+    script = """
+folder, me, rng = Path(sys.argv[2]), int(sys.argv[3]), random.Random(int(sys.argv[3]))
+for i in range(6):
+    (folder / f"{i}-{me}").touch()
+    patience = time.monotonic() + 60
+    while not (folder / f"{i}-{1 - me}").exists():
+        assert time.monotonic() < patience
+        time.sleep(0.0005)
+    def work():
+        # At once; a little later; or a random time later.
+        time.sleep(me * (0, 0.002, rng.uniform(0, 0.8))[i % 3])
+        try:
+            run(folder / f"cache-{i}")
+            print("done", flush=True)
+        except BusyError as e:
+            print(str(e), flush=True)
+    assert ended(in_child(work)) == 0
+"""
+    with (
+        start(toy, script, as_json(settings()), tmp_path, 0) as one,
+        start(toy, script, as_json(settings()), tmp_path, 1) as other,
+    ):
+        said = [finish(p).splitlines() for p in (one, other)]
+    outcomes = list(zip(*said, strict=True))
+    assert len(outcomes) == 6
+    for i, outcome in enumerate(outcomes):
+        assert "done" in outcome
+        for line in outcome:
+            assert line == "done" or line.startswith(f"another build is writing {tmp_path}/cache-{i}: wait for it")
+        assert content(tmp_path / f"cache-{i}") == content(tmp_path / "cache-0")
+        assert verify(Cache(tmp_path / f"cache-{i}")).passed
+    assert any("another build" in line for outcome in outcomes for line in outcome)
+
+
+# ---- no room ----
+
+
+@contextlib.contextmanager
+def little_room(kind, folder, size):
+    """Room for `size` bytes: on a disk of its own or, where none can be mounted, in each file. Gives a way to more."""
+    mount = ["mount", "-t", "tmpfs", "-o", f"size={size}", "tmpfs", str(folder)]
+    if kind == "disk" and shutil.which("mount") and not subprocess.run(mount, capture_output=True).returncode:
+        try:
+            yield lambda: subprocess.run(["mount", "-o", "remount,size=64m", str(folder)], check=True)
+        finally:
+            subprocess.run(["umount", "-l", str(folder)], check=True)
+        return
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (size if kind == "file" else 900, hard))
+    try:
+        yield lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+
+
+@pytest.mark.parametrize(
+    ("kind", "size"),
+    [
+        ("disk", 30_000),
+        ("disk", 120_000),
+        ("disk", 220_000),
+        ("file", 20),
+        ("file", 500),
+        ("file", 800),
+        ("file", 1150),
+    ],
+)
+@pytest.mark.parametrize("spool", [False, True])
+def test_a_full_disk_is_an_error_that_names_it_and_the_build_goes_on(
+    tmp_path, reference, source, monkeypatch, kind, size, spool
+):
+    monkeypatch.setattr(build_module, "_SPOOL_SECONDS", -1.0)
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    small = tmp_path / "small"
+    small.mkdir()
+    if spool:
+        monkeypatch.setenv("KDCACHE_HOME", str(small / "home"))
+    path = small / "c"
+    with little_room(kind, small, size) as more:
+        with pytest.raises(OSError, match=r"No space left|File too large") as caught:
+            build(settings(out=str(path)), quiet, source)
+        assert caught.value.errno in (errno.ENOSPC, errno.EFBIG)
+        assert str(caught.value.filename).startswith(str(tmp_path))
+        with contextlib.suppress(e.NotFoundError):
+            for view in Cache(path).views:
+                assert equal(Cache(path).train.read(view, None), replace(Cache(reference).read(view), prior=None))
+        assert not list(path.glob("scratch/*-*"))
+        more()
+        assert build(settings(out=str(path)), quiet, source).teacher_images <= 340
+        assert content(path) == content(reference)
+
+
+# ---- replay ----
+
+
+@pytest.fixture(scope="module")
+def taught(toy):
+    """Sources of two neighbouring checkpoints of a teacher that has learnt, and a cache of the first."""
+    import kd_toy
+
+    images, labels, _ = kd_toy.images("train")
+    x = torch.from_numpy(images).permute(0, 3, 1, 2).float().div(255).sub(0.5).div(0.3)
+    y = torch.from_numpy(labels)
+    network, order = kd_toy.net(12), torch.Generator().manual_seed(0)
+    optimiser = torch.optim.SGD(network.parameters(), lr=0.02, momentum=0.9)
+    sources = []
+    for epoch in range(6):
+        for batch in torch.randperm(150, generator=order).split(32):
+            optimiser.zero_grad()
+            torch.nn.functional.cross_entropy(network.train()(x[batch]), y[batch]).backward()
+            optimiser.step()
+        if epoch >= 4:
+            torch.save(network.state_dict(), toy / f"{epoch}.pt")
+            sources.append(open_source(settings(weights=str(toy / f"{epoch}.pt")), quiet))
+    build(settings(out=str(toy / "taught")), quiet, sources[0])
+    return *sources, toy / "taught"
+
+
+def forge(path, change, target=0, source=None):
+    """Each shard of view `target`: its rows as `change` gives them, and a commit that fits."""
+    cache = Cache(path)
+    store = cache.train
+    view = cache.train.read(target if source is None else source, None)
+    rows = {name: change(getattr(view, name)).numpy() for name in ("classes", "gaps", "target_gap", "tail")}
+    for part in range(PARTS):
+        about = store.commit(shard_name(target, part))
+        sums = store.read_shard(0, part, with_tail_sums=True)["tail_sums"][0] if target == 0 else None
+        (path / "commits" / f"{shard_name(target, part)}.json").unlink()
+        at = slice(store.rows(part).start, store.rows(part).stop)
+        store.write_shard(target, part, {n: r[at] for n, r in rows.items()}, about.parameters, about.writer, sums)
+
+
+def test_replay_passes_on_what_was_built(taught, toy):
+    source, _, path = taught
+    report = verify(Cache(path), source)
+    assert report.problems == [] and report.passed
+    assert report.total_variation < 1e-6 and report.replayed == 40 + 2 * 150 and report.shards == 1 + 2 * PARTS
+
+
+@pytest.mark.parametrize("how", ["another view", "shifted by one", "swapped pair of samples' order"])
+def test_replay_fails_on_records_that_are_not_in_their_place(taught, tmp_path, how):
+    source, _, good = taught
+    path = tmp_path / "c"
+    shutil.copytree(good, path)
+    if how == "another view":
+        forge(path, lambda rows: rows, source=1)
+    elif how == "shifted by one":
+        forge(path, lambda rows: rows.roll(1, 0))
+    else:
+        forge(path, lambda rows: rows.view(-1, 2, rows.shape[1]).flip(1).reshape(rows.shape), target=1)
+    assert verify(Cache(path)).passed  # bytes, hashes and values are sound
+    (problem,) = verify(Cache(path), source).problems
+    assert "is not what the teacher answers now: mean total variation" in problem and str(path) in problem
+
+
+def test_replay_fails_on_a_neighbouring_checkpoint(taught):
+    source, later, path = taught
+    (problem,) = verify(Cache(path), later).problems
+    assert "teacher.weights: the cache has" in problem
+    # Even one that claims to be the cache's.
+    forged = replace(later, identity=source.identity, teacher=replace(later.teacher, identity=source.teacher.identity))
+    problems = verify(Cache(path), forged).problems
+    assert len(problems) == 3 and all("mean total variation" in p for p in problems)
+
+
+def test_replay_fails_on_inverted_flips(taught, monkeypatch):
+    source, _, path = taught
+    crops = _Pixels.crops
+    monkeypatch.setattr(_Pixels, "crops", lambda self, index, boxes, flips: crops(self, index, boxes, ~flips))
+    assert len(verify(Cache(path), source).problems) == 3
+
+
+def test_replay_fails_on_batch_norm_in_training(taught, monkeypatch):
+    source, _, path = taught
+    answer = Teacher.logits
+    state = {name: value.clone() for name, value in source.teacher.model.state_dict().items()}
+
+    def in_training(self, images):
+        assert answer(self, images).shape[1] == 12
+        self.model.train()
+        try:
+            with torch.inference_mode():
+                return self.model(images).float()
+        finally:
+            self.model.eval()
+
+    monkeypatch.setattr(Teacher, "logits", in_training)
+    problems = verify(Cache(path), source).problems
+    source.teacher.model.load_state_dict(state)
+    assert len(problems) == 3 and all("mean total variation" in p for p in problems)
+
+
+def test_replay_fails_on_other_view_parameters(taught, tmp_path):
+    source, _, good = taught
+    path = tmp_path / "c"
+    shutil.copytree(good, path)
+    commit = path / "commits" / "v00001-p0001.json"
+    about = json.loads(commit.read_bytes())
+    commit.write_text(json.dumps({**about, "parameters": "0" * 64}))
+    assert Cache(path).read(1) is not None
+    (problem,) = verify(Cache(path), source).problems
+    assert "view 1, part 1 was built with other view parameters" in problem
+
+
+# ---- image files ----
+
+
+@pytest.fixture(scope="module")
+def photos(tmp_path_factory):
+    """24 and 8 smooth images of many sizes, PNG and JPEG, in four classes, and a map to classes of a thousand."""
+    top = tmp_path_factory.mktemp("photos")
+    rng = np.random.default_rng(0)
+    for split, each in (("train", 6), ("val", 2)):
+        for name in "abcd":
+            (top / split / name).mkdir(parents=True)
+            for i in range(each):
+                small = rng.integers(0, 256, (5, 6, 3), dtype=np.uint8)
+                image = Image.fromarray(small).resize(
+                    tuple(map(int, rng.integers(40, 90, 2))), Image.Resampling.BICUBIC
+                )
+                image.save(top / split / name / f"{i}.{'png' if i % 2 else 'jpg'}")
+    (top / "map.csv").write_text("a,17\nb,999\nc,0\nd,512\n")
+    return top
+
+
+def test_image_files_are_built_alike_with_any_number_of_workers(toy, photos, tmp_path):
+    config = settings(
+        teacher="kd_toy:thousand", data=f"imagefolder:{photos}", augment="rrc,flip", topk=None, batch_size=8,
+        class_map=str(photos / "map.csv"), part=10,
+    )  # fmt: skip
+    source = open_source(config, quiet)
+    for workers in (0, 2):
+        torch.set_num_threads(2 - workers // 2)
+        out = str(tmp_path / str(workers))
+        result = build(replace(config, workers=workers, out=out), quiet, source)
+        assert result.teacher_images == 8 + 2 * 24
+    assert content(tmp_path / "0") == content(tmp_path / "2")
+    cache = Cache(tmp_path / "2")
+    assert cache.identity.record.k == 20 and cache.identity.teacher.input_size == 224
+    assert set(cache.train.labels[:, 0].tolist()) == {17, 999, 0, 512}
+    data = source.train
+    assert data.images is None and len(np.unique(data.sizes, axis=0)) > 10
+    drawn = draw("rrc,flip", 0, 1, range(24), data.sizes)
+    records = cache.read(1)
+    for part in (0, 10, 20):
+        rows = np.arange(part, min(part + 8, 24))
+        full = np.pad(rows, (0, 8 - len(rows)), mode="edge")
+        cuts = [tv.resized_crop(data.decode(i), *drawn.boxes[i].tolist(), [224, 224], antialias=True) for i in full]
+        images = torch.stack([c.flip(2) if drawn.flips[i] else c for i, c in zip(full, cuts, strict=True)])
+        logits = source.teacher.logits(images.contiguous(memory_format=torch.channels_last))[: len(rows)]
+        labels = torch.from_numpy(source.train_labels[rows])
+        want = replace(encode(logits, labels, 20, (1.0, 4.0), "float16"), prior=cache.prior)
+        assert equal(records[torch.from_numpy(rows)], want)
+    assert verify(cache, source).passed
+
+
+def test_an_image_that_cannot_be_decoded_stops_the_build_which_then_goes_on(toy, photos, tmp_path):
+    config = settings(
+        teacher="kd_toy:thousand", data=f"imagefolder:{photos}", augment="rrc,flip", views=1, topk=3, batch_size=8,
+        class_map=str(photos / "map.csv"), part=10, workers=2, out=str(tmp_path / "c"),
+    )  # fmt: skip
+    source = open_source(config, quiet)
+    broken = photos / "train" / "d" / "5.png"
+    kept = broken.read_bytes()
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+        broken.write_bytes(kept[: len(kept) // 2])
+        try:
+            with pytest.raises(e.InputError, match=str(broken)):
+                build(config, quiet, source)
+        finally:
+            broken.write_bytes(kept)
+        assert Cache(tmp_path / "c").train.committed() == {0: {0, 1}}
+        assert build(config, quiet, source).teacher_images == 4

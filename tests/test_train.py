@@ -1,0 +1,304 @@
+"""Students from records: the same as with the teacher there, and the same after an interruption."""
+
+import json
+import os
+import re
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from kdcache.cache import KdcacheError, open_cache
+from kdcache.cache.records import Records
+from kdcache.pipeline import build as build_module
+from kdcache.pipeline.build import BuildConfig, build, open_source, record_batches
+from kdcache.pipeline.datasets import open_data
+from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.teachers import Classifier, read_weights
+from kdcache.train.evaluate import metrics
+from kdcache.train.loader import CachedLoader, OnlineLoader, epoch_batches
+from kdcache.train.presets import make_loss
+from kdcache.train.run import TrainConfig, evaluate_run, train
+from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.trainer import Recipe, fit, seeded
+
+BATCH = 128
+
+
+def quiet(_):
+    pass
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A taught teacher and two caches of it: dense as stored by default, and dense float32."""
+    folder = tmp_path_factory.mktemp("home")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv("KDCACHE_HOME", str(folder))
+        teach(TeachConfig("resnet8", epochs=4), quiet)
+        for name, precision in (("default", "float16"), ("exact", "float32")):
+            build(BuildConfig("resnet8", views=3, precision=precision, out=str(folder / name)), quiet)
+        build(BuildConfig("resnet8", views=2, topk=3, out=str(folder / "top3")), quiet)
+        yield folder
+
+
+@pytest.fixture(scope="module")
+def data():
+    return open_data("digits", "train")
+
+
+def teacher_of(home, **changes):
+    return open_source(BuildConfig("resnet8", **changes), quiet)
+
+
+def student(seed=0):
+    model = Classifier(seeded(seed, lambda: build_network("resnet8", 10, 8)), (0.3,) * 3, (0.4,) * 3)
+    return model.to(memory_format=torch.channels_last)
+
+
+# The loader
+
+
+def test_ranks_share_each_batch_and_every_epoch_has_its_own_order():
+    whole = epoch_batches(1000, 96, seed=3, epoch=5)
+    assert len(whole) == 10 and len(np.unique(np.concatenate(whole))) == 960
+    for i, batch in enumerate(whole):
+        parts = [epoch_batches(1000, 96, 3, 5, rank, 4)[i] for rank in range(4)]
+        assert np.array_equal(np.concatenate(parts), batch)
+    assert not np.array_equal(whole[0], epoch_batches(1000, 96, 3, 6)[0])
+    assert not np.array_equal(whole[0], epoch_batches(1000, 96, 4, 5)[0])
+
+
+def test_records_belong_to_the_pixels_beside_them(home, data):
+    """The teacher, asked about the loader's own images, gives the loader's records, in every view."""
+    cache, source = open_cache(home / "exact"), teacher_of(home)
+    loader = CachedLoader(cache, data, BATCH)
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        assert len(loader) == len(data) // BATCH
+        for images, labels, records in loader.steps():
+            assert torch.equal(labels, records.labels[:, 0].long())
+            want = torch.softmax(source.teacher.logits(images), 1)
+            torch.testing.assert_close(records.dense(1.0), want, rtol=1e-4, atol=1e-6)
+
+
+def test_iterating_gives_normalised_images(home, data):
+    loader = CachedLoader(open_cache(home / "default"), "digits", BATCH)
+    images, labels, records = next(iter(loader))
+    pixels, _, _ = next(loader.steps())
+    assert images.dtype == torch.float32 and labels.dtype == torch.int64 and isinstance(records, Records)
+    mean = torch.tensor(data.mean).view(1, 3, 1, 1)
+    std = torch.tensor(data.std).view(1, 3, 1, 1)
+    torch.testing.assert_close(images, (pixels / 255 - mean) / std)
+
+
+def test_epochs_take_views_in_turn(home, data, monkeypatch):
+    cache = open_cache(home / "default")
+    read = []
+    monkeypatch.setattr(type(cache), "read", lambda self, view: read.append(view) or self.train.read(view, None))
+    loader = CachedLoader(cache, data, BATCH, views=2)
+    for epoch in range(4):
+        loader.set_epoch(epoch)
+        list(loader.steps())
+    assert sorted(read) == [0, 1]  # two slabs fit, so neither is read twice
+    with pytest.raises(KdcacheError, match="3 complete views, not 4"):
+        CachedLoader(cache, data, BATCH, views=4)
+
+
+def test_other_pixels_are_refused(home, data, monkeypatch):
+    cache = open_cache(home / "default")
+    with pytest.raises(KdcacheError, match="built from other data than digits: .*fingerprint: the cache has"):
+        CachedLoader(cache, open_data("digits", "train", unlabelled=True), BATCH)
+    from kdcache.train import loader as module
+
+    drawn = module.draw
+    monkeypatch.setattr(module, "draw", lambda policy, seed, *rest: drawn(policy, seed + 1, *rest))
+    with pytest.raises(KdcacheError, match="view 0, part 0 .* other view parameters"):
+        list(CachedLoader(cache, data, BATCH).steps())
+
+
+def test_a_batch_larger_than_the_data_is_refused(home, data):
+    with pytest.raises(KdcacheError, match="a batch of 2000 does not fit the data's 1442 samples"):
+        CachedLoader(open_cache(home / "default"), data, 2000)
+
+
+# Cached equals online
+
+
+@pytest.mark.parametrize("name", ["nkd", "kd"])
+def test_cached_equals_online_step_by_step(home, data, name):
+    """Along one online run, at the same weights: the loss and its gradient from records and from the live teacher."""
+    teacher = teacher_of(home).teacher
+    online = OnlineLoader(open_cache(home / "exact"), data, teacher, BATCH)
+    cached = {k: CachedLoader(open_cache(home / k), data, BATCH) for k in ("exact", "default")}
+    model, loss = student(), make_loss(name, 8)
+    optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
+    steps = 0
+    for epoch in range(4):
+        for loader in (online, *cached.values()):
+            loader.set_epoch(epoch)
+        both = {k: loader.steps() for k, loader in cached.items()}
+        for images, labels, records in online.steps():
+            logits = model(images)
+            value = loss(logits, labels, records)
+            grad = gradient(model, value)
+            for k, iterator in both.items():
+                pixels, same_labels, stored = next(iterator)
+                assert torch.equal(pixels, images) and torch.equal(same_labels, labels)
+                other = loss(logits, labels, stored)
+                error = float((other - value).detach().abs() / value.detach())
+                cosine = float(torch.nn.functional.cosine_similarity(gradient(model, other), grad, dim=0))
+                assert error < (1e-5 if k == "exact" else 1e-2), (k, steps)
+                assert cosine > (0.999999 if k == "exact" else 0.999), (k, steps)
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+            steps += 1
+    assert steps == 4 * (len(data) // BATCH)
+
+
+def gradient(model, loss):
+    grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    return torch.cat([g.reshape(-1) for g in grads]).double()
+
+
+class SlabsFromTheTeacher:
+    """A loader whose records the live teacher answers now, in the build's own batches, without any cache."""
+
+    def __init__(self, cache, source, batch):
+        self._inner = CachedLoader(cache, source.train, batch)
+        self._inner._read = self._read
+        self._source = source
+
+    def _read(self, view):
+        rows = range(len(self._source.train))
+        batches = record_batches(self._source, self._source.train, self._source.train_labels, view, rows, 256, 0)
+        parts = [records for records, _ in batches]
+        whole = Records(
+            None, *(torch.cat([getattr(p, f) for p in parts]) for f in ("gaps", "target_gap", "tail", "labels")), 10, ()
+        )
+        parameters = build_module.view_parameters(self._source.train, self._source.identity, view, rows)
+        return whole, parameters
+
+    def set_epoch(self, epoch):
+        self._inner.set_epoch(epoch)
+
+    def __len__(self):
+        return len(self._inner)
+
+    def steps(self):
+        return self._inner.steps()
+
+
+def test_a_run_from_the_cache_is_bit_equal_to_one_from_the_same_encode(home):
+    source = teacher_of(home, precision="float32")
+    cache = open_cache(home / "exact")
+    finals = []
+    for loader in (CachedLoader(cache, source.train, BATCH), SlabsFromTheTeacher(cache, source, BATCH)):
+        model = student()
+        fit(model, make_loss("nkd", 8), loader, Recipe(epochs=3, lr=0.05), lambda m: {}, say=quiet)
+        finals.append(model.state_dict())
+    for name, tensor in finals[0].items():
+        assert torch.equal(tensor, finals[1][name]), name
+
+
+def test_online_training_runs_and_fresh_views_go_on(home, tmp_path):
+    config = {"cache": str(home / "default"), "epochs": 2, "online": True, "batch_size": 256}
+    same = train(TrainConfig("nkd", out=str(tmp_path / "a"), **config), quiet)
+    fresh = train(TrainConfig("nkd", out=str(tmp_path / "b"), views=1, **config), quiet)
+    later = train(TrainConfig("nkd", out=str(tmp_path / "c"), views=1, fresh_views=True, **config), quiet)
+    assert later["loss"] == same["loss"] != fresh["loss"]
+
+
+# Whole runs
+
+
+def test_a_run_folder_holds_what_it_should(home, tmp_path):
+    out = tmp_path / "run"
+    summary = train(TrainConfig("nkd", cache=str(home / "top3"), epochs=3, out=str(out)), quiet)
+    names = {p.name for p in out.iterdir()}
+    assert names == {
+        "config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "state.pt", "tensorboard",
+    }  # fmt: skip
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    assert [line["epoch"] for line in lines] == [1, 2, 3]
+    assert {"loss", "top1", "top5", "nll", "ece", "agreement", "kl", "seconds"} <= set(lines[0])
+    assert list((out / "tensorboard").glob("events.*"))
+    assert json.loads((out / "config.json").read_text())["cache"] == open_cache(home / "top3").key
+    again = evaluate_run(str(out))
+    best = max(lines, key=lambda line: line["top1"])
+    assert again["top1"] == best["top1"] and again["nll"] == pytest.approx(best["nll"], rel=1e-6)
+    assert summary["best_top1"] == best["top1"]
+    with pytest.raises(KdcacheError, match="holds a run already: give --resume"):
+        train(TrainConfig("nkd", cache=str(home / "top3"), epochs=3, out=str(out)), quiet)
+    with pytest.raises(KdcacheError, match="is another run and is not resumed: .*epochs: the run has 3, asked for 4"):
+        train(TrainConfig("nkd", cache=str(home / "top3"), epochs=4, out=str(out), resume=True), quiet)
+
+
+def test_killed_and_resumed_equals_uninterrupted(home, tmp_path):
+    command = [
+        *(sys.executable, "-m", "kdcache.cli", "train", "--loss", "nkd", "--cache", str(home / "default")),
+        *("--epochs", "8", "--out"),
+    ]
+    subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
+    killed = tmp_path / "killed"
+    process = subprocess.Popen([*command, str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    deadline = time.monotonic() + 120
+    while not (killed / "state.pt").exists() and time.monotonic() < deadline:
+        time.sleep(0.01)
+    time.sleep(0.4)
+    process.send_signal(signal.SIGKILL)
+    process.wait()
+    done = len((killed / "metrics.jsonl").read_text().splitlines())
+    assert 1 <= done < 8
+    subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True)
+    a, b = (metrics_of(folder) for folder in (killed, tmp_path / "whole"))
+    assert len(a) == 8 and a == b
+    weights, whole = (read_weights(f / "last.safetensors")[0] for f in (killed, tmp_path / "whole"))
+    assert all(torch.equal(weights[name], whole[name]) for name in whole)
+
+
+def metrics_of(folder):
+    """What must be equal of a run: everything but times."""
+    lines = (folder / "metrics.jsonl").read_text().splitlines()
+    return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+def test_a_loss_that_is_not_finite_stops_the_run(home, tmp_path):
+    config = TrainConfig("ce", cache=str(home / "default"), epochs=2, lr=1e12, out=str(tmp_path / "run"))
+    with pytest.raises(KdcacheError, match="not finite in epoch 1: lower --lr"):
+        train(config, quiet)
+
+
+def test_metrics_against_a_reference():
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(0, 2, (500, 7)), rng.integers(0, 7, 500)
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    confidence, right = p.max(1), p.argmax(1) == y
+    ece = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            ece += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    got = metrics(torch.tensor(z).float(), torch.tensor(y))
+    assert got["top1"] == pytest.approx(right.mean())
+    assert got["top5"] == pytest.approx(np.mean([y[i] in np.argsort(-z[i])[:5] for i in range(500)]))
+    assert got["nll"] == pytest.approx(-np.log(p[np.arange(500), y]).mean(), rel=1e-5)
+    assert got["ece"] == pytest.approx(ece, abs=1e-5)
+
+
+def test_the_loop_in_the_readme_runs(home, tmp_path, monkeypatch):
+    readme = (Path(__file__).parents[1] / "README.md").read_text()
+    (loop,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "CachedLoader" in b)
+    assert len(loop.strip().splitlines()) <= 20
+    monkeypatch.chdir(tmp_path)
+    key = build(BuildConfig("resnet8", views=1), quiet).key
+    names: dict[str, object] = {}
+    exec(compile(loop.replace("CACHE", key[:12]), "README.md", "exec"), names)
+    assert float(names["loss"].detach()) > 0
+    assert os.listdir(tmp_path) == []
