@@ -254,7 +254,7 @@ def build(as_json: bool, list_unreadable: bool, teacher: str | None, **options: 
 
 
 @main.command()
-@click.option("--loss", default="nkd", show_default=True, metavar="NAME[:KEY=VALUE,...]", help="ce, kd or nkd.")
+@click.option("--loss", default="nkd", show_default=True, metavar="NAME[:KEY=VALUE,...]", help="See docs/losses.md.")
 @click.option("--cache", metavar="PATH|KEY", help="[the only one that matches]")
 @_data
 @click.option("--student", metavar="NAME", help="A network's name [by dataset].")

@@ -55,7 +55,9 @@ def main() -> None:
     print(f"{'step of ' + STUDENT + f', batch {BATCH}':32}{'ms':>8}{'over ce':>10}")
     for name, value in step.items():
         print(f"{name:32}{value:8.1f}{value / step['ce from the cache']:10.3f}")
-    print(f"build {result['build_images_per_second']:.0f} images/s, bare teacher {result['bare_images_per_second']:.0f}")
+    print(
+        f"build {result['build_images_per_second']:.0f} images/s, bare teacher {result['bare_images_per_second']:.0f}"
+    )
 
 
 def measure(work: Path) -> dict[str, Any]:

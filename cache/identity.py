@@ -68,7 +68,10 @@ class RecordIdentity(Strict):
 
 
 class Identity(Strict):
-    """The content address of a cache is the sha256 of this, as canonical JSON."""
+    """The content address of a cache is the sha256 of this, as canonical JSON.
+
+    class_map: sha256 of the teacher's class for each of the dataset's, or None where they are the same.
+    """
 
     format: Literal[0] = FORMAT
     teacher: TeacherIdentity
@@ -76,6 +79,7 @@ class Identity(Strict):
     evaluation: DataIdentity
     views: ViewsIdentity
     record: RecordIdentity
+    class_map: Sha256 | None
     part: int = Field(ge=1, le=2**24)
 
     @property

@@ -210,13 +210,10 @@ class SplitStore:
         return range(self.parts if self._labels.shape[1] else 0)
 
     def require_labels(self, labels: NDArray[Any]) -> None:
-        """MismatchError unless these are the cache's: how they were mapped to classes is not part of the key."""
+        """MismatchError unless these are the cache's."""
         if not np.array_equal(self.labels, labels):
             differing = int((self.labels != labels).any(1).sum()) if self.labels.shape == labels.shape else len(labels)
-            raise MismatchError(
-                f"{self.root} has other labels than asked for ({differing} of {self.samples} differ): "
-                "was it built with another --class-map? Take that one, or another --out"
-            )
+            raise MismatchError(f"{self.root} has other labels than asked for ({differing} of {self.samples} differ)")
 
     @cached_property
     def labels(self) -> NDArray[Any]:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import io
 import os
 import shutil
@@ -102,7 +101,9 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
     if teacher.classes < 2:
         raise InputError(f"the teacher has {teacher.classes} classes, at least 2 are needed: is {config.data} right?")
     check_options(config, teacher.classes)
-    labels = [_teacher_labels(split, config.class_map, teacher) for split in (data, evaluation)]
+    to_teacher = _class_map(data, config.class_map, teacher)
+    labels = [to_teacher[split.labels] for split in (data, evaluation)]
+    mapped = not np.array_equal(to_teacher, np.arange(len(to_teacher)))
     policy = check_policy(config.augment or defaults_for(data).augment)
     if data.images is None and "crop" in policy.split(","):
         say(f"note: {policy} keeps each image's own frame; rrc,flip is usual for image files")
@@ -120,6 +121,7 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
             precision=config.precision,
             labels=labels[0].shape[1],
         ),
+        class_map=sha256(to_teacher.astype("<i8").tobytes()) if mapped else None,
         part=config.part,
     )
     largest = max(spec.chunk_bytes for spec in arrays.record_arrays(identity.record, len(data), config.part))
@@ -153,7 +155,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
         raise InputError(f"--views {views}: at least one view is needed")
     key = source.identity.key
     path = Path(config.out) if config.out else caches_folder() / key
-    spool = _spool_folder(path, source)
+    spool = _spool_folder(path, key)
     todo = _missing(path, source, views)
     if not todo and (cache := Cache(path)).finished:
         cache.train.require_labels(source.train_labels)
@@ -335,12 +337,9 @@ class Spool:
             self.rows = stop
 
 
-def _spool_folder(path: Path, source: Source) -> Path:
-    """For builds of this cache in this place: not for one of the same key elsewhere, or of labels mapped otherwise."""
-    digest = hashlib.sha256(os.fsencode(path.resolve()))
-    for labels in (source.train_labels, source.evaluation_labels):
-        digest.update(labels.astype("<i8").tobytes())
-    return home() / "spool" / f"{source.identity.key[:16]}-{digest.hexdigest()[:16]}"
+def _spool_folder(path: Path, key: str) -> Path:
+    """For builds of this cache in this place: one of the same key can go on elsewhere."""
+    return home() / "spool" / f"{key[:16]}-{sha256(os.fsencode(path.resolve()))[:16]}"
 
 
 def _clear(spool: Path, cache: Cache) -> None:
@@ -423,17 +422,17 @@ def _probe(source: Source, config: BuildConfig, batch: int) -> tuple[float, floa
     return rate, record_bytes
 
 
-def _teacher_labels(data: Dataset, class_map: str | None, teacher: Teacher) -> NDArray[np.int64]:
-    if not data.labels.shape[1]:
-        return data.labels
-    if class_map:
-        return map_labels(data.labels, data.class_names, class_map, teacher.class_names, teacher.classes)
-    if len(data.class_names) != teacher.classes:
+def _class_map(data: Dataset, class_map: str | None, teacher: Teacher) -> NDArray[np.int64]:
+    """The teacher's class id for each of the dataset's."""
+    own = np.arange(len(data.class_names))
+    if class_map and len(own):
+        return map_labels(own[:, None], data.class_names, class_map, teacher.class_names, teacher.classes)[:, 0]
+    if len(own) not in (0, teacher.classes):
         raise InputError(
-            f"the teacher has {teacher.classes} classes, {data.name} has {len(data.class_names)}: "
+            f"the teacher has {teacher.classes} classes, {data.name} has {len(own)}: "
             "give --class-map auto (by class names) or a file"
         )
-    return data.labels
+    return own
 
 
 def describe_data(data: Dataset, full: bool) -> DataIdentity:

@@ -47,6 +47,7 @@ def identity(samples=21, held_out=9, part=8, **record):
             "evaluation": {**data, "split": "eval", "samples": held_out},
             "views": {"policy": "crop,flip", "seed": 0, "renderer": "toy"},
             "record": record,
+            "class_map": None,
             "part": part,
         }
     )
@@ -643,7 +644,7 @@ def test_every_field_counts_and_is_named_where_it_differs():
     changed = {str: lambda v: v + "x", bool: lambda v: not v, int: lambda v: v + 1, list: lambda v: [9.0, *v[1:]]}
     other_values = {
         ("format",): None, ("teacher", "numeric"): "bf16", ("record", "precision"): "float32",
-        ("data", "split"): "eval", ("evaluation", "split"): "train",
+        ("data", "split"): "eval", ("evaluation", "split"): "train", ("class_map",): "0" * 64,
     }  # fmt: skip
     keys = {about.key}
     for at, value in flat(about.model_dump(mode="json")).items():

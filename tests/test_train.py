@@ -1,6 +1,7 @@
 """Students from records: the same as with the teacher there, and the same after an interruption."""
 
 import json
+import math
 import os
 import re
 import signal
@@ -21,8 +22,9 @@ from kdcache.pipeline.datasets import open_data
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.teachers import Classifier, read_weights
 from kdcache.train.evaluate import metrics
+from kdcache.train.features import FeatureTap
 from kdcache.train.loader import CachedLoader, OnlineLoader, epoch_batches
-from kdcache.train.presets import make_loss
+from kdcache.train.presets import LOSSES, make_loss
 from kdcache.train.run import TrainConfig, evaluate_run, train
 from kdcache.train.teach import TeachConfig, teach
 from kdcache.train.trainer import Recipe, fit, seeded
@@ -238,6 +240,39 @@ def test_a_run_folder_holds_what_it_should(home, tmp_path):
         train(TrainConfig("nkd", cache=str(home / "top3"), epochs=3, out=str(out)), quiet)
     with pytest.raises(KdcacheError, match="is another run and is not resumed: .*epochs: the run has 3, asked for 4"):
         train(TrainConfig("nkd", cache=str(home / "top3"), epochs=4, out=str(out), resume=True), quiet)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_trains(home, tmp_path, name):
+    config = {"epochs": 2, "batch_size": 256, "data": "digits"}
+    dense = train(TrainConfig(name, cache=str(home / "default"), out=str(tmp_path / "dense"), **config), quiet)
+    assert math.isfinite(dense["loss"]) and math.isfinite(dense["nll"])
+    if make_loss(name, 8).needs.dense:
+        with pytest.raises(KdcacheError, match="holds the top 3: build one with --topk 10"):
+            train(TrainConfig(name, cache=str(home / "top3"), out=str(tmp_path / "top3"), **config), quiet)
+    else:
+        sparse = train(TrainConfig(name, cache=str(home / "top3"), out=str(tmp_path / "top3"), **config), quiet)
+        assert math.isfinite(sparse["loss"])
+
+
+def test_a_head_of_the_losss_own_is_trained_and_resumed(home, tmp_path):
+    config = {"cache": str(home / "default"), "batch_size": 256, "epochs": 2}
+    whole = train(TrainConfig("uskd", out=str(tmp_path / "whole"), **config), quiet)
+    train(TrainConfig("uskd", out=str(tmp_path / "part"), **config), quiet)
+    state = torch.load(tmp_path / "part" / "state.pt", weights_only=True)
+    assert set(state["loss"]) == {"weight", "bias"} and len(state["optimiser"]["state"]) > 0
+    again = train(TrainConfig("uskd", out=str(tmp_path / "part"), resume=True, **config), quiet)
+    assert again["loss"] == whole["loss"]
+
+
+@pytest.mark.parametrize(
+    ("name", "size", "channels"), [("resnet20", 32, 32), ("resnet18", 64, 256), ("wrn_16_2", 32, 64)]
+)
+def test_features_come_from_the_stage_before_the_last(name, size, channels):
+    model = Classifier(build_network(name, 10, size), (0.5,) * 3, (0.5,) * 3)
+    tap = FeatureTap(model, size)
+    model(torch.zeros((2, 3, size, size), dtype=torch.uint8))
+    assert tap.channels == channels and tap.features.shape == (2, channels)
 
 
 def test_killed_and_resumed_equals_uninterrupted(home, tmp_path):
