@@ -2,7 +2,6 @@
 
 import json
 import math
-import os
 import re
 import signal
 import subprocess
@@ -114,13 +113,13 @@ def test_epochs_take_views_in_turn(home, data, monkeypatch):
 
 def test_other_pixels_are_refused(home, data, monkeypatch):
     cache = open_cache(home / "default")
-    with pytest.raises(KdcacheError, match="built from other data than digits: .*fingerprint: the cache has"):
+    with pytest.raises(KdcacheError, match=r"built from other data than digits: .*fingerprint: the cache has"):
         CachedLoader(cache, open_data("digits", "train", unlabelled=True), BATCH)
     from kdcache.train import loader as module
 
     drawn = module.draw
     monkeypatch.setattr(module, "draw", lambda policy, seed, *rest: drawn(policy, seed + 1, *rest))
-    with pytest.raises(KdcacheError, match="view 0, part 0 .* other view parameters"):
+    with pytest.raises(KdcacheError, match=r"view 0, part 0 .* other view parameters"):
         list(CachedLoader(cache, data, BATCH).steps())
 
 
@@ -225,7 +224,8 @@ def test_a_run_folder_holds_what_it_should(home, tmp_path):
     summary = train(TrainConfig("nkd", cache=str(home / "top3"), epochs=3, out=str(out)), quiet)
     names = {p.name for p in out.iterdir()}
     assert names == {
-        "config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "state.pt", "tensorboard",
+        "config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "state.pt",
+        "tensorboard",
     }  # fmt: skip
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
@@ -238,7 +238,7 @@ def test_a_run_folder_holds_what_it_should(home, tmp_path):
     assert summary["best_top1"] == best["top1"]
     with pytest.raises(KdcacheError, match="holds a run already: give --resume"):
         train(TrainConfig("nkd", cache=str(home / "top3"), epochs=3, out=str(out)), quiet)
-    with pytest.raises(KdcacheError, match="is another run and is not resumed: .*epochs: the run has 3, asked for 4"):
+    with pytest.raises(KdcacheError, match=r"is another run and is not resumed: .*epochs: the run has 3, asked for 4"):
         train(TrainConfig("nkd", cache=str(home / "top3"), epochs=4, out=str(out), resume=True), quiet)
 
 
@@ -336,4 +336,4 @@ def test_the_loop_in_the_readme_runs(home, tmp_path, monkeypatch):
     names: dict[str, object] = {}
     exec(compile(loop.replace("CACHE", key[:12]), "README.md", "exec"), names)
     assert float(names["loss"].detach()) > 0
-    assert os.listdir(tmp_path) == []
+    assert not list(tmp_path.iterdir())
