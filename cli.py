@@ -35,11 +35,13 @@ class _Main(click.Group):
     """Every mistake is one clear line; settings come from flags, the environment, then kdcache.toml."""
 
     def invoke(self, ctx: click.Context) -> Any:
-        before = sys.unraisablehook
+        before: Callable[[Any], object] = sys.unraisablehook
         sys.unraisablehook = lambda unraisable: _unraisable(unraisable, before)
         try:
             return self._invoke(ctx)
         except KeyboardInterrupt:
+            # What is half made, such as a loader with its worker processes, complains as the process ends.
+            before = _silent
             click.echo("stopped; nothing is lost: the same command (train: with --resume) goes on", err=True)
             sys.exit(INTERRUPTED)
         finally:
@@ -82,6 +84,10 @@ def _unraisable(unraisable: Any, otherwise: Callable[[Any], object]) -> None:
         threading.Timer(0.05, _thread.interrupt_main).start()
     else:
         otherwise(unraisable)
+
+
+def _silent(unraisable: Any) -> None:
+    pass
 
 
 def _flag(param: click.Parameter) -> str:
