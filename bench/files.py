@@ -20,13 +20,14 @@ import numpy as np
 import torch
 from cifar10 import machine
 from PIL import Image
+from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from kdcache.cache import open_cache
 from kdcache.pipeline.build import BuildConfig, build, open_source
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.render import Renderer
-from kdcache.pipeline.teachers import Classifier, file_classifier
+from kdcache.pipeline.teachers import Classifier
 from kdcache.pipeline.verify import verify
 from kdcache.pipeline.views import draw
 from kdcache.train.run import TrainConfig, train
@@ -65,7 +66,7 @@ def main() -> None:
     make_folder(folder)
     torch.manual_seed(0)
     teacher = Classifier(build_network("resnet34", 1000, 224), (0.485, 0.456, 0.406), (0.229, 0.224, 0.225))
-    file_classifier(weights, teacher, {})
+    save_file(teacher.network.state_dict(), weights)
     classes.write_text(json.dumps({f"class{i}": 97 * i for i in range(CLASSES)}))
     config = BuildConfig(
         "resnet34", str(weights), f"imagefolder:{folder}", views=VIEWS, class_map=str(classes), allow_low_accuracy=True,

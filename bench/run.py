@@ -19,6 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
 from cifar10 import machine
@@ -26,7 +27,7 @@ from cifar10 import machine
 from kdcache.cache import open_cache
 from kdcache.pipeline.build import BuildConfig, build, open_source
 from kdcache.pipeline.networks import build_network
-from kdcache.pipeline.teachers import Classifier, file_classifier
+from kdcache.pipeline.teachers import Classifier
 from kdcache.train.loader import CachedLoader, OnlineLoader
 from kdcache.train.presets import make_loss
 
@@ -65,7 +66,7 @@ def measure(work: Path) -> dict[str, Any]:
     torch.manual_seed(0)
     teacher = Classifier(build_network(TEACHER, 10, 32), (0.5,) * 3, (0.25,) * 3)
     weights = work / "teacher.safetensors"
-    file_classifier(weights, teacher, {})
+    save_file(teacher.network.state_dict(), weights)
     config = BuildConfig(
         TEACHER, str(weights), "run:random_images", augment="crop,flip", views=1, allow_low_accuracy=True
     )

@@ -89,7 +89,8 @@ def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
     plan = [(cache.evaluation, source.evaluation, source.evaluation_labels, 0)]
     chosen_views = sorted({cache.views[0], cache.views[len(cache.views) // 2], cache.views[-1]})
     plan += [(cache.train, source.train, source.train_labels, view) for view in chosen_views]
-    with Progress("replay", count * len(plan), "records") as progress:
+    total = sum(min(count, len(data)) for _, data, _, _ in plan)
+    with Progress("replay", total, "records") as progress:
         for store, data, labels, view in plan:
             store.require_labels(labels)
             _same_parameters(store, data, source, view)
@@ -131,7 +132,7 @@ def _answer(
     logits = []
     for images in renderer.batches(parameters, batches):
         logits.append(source.teacher.logits(images).cpu())
-        progress.advance(len(images))
+        progress.advance(min(_BATCH, len(index) - _BATCH * (len(logits) - 1)))
     answered = torch.cat(logits)[: len(index)]
     return encode(answered, torch.from_numpy(labels[index]), record.k, record.temperatures, record.precision)
 
