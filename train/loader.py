@@ -14,9 +14,9 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
-from kdcache.cache.identity import DataIdentity
 from kdcache.cache.records import Records, encode
 from kdcache.cache.store import Cache, shard_name
+from kdcache.pipeline.build import describe_data
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.render import RENDERER, Renderer
 from kdcache.pipeline.teachers import Teacher
@@ -41,13 +41,7 @@ def epoch_batches(
 def require_data(cache: Cache, data: Dataset) -> None:
     """MismatchError, field by field, unless `data` is the split that the cache was built from."""
     has = cache.identity.data if data.split == "train" else cache.identity.evaluation
-    given = DataIdentity(
-        name=data.name,
-        split="train" if data.split == "train" else "eval",
-        samples=len(data),
-        fingerprint=data.fingerprint(has.full_contents),
-        full_contents=has.full_contents,
-    )
+    given = describe_data(data, has.full_contents)
     if has != given:
         a, b = has.model_dump(), given.model_dump()
         found = "; ".join(f"{k}: the cache has {a[k]}, the data {b[k]}" for k in a if a[k] != b[k])
