@@ -23,6 +23,11 @@ class Strict(BaseModel):
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
+    def differences(self, other: Strict, mine: str = "the cache has", theirs: str = "asked for") -> list[str]:
+        """One line a field in which the two differ."""
+        a, b = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        return [f"{name}: {mine} {a.get(name)}, {theirs} {b.get(name)}" for name in a if a[name] != b.get(name)]
+
 
 class TeacherIdentity(Strict):
     """The network that answers: architecture, its tensors' hash, and how it wants its pixels."""
@@ -33,6 +38,11 @@ class TeacherIdentity(Strict):
     std: tuple[float, float, float]
     input_size: int = Field(ge=1)
     numeric: Literal["float32", "bf16"]
+
+    @property
+    def network(self) -> str:
+        """The name that builds it: the architecture without its note on the stem."""
+        return self.architecture.split(" ")[0]
 
 
 class DataIdentity(Strict):
@@ -85,11 +95,6 @@ class Identity(Strict):
     @property
     def key(self) -> str:
         return hashlib.sha256(canonical(self)).hexdigest()
-
-    def differences(self, other: Identity, mine: str = "the cache has", theirs: str = "asked for") -> list[str]:
-        """One line a field in which the two differ."""
-        a, b = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
-        return [f"{name}: {mine} {a.get(name)}, {theirs} {b.get(name)}" for name in a if a[name] != b.get(name)]
 
     def require(self, other: Identity, where: str) -> None:
         """MismatchError with every differing field unless `other` is the same identity."""

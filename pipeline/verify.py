@@ -159,7 +159,7 @@ def source_of(
     if data is None and i.data.name in ("imagenet", "imagefolder"):
         raise InputError(f"where are the images? give --data {i.data.name}:PATH, or --replay 0 to do without them")
     config = BuildConfig(
-        teacher=i.teacher.architecture.split(" ")[0],
+        teacher=i.teacher.network,
         weights=weights,
         data=data or i.data.name,
         augment=i.views.policy,

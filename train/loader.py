@@ -42,10 +42,8 @@ def require_data(cache: Cache, data: Dataset) -> None:
     """MismatchError, field by field, unless `data` is the split that the cache was built from."""
     has = cache.identity.data if data.split == "train" else cache.identity.evaluation
     given = describe_data(data, has.full_contents)
-    if has != given:
-        a, b = has.model_dump(), given.model_dump()
-        found = "; ".join(f"{k}: the cache has {a[k]}, the data {b[k]}" for k in a if a[k] != b[k])
-        raise MismatchError(f"{cache.path} was built from other data than {data.name}: {found}")
+    if found := has.differences(given, theirs="the data"):
+        raise MismatchError(f"{cache.path} was built from other data than {data.name}: {'; '.join(found)}")
 
 
 def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:

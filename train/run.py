@@ -77,7 +77,7 @@ def find_cache(data: str, teacher: str | None = None) -> Cache:
         identity = cache.identity
         if identity.data.name != (name if not path or name in ("imagenet", "imagefolder") else identity.data.name):
             continue
-        if teacher and identity.teacher.architecture.split(" ")[0] != teacher:
+        if teacher and identity.teacher.network != teacher:
             continue
         if not cache.views:
             continue
@@ -250,7 +250,7 @@ def _cache_of(config: TrainConfig) -> Cache:
     if where is None:
         return find_cache(config.data, config.teacher)
     cache = open_cache(where)
-    built_by = cache.identity.teacher.architecture.split(" ")[0]
+    built_by = cache.identity.teacher.network
     if config.teacher and config.teacher != built_by:
         raise MismatchError(f"{cache.path} was built by {built_by}, not by {config.teacher}")
     return cache
@@ -259,11 +259,9 @@ def _cache_of(config: TrainConfig) -> Cache:
 def _same_teacher(cache: Cache, config: TrainConfig, data: Dataset, device: torch.device) -> Teacher:
     """The live teacher, which must be the one that the cache was built by."""
     had = cache.identity.teacher
-    name = config.teacher or had.architecture.split(" ")[0]
+    name = config.teacher or had.network
     amp = "bf16" if had.numeric == "bf16" else None
     teacher = load_teacher(name, data, device, weights=config.weights, amp=amp)
-    if teacher.identity != had:
-        a, b = had.model_dump(), teacher.identity.model_dump()
-        found = "; ".join(f"{k}: the cache has {a[k]}, found {b[k]}" for k in a if a[k] != b[k])
-        raise MismatchError(f"the live teacher is not that of cache {cache.key[:12]}: {found}")
+    if found := had.differences(teacher.identity, theirs="found"):
+        raise MismatchError(f"the live teacher is not that of cache {cache.key[:12]}: {'; '.join(found)}")
     return teacher
