@@ -6,10 +6,12 @@ file cannot reach the decoder.
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+import torch
 import zarr
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
@@ -18,7 +20,7 @@ from zarr.storage import MemoryStore
 
 from kdcache.cache.errors import CorruptError
 from kdcache.cache.identity import RecordIdentity
-from kdcache.cache.records import class_dtype
+from kdcache.cache.records import Records, class_dtype
 
 # Blosc never grows data by more than its header and a few bytes a block, and takes no more than this at once.
 _OVERHEAD = 4096
@@ -79,6 +81,35 @@ def record_arrays(record: RecordIdentity, samples: int, part: int) -> list[Array
         for name, width, dtype, dim in names
         if width
     ]
+
+
+def as_arrays(records: Records) -> dict[str, NDArray[Any]]:
+    """The fields of records by the name of the array that stores them."""
+    fields = {"gaps": records.gaps, "target_gap": records.target_gap, "tail": records.tail}
+    if records.classes is not None:
+        fields["classes"] = records.classes
+    return {name: tensor.cpu().numpy() for name, tensor in fields.items()}
+
+
+def as_records(
+    record: RecordIdentity, stored: Mapping[str, NDArray[Any]], labels: NDArray[Any], prior: torch.Tensor | None
+) -> Records:
+    """The inverse of as_arrays; arrays without elements may be missing. labels [B, L]; shares memory."""
+
+    def tensor(name: str, dtype: str) -> torch.Tensor:
+        found = stored.get(name)
+        return torch.from_numpy(np.empty((len(labels), 0), dtype) if found is None else found)
+
+    return Records(
+        classes=None if record.dense else torch.from_numpy(stored["classes"]),
+        gaps=tensor("gaps", record.precision),
+        target_gap=tensor("target_gap", "float16"),
+        tail=tensor("tail", "float16"),
+        labels=torch.from_numpy(labels),
+        num_classes=record.classes,
+        temperatures=() if record.dense else record.temperatures,
+        prior=prior,
+    )
 
 
 def id_dtype(classes: int) -> str:

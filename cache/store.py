@@ -243,7 +243,7 @@ class SplitStore:
             slabs = slabs or {spec.name: np.empty(spec.shape, spec.dtype) for spec in specs}
             for spec in specs:
                 slabs[spec.name][spec.interval(part)] = shard[spec.name]
-        return self._records(slabs, prior)
+        return arrays.as_records(self._record, slabs, self.labels, prior)
 
     def carries_tail_sums(self, view: int) -> bool:
         """Whether the commits of a view also name the part's share of the prior."""
@@ -268,23 +268,6 @@ class SplitStore:
         if np.isnan(low) or np.isposinf(high):
             return "values that are not finite"
         return f"values below zero ({low:g})" if name != "tail" and low < 0 else None
-
-    def _records(self, slabs: Mapping[str, NDArray[Any]], prior: torch.Tensor | None) -> Records:
-        def tensor(name: str, width: int, dtype: str) -> torch.Tensor:
-            found = slabs.get(name)
-            return torch.from_numpy(np.empty((self.samples, width), dtype) if found is None else found)
-
-        record = self._record
-        return Records(
-            classes=None if record.dense else torch.from_numpy(slabs["classes"]),
-            gaps=tensor("gaps", 0, record.precision),
-            target_gap=tensor("target_gap", 0, "float16"),
-            tail=tensor("tail", 0, "float16"),
-            labels=torch.from_numpy(self.labels),
-            num_classes=record.classes,
-            temperatures=() if record.dense else record.temperatures,
-            prior=prior,
-        )
 
 
 class Cache:

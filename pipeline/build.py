@@ -270,7 +270,7 @@ def _build_shard(
             source, data, labels, view, range(first, rows.stop), batch, config.workers
         ):
             sums = tail_distribution(logits, records).cpu().numpy() if keeps_sums else None
-            pending.append(thread.submit(spool.add, _as_arrays(records), sums))
+            pending.append(thread.submit(spool.add, arrays.as_arrays(records), sums))
             if len(pending) > _QUEUE:
                 pending.popleft().result()
             progress.advance(len(records), f"(view {view}, {data.split})")
@@ -349,13 +349,6 @@ def _clear(spool: Path, cache: Cache) -> None:
             shutil.rmtree(spool, ignore_errors=True)
 
 
-def _as_arrays(records: Records) -> dict[str, NDArray[Any]]:
-    fields = {"gaps": records.gaps, "target_gap": records.target_gap, "tail": records.tail}
-    if records.classes is not None:
-        fields["classes"] = records.classes
-    return {name: tensor.cpu().numpy() for name, tensor in fields.items()}
-
-
 def _require_place(path: Path) -> None:
     """InputError where no cache can be made or gone on with, before the teacher is asked for anything."""
     folder = next(p for p in (path, *path.absolute().parents) if p.exists())
@@ -406,7 +399,8 @@ def _probe(source: Source, config: BuildConfig, batch: int) -> tuple[float, floa
     rate = len(index) / (time.monotonic() - start)
     labels = source.train_labels[index]
     record = identity.record
-    encoded = _as_arrays(encode(logits, torch.from_numpy(labels), record.k, record.temperatures, record.precision))
+    records = encode(logits, torch.from_numpy(labels), record.k, record.temperatures, record.precision)
+    encoded = arrays.as_arrays(records)
     specs = arrays.record_arrays(record, len(index), len(index))
     record_bytes = sum(len(arrays.encode_part(spec, 0, encoded[spec.name])) for spec in specs) / len(index)
     if labels.shape[1] and not config.allow_low_accuracy:
