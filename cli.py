@@ -221,11 +221,10 @@ def teach(as_json: bool, **options: Any) -> None:
 )
 @click.option(
     "--precision",
-    type=click.Choice(["float16", "float32"]),
-    default="float16",
-    show_default=True,
-    help="Of the stored gaps between logits.",
+    type=click.Choice(["uint8", "float16", "float32"]),
+    help="Of the stored gaps between logits [uint8 for top-k, float16 for dense records].",
 )
+@click.option("--tail-std", is_flag=True, help="With top-k records: store what --loss logit-std needs.")
 @_class_map
 @_unlabelled
 @click.option("--out", metavar="PATH", help="The cache's folder [under KDCACHE_HOME, by its key].")

@@ -20,7 +20,7 @@ from zarr.storage import MemoryStore
 
 from kdcache.cache.errors import CorruptError
 from kdcache.cache.identity import RecordIdentity
-from kdcache.cache.records import Records, class_dtype
+from kdcache.cache.records import GAP_STEP, NO_TAIL, TAIL_STEP, Records, class_dtype, encode
 
 # Blosc never grows data by more than its header and a few bytes a block, and takes no more than this at once.
 _OVERHEAD = 4096
@@ -43,6 +43,11 @@ class ArraySpec:
     def fill(self) -> float | int:
         """Shows a hole: NaN, or the largest id."""
         return float("nan") if np.dtype(self.dtype).kind == "f" else int(np.iinfo(self.dtype).max)
+
+    @property
+    def level(self) -> int:
+        """Of blosc: bench/codec.py. The best for records of few bytes, which are soon done; faster for dense ones."""
+        return 9 if np.dtype(self.dtype).kind == "u" else 5
 
     @property
     def chunk_shape(self) -> tuple[int, ...]:
@@ -74,13 +79,31 @@ def record_arrays(record: RecordIdentity, samples: int, part: int) -> list[Array
         names.append(("gaps", record.classes, record.precision, "class"))
     names.append(("target_gap", record.labels, "float16", "label"))
     if record.k is not None:
-        names.append(("tail", len(record.temperatures), "float16", "temperature"))
-    notes = {"tail": (("temperatures", list(record.temperatures)),)}
+        coded = record.precision == "uint8"
+        names.append(("tail", len(record.temperatures), "uint8" if coded else "float16", "temperature"))
+        if record.tail_std:
+            names.append(("tail_std", 2, "float16", "std_and_tail"))
     return [
-        ArraySpec(name, (samples, width), part, dtype, ("sample", dim), notes.get(name, ()))
+        ArraySpec(name, (samples, width), part, dtype, ("sample", dim), _notes(name, record))
         for name, width, dtype, dim in names
         if width
     ]
+
+
+def _notes(name: str, record: RecordIdentity) -> tuple[tuple[str, Any], ...]:
+    """How to read an array's numbers, for people who open it with zarr alone."""
+    coded = record.k is not None and record.precision == "uint8"
+    if name == "gaps":
+        return (("nats", f"{GAP_STEP} * cumulative sum along the row" if coded else "as stored"),)
+    if name == "tail":
+        most = f"log({record.classes} - {record.k}) - last gap / temperature - {TAIL_STEP} * code; {NO_TAIL}: no tail"
+        return ("temperatures", list(record.temperatures)), ("nats", most if coded else "as stored")
+    return ()
+
+
+def encode_as(record: RecordIdentity, logits: torch.Tensor, labels: torch.Tensor) -> Records:
+    """Logits [B, C] and labels [B, L] as a cache stores them."""
+    return encode(logits, labels, record.k, record.temperatures, record.precision, record.tail_std)
 
 
 def as_arrays(records: Records) -> dict[str, NDArray[Any]]:
@@ -88,6 +111,8 @@ def as_arrays(records: Records) -> dict[str, NDArray[Any]]:
     fields = {"gaps": records.gaps, "target_gap": records.target_gap, "tail": records.tail}
     if records.classes is not None:
         fields["classes"] = records.classes
+    if records.tail_std is not None:
+        fields["tail_std"] = records.tail_std
     return {name: tensor.cpu().numpy() for name, tensor in fields.items()}
 
 
@@ -108,6 +133,7 @@ def as_records(
         labels=torch.from_numpy(labels),
         num_classes=record.classes,
         temperatures=() if record.dense else record.temperatures,
+        tail_std=torch.from_numpy(stored["tail_std"]) if record.tail_std else None,
         prior=prior,
     )
 
@@ -127,7 +153,7 @@ def _open(store: dict[str, Buffer], spec: ArraySpec) -> Any:
         fill_value=spec.fill,
         dimension_names=spec.dims,
         attributes=dict(spec.attributes),
-        compressors=(BloscCodec(cname="zstd", clevel=5, shuffle=BloscShuffle.bitshuffle), Crc32cCodec()),
+        compressors=(BloscCodec(cname="zstd", clevel=spec.level, shuffle=BloscShuffle.shuffle), Crc32cCodec()),
         zarr_format=3,
         config={"write_empty_chunks": True},
     )

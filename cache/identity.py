@@ -7,7 +7,7 @@ import json
 from typing import Any, Final, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdcache.cache.errors import CorruptError, MismatchError
 
@@ -69,12 +69,27 @@ class RecordIdentity(Strict):
     classes: int = Field(ge=2, lt=2**32)
     k: int | None = Field(ge=1)
     temperatures: tuple[float, ...]
-    precision: Literal["float16", "float32"]
+    precision: Literal["uint8", "float16", "float32"]
+    tail_std: bool
     labels: int = Field(ge=0, le=2)
 
     @property
     def dense(self) -> bool:
         return self.k is None
+
+    @property
+    def tails(self) -> int:
+        """For how many temperatures the tail, and so the class prior, is stored."""
+        return len(self.temperatures) + self.tail_std
+
+    @model_validator(mode="after")
+    def _is_one(self) -> RecordIdentity:
+        if self.k is None:
+            if self.precision == "uint8" or self.tails:
+                raise ValueError("dense records have float gaps and no tail")
+        elif self.k >= self.classes or not self.temperatures or not all(0 < t < 1000 for t in self.temperatures):
+            raise ValueError("top-k records have fewer classes than the teacher, and temperatures from 0 to 1000")
+        return self
 
 
 class Identity(Strict):

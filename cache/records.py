@@ -3,10 +3,15 @@
 Shapes: B batch, C classes, K stored classes, T stored temperatures, L labels a record. Logits are in nats.
 Everything is relative to the largest logit z_1, so every normaliser is a sum of positive terms and a
 probability is never found by subtraction.
+
+Precision uint8 is for top-k records, as chosen by bench/codec.py. A gap is stored as its distance to the gap before, in
+steps of 3/16 nat (gaps are rounded, not distances, so errors do not add up). A tail is stored as how far it lies below
+the most that it can be, all classes left out as probable as the K-th, in steps of 1/8 nat.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
@@ -17,10 +22,15 @@ from torch import Tensor
 from kdcache.cache.errors import InputError, UnservedError
 
 Tail = Literal["prior", "uniform", "bucket", "renorm", "drop"]
-Precision = Literal["float16", "float32"]
+Precision = Literal["uint8", "float16", "float32"]
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
-_FLOATS = {"float16": torch.float16, "float32": torch.float32}
+GAP_STEP = 3 / 16
+TAIL_STEP = 1 / 8
+# 255 is left to show a hole.
+NO_TAIL = 254
+# Logit standardisation, as published: softmax((z - mean) / (1e-7 + std) / 2).
+STD_TAU, STD_FLOOR = 2.0, 1e-7
 
 
 def class_dtype(classes: int) -> torch.dtype:
@@ -34,7 +44,9 @@ class Records:
 
     classes [B, K] ids by decreasing logit (None: dense, all C classes in order); gaps [B, K-1] z_1 - z_(j),
     j = 2..K, or dense [B, C]; target_gap [B, L] z_1 - z_y; tail [B, T] log of the unstored classes' summed
-    exp((z_c - z_1)/t), labels left out; labels [B, L]; prior [T, C] how the tail is spread, or None.
+    exp((z_c - z_1)/t), labels left out; tail_std [B, 2] the unbiased std of the C logits and the tail at t = 2 std, or
+    None; labels [B, L]; prior [T, C] how the tail is spread (with tail_std a row more, for that), or None. gaps and
+    tail of type uint8 are codes: `decoded_gaps` and `decoded_tail` give the values.
     """
 
     classes: Tensor | None
@@ -44,6 +56,7 @@ class Records:
     labels: Tensor
     num_classes: int
     temperatures: tuple[float, ...]
+    tail_std: Tensor | None = None
     prior: Tensor | None = None
 
     def __len__(self) -> int:
@@ -63,12 +76,48 @@ class Records:
             gaps=f(self.gaps),
             target_gap=f(self.target_gap),
             tail=f(self.tail),
+            tail_std=None if self.tail_std is None else f(self.tail_std),
             labels=f(self.labels),
         )
+
+    def decoded_gaps(self) -> Tensor:
+        """The gaps in nats, float32."""
+        if self.gaps.dtype != torch.uint8:
+            return self.gaps.float()
+        return self.gaps.cumsum(1, dtype=torch.float32) * GAP_STEP
+
+    def decoded_tail(self, at: int) -> Tensor:
+        """[B] the tail at the temperature in that place, float32; -inf where nothing remains."""
+        code = self.tail[:, at]
+        if code.dtype != torch.uint8:
+            return code.float()
+        last = self.gaps.sum(1, dtype=torch.float32) * GAP_STEP / self.temperatures[at]
+        value = self._most - last - TAIL_STEP * code.float()
+        return value.masked_fill(code == NO_TAIL, -torch.inf)
+
+    @property
+    def _most(self) -> float:
+        """The tail relative to the K-th class, were all others as probable."""
+        assert self.classes is not None
+        return math.log(self.num_classes - self.classes.shape[1])
 
     def softened(self, temperature: float, tail: Tail = "prior") -> Softened:
         """The teacher's softmax(z / temperature); UnservedError where it is not stored."""
         return Softened(self, temperature, tail)
+
+    def standardised(self, tau: float = STD_TAU, tail: Tail = "prior") -> Softened:
+        """The teacher's softmax((z - mean) / (1e-7 + std) / tau); UnservedError where it is not stored.
+
+        std is the unbiased one of the row's C logits: a temperature of its own for each record.
+        """
+        if self.classes is None:
+            return Softened(self, (self.decoded_gaps().std(1, keepdim=True) + STD_FLOOR) * tau, tail)
+        if self.tail_std is None or tau != STD_TAU:
+            raise UnservedError(
+                f"logits standardised to tau {tau:g} are not stored: build with --tail-std (which serves tau "
+                f"{STD_TAU:g}), or dense records with --topk {self.num_classes}"
+            )
+        return Softened(self, (self.tail_std[:, :1].float() + STD_FLOOR) * tau, tail)
 
     def logits(self) -> Tensor:
         """[B, C] the teacher's logits, the largest of each row at 0; UnservedError from top-k records."""
@@ -77,7 +126,7 @@ class Records:
                 f"these records hold the top {self.classes.shape[1]} of {self.num_classes} classes, and all are "
                 f"needed: build with --topk {self.num_classes}"
             )
-        return -self.gaps.float()
+        return -self.decoded_gaps()
 
     def predictions(self) -> Tensor:
         """[B] the teacher's most probable class."""
@@ -98,57 +147,82 @@ def encode(
     k: int | None = None,
     temperatures: tuple[float, ...] = TEMPERATURES,
     precision: Precision | None = None,
+    tail_std: bool = False,
 ) -> Records:
     """Records of the logits [B, C] with labels [B], [B, L] or None, on the logits' device.
 
-    k: classes to store; None or C: dense, exact at every temperature. precision: of the gaps, float16 unless
-    told. InputError for k > C, labels out of range, and logits that are not finite.
+    k: classes to store; None or C: dense, exact at every temperature. precision: of gaps and tail; uint8 for top-k
+    records and float16 for dense ones unless told. tail_std: store what logit standardisation needs (dense records have
+    it anyway). InputError for k > C, labels out of range, uint8 dense, and logits that are not finite.
     """
     z = logits.detach().float()
     count, classes = z.shape
     k = classes if k is None else k
     if not 1 <= k <= classes:
         raise InputError(f"k = {k} does not fit {classes} classes: take 1 to {classes}")
+    precision = precision or default_precision(k == classes)
+    if k == classes and precision == "uint8":
+        raise InputError("uint8 is for top-k records: dense ones are exact, in float16 or float32")
     if not bool(torch.isfinite(z).all()):
         row = int((~torch.isfinite(z)).any(1).nonzero()[0])
         raise InputError(f"the teacher's logits are not finite (row {row} of the batch)")
     y = z.new_empty((count, 0), dtype=torch.long) if labels is None else labels.long().reshape(count, -1)
     if y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
         raise InputError(f"labels reach from {int(y.min())} to {int(y.max())}, the teacher has {classes} classes")
-    kept = _FLOATS[precision or "float16"]
     top = z.amax(1, keepdim=True)
     dtype = class_dtype(classes)
+    target_gap = _float(top - z.gather(1, y), torch.float16)
     if k == classes:
-        return Records(
-            None, _gap(top - z, kept), _gap(top - z.gather(1, y), torch.float16), z.new_empty((count, 0)).half(),
-            y.to(dtype), classes, (),
-        )  # fmt: skip
+        gaps = _float(top - z, getattr(torch, precision))
+        return Records(None, gaps, target_gap, z.new_empty((count, 0)).half(), y.to(dtype), classes, ())
     # A stable sort, because topk leaves the order of ties open.
     ordered, ids = torch.sort(z, dim=1, descending=True, stable=True)
     ids = ids[:, :k].contiguous()
+    gaps = top - ordered[:, 1:k]
     rest = (z - top).scatter(1, ids, -torch.inf).scatter(1, y, -torch.inf)
     tail = torch.stack([torch.logsumexp(rest / t, 1) for t in temperatures], 1)
-    # -inf means that nothing remains: a tail too small for float16 is not that.
-    tail = torch.where(torch.isinf(tail), tail, tail.clamp(min=torch.finfo(torch.float16).min))
-    return Records(
-        ids.to(dtype), _gap(top - ordered[:, 1:k], kept), _gap(top - z.gather(1, y), torch.float16), tail.half(),
-        y.to(dtype), classes, tuple(temperatures),
-    )  # fmt: skip
+    std = None
+    if tail_std:
+        sigma = z.std(1, keepdim=True).half().float()
+        std = torch.cat([sigma, torch.logsumexp(rest / ((sigma + STD_FLOOR) * STD_TAU), 1, keepdim=True)], 1)
+        std = _floor(std).half()
+    if precision == "uint8":
+        coded = torch.diff(torch.round(gaps / GAP_STEP), dim=1, prepend=torch.zeros_like(gaps[:, :1]))
+        gaps = coded.clamp(max=255).to(torch.uint8)
+        last = gaps.sum(1, dtype=torch.float32, keepdim=True) * GAP_STEP / z.new_tensor(temperatures)
+        below = torch.round((math.log(classes - k) - last - tail) / TAIL_STEP).clamp(0, NO_TAIL - 1)
+        tail = below.masked_fill(torch.isneginf(tail), NO_TAIL).to(torch.uint8)
+    else:
+        gaps, tail = _float(gaps, getattr(torch, precision)), _floor(tail).half()
+    return Records(ids.to(dtype), gaps, target_gap, tail, y.to(dtype), classes, tuple(temperatures), std)
 
 
-def _gap(gap: Tensor, dtype: torch.dtype) -> Tensor:
+def default_precision(dense: bool) -> Precision:
+    """What encode takes unless told."""
+    return "float16" if dense else "uint8"
+
+
+def _float(gap: Tensor, dtype: torch.dtype) -> Tensor:
     return gap.clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
+def _floor(tail: Tensor) -> Tensor:
+    # -inf means that nothing remains: a tail too small for float16 is not that.
+    return torch.where(torch.isneginf(tail), tail, tail.clamp(min=torch.finfo(torch.float16).min))
 
 
 def tail_distribution(logits: Tensor, records: Records) -> Tensor:
     """Sum over the batch of the tail's distribution at each stored temperature, float64 [T, C].
 
-    The class prior is the mean of these over view 0. A record without a tail adds nothing.
+    The class prior is the mean of these over view 0. A record without a tail adds nothing. With tail_std, a row more.
     """
     assert records.classes is not None
     z = logits.detach().double()
     rest = z.scatter(1, records.classes.long(), -torch.inf).scatter(1, records.labels.long(), -torch.inf)
-    return torch.stack([torch.softmax(rest / t, 1).nan_to_num(0.0).sum(0) for t in records.temperatures])
+    temperatures: list[float | Tensor] = [*records.temperatures]
+    if records.tail_std is not None:
+        temperatures.append((records.tail_std[:, :1].double() + STD_FLOOR) * STD_TAU)
+    return torch.stack([torch.softmax(rest / t, 1).nan_to_num(0.0).sum(0) for t in temperatures])
 
 
 def class_prior(sums: Tensor) -> Tensor:
@@ -165,12 +239,14 @@ def class_prior(sums: Tensor) -> Tensor:
 class Softened:
     """softmax(z / T) of the teacher for B records, as stored classes, labels and a modelled tail.
 
+    temperature: a stored one, or [B, 1] 2 std (Records.standardised). Stored classes that are labels take the label's
+    own gap, which is never quantised.
     The tail's mass is exact; how it is spread over the classes that were not stored is the `tail` model:
     prior (as the class prior; evenly where records have none), uniform, bucket (one class of its own),
     renorm (as if it were not there), drop (mass that no class receives).
     """
 
-    def __init__(self, records: Records, temperature: float, tail: Tail = "prior") -> None:
+    def __init__(self, records: Records, temperature: float | Tensor, tail: Tail = "prior") -> None:
         if tail not in get_args(Tail):
             raise InputError(f"unknown tail model {tail!r}: take one of {', '.join(get_args(Tail))}")
         self._model, self._classes = tail, records.num_classes
@@ -179,24 +255,31 @@ class Softened:
         if records.classes is None:
             # Dense: every class is stored, in order.
             self._ids = None
-            self._log = -records.gaps.float() / temperature
+            self._log = -records.decoded_gaps() / temperature
             self._label_log = self._log.gather(1, labels)
             self._tail_log = self._log.new_full((len(records),), -torch.inf)
         else:
-            at = _position(temperature, records.temperatures)
+            if isinstance(temperature, Tensor):
+                assert records.tail_std is not None
+                at, tail_log = len(records.temperatures), records.tail_std[:, 1].float()
+            else:
+                at = _position(temperature, records.temperatures)
+                tail_log = records.decoded_tail(at)
             head = records.classes.long()
-            gaps = records.gaps.float()
+            gaps = records.decoded_gaps()
+            log = torch.cat([gaps.new_zeros(len(gaps), 1), -gaps / temperature], 1)
+            if records.gaps.dtype == torch.uint8:
+                for j in range(labels.shape[1]):
+                    log = torch.where(head == labels[:, j : j + 1], self._label_log[:, j : j + 1], log)
             # A label among the stored classes, or named twice, must not count twice.
             outside = (labels.unsqueeze(2) != head.unsqueeze(1)).all(2)
             for j in range(1, labels.shape[1]):
                 outside[:, j] &= (labels[:, :j] != labels[:, j : j + 1]).all(1)
             extra = self._label_log.masked_fill(~outside, -torch.inf)
             self._ids = torch.cat([head, labels], 1)
-            self._log = torch.cat([gaps.new_zeros(len(gaps), 1), -gaps / temperature, extra], 1)
+            self._log = torch.cat([log, extra], 1)
             self._counted = torch.cat([torch.ones_like(head, dtype=torch.bool), outside], 1)
-            self._tail_log = records.tail[:, at].float()
-            if tail == "renorm":
-                self._tail_log = torch.full_like(self._tail_log, -torch.inf)
+            self._tail_log = torch.full_like(tail_log, -torch.inf) if tail == "renorm" else tail_log
             self._prior = records.prior[at].float() if tail == "prior" and records.prior is not None else None
         self._norm = _logsumexp(self._log, self._tail_log)
 

@@ -28,7 +28,7 @@ from kdcache.cache import arrays, files
 from kdcache.cache.arrays import ArraySpec
 from kdcache.cache.errors import BusyError, CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
-from kdcache.cache.records import Records, class_prior
+from kdcache.cache.records import NO_TAIL, Records, class_prior
 
 _SHARD = re.compile(r"v([0-9]{5,})-p([0-9]{4,})\.json")
 
@@ -184,7 +184,7 @@ class SplitStore:
 
     @property
     def tail_sums_array(self) -> ArraySpec:
-        shape = (self.parts, len(self._record.temperatures), self._record.classes)
+        shape = (self.parts, self._record.tails, self._record.classes)
         return ArraySpec("tail_sums", shape, 1, "float64", ("part", "temperature", "class"))
 
     def read_shard(self, view: int, part: int, with_tail_sums: bool = False) -> dict[str, NDArray[Any]]:
@@ -265,9 +265,11 @@ class SplitStore:
         low, high = rows.min(), rows.max()  # both are NaN where one value is
         if name == "classes":
             return f"a class id above {self._record.classes - 1}" if int(high) >= self._record.classes else None
+        if rows.dtype == np.uint8:
+            return "holes" if name == "tail" and high > NO_TAIL else None
         if np.isnan(low) or np.isposinf(high):
             return "values that are not finite"
-        return f"values below zero ({low:g})" if name != "tail" and low < 0 else None
+        return f"values below zero ({low:g})" if name not in ("tail", "tail_std") and low < 0 else None
 
 
 class Cache:
@@ -351,7 +353,7 @@ class Cache:
     @property
     def _prior_array(self) -> ArraySpec:
         record = self.identity.record
-        shape = (len(record.temperatures), record.classes)
+        shape = (record.tails, record.classes)
         return ArraySpec("prior", shape, shape[0], "float32", ("temperature", "class"))
 
     @contextmanager

@@ -26,7 +26,7 @@ from kdcache.cache.errors import BusyError, InputError
 from kdcache.cache.files import replace_file, sha256
 from kdcache.cache.home import caches_folder, home
 from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
-from kdcache.cache.records import TEMPERATURES, Precision, Records, encode, tail_distribution
+from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, tail_distribution
 from kdcache.cache.store import Cache, SplitStore, shard_name
 from kdcache.pipeline.classmap import map_labels
 from kdcache.pipeline.datasets import Dataset, open_data
@@ -53,7 +53,8 @@ class BuildConfig:
     views: int | None = None
     topk: int | None = None
     temperatures: tuple[float, ...] = TEMPERATURES
-    precision: Precision = "float16"
+    precision: Precision | None = None
+    tail_std: bool = False
     class_map: str | None = None
     unlabelled: bool = False
     out: str | None = None
@@ -109,6 +110,8 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
         say(f"note: {policy} keeps each image's own frame; rrc,flip is usual for image files")
     k = stored_classes(teacher.classes) if config.topk is None else config.topk
     dense = k is None or k == teacher.classes
+    if dense and config.precision == "uint8":
+        raise InputError("--precision uint8 is for top-k records (--topk): dense ones take float16 or float32")
     identity = Identity(
         teacher=teacher.identity,
         data=describe_data(data, config.full_fingerprint),
@@ -118,7 +121,8 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
             classes=teacher.classes,
             k=None if dense else k,
             temperatures=() if dense else config.temperatures,
-            precision=config.precision,
+            precision=config.precision or default_precision(dense),
+            tail_std=config.tail_std and not dense,
             labels=labels[0].shape[1],
         ),
         class_map=sha256(to_teacher.astype("<i8").tobytes()) if mapped else None,
@@ -233,7 +237,7 @@ def record_batches(
     for index, images in zip(batches, renderer.batches(parameters, full, first=rows.start), strict=True):
         logits = teacher.logits(images)[: len(index)]
         y = torch.from_numpy(labels[index]).to(logits.device)
-        yield encode(logits, y, record.k, record.temperatures, record.precision), logits
+        yield arrays.encode_as(record, logits, y), logits
 
 
 def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) -> Renderer:
@@ -399,8 +403,7 @@ def _probe(source: Source, config: BuildConfig, batch: int) -> tuple[float, floa
     rate = len(index) / (time.monotonic() - start)
     labels = source.train_labels[index]
     record = identity.record
-    records = encode(logits, torch.from_numpy(labels), record.k, record.temperatures, record.precision)
-    encoded = arrays.as_arrays(records)
+    encoded = arrays.as_arrays(arrays.encode_as(record, logits, torch.from_numpy(labels)))
     specs = arrays.record_arrays(record, len(index), len(index))
     record_bytes = sum(len(arrays.encode_part(spec, 0, encoded[spec.name])) for spec in specs) / len(index)
     if labels.shape[1] and not config.allow_low_accuracy:

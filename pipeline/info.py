@@ -30,7 +30,7 @@ def one_line(cache: Cache) -> str:
         f"{i.views.policy}{f' (seed {i.views.seed})' if i.views.seed else ''}",
         f"{len(cache.views)} views",
         "dense" if i.record.dense else f"top {i.record.k} of {i.record.classes}",
-        i.record.precision,
+        i.record.precision + (" with tail-std" if i.record.tail_std else ""),
         *(() if i.record.labels else ("unlabelled",)),
         size(cache.size()),
     ]

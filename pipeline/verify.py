@@ -9,8 +9,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcache.cache import arrays
 from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError
-from kdcache.cache.records import TEMPERATURES, Records, encode
+from kdcache.cache.records import TEMPERATURES, Records
 from kdcache.cache.store import Cache, SplitStore, shard_name
 from kdcache.pipeline.build import (
     BuildConfig,
@@ -134,7 +135,7 @@ def _answer(
         logits.append(source.teacher.logits(images).cpu())
         progress.advance(min(_BATCH, len(index) - _BATCH * (len(logits) - 1)))
     answered = torch.cat(logits)[: len(index)]
-    return encode(answered, torch.from_numpy(labels[index]), record.k, record.temperatures, record.precision)
+    return arrays.encode_as(record, answered, torch.from_numpy(labels[index]))
 
 
 def _total_variation(a: Records, b: Records, prior: torch.Tensor | None) -> float:
@@ -166,6 +167,7 @@ def source_of(
         topk=i.record.k,
         temperatures=i.record.temperatures or TEMPERATURES,
         precision=i.record.precision,
+        tail_std=i.record.tail_std,
         class_map=class_map,
         unlabelled=i.record.labels == 0,
         seed=i.views.seed,

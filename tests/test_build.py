@@ -800,7 +800,7 @@ def test_image_files_are_built_alike_with_any_number_of_workers(toy, photos, tmp
         images = torch.stack([c.flip(2) if drawn.flips[i] else c for i, c in zip(full, cuts, strict=True)])
         logits = source.teacher.logits(images.contiguous(memory_format=torch.channels_last))[: len(rows)]
         labels = torch.from_numpy(source.train_labels[rows])
-        want = replace(encode(logits, labels, 20, (1.0, 4.0), "float16"), prior=cache.prior)
+        want = replace(encode(logits, labels, 20, (1.0, 4.0), "uint8"), prior=cache.prior)
         assert equal(records[torch.from_numpy(rows)], want)
     assert verify(cache, source).passed
 

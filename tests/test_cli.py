@@ -405,7 +405,7 @@ def test_several_caches_that_match_are_listed(place: Place, quick: str, refused:
         shutil.copytree(path, home / "caches" / key)
     lines = (
         f"{keys[0][:12]}  resnet8 on imagefolder (128), crop,flip, 2 views, dense, float16, ",
-        f"{keys[1][:12]}  resnet8 on imagefolder (128), crop,flip, 1 views, top 2 of 4, float16, ",
+        f"{keys[1][:12]}  resnet8 on imagefolder (128), crop,flip, 1 views, top 2 of 4, uint8, ",
     )
     refused(quick, "2 caches", "--cache", *lines, KDCACHE_HOME=str(home))
     works(f"{quick} --epochs 1 --cache {keys[0][:8]} --out run", KDCACHE_HOME=str(home))

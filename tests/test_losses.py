@@ -412,7 +412,7 @@ def test_sums_over_a_modelled_tail_equal_those_over_its_dense_form(tail, reverse
 
 def test_label_probability_is_exact_outside_the_top_k():
     t, y = logits(3), logits(3).argmin(1)
-    records = encode(t, y, 3, (1.0,)).softened(1.0)
+    records = encode(t, y, 3, (1.0,), "float16").softened(1.0)
     full = torch.softmax(t.double(), 1)
     want = full.gather(1, y[:, None])[:, 0]
     # float16 gaps of up to 32 nats: an eleventh bit is 1/64 nat.
@@ -449,9 +449,9 @@ def test_a_weight_of_one_is_the_single_label(name, k):
         k = None
     s, t, y, _ = mixed_sample()
     w = torch.tensor([1.0, 0.0]).expand(B, 2)
-    got = value_and_gradient(lambda v: loss(v, y, encode(t, y, k), w), s)
+    got = value_and_gradient(lambda v: loss(v, y, encode(t, y, k, tail_std=True), w), s)
     # The same two labels in the records: in top-k records the second is a further stored class.
-    want = value_and_gradient(lambda v: loss(v, y[:, 0], encode(t, y, k)), s)
+    want = value_and_gradient(lambda v: loss(v, y[:, 0], encode(t, y, k, tail_std=True)), s)
     assert max(errors(got, want)) < 1e-6
 
 
@@ -490,8 +490,8 @@ def test_extreme_logits_give_finite_values_and_gradients(name, scale, k):
     s, t = logits(1, scale), logits(2, scale)
     # The teacher is sure of the label, sure against it, and the student of and against it.
     for y in (t.argmax(1), t.argmin(1), s.argmax(1), s.argmin(1)):
-        assert finite(lambda v: loss(v, y, encode(t, y, k)), s)  # noqa: B023
-        assert finite(lambda v: loss(v, y, encode(t, y, k)), torch.zeros(B, C))  # noqa: B023
+        assert finite(lambda v: loss(v, y, encode(t, y, k, tail_std=True)), s)  # noqa: B023
+        assert finite(lambda v: loss(v, y, encode(t, y, k, tail_std=True)), torch.zeros(B, C))  # noqa: B023
 
 
 SMALL = {name: loss for name, (loss, _) in CASES.items() if name not in ("ikl prior", "uskd", "uskd paper")}
@@ -516,13 +516,13 @@ def test_any_shape_and_range_gives_finite_values_and_gradients(data):
     else:
         loss = uskd(logits(3, 1.0, rows, F).to(dtype), classes, rank="paper" if "paper" in name else "code")
     k = None if loss.needs.dense else data.draw(st.sampled_from([None, 1, classes - 1]))
-    records = encode(t, y, k)
+    records = encode(t, y, k, tail_std=True)
     weights = None
     if loss.needs.mixed and data.draw(st.booleans()):
         lam = data.draw(st.sampled_from([0.0, 0.3, 0.5, 1.0]))
         y = torch.stack([y, torch.roll(y, 1)], 1)
         weights = torch.tensor([lam, 1 - lam]).expand(rows, 2)
-        records = encode(t, y, k)
+        records = encode(t, y, k, tail_std=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=data.draw(st.booleans())):
         assert finite(lambda v: loss(v, y, records, weights), s)
 
@@ -531,7 +531,7 @@ def test_two_classes_and_a_batch_of_one():
     t, y = torch.tensor([[9.0, -9.0]]), torch.tensor([0])
     for k in (None, 1):
         for loss in SMALL.values():
-            records = encode(t, y, None if loss.needs.dense else k)
+            records = encode(t, y, None if loss.needs.dense else k, tail_std=True)
             assert finite(lambda v: loss(v, y, records), torch.tensor([[0.1, 0.4]]))  # noqa: B023
 
 
@@ -542,7 +542,7 @@ def test_float32_inside_autocast(name, half):
     t, s = logits(5), logits(6).to(half)
     y = t.argmax(1)
     for k in (None,) if loss.needs.dense else (None, 10):
-        records = encode(t, y, k)
+        records = encode(t, y, k, tail_std=True)
         outside = value_and_gradient(lambda v: loss(v, y, records), s.float())  # noqa: B023
         with torch.autocast("cpu", half):
             inside = value_and_gradient(lambda v: loss(v.to(half), y, records), s.float())  # noqa: B023
@@ -558,7 +558,7 @@ def test_only_the_student_gets_a_gradient(name):
     s, t, y = sample()
     t.requires_grad_()
     for k in (None,) if loss.needs.dense else (None, 5):
-        records = encode(t, y, k)
+        records = encode(t, y, k, tail_std=True)
         assert not any(x.requires_grad for x in (records.gaps, records.target_gap, records.tail))
         loss(s.clone().requires_grad_(), y, records).backward()
         assert t.grad is None
@@ -672,7 +672,7 @@ def test_a_wrong_specification_says_what_is_wrong(spec, message):
 
 
 def record(**changes):
-    base = {"classes": 100, "k": 5, "temperatures": (1.0, 2.0), "precision": "float16", "labels": 1}
+    base = {"classes": 100, "k": 5, "temperatures": (1.0, 2.0), "precision": "float16", "labels": 1, "tail_std": False}
     return RecordIdentity(**{**base, **changes})
 
 
@@ -681,9 +681,15 @@ def test_a_cache_that_cannot_serve_is_refused_with_the_flags_that_help():
         require_served(KD(temperature=4.0), record())
     with pytest.raises(KdcacheError, match="built with --unlabelled"):
         require_served(NKD(), record(labels=0))
-    for name in ("ikl", "dist", "cmkd", "mse", "logit-std"):
+    with pytest.raises(KdcacheError, match=r"logit-std needs .* tau 2: build .* --tail-std .* or with --topk 100"):
+        require_served(LogitStd(), record())
+    with pytest.raises(KdcacheError, match=r"standardised to tau 3: .*serves tau=2"):
+        require_served(LogitStd(tau=3.0), record(tail_std=True))
+    require_served(LogitStd(), record(tail_std=True))
+    for name in ("ikl", "dist", "cmkd", "mse"):
         with pytest.raises(KdcacheError, match=rf"{name} needs all 100 .* holds the top 5: build one with --topk 100"):
             require_served(make_loss(name, 32), record())
+    for name in ("ikl", "dist", "cmkd", "mse", "logit-std"):
         require_served(make_loss(name, 32), record(k=None, temperatures=()))
     with pytest.raises(KdcacheError, match=r"dkd has no meaning for mixed labels.*without mixup or cutmix"):
         require_served(DKD(), record(labels=2))
@@ -691,7 +697,7 @@ def test_a_cache_that_cannot_serve_is_refused_with_the_flags_that_help():
     require_served(KD(alpha=0.0), record(labels=0))
     require_served(SkewKL(), record(labels=0))
     for name in ("ce", "tf-nkd", "uskd"):
-        require_served(make_loss(name, 32), record(temperatures=()))
+        require_served(make_loss(name, 32), record(temperatures=(9.0,)))
 
 
 @pytest.mark.parametrize("loss", [IKL(), DIST(), CMKD(), MSE(), LogitStd()])

@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache import KdcacheError, encode
-from kdcache.cache.records import class_prior, tail_distribution
+from kdcache.cache.records import GAP_STEP, NO_TAIL, TAIL_STEP, class_prior, tail_distribution
 
 
 def softmax64(z, t=1.0):
@@ -84,6 +84,77 @@ def test_sums_over_the_distribution_equal_those_over_its_dense_form(case, tail, 
     torch.testing.assert_close(soft.cross_others(x).double()[enough], (others * x).sum(1)[enough], rtol=2e-3, atol=2e-3)
 
 
+@settings(max_examples=200, deadline=None)
+@given(cases())
+def test_coded_gaps_and_tails_are_within_half_a_step(case):
+    z, labels, k, _ = case
+    if k == z.shape[1]:
+        return
+    order = np.argsort(-z.astype(np.float64), axis=1, kind="stable")
+    ordered = np.take_along_axis(z.astype(np.float64), order, 1)
+    gaps = ordered[:, :1] - ordered[:, 1:k]
+    # Above 255 steps between neighbours a gap is cut off.
+    fits = (np.diff(gaps, axis=1, prepend=0) < 255 * GAP_STEP - 1).all(1)
+    records = encode(torch.from_numpy(z), torch.from_numpy(labels), k, (1.0, 3.0))
+    assert records.gaps.dtype == records.tail.dtype == torch.uint8
+    assert np.array_equal(records.classes.numpy(), order[:, :k])
+    decoded = records.decoded_gaps().double().numpy()
+    assert (np.abs(decoded - gaps)[fits] <= GAP_STEP / 2 + 1e-5).all()
+    for at, t in enumerate((1.0, 3.0)):
+        for i, got in enumerate(records.decoded_tail(at).tolist()):
+            left = [c for c in order[i, k:] if c != labels[i]]
+            if not left:
+                assert got == -np.inf
+                continue
+            want = np.logaddexp.reduce([(float(z[i, c]) - ordered[i, 0]) / t for c in left])
+            last = decoded[i, -1] / t if k > 1 else 0.0
+            lowest = np.log(z.shape[1] - k) - last - (NO_TAIL - 1) * TAIL_STEP
+            highest = np.log(z.shape[1] - k) - last
+            assert abs(got - np.clip(want, lowest, highest)) <= TAIL_STEP / 2 + 1e-4
+
+
+def test_a_stored_label_takes_its_own_exact_gap():
+    z = torch.tensor([[3.0, 2.33, 0.0, -1.0, 1.0]])
+    soft = encode(z, torch.tensor([1]), 3, (1.0, 4.0)).softened(4.0)
+    log_p = soft.log_target()[0, 0] - soft.dense()[0, 0].log()
+    assert float(log_p) == pytest.approx(-0.67 / 4, abs=1e-4)
+    torch.testing.assert_close(soft.dense()[:, 1], soft.target()[:, 0])
+
+
+def standardised64(z, tau):
+    z = np.asarray(z, np.float64)
+    return softmax64((z - z.mean()) / (1e-7 + z.std(ddof=1)), tau)
+
+
+@pytest.mark.parametrize(("k", "precision"), [(None, None), (6, None), (6, "float16"), (6, "float32")])
+def test_logits_standardised_by_row(k, precision):
+    z = torch.randn(64, 30, generator=torch.Generator().manual_seed(0)) * 4
+    y = z.argmin(1)
+    records = encode(z, y, k, (1.0,), precision, tail_std=True)
+    soft = records.standardised(2.0, "uniform")
+    want = torch.from_numpy(np.stack([standardised64(row, 2.0) for row in z.numpy()]))
+    # Half a step of 3/16 nat over 2 std, of about 4, is 1.2%; without codes there are float16's tails and stds.
+    rtol = 0.025 if k and precision is None else 0.002
+    at = y[:, None] if k is None else torch.cat([records.classes.long(), y[:, None]], 1)
+    torch.testing.assert_close(soft.dense().double().gather(1, at), want.gather(1, at), rtol=rtol, atol=1e-6)
+    torch.testing.assert_close(soft.dense().sum(1), torch.ones(64), rtol=1e-5, atol=0)
+    if k:
+        left_out = torch.ones_like(z, dtype=torch.bool).scatter(1, at, False)
+        mass = (want * left_out).sum(1)
+        torch.testing.assert_close((soft.dense() * left_out).sum(1).double(), mass, rtol=0.025, atol=1e-6)
+        prior = class_prior(tail_distribution(z, records))
+        assert prior.shape == (2, 30)
+        rest = z.double().masked_fill(~left_out, -torch.inf)
+        spread = torch.softmax(rest / (2 * z.double().std(1, keepdim=True)), 1).mean(0)
+        torch.testing.assert_close(prior[1].double(), 0.999 * spread + 0.001 / 30, rtol=2e-3, atol=0)
+
+
+def test_equal_logits_have_no_shape_when_standardised():
+    for k in (None, 2):
+        p = encode(torch.zeros(1, 5), torch.tensor([0]), k, tail_std=True).standardised().dense()
+        torch.testing.assert_close(p, torch.full((1, 5), 0.2), rtol=0.07, atol=0)
+
+
 def test_bucket_is_one_class_of_its_own():
     z = torch.tensor([[3.0, 2.0, 0.0, -1.0, 1.0]])
     records = encode(z, torch.tensor([3]), 2, (1.0,), "float32")
@@ -142,6 +213,12 @@ def test_what_cannot_be_stored_or_read_says_why():
         encode(z, torch.tensor([0, 10]))
     with pytest.raises(KdcacheError, match=r"temperature 5 is not stored \(stored: 1,2\).*--temperatures 1,2,5"):
         encode(z, None, 3, (1.0, 2.0)).softened(5.0)
+    with pytest.raises(KdcacheError, match=r"standardised to tau 2 are not stored: build with --tail-std"):
+        encode(z, None, 3).standardised()
+    with pytest.raises(KdcacheError, match=r"standardised to tau 3 .*serves tau 2"):
+        encode(z, None, 3, tail_std=True).standardised(3.0)
+    with pytest.raises(KdcacheError, match="uint8 is for top-k"):
+        encode(z, None, precision="uint8")
     with pytest.raises(KdcacheError, match="unknown tail"):
         encode(z, None, 3).dense(1.0, "zero")
 

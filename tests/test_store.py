@@ -18,20 +18,24 @@ import zarr
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from kdcache.cache import Cache, Identity, KdcacheError, encode, open_cache
+from kdcache.cache import Cache, Identity, KdcacheError, open_cache
 from kdcache.cache import errors as e
-from kdcache.cache.arrays import array_metadata, encode_part, record_arrays
+from kdcache.cache.arrays import array_metadata, as_arrays, encode_as, encode_part, record_arrays
 from kdcache.cache.files import publish, read_bounded, replace_file
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
 from kdcache.cache.records import class_prior, tail_distribution
 from kdcache.pipeline.verify import verify
 
-FIELDS = ("classes", "gaps", "target_gap", "tail", "labels", "prior")
+FIELDS = ("classes", "gaps", "target_gap", "tail", "tail_std", "labels", "prior")
 WRITER = {"host": "test"}
 
 
 def identity(samples=21, held_out=9, part=8, **record):
-    record = {"classes": 12, "k": 4, "temperatures": (1.0, 4.0), "precision": "float16", "labels": 1, **record}
+    usual = {"classes": 12, "k": 4, "temperatures": (1.0, 4.0), "precision": "float16", "labels": 1, "tail_std": False}
+    record = {**usual, **record}
+    if record["k"] is None:
+        precision = "float16" if record["precision"] == "uint8" else record["precision"]
+        record = {**record, "temperatures": (), "precision": precision, "tail_std": False}
     data = {"name": "toy", "fingerprint": "f" * 64, "full_contents": False}
     return Identity.model_validate(
         {
@@ -81,27 +85,23 @@ class Filled:
     def encode(self, store, view, rows=slice(None)):
         r = self.about.record
         z, y = self.logits[store.split, view][rows], self.labels[store.split][rows]
-        return encode(z, y if r.labels else None, r.k, r.temperatures, r.precision), z
+        return encode_as(r, z, y), z
 
     def write(self, store, view, part):
         rows = store.rows(part)
         records, z = self.encode(store, view, slice(rows.start, rows.stop))
         sums = tail_distribution(z, records).numpy() if store.carries_tail_sums(view) else None
-        store.write_shard(view, part, columns(records), f"digest of {view} {part}", WRITER, sums)
+        store.write_shard(view, part, as_arrays(records), f"digest of {view} {part}", WRITER, sums)
 
     def prior(self):
         records, z = self.encode(self.cache.train, 0)
         return None if records.classes is None else class_prior(tail_distribution(z, records))
 
 
-def columns(records):
-    return {name: getattr(records, name).numpy() for name in FIELDS[:4] if getattr(records, name) is not None}
-
-
 def same(a, b):
     return all(
         x is y is None or (x is not None and y is not None and x.dtype == y.dtype and x.equal(y))
-        for x, y in ((getattr(a, f), getattr(b, f)) for f in FIELDS[:5])
+        for x, y in ((getattr(a, f), getattr(b, f)) for f in FIELDS[:6])
     )
 
 
@@ -132,8 +132,9 @@ def shapes(draw):
         part=draw(st.integers(1, samples)) if samples < 6 else draw(st.integers(samples // 3, samples + 3)),
         classes=classes,
         k=k,
-        temperatures=() if k is None else draw(st.sampled_from([(1.0,), (0.5, 1.0, 20.0)])),
-        precision=draw(st.sampled_from(["float16", "float32"])),
+        temperatures=draw(st.sampled_from([(1.0,), (0.5, 1.0, 20.0)])),
+        precision=draw(st.sampled_from(["uint8", "float16", "float32"])),
+        tail_std=draw(st.booleans()),
         labels=draw(st.integers(0, 2)),
     )
 
@@ -161,7 +162,7 @@ def test_records_come_back_as_they_were_encoded(tmp_path_factory, about):
 
 @pytest.mark.parametrize("k", [None, 4])
 def test_plain_zarr_shows_named_arrays_with_the_same_values(tmp_path, k):
-    cache = Filled(tmp_path / "c", identity(k=k, temperatures=(1.0, 4.0) if k else ())).cache
+    cache = Filled(tmp_path / "c", identity(k=k)).cache
     dims = {
         "classes": ("sample", "rank"),
         "gaps": ("sample", "rank_from_2" if k else "class"),
@@ -172,7 +173,7 @@ def test_plain_zarr_shows_named_arrays_with_the_same_values(tmp_path, k):
         group = zarr.open_group(path / "views" / f"v{int(path == cache.path):05d}", mode="r")
         assert group.metadata.zarr_format == 3
         found = dict(group.arrays())
-        assert set(found) == set(columns(records)) - (set() if k else {"tail"})
+        assert set(found) == set(as_arrays(records)) - (set() if k else {"tail"})
         for name, array in found.items():
             assert array.metadata.dimension_names == dims[name]
             np.testing.assert_array_equal(array[:], getattr(records, name).numpy())
@@ -539,9 +540,11 @@ def _forgeable(factory, kept=[]):  # noqa: B006
         ("target_gap", np.nan, "target_gap holds values that are not finite"),
         ("tail", np.nan, "tail holds values that are not finite"),
         ("tail", np.inf, "tail holds values that are not finite"),
+        ("tail_std", np.nan, "tail_std holds values that are not finite"),
     ],
 )
-def test_values_that_no_teacher_gives_are_refused_whatever_the_commit_says(filled, name, value, message):
+def test_values_that_no_teacher_gives_are_refused_whatever_the_commit_says(tmp_path, name, value, message):
+    filled = Filled(tmp_path / "c", identity(tail_std=True))
     store = filled.cache.train
     spec = {s.name: s for s in record_arrays(filled.about.record, store.samples, store.part)}[name]
     rows = store.read_shard(1, 2)[name].copy()
@@ -551,6 +554,17 @@ def test_values_that_no_teacher_gives_are_refused_whatever_the_commit_says(fille
         Cache(filled.cache.path).read(1)
     assert Cache(filled.cache.path).read(0) is not None
     assert [message in p for p in verify(filled.cache).problems] == [True]
+
+
+def test_a_coded_tail_that_shows_a_hole_is_refused(tmp_path):
+    filled = Filled(tmp_path / "c", identity(precision="uint8"))
+    store = filled.cache.train
+    spec = {s.name: s for s in record_arrays(filled.about.record, store.samples, store.part)}["tail"]
+    rows = store.read_shard(1, 0)["tail"].copy()
+    rows[3, 0] = spec.fill
+    forge(filled.cache.path, "views/v00001/tail/c/0/0", encode_part(spec, 0, rows), "v00001-p0000")
+    with pytest.raises(e.CorruptError, match="tail holds holes"):
+        Cache(filled.cache.path).read(1)
 
 
 def test_forged_labels_priors_and_sums_are_refused(filled):
@@ -598,12 +612,17 @@ def test_a_commit_may_not_name_other_files(filled):
 
 
 def test_an_identity_of_monstrous_shapes_costs_nothing(tmp_path):
-    about = identity(samples=2**40, part=2**24, classes=2**31, k=2**30)
+    about = identity(samples=2**40, part=2**24, classes=2**31, k=2**30, precision="uint8")
     cache = Cache.create(tmp_path / "c", about)
     with pytest.raises(e.NotFoundError, match="view 0 is not complete"):
         cache.read(0)
     small = Filled(tmp_path / "small", identity()).cache
-    text = (small.path / "identity.json").read_text().replace('"k":4', f'"k":{2**30}')
+    text = (
+        (small.path / "identity.json")
+        .read_text()
+        .replace('"k":4', f'"k":{2**30}')
+        .replace('"classes":12', f'"classes":{2**31}')
+    )
     (small.path / "identity.json").write_text(text)
     key = Cache(small.path).key
     for commit in small.path.rglob("commits/*.json"):

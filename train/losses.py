@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
 import torch
@@ -37,13 +37,15 @@ SpreadTail = Literal["prior", "uniform"]  # those with a positive one
 class Needs:
     """What a loss reads.
 
-    labels; the teacher at these temperatures (none: not softened); dense: all classes; features: the student's, one
-    stage before the last; mixed: it has a meaning for two labels.
+    labels; the teacher at these temperatures (none: not softened); dense: all classes; standardised: the teacher's
+    logits standardised to this tau; features: the student's, one stage before the last; mixed: it has a meaning for
+    two labels.
     """
 
     labels: bool = True
     temperatures: tuple[float, ...] = ()
     dense: bool = False
+    standardised: float | None = None
     features: bool = False
     mixed: bool = True
 
@@ -435,19 +437,20 @@ class LogitStd:
     target: float = 1.0
     others: float = 8.0
     warmup: int = 20
+    tail: Tail = "prior"
     _epoch: int | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
     def needs(self) -> Needs:
-        return Needs(labels=self.alpha != 0 or self.base == "dkd", dense=True, mixed=self.base == "kd")
+        dkd = self.base == "dkd"
+        return Needs(labels=self.alpha != 0 or dkd, standardised=self.tau, mixed=not dkd)
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
 
     def __call__(self, logits: Tensor, labels: Tensor, records: Records, weights: Tensor | None = None) -> Tensor:
         logits = logits.float()
-        t = _standardised(records.logits())
-        soft = replace(records, gaps=t.amax(1, keepdim=True) - t).softened(self.tau)
+        soft = records.standardised(self.tau, self.tail)
         scaled = _standardised(logits) / self.tau
         if self.base == "dkd":
             _require_single(f"{self.name}:base=dkd", labels)

@@ -8,7 +8,7 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kdcache.cache.errors import InputError, UnservedError
 from kdcache.cache.identity import RecordIdentity
-from kdcache.cache.records import Records
+from kdcache.cache.records import STD_TAU, Records
 from kdcache.train.losses import (
     BDKD,
     CE,
@@ -121,6 +121,11 @@ def require_served(loss: Loss, record: RecordIdentity) -> None:
             f"{loss.name} needs all {record.classes} classes' logits; this cache holds the top {record.k}: "
             f"build one with --topk {record.classes}"
         )
+    if needs.standardised is not None and not (record.tail_std and needs.standardised == STD_TAU):
+        raise UnservedError(
+            f"{loss.name} needs the teacher's logits standardised to tau {needs.standardised:g}: build a cache with "
+            f"--tail-std (which serves tau={STD_TAU:g}) or with --topk {record.classes}"
+        )
     if lacking := [t for t in needs.temperatures if t not in record.temperatures]:
         stored = ",".join(f"{t:g}" for t in record.temperatures)
         wanted = ",".join(f"{t:g}" for t in sorted({*record.temperatures, *lacking}))
@@ -134,11 +139,14 @@ def head_mass_warning(loss: Loss, records: Records) -> str | None:
     """A line to show where top-k records hold less than half of the teacher at the loss's temperature; or None."""
     if records.classes is None:
         return None
-    masses = {t: float(records.softened(t, "drop").head_mass.mean()) for t in loss.needs.temperatures}
-    low = {t: mass for t, mass in masses.items() if mass < 0.5}
+    softened = {f"T = {t:g}": records.softened(t, "drop") for t in loss.needs.temperatures}
+    if loss.needs.standardised is not None:
+        softened["two standard deviations"] = records.standardised(loss.needs.standardised, "drop")
+    masses = {at: float(soft.head_mass.mean()) for at, soft in softened.items()}
+    low = {at: mass for at, mass in masses.items() if mass < 0.5}
     if not low:
         return None
-    held = ", ".join(f"{mass:.0%} at T = {t:g}" for t, mass in low.items())
+    held = ", ".join(f"{mass:.0%} at {at}" for at, mass in low.items())
     return (
         f"the {records.classes.shape[1]} stored classes hold only {held} of the teacher's probability: {loss.name} "
         "mostly learns from the modelled tail. Build with a larger --topk, or train at a lower temperature"
