@@ -30,12 +30,12 @@ from torch import Tensor
 
 from kdcache.cache import Records, arrays, encode
 from kdcache.cache.identity import RecordIdentity
-from kdcache.cache.records import GAP_STEP, TAIL_STEP, TEMPERATURES, Tail, class_prior, tail_distribution
+from kdcache.cache.records import STEP, TEMPERATURES, Tail, class_prior, tail_distribution
 
 KEPT = (5, 10, 15, 20, 30, 50)
 MEASURED = (1.0, 4.0)
 GAMMA = 1.5
-STUDIED = "coded, 3/16 nat"
+STUDIED = "coded, 1/8 nat"
 
 
 @dataclass(frozen=True, eq=False)
@@ -120,15 +120,16 @@ def _root(steps: float) -> tuple[Callable[[Tensor], Tensor], Callable[[Tensor], 
 
 
 QUANTISERS = {
-    "coded, 1/8 nat": _uniform(1 / 8),
-    STUDIED: _uniform(GAP_STEP),
+    "coded, 1/16 nat": _uniform(1 / 16),
+    STUDIED: _uniform(STEP),
+    "coded, 3/16 nat": _uniform(3 / 16),
     "coded, 1/4 nat": _uniform(1 / 4),
     "coded, 1/2 nat": _uniform(1 / 2),
     "coded, square root, 8 steps": _root(8.0),
 }
 
 
-def coded(exact: Records, name: str, tail_step: float = TAIL_STEP) -> tuple[Records, dict[str, NDArray[Any]]]:
+def coded(exact: Records, name: str, tail_step: float = STEP) -> tuple[Records, dict[str, NDArray[Any]]]:
     """Float records with the values that codes stand for, and the codes by array."""
     assert exact.classes is not None
     encode_gap, decode_gap = QUANTISERS[name]

@@ -20,7 +20,7 @@ from zarr.storage import MemoryStore
 
 from kdcache.cache.errors import CorruptError
 from kdcache.cache.identity import RecordIdentity
-from kdcache.cache.records import GAP_STEP, NO_TAIL, TAIL_STEP, Records, class_dtype, encode
+from kdcache.cache.records import NO_TAIL, STEP, Records, class_dtype, encode
 
 # Blosc never grows data by more than its header and a few bytes a block, and takes no more than this at once.
 _OVERHEAD = 4096
@@ -94,9 +94,9 @@ def _notes(name: str, record: RecordIdentity) -> tuple[tuple[str, Any], ...]:
     """How to read an array's numbers, for people who open it with zarr alone."""
     coded = record.k is not None and record.precision == "uint8"
     if name == "gaps":
-        return (("nats", f"{GAP_STEP} * cumulative sum along the row" if coded else "as stored"),)
+        return (("nats", f"{STEP} * cumulative sum along the row" if coded else "as stored"),)
     if name == "tail":
-        most = f"log({record.classes} - {record.k}) - last gap / temperature - {TAIL_STEP} * code; {NO_TAIL}: no tail"
+        most = f"log({record.classes} - {record.k}) - last gap / temperature - {STEP} * code; {NO_TAIL}: no tail"
         return ("temperatures", list(record.temperatures)), ("nats", most if coded else "as stored")
     return ()
 

@@ -4,9 +4,9 @@ Shapes: B batch, C classes, K stored classes, T stored temperatures, L labels a 
 Everything is relative to the largest logit z_1, so every normaliser is a sum of positive terms and a
 probability is never found by subtraction.
 
-Precision uint8 is for top-k records, as chosen by bench/codec.py. A gap is stored as its distance to the gap before, in
-steps of 3/16 nat (gaps are rounded, not distances, so errors do not add up). A tail is stored as how far it lies below
-the most that it can be, all classes left out as probable as the K-th, in steps of 1/8 nat.
+Precision uint8 is for top-k records, in steps of 1/8 nat, as chosen by bench/codec.py. A gap is stored as its distance
+to the gap before (gaps are rounded, not distances, so errors do not add up); a distance above 255 steps counts as 255.
+A tail is stored as how far it lies below the most that it can be: all classes left out as probable as the K-th.
 """
 
 from __future__ import annotations
@@ -25,8 +25,7 @@ Tail = Literal["prior", "uniform", "bucket", "renorm", "drop"]
 Precision = Literal["uint8", "float16", "float32"]
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
-GAP_STEP = 3 / 16
-TAIL_STEP = 1 / 8
+STEP = 1 / 8
 # 255 is left to show a hole.
 NO_TAIL = 254
 # Logit standardisation, as published: softmax((z - mean) / (1e-7 + std) / 2).
@@ -84,15 +83,15 @@ class Records:
         """The gaps in nats, float32."""
         if self.gaps.dtype != torch.uint8:
             return self.gaps.float()
-        return self.gaps.cumsum(1, dtype=torch.float32) * GAP_STEP
+        return self.gaps.cumsum(1, dtype=torch.float32) * STEP
 
     def decoded_tail(self, at: int) -> Tensor:
         """[B] the tail at the temperature in that place, float32; -inf where nothing remains."""
         code = self.tail[:, at]
         if code.dtype != torch.uint8:
             return code.float()
-        last = self.gaps.sum(1, dtype=torch.float32) * GAP_STEP / self.temperatures[at]
-        value = self._most - last - TAIL_STEP * code.float()
+        last = self.gaps.sum(1, dtype=torch.float32) * STEP / self.temperatures[at]
+        value = self._most - last - STEP * code.float()
         return value.masked_fill(code == NO_TAIL, -torch.inf)
 
     @property
@@ -187,10 +186,10 @@ def encode(
         std = torch.cat([sigma, torch.logsumexp(rest / ((sigma + STD_FLOOR) * STD_TAU), 1, keepdim=True)], 1)
         std = _floor(std).half()
     if precision == "uint8":
-        coded = torch.diff(torch.round(gaps / GAP_STEP), dim=1, prepend=torch.zeros_like(gaps[:, :1]))
+        coded = torch.diff(torch.round(gaps / STEP), dim=1, prepend=torch.zeros_like(gaps[:, :1]))
         gaps = coded.clamp(max=255).to(torch.uint8)
-        last = gaps.sum(1, dtype=torch.float32, keepdim=True) * GAP_STEP / z.new_tensor(temperatures)
-        below = torch.round((math.log(classes - k) - last - tail) / TAIL_STEP).clamp(0, NO_TAIL - 1)
+        last = gaps.sum(1, dtype=torch.float32, keepdim=True) * STEP / z.new_tensor(temperatures)
+        below = torch.round((math.log(classes - k) - last - tail) / STEP).clamp(0, NO_TAIL - 1)
         tail = below.masked_fill(torch.isneginf(tail), NO_TAIL).to(torch.uint8)
     else:
         gaps, tail = _float(gaps, getattr(torch, precision)), _floor(tail).half()

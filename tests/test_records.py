@@ -7,7 +7,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache import KdcacheError, encode
-from kdcache.cache.records import GAP_STEP, NO_TAIL, TAIL_STEP, class_prior, tail_distribution
+from kdcache.cache.records import NO_TAIL, STEP, class_prior, tail_distribution
 
 
 def softmax64(z, t=1.0):
@@ -94,12 +94,12 @@ def test_coded_gaps_and_tails_are_within_half_a_step(case):
     ordered = np.take_along_axis(z.astype(np.float64), order, 1)
     gaps = ordered[:, :1] - ordered[:, 1:k]
     # Above 255 steps between neighbours a gap is cut off.
-    fits = (np.diff(gaps, axis=1, prepend=0) < 255 * GAP_STEP - 1).all(1)
+    fits = (np.diff(gaps, axis=1, prepend=0) < 255 * STEP - 1).all(1)
     records = encode(torch.from_numpy(z), torch.from_numpy(labels), k, (1.0, 3.0))
     assert records.gaps.dtype == records.tail.dtype == torch.uint8
     assert np.array_equal(records.classes.numpy(), order[:, :k])
     decoded = records.decoded_gaps().double().numpy()
-    assert (np.abs(decoded - gaps)[fits] <= GAP_STEP / 2 + 1e-5).all()
+    assert (np.abs(decoded - gaps)[fits] <= STEP / 2 + 1e-5).all()
     for at, t in enumerate((1.0, 3.0)):
         for i, got in enumerate(records.decoded_tail(at).tolist()):
             left = [c for c in order[i, k:] if c != labels[i]]
@@ -108,9 +108,9 @@ def test_coded_gaps_and_tails_are_within_half_a_step(case):
                 continue
             want = np.logaddexp.reduce([(float(z[i, c]) - ordered[i, 0]) / t for c in left])
             last = decoded[i, -1] / t if k > 1 else 0.0
-            lowest = np.log(z.shape[1] - k) - last - (NO_TAIL - 1) * TAIL_STEP
+            lowest = np.log(z.shape[1] - k) - last - (NO_TAIL - 1) * STEP
             highest = np.log(z.shape[1] - k) - last
-            assert abs(got - np.clip(want, lowest, highest)) <= TAIL_STEP / 2 + 1e-4
+            assert abs(got - np.clip(want, lowest, highest)) <= STEP / 2 + 1e-4
 
 
 def test_a_stored_label_takes_its_own_exact_gap():
@@ -133,7 +133,7 @@ def test_logits_standardised_by_row(k, precision):
     records = encode(z, y, k, (1.0,), precision, tail_std=True)
     soft = records.standardised(2.0, "uniform")
     want = torch.from_numpy(np.stack([standardised64(row, 2.0) for row in z.numpy()]))
-    # Half a step of 3/16 nat over 2 std, of about 4, is 1.2%; without codes there are float16's tails and stds.
+    # Half a step of 1/8 nat over 2 std, of about 4, is 0.8%; without codes there are float16's tails and stds.
     rtol = 0.025 if k and precision is None else 0.002
     at = y[:, None] if k is None else torch.cat([records.classes.long(), y[:, None]], 1)
     torch.testing.assert_close(soft.dense().double().gather(1, at), want.gather(1, at), rtol=rtol, atol=1e-6)
