@@ -11,7 +11,7 @@ import sys
 import threading
 from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, Literal
 
 import click
 from click.core import ParameterSource
@@ -148,6 +148,15 @@ def _temperatures(ctx: click.Context, param: click.Parameter, value: str) -> tup
     return found
 
 
+def _views(ctx: click.Context, param: click.Parameter, value: str | None) -> range | None:
+    if value is None:
+        return None
+    first, colon, after = value.partition(":")
+    if not (colon and first.isdecimal() and after.isdecimal() and int(first) < int(after) <= 100_000):
+        raise click.BadParameter(f"{value!r} is not a range A:B of views such as 0:100, which is views 0 to 99")
+    return range(int(first), int(after))
+
+
 _data = click.option(
     "--data", default="digits", show_default=True, metavar="NAME[:PATH]",
     help="digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH or module:function.",
@@ -228,6 +237,13 @@ def teach(as_json: bool, **options: Any) -> None:
 @_class_map
 @_unlabelled
 @click.option("--out", metavar="PATH", help="The cache's folder [under KDCACHE_HOME, by its key].")
+@click.option(
+    "--store",
+    type=click.Choice(["zarr", "hdf5", "ffcv"]),
+    default="zarr",
+    show_default=True,
+    help="Also pack it into one file.",
+)
 @_seed
 @click.option("--batch-size", type=click.IntRange(1), help="Images that the teacher gets at once [by dataset].")
 @_device
@@ -237,15 +253,23 @@ def teach(as_json: bool, **options: Any) -> None:
 @click.option("--allow-low-accuracy", is_flag=True, help="Build although the teacher is near chance.")
 @click.option("--list-unreadable", is_flag=True, help="Name every image file that cannot be read, and stop.")
 @_json
-def build(as_json: bool, list_unreadable: bool, teacher: str | None, **options: Any) -> None:
+def build(
+    as_json: bool,
+    list_unreadable: bool,
+    teacher: str | None,
+    store: Literal["zarr", "hdf5", "ffcv"],
+    **options: Any,
+) -> None:
     """Run the teacher once over every view and store its answers.
 
     \b
     Example: kdcache build --teacher resnet34
              kdcache build --teacher resnet34 --data imagenet:/data/imagenet --views 16
+             kdcache build --teacher resnet34 --store hdf5
              kdcache build --data imagefolder:/data/birds --list-unreadable
     """
     from kdcache.pipeline.build import BuildConfig
+    from kdcache.pipeline.pack import pack as run_pack
     from kdcache.train.teach import build_and_teach, unreadable_files
 
     if list_unreadable:
@@ -255,6 +279,45 @@ def build(as_json: bool, list_unreadable: bool, teacher: str | None, **options: 
     if teacher is None:
         raise click.UsageError("Missing option '--teacher'.")
     result = build_and_teach(BuildConfig(teacher, **options), _say)
+    if store == "zarr":
+        _print(vars(result), as_json, str(result.path))
+    else:
+        packed = run_pack(result.path, store, data=options["data"], say=_say)
+        _print({**vars(result), "packed": vars(packed)}, as_json, str(packed.path))
+
+
+@main.command()
+@click.argument("cache")
+@click.option("--to", type=click.Choice(["hdf5", "ffcv"]), required=True, help="One file, for h5py or FFCV's loader.")
+@click.option("--out", metavar="FILE", help="[beside the cache, with .h5 or .beton]")
+@click.option("--views", metavar="A:B", callback=_views, help="Views A to B - 1 [all that are complete].")
+@click.option("--data", metavar="NAME[:PATH]", help="For ffcv: where the images are [by the name in the cache].")
+@_json
+def pack(as_json: bool, cache: str, **options: Any) -> None:
+    """Write a cache into one file: it is read by its path as a folder is.
+
+    \b
+    Example: kdcache pack 1f0c2a --to hdf5
+             kdcache pack 1f0c2a --to hdf5 --views 0:16 --out birds.h5
+    """
+    from kdcache.pipeline.pack import pack as run
+
+    result = run(cache, say=_say, **options)
+    _print(vars(result), as_json, str(result.path))
+
+
+@main.command()
+@click.argument("file")
+@click.option("--out", metavar="DIR", help="The cache's folder [under KDCACHE_HOME, by its key].")
+@_json
+def unpack(as_json: bool, file: str, out: str | None) -> None:
+    """Make a folder of a packed cache (HDF5), which can be built on.
+
+    Example: kdcache unpack birds.h5
+    """
+    from kdcache.pipeline.pack import unpack as run
+
+    result = run(file, out, _say)
     _print(vars(result), as_json, str(result.path))
 
 

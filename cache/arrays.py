@@ -6,6 +6,7 @@ file cannot reach the decoder.
 
 from __future__ import annotations
 
+import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -171,6 +172,11 @@ def array_metadata(spec: ArraySpec) -> bytes:
     store: dict[str, Buffer] = {}
     _open(store, spec)
     return store[f"{spec.name}/zarr.json"].to_bytes()
+
+
+def rows_digest(spec: ArraySpec, rows: NDArray[Any]) -> str:
+    """sha256 of rows as raw little-endian bytes in C order: says what they are in every kind of store."""
+    return hashlib.sha256(np.ascontiguousarray(rows, np.dtype(spec.dtype).newbyteorder("<")).data).hexdigest()
 
 
 def encode_part(spec: ArraySpec, part: int, data: NDArray[Any]) -> bytes:

@@ -10,6 +10,7 @@ import stat
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
+from typing import BinaryIO
 
 from kdcache.cache.errors import CorruptError, KdcacheError, NotFoundError
 
@@ -87,9 +88,28 @@ def _holds(path: Path, data: bytes) -> bool:
 
 def read_bounded(path: Path, limit: int) -> bytes:
     """The file's bytes; a CorruptError, without reading on, where it is longer or not a plain file."""
+    # Not through a link out of the cache.
+    with _opened(path, os.O_NOFOLLOW) as (f, size):
+        if size > limit:
+            raise CorruptError(f"{path} is longer than the {limit} bytes that it may have")
+        return f.read(size)
+
+
+def read_range(path: Path, offset: int, size: int, *, short: bool = False) -> bytes:
+    """`size` bytes from `offset`; a CorruptError where the plain file ends before, unless `short`."""
+    with _opened(path) as (f, length):
+        if not short and not 0 <= offset <= offset + size <= length:
+            raise CorruptError(f"{path} ends at byte {length}, before bytes {offset} to {offset + size}")
+        f.seek(offset)
+        return f.read(size)
+
+
+@contextmanager
+def _opened(path: Path, flags: int = 0) -> Iterator[tuple[BinaryIO, int]]:
+    """The plain file and its size in bytes."""
     try:
-        # Neither through a link out of the cache, nor waiting for a pipe's other end.
-        fd = os.open(path, os.O_RDONLY | os.O_NOFOLLOW | os.O_NONBLOCK)
+        # Without waiting for a pipe's other end.
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing") from None
     except OSError as e:
@@ -99,10 +119,8 @@ def read_bounded(path: Path, limit: int) -> bytes:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
             raise CorruptError(f"{path} is not a plain file")
-        if found.st_size > limit:
-            raise CorruptError(f"{path} is longer than the {limit} bytes that it may have")
         with open(fd, "rb", closefd=False) as f:
-            return f.read(found.st_size)
+            yield f, found.st_size
     except OSError as e:
         raise CorruptError(f"{path} cannot be read: {e.strerror}") from e
     finally:

@@ -20,27 +20,32 @@ def caches_folder() -> Path:
 
 
 def open_cache(where: str | os.PathLike[str]) -> Cache:
-    """The cache in a folder, or under KDCACHE_HOME by its key or the key's first six or more digits."""
+    """The cache in a folder or a packed file, or under KDCACHE_HOME by its key or at least six digits of it."""
     text = os.fspath(where)
-    if Path(text).is_dir():
+    if Path(text).exists():
         return Cache(Path(text))
     if "://" in text:
         raise InputError(f"{text}: caches are read from folders; remote ones are not supported yet")
     if re.fullmatch(r"[0-9a-f]{6,64}", text):
         found = sorted(caches_folder().glob(f"{text}*"))
-        if len(found) == 1:
-            return Cache(found[0])
+        # A folder before what was packed from it, which can have no more.
+        folders = [p for p in found if p.is_dir()]
+        if len({p.name[:64] for p in found}) == 1 and len(folders or found) == 1:
+            return Cache((folders or found)[0])
         if found:
             raise InputError(f"several caches begin with {text}: {', '.join(p.name[:16] for p in found)}")
     raise NotFoundError(f"no cache at {text}, and none with that key in {caches_folder()}: see kdcache ls")
 
 
 def list_caches() -> tuple[list[Cache], list[str]]:
-    """Every cache under KDCACHE_HOME, and a line for each folder there that is none."""
+    """Every cache under KDCACHE_HOME, packed ones too, and a line for what lies there and is none."""
     good: list[Cache] = []
     bad: list[str] = []
     folder = caches_folder()
     for path in sorted(folder.iterdir()) if folder.is_dir() else ():
+        # Temporary files, and what is packed for FFCV, which is read with the images and not from here.
+        if path.name.startswith(".") or path.suffix == ".beton":
+            continue
         try:
             good.append(Cache(path))
         except KdcacheError as e:

@@ -4,10 +4,11 @@
     labels/, prior/               Zarr arrays [N, L] and [T, C]
     tail_sums/                    Zarr array [P, T, C]: each part's share of the prior, from view 0
     views/v00042/                 a Zarr group: classes, gaps, target_gap, tail
-    commits/v00042-p0003.json     sizes and hashes of one shard's files: its creation commits the shard
+    commits/v00042-p0003.json     sizes and hashes of one shard's files and rows: its creation commits the shard
     eval/                         labels, views and commits of the evaluation split
 
-Readers go by the commits alone: what no commit names does not exist.
+Readers go by the commits alone: what no commit names does not exist. They read a folder and a packed file (hdf5.py)
+alike; writing is for folders.
 """
 
 from __future__ import annotations
@@ -27,17 +28,12 @@ from numpy.typing import NDArray
 from kdcache.cache import arrays, files
 from kdcache.cache.arrays import ArraySpec
 from kdcache.cache.errors import BusyError, CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.hdf5 import PackedFile
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
+from kdcache.cache.place import Folder, Place, StoredFile
 from kdcache.cache.records import NO_TAIL, Records, class_prior
 
 _SHARD = re.compile(r"v([0-9]{5,})-p([0-9]{4,})\.json")
-
-
-class StoredFile(Strict):
-    """Size in bytes and sha256 of one committed file."""
-
-    size: int
-    sha256: str
 
 
 class Commit(Strict):
@@ -59,10 +55,16 @@ def shard_name(view: int, part: int) -> str:
 
 
 class SplitStore:
-    """The shards of one split of the cache at `path` (N samples); a shard is (view, part)."""
+    """The shards of one split of the cache at `path` (N samples); a shard is (view, part).
 
-    def __init__(self, path: Path, split: Literal["train", "eval"], identity: Identity) -> None:
+    place: where they are read from, by default a folder.
+    """
+
+    def __init__(
+        self, path: Path, split: Literal["train", "eval"], identity: Identity, place: Place | None = None
+    ) -> None:
         self.split = split
+        self._place, self._prefix = place or Folder(path), "" if split == "train" else "eval/"
         self.root = path if split == "train" else path / "eval"
         self.samples = samples = (identity.data if split == "train" else identity.evaluation).samples
         self.part = identity.part
@@ -82,10 +84,9 @@ class SplitStore:
     def committed(self) -> dict[int, set[int]]:
         """The committed parts of each view."""
         found: dict[int, set[int]] = {}
-        folder = self.root / "commits"
-        for path in folder.iterdir() if folder.is_dir() else ():
-            m = _SHARD.fullmatch(path.name)
-            if m and path.stem == shard_name(int(m[1]), int(m[2])):
+        for file in self._place.names(f"{self._prefix}commits"):
+            m = _SHARD.fullmatch(file)
+            if m and file == f"{shard_name(int(m[1]), int(m[2]))}.json":
                 found.setdefault(int(m[1]), set()).add(int(m[2]))
         return found
 
@@ -94,20 +95,31 @@ class SplitStore:
         return tuple(sorted(v for v, parts in self.committed().items() if parts >= every))
 
     def has(self, name: str) -> bool:
-        return (self.root / "commits" / f"{name}.json").exists()
+        return self._place.has(self._commit_file(name))
+
+    def _commit_file(self, name: str) -> str:
+        return f"{self._prefix}commits/{name}.json"
+
+    def _again(self, name: str) -> str:
+        return self._place.remedy(self._commit_file(name))
+
+    def commit_bytes(self, name: str) -> bytes:
+        """The commit of that name as it stands."""
+        return self._place.read(self._commit_file(name), MAX_JSON_BYTES)
 
     def commit(self, name: str) -> Commit:
         """The commit of that name; CorruptError when it is not one of this cache and name."""
         path = self.root / "commits" / f"{name}.json"
         try:
-            content = files.read_bounded(path, MAX_JSON_BYTES)
+            content = self.commit_bytes(name)
         except NotFoundError as e:
-            raise NotFoundError(f"{e}: run kdcache build again") from None
+            raise NotFoundError(f"{e}: {self._place.again}") from None
         except CorruptError as e:
-            raise CorruptError(f"{e}; {_again(path)}") from e
-        commit = parse(Commit, content, str(path), _again(path))
+            raise CorruptError(f"{e}; {self._again(name)}") from e
+        commit = parse(Commit, content, str(path), self._again(name))
         if (commit.key, commit.name) != (self._key, name):
-            raise CorruptError(f"{path} belongs to {commit.name} of cache {commit.key[:12]}, not here; {_again(path)}")
+            found = f"{commit.name} of cache {commit.key[:12]}"
+            raise CorruptError(f"{path} belongs to {found}, not here; {self._again(name)}")
         return commit
 
     def write(
@@ -132,7 +144,9 @@ class SplitStore:
             self._metadata(base / spec.name / "zarr.json", lambda s=spec: arrays.array_metadata(s))  # type: ignore[misc]
             content = arrays.encode_part(spec, part, rows)
             files.publish(base / spec.chunk_file(part), content, self._scratch, replace=True)
-            stored[_join(folder, spec.chunk_file(part))] = StoredFile(size=len(content), sha256=files.sha256(content))
+            stored[_join(folder, spec.chunk_file(part))] = StoredFile(
+                size=len(content), sha256=files.sha256(content), rows=arrays.rows_digest(spec, rows)
+            )
         commit = Commit(key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer))
         files.publish(self.root / "commits" / f"{name}.json", canonical(commit), self._scratch)
 
@@ -147,25 +161,22 @@ class SplitStore:
         expected = {_join(folder, spec.chunk_file(part)) for folder, spec, part in wanted}
         path = self.root / "commits" / f"{name}.json"
         if set(commit.files) != expected:
-            raise CorruptError(f"{path} does not name the files of {name}; {_again(path)}")
+            raise CorruptError(f"{path} does not name the files of {name}; {self._again(name)}")
         out = []
         for folder, spec, part in wanted:
             file = _join(folder, spec.chunk_file(part))
-            stored = commit.files[file]
             try:
-                content = files.read_bounded(self.root / file, spec.max_file_bytes)
-                if len(content) != stored.size or files.sha256(content) != stored.sha256:
-                    raise CorruptError(f"{self.root / file} is not what was committed")
-                out.append(arrays.decode_part(spec, part, content, str(self.root / file)))
+                out.append(self._place.rows(self._prefix + file, commit.files[file], spec, part))
             except KdcacheError as e:
-                raise CorruptError(f"{e} ({name} of {self.root}); {_again(path)}") from e
+                raise CorruptError(f"{e} ({name} of {self.root}); {self._again(name)}") from e
         return out
 
     # Shards and labels
 
-    def shard_arrays(self, view: int, part: int) -> list[tuple[str, ArraySpec, int]]:
+    def shard_arrays(self, view: int, part: int, with_tail_sums: bool = False) -> list[tuple[str, ArraySpec, int]]:
         specs = arrays.record_arrays(self._record, self.samples, self.part)
-        return [(f"views/v{view:05d}", spec, part) for spec in specs]
+        found = [(f"views/v{view:05d}", spec, part) for spec in specs]
+        return [*found, ("", self.tail_sums_array, part)] if with_tail_sums else found
 
     def write_shard(
         self,
@@ -189,9 +200,7 @@ class SplitStore:
 
     def read_shard(self, view: int, part: int, with_tail_sums: bool = False) -> dict[str, NDArray[Any]]:
         """The arrays of a shard by name."""
-        wanted = self.shard_arrays(view, part)
-        if with_tail_sums:
-            wanted = [*wanted, ("", self.tail_sums_array, part)]
+        wanted = self.shard_arrays(view, part, with_tail_sums)
         return {
             spec.name: rows
             for (_, spec, _), rows in zip(wanted, self.load(shard_name(view, part), wanted), strict=True)
@@ -202,12 +211,13 @@ class SplitStore:
         if self.has("labels"):
             self.require_labels(labels)
             return
-        rows = [("", self._labels, p, labels[self._labels.interval(p)]) for p in self._label_parts]
+        rows = [(*at, labels[self._labels.interval(at[2])]) for at in self.label_arrays]
         self.write("labels", rows, writer)
 
     @property
-    def _label_parts(self) -> range:
-        return range(self.parts if self._labels.shape[1] else 0)
+    def label_arrays(self) -> list[tuple[str, ArraySpec, int]]:
+        """The parts of the labels; none of them without labels."""
+        return [("", self._labels, p) for p in range(self.parts if self._labels.shape[1] else 0)]
 
     def require_labels(self, labels: NDArray[Any]) -> None:
         """MismatchError unless these are the cache's."""
@@ -218,12 +228,11 @@ class SplitStore:
     @cached_property
     def labels(self) -> NDArray[Any]:
         """[N, L] class ids."""
-        parts = self.load("labels", [("", self._labels, p) for p in self._label_parts])
+        parts = self.load("labels", self.label_arrays)
         labels = np.concatenate(parts) if parts else np.empty(self._labels.shape, self._labels.dtype)
         if labels.size and int(labels.max()) >= self._record.classes:
             raise CorruptError(
-                f"{self.root / 'labels'} holds a class id above {self._record.classes - 1}; "
-                + _again(self.root / "commits" / "labels.json")
+                f"{self.root / 'labels'} holds a class id above {self._record.classes - 1}; " + self._again("labels")
             )
         return labels
 
@@ -233,7 +242,7 @@ class SplitStore:
         if missing:
             raise NotFoundError(
                 f"view {view} is not complete in {self.root} ({len(missing)} of {self.parts} parts missing): "
-                f"run kdcache build with --views {view + 1} or more"
+                + self._place.more(view)
             )
         specs = arrays.record_arrays(self._record, self.samples, self.part)
         slabs: dict[str, NDArray[Any]] = {}
@@ -251,13 +260,14 @@ class SplitStore:
 
     def check_shard(self, view: int, part: int) -> dict[str, NDArray[Any]]:
         """The arrays of a shard by name; CorruptError unless bytes and values are sound."""
-        commit = self.root / "commits" / f"{shard_name(view, part)}.json"
         if part >= self.parts:
+            commit = self.root / "commits" / f"{shard_name(view, part)}.json"
             raise CorruptError(f"{commit}: there is no part {part}, the last one is {self.parts - 1}; remove it")
         shard = self.read_shard(view, part, with_tail_sums=self.carries_tail_sums(view))
         for name, rows in shard.items():
             if problem := self._unsound(name, rows):
-                raise CorruptError(f"view {view}, part {part} of {self.root}: {name} holds {problem}; {_again(commit)}")
+                again = self._again(shard_name(view, part))
+                raise CorruptError(f"view {view}, part {part} of {self.root}: {name} holds {problem}; {again}")
         return shard
 
     def _unsound(self, name: str, rows: NDArray[Any]) -> str | None:
@@ -273,22 +283,24 @@ class SplitStore:
 
 
 class Cache:
-    """A cache in a folder. `identity` says what it is; `train` and `evaluation` hold the records."""
+    """A cache in a folder or a packed file. `identity` says what it is; `train` and `evaluation` hold the records."""
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        file = path / "identity.json"
-        if not file.exists():
+        self._place: Place = Folder(path) if path.is_dir() or not path.exists() else PackedFile(path)
+        if not self._place.has("identity.json"):
             raise NotFoundError(f"{path} is not a kdcache cache: it has no identity.json")
-        advice = f"copy it anew, or remove {path} and run kdcache build again"
-        self.identity = parse(Identity, files.read_bounded(file, MAX_JSON_BYTES), str(file), advice)
-        self.train = SplitStore(path, "train", self.identity)
-        self.evaluation = SplitStore(path, "eval", self.identity)
+        content = self._place.read("identity.json", MAX_JSON_BYTES)
+        advice = f"copy it anew, or remove {path} and {self._place.again}"
+        self.identity = parse(Identity, content, str(path / "identity.json"), advice)
+        self.train = SplitStore(path, "train", self.identity, self._place)
+        self.evaluation = SplitStore(path, "eval", self.identity, self._place)
         self._prior: torch.Tensor | None = None
 
     @classmethod
     def create(cls, path: Path, identity: Identity) -> Cache:
-        """The cache at `path`, made if there is none; MismatchError if it is another one."""
+        """The cache in folder `path`, made if there is none; MismatchError if it is another one."""
+        require_folder(path)
         file = path / "identity.json"
         if not file.exists():
             # Its own scratch folder is what a builder that was stopped, or is just ahead of this one, left there.
@@ -331,11 +343,11 @@ class Cache:
             return self._prior
         if not self.train.has("prior"):
             if 0 in self.views:
-                raise NotFoundError(f"{self.path} lacks its prior: run kdcache build again")
+                raise NotFoundError(f"{self.path} lacks its prior: {self._place.again}")
             return None
         prior = self.train.load("prior", [("", self._prior_array, 0)])[0]
         if not np.isfinite(prior).all() or not (prior > 0).all():
-            again = _again(self.path / "commits" / "prior.json")
+            again = self._place.remedy("commits/prior.json")
             raise CorruptError(f"{self.path / 'prior'} holds values that are no probabilities; {again}")
         self._prior = torch.from_numpy(prior)
         return self._prior
@@ -378,16 +390,37 @@ class Cache:
 
     def size(self) -> int:
         """Bytes of all files."""
-        total = 0
-        for path in self.path.rglob("*"):
-            with suppress(FileNotFoundError):  # a temporary file of a build that runs now
-                total += path.stat().st_size if path.is_file() else 0
-        return total
+        return self._place.size()
+
+    @property
+    def packed(self) -> bool:
+        """Whether it is one file, which cannot be built into."""
+        return isinstance(self._place, PackedFile)
+
+    def check_rest(self) -> None:
+        """CorruptError where bytes are damaged that no record is read from, as far as the store can tell."""
+        self._place.check()
+
+    def contents(self, views: Sequence[int]) -> Iterator[tuple[SplitStore, str, list[tuple[str, ArraySpec, int]]]]:
+        """The commits that make up a cache of these views, in the order to make them: split, name, parts of arrays."""
+        for store in (self.evaluation, self.train):
+            yield store, "labels", store.label_arrays
+        for store, chosen in ((self.evaluation, (0,)), (self.train, views)):
+            for view in chosen:
+                for part in range(store.parts):
+                    wanted = store.shard_arrays(view, part, store.carries_tail_sums(view))
+                    yield store, shard_name(view, part), wanted
+        if not self.identity.record.dense:
+            yield self.train, "prior", [("", self._prior_array, 0)]
+
+
+def require_folder(path: Path) -> None:
+    """InputError where the path of a cache to write into is a file's."""
+    if path.is_file():
+        raise InputError(
+            f"{path} is a file where a folder is needed: give another --out, or kdcache unpack {path} first"
+        )
 
 
 def _join(folder: str, file: str) -> str:
     return f"{folder}/{file}" if folder else file
-
-
-def _again(commit: Path) -> str:
-    return f"remove {commit} and run kdcache build again to make that shard anew"

@@ -27,7 +27,7 @@ from kdcache.cache.files import replace_file, sha256
 from kdcache.cache.home import caches_folder, home
 from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
 from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, tail_distribution
-from kdcache.cache.store import Cache, SplitStore, shard_name
+from kdcache.cache.store import Cache, SplitStore, require_folder, shard_name
 from kdcache.pipeline.classmap import map_labels
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for, stored_classes
@@ -355,6 +355,7 @@ def _clear(spool: Path, cache: Cache) -> None:
 
 def _require_place(path: Path) -> None:
     """InputError where no cache can be made or gone on with, before the teacher is asked for anything."""
+    require_folder(path)
     folder = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not folder.is_dir():
         raise InputError(f"{folder} is a file where a folder is needed: give another --out or KDCACHE_HOME")

@@ -15,6 +15,7 @@ def summary(cache: Cache) -> dict[str, Any]:
     return {
         "key": cache.key,
         "path": str(cache.path),
+        "store": "hdf5" if cache.packed else "zarr",
         "views": len(cache.views),
         "samples": cache.train.samples,
         "bytes": cache.size(),
@@ -33,6 +34,7 @@ def one_line(cache: Cache) -> str:
         i.record.precision + (" with tail-std" if i.record.tail_std else ""),
         *(() if i.record.labels else ("unlabelled",)),
         size(cache.size()),
+        *(("packed",) if cache.packed else ()),
     ]
     return ", ".join(parts)
 

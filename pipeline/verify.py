@@ -53,6 +53,7 @@ def verify(
     """
     cache = Cache(cache.path)  # with nothing in memory that was read before
     report = Report(views=cache.views)
+    _try(report, cache.check_rest)
     _try(report, lambda: cache.prior)
     for store in (cache.evaluation, cache.train):
         committed = store.committed()

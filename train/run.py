@@ -71,7 +71,7 @@ def find_cache(data: str, teacher: str | None = None) -> Cache:
     """
     name, _, path = data.partition(":")
     opened: dict[bool, Dataset] = {}
-    found = []
+    found: dict[str, Cache] = {}
     caches, bad = list_caches()
     for cache in caches:
         identity = cache.identity
@@ -84,17 +84,20 @@ def find_cache(data: str, teacher: str | None = None) -> Cache:
         unlabelled = identity.record.labels == 0
         if unlabelled not in opened:
             opened[unlabelled] = open_data(data, "train", unlabelled=unlabelled)
-        if identity.data.fingerprint == opened[unlabelled].fingerprint(identity.data.full_contents):
-            found.append(cache)
+        if identity.data.fingerprint != opened[unlabelled].fingerprint(identity.data.full_contents):
+            continue
+        # A folder and what was packed from it are one cache.
+        if cache.key not in found or len(cache.views) > len(found[cache.key].views):
+            found[cache.key] = cache
     if not found:
         by = f" by {teacher}" if teacher else ""
         also = f" ({len(bad)} that cannot be read are left out: see kdcache ls)" if bad else ""
         raise NotFoundError(f"no cache of {data}{by} with a complete view{also}: run kdcache build --data {data} first")
     if len(found) > 1:
         raise InputError(
-            f"{len(found)} caches of {data} match, choose one with --cache: " + "; ".join(map(one_line, found))
+            f"{len(found)} caches of {data} match, choose one with --cache: " + "; ".join(map(one_line, found.values()))
         )
-    return found[0]
+    return next(iter(found.values()))
 
 
 def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -234,7 +237,7 @@ def evaluate_run(
     model = Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(on)
     model.to(memory_format=torch.channels_last)
     place = notes.get("cache_path")
-    found = open_cache(cache or (place if place and Path(place).is_dir() else notes["cache"]))
+    found = open_cache(cache or (place if place and Path(place).exists() else notes["cache"]))
     if cache is None and found.key != notes["cache"]:
         raise MismatchError(f"{found.path} is not the cache of this run any more: give the one to use with --cache")
     evaluation = open_data(data or notes["data"], "eval", unlabelled=found.identity.record.labels == 0)

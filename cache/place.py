@@ -1,0 +1,101 @@
+"""Where the files of a cache lie: in a folder, as built, or packed into one file."""
+
+from __future__ import annotations
+
+from contextlib import suppress
+from pathlib import Path
+from typing import Any, Protocol
+
+from numpy.typing import NDArray
+
+from kdcache.cache import arrays, files
+from kdcache.cache.arrays import ArraySpec
+from kdcache.cache.errors import CorruptError
+from kdcache.cache.identity import Strict
+
+
+class StoredFile(Strict):
+    """A committed chunk: its file's size in bytes and sha256, and the sha256 of the rows in it.
+
+    rows: of the part's rows alone as raw little-endian bytes in C order, the same in every kind of store.
+    """
+
+    size: int
+    sha256: str
+    rows: str
+
+
+class Place(Protocol):
+    """Reads a cache by the names that its files have in a folder; nothing is trusted that no digest covers.
+
+    again: what people do to get what is missing.
+    """
+
+    path: Path
+    again: str
+
+    def has(self, file: str) -> bool:
+        """Whether there is such a file."""
+
+    def names(self, folder: str) -> list[str]:
+        """The names in a folder; others than kdcache's may be among them."""
+
+    def read(self, file: str, limit: int) -> bytes:
+        """The file's bytes; NotFoundError, CorruptError where there are more than `limit`."""
+
+    def rows(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
+        """The rows of a committed chunk; CorruptError unless they are what was committed."""
+
+    def remedy(self, file: str) -> str:
+        """What people do about a damaged commit, or about what it commits."""
+
+    def more(self, view: int) -> str:
+        """What people do to get a view that is not there."""
+
+    def size(self) -> int:
+        """Bytes of all files."""
+
+    def check(self) -> None:
+        """CorruptError where bytes are damaged that `rows` and `read` do not look at."""
+
+
+class Folder:
+    """A cache as it is built: a file a chunk, readable with zarr."""
+
+    again = "run kdcache build again"
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+
+    def has(self, file: str) -> bool:
+        return (self.path / file).exists()
+
+    def names(self, folder: str) -> list[str]:
+        found = self.path / folder
+        return [p.name for p in found.iterdir()] if found.is_dir() else []
+
+    def read(self, file: str, limit: int) -> bytes:
+        return files.read_bounded(self.path / file, limit)
+
+    def rows(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
+        # The file's digest covers its rows too, so that those are not hashed again.
+        content = self.read(file, spec.max_file_bytes)
+        if len(content) != stored.size or files.sha256(content) != stored.sha256:
+            raise CorruptError(f"{self.path / file} is not what was committed")
+        return arrays.decode_part(spec, part, content, str(self.path / file))
+
+    def remedy(self, file: str) -> str:
+        return f"remove {self.path / file} and run kdcache build again to make that shard anew"
+
+    def more(self, view: int) -> str:
+        return f"run kdcache build with --views {view + 1} or more"
+
+    def size(self) -> int:
+        total = 0
+        for path in self.path.rglob("*"):
+            with suppress(FileNotFoundError):  # a temporary file of a build that runs now
+                total += path.stat().st_size if path.is_file() else 0
+        return total
+
+    def check(self) -> None:
+        """Plain zarr's metadata is all that no commit covers, and kdcache reads none of it."""
