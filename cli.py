@@ -397,15 +397,15 @@ def list_command(as_json: bool) -> None:
 @click.argument("cache")
 @_json
 def info(as_json: bool, cache: str) -> None:
-    """What a cache is, how large, how complete.
+    """What a cache is: how large, how complete, how faithful to its teacher.
 
     Example: kdcache info 1f0c2a
     """
     from kdcache.cache.home import open_cache
-    from kdcache.pipeline.info import describe, summary
+    from kdcache.pipeline.info import describe, fidelity, summary
 
     found = open_cache(cache)
-    _print(summary(found), as_json, describe(found))
+    _print({**summary(found), **fidelity(found)} if as_json else {}, as_json, describe(found))
 
 
 @main.command()
@@ -413,26 +413,39 @@ def info(as_json: bool, cache: str) -> None:
 @click.option("--data", metavar="NAME[:PATH]", help="Where the images are [by the name in the cache].")
 @_weights
 @_class_map
-@click.option("--replay", type=click.IntRange(0), default=512, show_default=True, help="Records a view; 0: none.")
+@click.option(
+    "--depth",
+    type=click.Choice(["commits", "contents", "replay"]),
+    default="replay",
+    show_default=True,
+    help="Identity, commits and files' sizes; every digest and value too; and the live teacher's answers.",
+)
+@click.option("--replay", type=click.IntRange(1), default=512, show_default=True, help="Records a view to replay.")
+@click.option("--numeric", type=click.Choice(["float32", "bf16"]), help="In which the teacher answers [the cache's].")
+@click.option("--repair", is_flag=True, help="Remove what is damaged, for the next build to make anew.")
 @_device
 @_json
-def verify(as_json: bool, cache: str, replay: int, **options: Any) -> None:
+def verify(as_json: bool, cache: str, depth: str, replay: int, repair: bool, **options: Any) -> None:
     """Check that a cache is complete, undamaged, and what the live teacher answers. Exit status 1 if not.
 
     \b
     Example: kdcache verify 1f0c2a
-             kdcache verify 1f0c2a --replay 0     (without the teacher and the images)
+             kdcache verify 1f0c2a --depth contents     (without the teacher and the images)
+             kdcache verify 1f0c2a --depth contents --repair
     """
     from kdcache.cache.home import open_cache
     from kdcache.pipeline.verify import source_of
     from kdcache.pipeline.verify import verify as run
 
     found = open_cache(cache)
-    report = run(found, source_of(found, **options) if replay else None, replay)
-    text = [f"{report.shards} shards of {len(report.views)} complete views read, {report.replayed} records replayed"]
+    source = source_of(found, **options) if depth == "replay" else None
+    report = run(found, source, contents=depth != "commits", replay=replay, repair=repair)
+    seen = "looked up" if depth == "commits" else "read"
+    text = [f"{report.shards} shards of {len(report.views)} complete views {seen}, {report.replayed} records replayed"]
     if report.total_variation is not None:
         text.append(f"largest mean total variation {report.total_variation:.2e}")
     text += [f"FAILED: {p}" for p in report.problems] or ["passed"]
+    text += [f"removed {name}: run kdcache build again to make it anew" for name in report.repaired]
     _print({**vars(report), "passed": report.passed}, as_json, "\n".join(text))
     sys.exit(0 if report.passed else 1)
 

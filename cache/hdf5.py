@@ -104,6 +104,10 @@ class PackedFile:
         except (CorruptError, NotFoundError) as e:
             raise CorruptError(f"{e} ({file}); {_MEND}") from e
 
+    def require(self, file: str, stored: StoredFile) -> None:
+        if file not in self._index:  # its bytes are others than in a folder, so their size says nothing
+            raise CorruptError(f"{self.path} holds no {file}")
+
     def rows(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
         where = f"{self.path}/{file}"
         content = self.read(file, spec.max_file_bytes)

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import stat
 from contextlib import suppress
 from pathlib import Path
 from typing import Any, Protocol
@@ -43,6 +44,9 @@ class Place(Protocol):
     def read(self, file: str, limit: int) -> bytes:
         """The file's bytes; NotFoundError, CorruptError where there are more than `limit`."""
 
+    def require(self, file: str, stored: StoredFile) -> None:
+        """CorruptError unless a committed chunk is there and, as far as that is known unread, of its size."""
+
     def rows(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
         """The rows of a committed chunk; CorruptError unless they are what was committed."""
 
@@ -76,6 +80,15 @@ class Folder:
 
     def read(self, file: str, limit: int) -> bytes:
         return files.read_bounded(self.path / file, limit)
+
+    def require(self, file: str, stored: StoredFile) -> None:
+        path = self.path / file
+        try:
+            found = path.lstat()
+        except OSError as e:
+            raise CorruptError(f"{path} cannot be read: {e.strerror}") from e
+        if not stat.S_ISREG(found.st_mode) or found.st_size != stored.size:
+            raise CorruptError(f"{path} is not the file of {stored.size} bytes that was committed")
 
     def rows(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
         # The file's digest covers its rows too, so that those are not hashed again.

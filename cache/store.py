@@ -18,7 +18,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
@@ -33,6 +33,7 @@ from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, can
 from kdcache.cache.place import Folder, Place, StoredFile
 from kdcache.cache.records import NO_TAIL, Records, class_prior
 
+T = TypeVar("T")
 _SHARD = re.compile(r"v([0-9]{5,})-p([0-9]{4,})\.json")
 
 
@@ -157,19 +158,39 @@ class SplitStore:
 
     def load(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> list[NDArray[Any]]:
         """The committed parts of arrays, their bytes checked against the commit before they are decoded."""
+        return self._each(name, wanted, self._place.rows)
+
+    def require(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> None:
+        """CorruptError unless the commit is sound and its files are there, unread."""
+        self._each(name, wanted, lambda file, stored, spec, part: self._place.require(file, stored))
+
+    def _each(
+        self,
+        name: str,
+        wanted: Sequence[tuple[str, ArraySpec, int]],
+        get: Callable[[str, StoredFile, ArraySpec, int], T],
+    ) -> list[T]:
         commit = self.commit(name)
         expected = {_join(folder, spec.chunk_file(part)) for folder, spec, part in wanted}
-        path = self.root / "commits" / f"{name}.json"
         if set(commit.files) != expected:
+            path = self.root / "commits" / f"{name}.json"
             raise CorruptError(f"{path} does not name the files of {name}; {self._again(name)}")
         out = []
         for folder, spec, part in wanted:
             file = _join(folder, spec.chunk_file(part))
             try:
-                out.append(self._place.rows(self._prefix + file, commit.files[file], spec, part))
+                out.append(get(self._prefix + file, commit.files[file], spec, part))
             except KdcacheError as e:
                 raise CorruptError(f"{e} ({name} of {self.root}); {self._again(name)}") from e
         return out
+
+    def remove(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> None:
+        """Take back a commit and its files, so that the next build makes them anew. Folders only."""
+        require_folder(self._place.path)
+        # The commit first: what no commit names does not exist.
+        gone = [f"commits/{name}.json", *(_join(folder, spec.chunk_file(part)) for folder, spec, part in wanted)]
+        for file in gone:
+            (self.root / file).unlink(missing_ok=True)
 
     # Shards and labels
 
@@ -345,7 +366,7 @@ class Cache:
             if 0 in self.views:
                 raise NotFoundError(f"{self.path} lacks its prior: {self._place.again}")
             return None
-        prior = self.train.load("prior", [("", self._prior_array, 0)])[0]
+        prior = self.train.load("prior", self.prior_arrays)[0]
         if not np.isfinite(prior).all() or not (prior > 0).all():
             again = self._place.remedy("commits/prior.json")
             raise CorruptError(f"{self.path / 'prior'} holds values that are no probabilities; {again}")
@@ -401,6 +422,11 @@ class Cache:
         """CorruptError where bytes are damaged that no record is read from, as far as the store can tell."""
         self._place.check()
 
+    @property
+    def prior_arrays(self) -> list[tuple[str, ArraySpec, int]]:
+        """What the prior's commit names; nothing for dense records."""
+        return [] if self.identity.record.dense else [("", self._prior_array, 0)]
+
     def contents(self, views: Sequence[int]) -> Iterator[tuple[SplitStore, str, list[tuple[str, ArraySpec, int]]]]:
         """The commits that make up a cache of these views, in the order to make them: split, name, parts of arrays."""
         for store in (self.evaluation, self.train):
@@ -410,8 +436,8 @@ class Cache:
                 for part in range(store.parts):
                     wanted = store.shard_arrays(view, part, store.carries_tail_sums(view))
                     yield store, shard_name(view, part), wanted
-        if not self.identity.record.dense:
-            yield self.train, "prior", [("", self._prior_array, 0)]
+        if self.prior_arrays:
+            yield self.train, "prior", self.prior_arrays
 
 
 def require_folder(path: Path) -> None:

@@ -9,6 +9,8 @@ from kdcache.cache.store import Cache
 from kdcache.pipeline.build import teacher_top1
 from kdcache.pipeline.progress import size
 
+_VIEWS = 4  # so many are read to say how good the teacher is on them
+
 
 def summary(cache: Cache) -> dict[str, Any]:
     """The identity and the state of a cache."""
@@ -50,20 +52,46 @@ def describe(cache: Cache) -> str:
         lines.append(
             f"size         {size(cache.size())}, {cache.size() / records:.1f} bytes a record, all files counted"
         )
-    try:
-        top1 = teacher_top1(cache)
-        lines.append(
-            "teacher      " + ("no labels" if top1 is None else f"top-1 {100 * top1:.2f} on the evaluation split")
-        )
-    except KdcacheError as e:
-        lines.append(f"teacher      evaluation split not readable: {e}")
-    if complete and not cache.identity.record.dense:
-        records_of_view = cache.read(complete[0])
-        for t in cache.identity.record.temperatures:
-            lines.append(f"head mass    {float(records_of_view.softened(t).head_mass.mean()):.3f} at temperature {t:g}")
+    lines += _fidelity(cache)
     for group, fields in cache.identity.model_dump(mode="json").items():
         if isinstance(fields, dict):
             lines += [f"{group}.{name} = {value}" for name, value in fields.items()]
         else:
             lines.append(f"{group} = {fields}")
     return "\n".join(lines)
+
+
+def fidelity(cache: Cache) -> dict[str, Any]:
+    """The teacher's top-1 (0..1) on the evaluation split and on some of the views, and what its records hold of it.
+
+    mass: by temperature, the mean probability of the stored classes and labels, and of the tail.
+    """
+    views = cache.views
+    chosen = sorted({views[i * (len(views) - 1) // (_VIEWS - 1)] for i in range(_VIEWS)} if views else ())
+    top1: dict[str, float] = {}
+    mass: dict[str, dict[str, float]] = {}
+    for view in chosen:
+        records = cache.read(view)
+        if records.labels.shape[1]:
+            top1[str(view)] = float((records.predictions() == records.labels[:, 0].long()).float().mean())
+        if not mass:
+            heads = {f"{t:g}": float(records.softened(t).head_mass.mean()) for t in records.temperatures}
+            mass = {t: {"head": head, "tail": 1 - head} for t, head in heads.items()}
+    return {"evaluation_top1": teacher_top1(cache), "view_top1": top1, "mass": mass}
+
+
+def _fidelity(cache: Cache) -> list[str]:
+    try:
+        found = fidelity(cache)
+    except KdcacheError as e:
+        return [f"fidelity     not readable: {e}"]
+    lines = []
+    if (top1 := found["evaluation_top1"]) is not None:
+        lines.append(f"teacher      top-1 {100 * top1:.2f} on the evaluation split")
+    if found["view_top1"]:
+        views = ", ".join(f"{100 * top1:.2f} on view {view}" for view, top1 in found["view_top1"].items())
+        lines.append(f"teacher      top-1 {views}")
+    return lines + [
+        f"mass         {part['head']:.3f} stored, {part['tail']:.3f} in the tail, at temperature {t}"
+        for t, part in found["mass"].items()
+    ]

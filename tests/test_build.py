@@ -5,6 +5,7 @@ import errno
 import hashlib
 import json
 import os
+import re
 import resource
 import shutil
 import subprocess
@@ -22,6 +23,7 @@ from kdcache.cache import Cache, KdcacheError, encode, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.store import SplitStore, shard_name
 from kdcache.pipeline import build as build_module
+from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build import BuildConfig, build, open_source, record_batches
 from kdcache.pipeline.render import _Pixels
 from kdcache.pipeline.teachers import Teacher
@@ -751,6 +753,100 @@ def test_replay_fails_on_other_view_parameters(taught, tmp_path):
     assert Cache(path).read(1) is not None
     (problem,) = verify(Cache(path), source).problems
     assert "view 1, part 1 was built with other view parameters" in problem
+
+
+def test_replay_names_a_single_record_that_is_wrong(taught, tmp_path, monkeypatch):
+    source, _, good = taught
+    path = tmp_path / "c"
+    shutil.copytree(good, path)
+    first = Cache(path).read(0).classes[:, 0]
+    other = int((first != first[7]).nonzero()[0])
+    swapped = torch.arange(len(first))
+    swapped[[7, other]] = torch.tensor([other, 7])
+    forge(path, lambda rows: rows[swapped])
+    (problem,) = verify(Cache(path), source).problems
+    assert re.search(rf"view 0 .*: mean total variation 0.*; sample ({other}|7) differs most", problem)
+    # Among more records than a toy has, the mean would not show it.
+    monkeypatch.setattr(verify_module, "TOLERANCE", {"float32": 1.0})
+    (problem,) = verify(Cache(path), source).problems
+    assert re.search(rf"view 0, sample ({other}|7) is not what the teacher answers now: total variation 0\.", problem)
+
+
+@pytest.mark.parametrize("threads", [1, 2])
+def test_replay_passes_with_any_number_of_threads(taught, threads):
+    source, _, path = taught
+    before = torch.get_num_threads()
+    torch.set_num_threads(threads)
+    try:
+        report = verify(Cache(path), source)
+    finally:
+        torch.set_num_threads(before)
+    assert report.passed and report.total_variation < 0.002
+
+
+def test_replay_in_another_numeric_type_goes_by_the_coarser_tolerance(taught, tmp_path, monkeypatch):
+    float32, _, path = taught
+    weights = str(path.parent / "4.pt")
+    bf16 = open_source(settings(weights=weights, amp="bf16"), quiet)
+    build(settings(weights=weights, amp="bf16", out=str(tmp_path / "bf16")), quiet, bf16)
+    for cache, source in ((Cache(path), bf16), (Cache(tmp_path / "bf16"), float32), (Cache(tmp_path / "bf16"), bf16)):
+        report = verify(cache, source)
+        assert report.passed and report.replayed, report.problems
+        assert report.total_variation <= 0.02
+    assert verify(Cache(path), bf16).total_variation > 0.0001
+    crops = _Pixels.crops
+    monkeypatch.setattr(_Pixels, "crops", lambda self, index, boxes, flips: crops(self, index, boxes, ~flips))
+    assert not verify(Cache(path), bf16).passed
+
+
+# ---- depths and repair ----
+
+
+def flip_a_bit(file, at=-3):
+    content = bytearray(file.read_bytes())
+    content[at] ^= 8
+    file.write_bytes(bytes(content))
+
+
+def test_each_depth_sees_what_it_looks_at(taught, tmp_path):
+    path = tmp_path / "c"
+    shutil.copytree(taught[2], path)
+    assert verify(Cache(path), contents=False).passed
+    chunk = path / "views" / "v00001" / "gaps" / "c" / "1" / "0"
+    flip_a_bit(chunk)
+    assert verify(Cache(path), contents=False).passed  # sizes are as committed, nothing is read
+    (problem,) = verify(Cache(path)).problems
+    assert f"{chunk} is not what was committed" in problem and "v00001-p0001" in problem
+    chunk.write_bytes(chunk.read_bytes()[:-1])
+    (problem,) = verify(Cache(path), contents=False).problems
+    assert "bytes that was committed" in problem and str(chunk) in problem
+    chunk.unlink()
+    (problem,) = verify(Cache(path), contents=False).problems
+    assert "No such file" in problem and str(chunk) in problem
+
+
+def test_repair_removes_what_is_damaged_and_the_next_build_makes_it_anew(taught, tmp_path):
+    source, _, good = taught
+    path = tmp_path / "c"
+    shutil.copytree(good, path)
+    flip_a_bit(path / "views" / "v00000" / "classes" / "c" / "0" / "0")
+    flip_a_bit(path / "views" / "v00001" / "tail" / "c" / "2" / "0")
+    flip_a_bit(path / "prior" / "c" / "0" / "0")
+    flip_a_bit(path / "labels" / "c" / "1" / "0")
+    (path / "commits" / "v00001-p0000.json").write_text("{")
+    looked = verify(Cache(path))
+    assert len(looked.problems) == 5 and looked.repaired == []
+    repaired = verify(Cache(path), repair=True)
+    assert len(repaired.problems) == 5
+    assert [name.split()[0] for name in repaired.repaired] == [
+        "labels", "v00000-p0000", "v00001-p0000", "v00001-p0002", "prior",
+    ]  # fmt: skip
+    assert Cache(path).views == ()
+    report = build(settings(out=str(path)), quiet, source)
+    assert report.teacher_images == 64 + 64 + 22
+    assert verify(Cache(path), source).passed
+    for file in (p for p in good.rglob("*") if p.is_file() and "commits" not in p.parts and "scratch" not in p.parts):
+        assert (path / file.relative_to(good)).read_bytes() == file.read_bytes()
 
 
 # ---- image files ----

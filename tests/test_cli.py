@@ -234,7 +234,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "info of nothing": ("info 00000000", ("00000000", "kdcache ls")),
     "info of a short key": ("info 0000", ("0000", "kdcache ls")),
     "info of a folder": ("info {pics}", ("{pics} is not a kdcache cache",)),
-    "verify without the images": ("verify {cache}", ("--data imagefolder:PATH", "--replay 0")),
+    "verify without the images": ("verify {cache}", ("--data imagefolder:PATH", "--depth contents")),
     "verify with other data": (
         "verify {cache} --data digits",
         ("data.name: the cache has imagefolder, asked for digits", "data.samples"),
@@ -448,9 +448,9 @@ def test_a_damaged_cache(place: Place, data: str, quick: str, refused: Callable[
     content = bytearray(chunk.read_bytes())
     content[-9] ^= 1
     chunk.write_bytes(content)
-    result = invoke(f"verify {cache} --replay 0")
+    result = invoke(f"verify {cache} --depth contents")
     assert result.exit_code == 1 and str(chunk) in result.stdout and "FAILED" in result.stdout
-    result = invoke(f"verify {cache} --replay 0 --json")
+    result = invoke(f"verify {cache} --depth contents --json")
     assert result.exit_code == 1 and json.loads(result.stdout)["passed"] is False
     (cache / "identity.json").write_text("{}")
     for line in (
@@ -620,7 +620,10 @@ def test_facts_as_json(place: Place, data: str, quick: str) -> None:
     key = place.cache.name
     listed = json.loads(works("ls --json").stdout)
     assert [c["key"] for c in listed] == [key]
-    assert json.loads(works(f"info {key[:6]} --json").stdout) == listed[0]
+    told = json.loads(works(f"info {key[:6]} --json").stdout)
+    assert told.items() >= listed[0].items() and 0.25 < told["evaluation_top1"] <= 1
+    assert set(told["view_top1"]) == {"0", "1"} and told["mass"] == {}
+    assert set(json.loads(works(f"info {place.top2} --json").stdout)["mass"]["2"]) == {"head", "tail"}
     assert listed[0]["views"] == 2 and listed[0]["samples"] == 128
     checked = json.loads(works(f"verify {key} {data} --replay 8 --json").stdout)
     assert checked["passed"] is True and checked["replayed"] == 24 and checked["problems"] == []
@@ -638,9 +641,15 @@ def test_facts_as_text(place: Place, data: str) -> None:
         works("ls").stdout,
     )
     text = works(f"info {place.top2}").stdout
-    for line in (f"path +{place.top2}", "views +1 complete", "teacher +top-1 ", "head mass +0", "record.k = 2"):
+    for line in (
+        f"path +{place.top2}",
+        "views +1 complete",
+        "teacher +top-1 ",
+        "mass +0[.0-9]+ stored, 0[.0-9]+ in the tail, at temperature 1",
+        "record.k = 2",
+    ):
         assert re.search(rf"^{line}", text, re.M), line
-    assert "3 shards of 2 complete views read" in works(f"verify {key} --replay 0").stdout
+    assert "3 shards of 2 complete views read" in works(f"verify {key} --depth contents").stdout
     text = works(f"verify {key} {data} --replay 20").stdout
     assert "60 records replayed" in text and text.endswith("passed\n")
 
