@@ -449,7 +449,7 @@ def child(n):
     os._exit(0)
 
 killed = 0
-for n in range(1, 1000, 3 if what == "pack" else 2):
+for n in range(1, 1000, 3):
     pid = os.fork()
     if not pid:
         child(n)
