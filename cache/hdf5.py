@@ -223,6 +223,13 @@ class Target(io.FileIO):
             self.failure = self.failure or e
         return size
 
+    def truncate(self, size: int | None = None) -> int:
+        try:
+            return super().truncate(size)
+        except OSError as e:
+            self.failure = self.failure or e
+            return size or 0
+
     def check(self) -> None:
         """Raise the first error of all writes so far."""
         if self.failure:

@@ -27,7 +27,7 @@ def open_cache(where: str | os.PathLike[str]) -> Cache:
     if "://" in text:
         raise InputError(f"{text}: caches are read from folders; remote ones are not supported yet")
     if re.fullmatch(r"[0-9a-f]{6,64}", text):
-        found = sorted(caches_folder().glob(f"{text}*"))
+        found = [p for p in _entries() if p.name.startswith(text)]
         # A folder before what was packed from it, which can have no more.
         folders = [p for p in found if p.is_dir()]
         if len({p.name[:64] for p in found}) == 1 and len(folders or found) == 1:
@@ -41,13 +41,16 @@ def list_caches() -> tuple[list[Cache], list[str]]:
     """Every cache under KDCACHE_HOME, packed ones too, and a line for what lies there and is none."""
     good: list[Cache] = []
     bad: list[str] = []
-    folder = caches_folder()
-    for path in sorted(folder.iterdir()) if folder.is_dir() else ():
-        # Temporary files, and what is packed for FFCV, which is read with the images and not from here.
-        if path.name.startswith(".") or path.suffix == ".beton":
-            continue
+    for path in _entries():
         try:
             good.append(Cache(path))
         except KdcacheError as e:
             bad.append(str(e))
     return good, bad
+
+
+def _entries() -> list[Path]:
+    """What lies in the caches' folder, but temporary files, and what is packed for FFCV: that is read with images."""
+    folder = caches_folder()
+    found = sorted(folder.iterdir()) if folder.is_dir() else []
+    return [p for p in found if not p.name.startswith(".") and p.suffix != ".beton"]

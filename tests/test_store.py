@@ -470,7 +470,7 @@ def forge(path, file, content, commit):
     (path / file).write_bytes(content)
     commit = path / "commits" / f"{commit}.json"
     about = json.loads(commit.read_bytes())
-    about["files"][file] = {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    about["files"][file] |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
     commit.write_text(json.dumps(about))
 
 
