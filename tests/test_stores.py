@@ -360,7 +360,7 @@ def test_a_chunk_that_inflates_to_more_costs_nothing(packed):
 def test_an_identity_of_monstrous_shapes_costs_nothing(packed):
     small = Cache(packed)
     about = small.identity.model_dump(mode="json")
-    about["record"]["k"], about["part"], about["data"]["samples"] = 12, 2**24, 2**24
+    about["record"]["k"], about["part"], about["data"]["samples"] = 11, 2**24, 2**24
     end = packed.stat().st_size
     # The commits of a small cache under the key of one whose shards hold gigabytes.
     key = Identity.model_validate_json(json.dumps(about)).key
@@ -726,4 +726,4 @@ def test_build_pack_train_and_unpack(tmp_path, monkeypatch):
     with Path("c.h5").open("r+b") as f:
         f.seek(600)
         f.write(b"damage")
-    assert "is not what was packed" in run("verify c.h5 --replay 0", 1).stdout
+    assert "is not what was packed" in run("verify c.h5 --depth contents", 1).stdout
