@@ -589,7 +589,7 @@ def test_two_packers_do_not_share_a_temporary_file(toy, tmp_path):
 
 
 def test_what_a_killed_packer_left_is_not_written_into(toy, tmp_path):
-    """Killed just after the last step, it leaves a second name of the finished file, which may have been moved since."""
+    """Killed just after the last step, it leaves a second name of the finished file, which may have moved since."""
     moved = Path(shutil.copy(toy[1], tmp_path / "moved.h5"))
     (tmp_path / ".c.h5.packing").hardlink_to(moved)
     assert pack_hdf5(toy[0].cache, tmp_path / "c.h5", (0,))
@@ -600,7 +600,7 @@ def test_what_a_killed_packer_left_is_not_written_into(toy, tmp_path):
 def test_a_temporary_name_that_leads_elsewhere_is_not_followed(toy, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     (tmp_path / ".c.h5.packing").symlink_to(tmp_path / "thesis.tex")
-    with pytest.raises((KdcacheError, OSError)):
+    with pytest.raises(OSError, match="symbolic links"):
         pack_hdf5(toy[0].cache, tmp_path / "c.h5", (0, 1))
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
