@@ -14,6 +14,7 @@ from __future__ import annotations
 import argparse
 import gc
 import json
+import os
 import statistics
 import time
 from collections.abc import Callable
@@ -33,6 +34,7 @@ from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.datasets import open_data
 from kdcache.pipeline.progress import Progress
 from kdcache.train.loader import CachedLoader
+from kdcache.train.teach import TeachConfig, teach
 
 SAMPLES, CLASSES, K, PART, BATCH = 1_281_167, 1000, 20, 262_144, 1024
 PEER_RECORDS, FKD_IMAGES, FKD_CROPS = 200_000, 4_000, 12
@@ -186,9 +188,9 @@ def resident() -> float:
 def soak(work: Path, epochs: int) -> dict[str, Any]:
     """Memory over many epochs of CachedLoader on digits, four views."""
     path = work / "digits"
-    build(
-        BuildConfig("resnet8", data="digits", views=4, topk=3, out=str(path), allow_low_accuracy=True), lambda _: None
-    )
+    os.environ["KDCACHE_HOME"] = str(work / "home")
+    teach(TeachConfig("resnet8", epochs=1), lambda _: None)
+    build(BuildConfig("resnet8", views=4, topk=3, out=str(path)), lambda _: None)
     cache, data = Cache(path), open_data("digits", "train")
     loader = CachedLoader(cache, data, batch_size=256)
     held = []

@@ -7,6 +7,7 @@ file cannot reach the decoder.
 from __future__ import annotations
 
 import hashlib
+import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
@@ -56,7 +57,7 @@ class ArraySpec:
 
     @property
     def chunk_bytes(self) -> int:
-        return int(np.prod(self.chunk_shape, dtype=np.int64)) * np.dtype(self.dtype).itemsize
+        return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
 
     @property
     def max_file_bytes(self) -> int:

@@ -28,12 +28,12 @@ def open_cache(where: str | os.PathLike[str]) -> Cache:
         raise InputError(f"{text}: caches are read from folders; remote ones are not supported yet")
     if re.fullmatch(r"[0-9a-f]{6,64}", text):
         found = [p for p in _entries() if p.name.startswith(text)]
-        # A folder before what was packed from it, which can have no more.
+        # A folder before what was packed from it.
         folders = [p for p in found if p.is_dir()]
         if len({p.name[:64] for p in found}) == 1 and len(folders or found) == 1:
             return Cache((folders or found)[0])
         if found:
-            raise InputError(f"several caches begin with {text}: {', '.join(p.name[:16] for p in found)}")
+            raise InputError(f"several caches begin with {text}: {', '.join(p.name[:16] + p.name[64:] for p in found)}")
     raise NotFoundError(f"no cache at {text}, and none with that key in {caches_folder()}: see kdcache ls")
 
 

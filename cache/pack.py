@@ -39,7 +39,7 @@ def pack_hdf5(cache: Cache, out: Path, views: Sequence[int], advance: Advance = 
     """Write these complete views, and all that belongs to them, into the new file `out`; False if it is there already.
 
     All rows are compared with the digests in the commits as they are read, and again in the new file before it gets its
-    name. `advance` counts bytes of rows, each twice. Stopped, it leaves a temporary file that the next call removes.
+    name. `advance` counts bytes of rows, each twice. Killed, it leaves a temporary file that the next call removes.
     InputError where `out` is another file, BusyError where another process is packing into it.
     """
     out.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,9 @@ from kdcache.cache.place import Folder, Place, StoredFile
 from kdcache.cache.records import NO_TAIL, Records, class_prior
 
 T = TypeVar("T")
-_SHARD = re.compile(r"v([0-9]{5,})-p([0-9]{4,})\.json")
+_SHARD = re.compile(r"v([0-9]{5,9})-p([0-9]{4,9})\.json")
+# Far above any real one: work is in proportion to it.
+_MAX_PARTS = 1 << 16
 
 
 class Commit(Strict):
@@ -316,6 +318,8 @@ class Cache:
         self.identity = parse(Identity, content, str(path / "identity.json"), advice)
         self.train = SplitStore(path, "train", self.identity, self._place)
         self.evaluation = SplitStore(path, "eval", self.identity, self._place)
+        if (parts := max(self.train.parts, self.evaluation.parts)) > _MAX_PARTS:
+            raise CorruptError(f"{path} declares {parts} parts a view, at most {_MAX_PARTS} are read; {advice}")
         self._prior: torch.Tensor | None = None
 
     @classmethod

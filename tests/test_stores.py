@@ -357,24 +357,55 @@ def test_a_chunk_that_inflates_to_more_costs_nothing(packed):
         assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 100_000  # kB
 
 
-def test_an_identity_of_monstrous_shapes_costs_nothing(packed):
-    small = Cache(packed)
-    about = small.identity.model_dump(mode="json")
-    about["record"]["k"], about["part"], about["data"]["samples"] = 11, 2**24, 2**24
-    end = packed.stat().st_size
-    # The commits of a small cache under the key of one whose shards hold gigabytes.
+def replant(path, small, about):
+    """The commits of a small cache under the key of the identity `about`; that key."""
     key = Identity.model_validate_json(json.dumps(about)).key
     content = {name: small._place.read(name, 10**6) for name in small._place._index if name.startswith("commits/")}
     content = {name: text.replace(small.key.encode(), key.encode()) for name, text in content.items()}
     content["identity.json"] = json.dumps(about).encode()
-    places = {n: [end + sum(map(len, list(content.values())[:i])), len(t)] for i, (n, t) in enumerate(content.items())}
-    forge(packed, lambda index: index.update(places), patches=[(end, b"".join(content.values()))])
+    places, end = {}, path.stat().st_size
+    for name, text in content.items():
+        places[name] = [end, len(text)]
+        end += len(text)
+    forge(path, lambda index: index.update(places), patches=[(path.stat().st_size, b"".join(content.values()))])
+    return key
+
+
+def test_an_identity_of_monstrous_shapes_costs_nothing(packed):
+    small = Cache(packed)
+    about = small.identity.model_dump(mode="json")
+    about["record"]["k"], about["part"], about["data"]["samples"] = 11, 2**24, 2**24
+    key = replant(packed, small, about)
     cache = Cache(packed)
     assert cache.key == key
     before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     with pytest.raises(e.CorruptError, match=r"c\.h5.*bytes cannot hold the \d{9} that belong there"):
         cache.train.check_shard(1, 0)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 50_000  # kB
+
+
+@pytest.mark.parametrize(
+    ("changes", "message"),
+    [
+        ({"part": 1, "samples": 2**40}, "declares 1099511627776 parts a view"),
+        ({"k": 2**31, "classes": 2**32 - 1, "part": 2**24, "samples": 2**24}, "cannot hold the"),
+        ({"classes": 2**31, "part": 2**24, "samples": 2**24}, "cannot hold the|not what was committed"),
+    ],
+)
+def test_numbers_that_overflow_are_refused(packed, changes, message):
+    small = Cache(packed)
+    about = small.identity.model_dump(mode="json")
+    about["data"]["samples"] = changes.pop("samples")
+    about |= {"part": changes.pop("part")}
+    about["record"] |= changes
+    replant(packed, small, about)
+    with pytest.raises(e.CorruptError, match=message):
+        Cache(packed).train.check_shard(1, 0)
+
+
+def test_a_name_with_more_digits_than_a_number_may_have_is_none(packed):
+    forge(packed, lambda index: index.update({f"commits/v{'9' * 5000}-p0000.json": [600, 5]}))
+    assert Cache(packed).views == (0, 1)
 
 
 @pytest.mark.parametrize(
@@ -449,7 +480,7 @@ def child(n):
     os._exit(0)
 
 killed = 0
-for n in range(1, 1000, 3):
+for n in range(1, 1000, 4):
     pid = os.fork()
     if not pid:
         child(n)
@@ -459,10 +490,9 @@ for n in range(1, 1000, 3):
         if out.exists():
             Cache(out).check_rest()
             assert Cache(out).views == (0, 1)
-        if n % 3 == 0:
+        if n % 3 == 1:
             run()
             assert not temporary.exists() and out.read_bytes() == (place / "c.h5").read_bytes()
-            # What was killed before must never be written into: it may be a second name of a finished file.
             out.unlink()
         else:
             out.unlink(missing_ok=True)
@@ -487,7 +517,7 @@ def test_killed_at_any_step_nothing_half_made_is_seen_and_the_next_run_ends_it(t
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", KILLED, str(tmp_path), what]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > (10 if what == "pack" else 5)
+    assert int(done.stdout) > (8 if what == "pack" else 4)
     if what == "pack":
         assert (tmp_path / "out.h5").read_bytes() == file.read_bytes()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c.h5", "out.h5"]
@@ -558,10 +588,19 @@ def test_two_packers_do_not_share_a_temporary_file(toy, tmp_path):
     assert (tmp_path / "c.h5").read_bytes() == toy[1].read_bytes()
 
 
+def test_what_a_killed_packer_left_is_not_written_into(toy, tmp_path):
+    """Killed just after the last step, it leaves a second name of the finished file, which may have moved since."""
+    moved = Path(shutil.copy(toy[1], tmp_path / "moved.h5"))
+    (tmp_path / ".c.h5.packing").hardlink_to(moved)
+    assert pack_hdf5(toy[0].cache, tmp_path / "c.h5", (0,))
+    assert moved.read_bytes() == toy[1].read_bytes()
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["c.h5", "moved.h5"]
+
+
 def test_a_temporary_name_that_leads_elsewhere_is_not_followed(toy, tmp_path):
     (tmp_path / "thesis.tex").write_text("mine")
     (tmp_path / ".c.h5.packing").symlink_to(tmp_path / "thesis.tex")
-    with pytest.raises((KdcacheError, OSError)):
+    with pytest.raises(OSError, match="symbolic links"):
         pack_hdf5(toy[0].cache, tmp_path / "c.h5", (0, 1))
     assert (tmp_path / "thesis.tex").read_text() == "mine"
 
