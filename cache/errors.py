@@ -21,9 +21,5 @@ class CorruptError(KdcacheError):
     """Stored bytes are not those that were committed."""
 
 
-class BusyError(KdcacheError):
-    """Another process is writing here."""
-
-
 class UnservedError(KdcacheError):
     """A loss needs what the cache does not hold."""

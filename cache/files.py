@@ -7,7 +7,7 @@ import hashlib
 import os
 import secrets
 import stat
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
@@ -24,21 +24,49 @@ def publish(path: Path, data: bytes, scratch: Path, *, replace: bool = False) ->
     An existing file with the same bytes passes. With other bytes it is a CorruptError, unless `replace`: for a
     file that nothing has committed.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = scratch / f"{os.getpid()}-{secrets.token_hex(8)}"
+    if create(path, data, scratch):
+        return
+    if _holds(path, data):
+        return sync_folder(path.parent)  # whoever made it may not have come so far
+    if not replace:
+        raise CorruptError(f"{path} exists with other content; it is never overwritten")
+    _put(path, data, scratch, os.replace)
+
+
+def create(path: Path, data: bytes, scratch: Path) -> bool:
+    """As `publish`, but False where there is a file already, whatever it holds."""
     try:
-        _write(temporary, data, path)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            if not _holds(path, data):
-                if not replace:
-                    raise CorruptError(f"{path} exists with other content; it is never overwritten") from None
-                temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _put(path, data, scratch, os.link)
+    except FileExistsError:
+        return False
+    return True
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one step, synced: a reader sees the old file or the new one."""
+    _put(path, data, path.parent, os.replace)
+
+
+def _put(path: Path, data: bytes, scratch: Path, move: Callable[[Path, Path], None]) -> None:
+    for last in (False, True):
+        temporary = scratch / f".{path.name}.{secrets.token_hex(8)}.tmp"
+        # A write that fails, on a full disk for one, does not say by itself where.
+        with _naming(path):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                scratch.mkdir(parents=True, exist_ok=True)
+                with temporary.open("wb") as f:
+                    f.write(data)
+                    f.flush()
+                    os.fsync(f.fileno())
+                move(temporary, path)
+                return sync_folder(path.parent)
+            except FileNotFoundError:
+                # Another builder took this one, stopped for long, for dead and cleared its scratch folder.
+                if last:
+                    raise
+            finally:
+                temporary.unlink(missing_ok=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -49,28 +77,8 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step, synced: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _write(temporary, data, path)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write(temporary: Path, data: bytes, path: Path) -> None:
-    with _naming(path), temporary.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    # A write that fails, on a full disk for one, does not say by itself where.
     try:
         yield
     except OSError as e:

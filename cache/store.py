@@ -6,13 +6,16 @@
     views/v00042/                 a Zarr group: classes, gaps, target_gap, tail
     commits/v00042-p0003.json     sizes and hashes of one shard's files: its creation commits the shard
     eval/                         labels, views and commits of the evaluation split
+    leases/, scratch/             of builders at work, empty otherwise
 
 Readers go by the commits alone: what no commit names does not exist.
 """
 
 from __future__ import annotations
 
+import os
 import re
+import secrets
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -21,16 +24,17 @@ from typing import Any, Literal
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from kdcache.cache import arrays, files
 from kdcache.cache.arrays import ArraySpec
-from kdcache.cache.errors import BusyError, CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
+from kdcache.cache.leases import Leases
 from kdcache.cache.records import Records, class_prior
 
 _SHARD = re.compile(r"v([0-9]{5,})-p([0-9]{4,})\.json")
+_CHUNK = re.compile(r"(views/v[0-9]{5,}/)?[a-z_]+/c(/[0-9]+)+")
 
 
 class StoredFile(Strict):
@@ -59,14 +63,21 @@ def shard_name(view: int, part: int) -> str:
 
 
 class SplitStore:
-    """The shards of one split of the cache at `path` (N samples); a shard is (view, part)."""
+    """The shards of one split of the cache at `path` (N samples); a shard is (view, part).
 
-    def __init__(self, path: Path, split: Literal["train", "eval"], identity: Identity) -> None:
+    token: names the builder's own folder in scratch/.
+    """
+
+    def __init__(
+        self, path: Path, split: Literal["train", "eval"], identity: Identity, token: str | None = None
+    ) -> None:
         self.split = split
         self.root = path if split == "train" else path / "eval"
         self.samples = samples = (identity.data if split == "train" else identity.evaluation).samples
         self.part = identity.part
-        self._scratch, self._key, self._record = path / "scratch", identity.key, identity.record
+        self._scratch = path / "scratch" / (token or secrets.token_hex(8))
+        self._decided = path / "scratch" / "decided" / split
+        self._key, self._record = identity.key, identity.record
         self.parts = -(-samples // self.part)
         labels = identity.record.labels
         self._labels = ArraySpec(
@@ -116,25 +127,92 @@ class SplitStore:
         data: Sequence[tuple[str, ArraySpec, int, NDArray[Any]]],
         writer: Mapping[str, str],
         parameters: str | None = None,
-    ) -> None:
-        """Publish parts of arrays, given as (folder, spec, part, rows), then commit them as `name`.
+    ) -> bool:
+        """Publish parts of arrays, given as (folder, spec, part, rows), and commit them as `name`.
 
-        Only one writer at a time (`Cache.writing`): leavings that no commit names are replaced, what is committed
-        never is.
+        True if these bytes are now the committed ones: of several builders the first decides (`finish`).
         """
-        if self.has(name):
-            raise CorruptError(f"{name} of {self.root} is committed already and never overwritten")
         stored: dict[str, StoredFile] = {}
+        contents: dict[str, bytes] = {}
         for folder, spec, part, rows in data:
             base = self.root / folder
             if folder:
                 self._metadata(base / "zarr.json", arrays.group_metadata)
             self._metadata(base / spec.name / "zarr.json", lambda s=spec: arrays.array_metadata(s))  # type: ignore[misc]
             content = arrays.encode_part(spec, part, rows)
-            files.publish(base / spec.chunk_file(part), content, self._scratch, replace=True)
-            stored[_join(folder, spec.chunk_file(part))] = StoredFile(size=len(content), sha256=files.sha256(content))
+            file = StoredFile(size=len(content), sha256=files.sha256(content))
+            stored[_join(folder, spec.chunk_file(part))] = file
+            contents[file.sha256] = content
         commit = Commit(key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer))
-        files.publish(self.root / "commits" / f"{name}.json", canonical(commit), self._scratch)
+        if not self.has(name):
+            for digest, content in contents.items():
+                files.replace_file(self._scratch / digest, content)
+            files.create(self._decided / f"{name}.json", canonical(commit), self._scratch)
+        self.finish(name, contents)
+        for digest in contents:
+            (self._scratch / digest).unlink(missing_ok=True)
+        return self.commit(name).files == stored
+
+    def finish(self, name: str, contents: Mapping[str, bytes] | None = None) -> None:
+        """Put what is decided for `name` in its place and commit it; nothing if nothing is decided.
+
+        Any number of builders may write one name at once, and stop or die at any step, because
+        - a builder syncs its files to scratch/ and then decides, by creating scratch/decided/: only one can;
+        - only what is decided is put in place, by anyone, since all put the same bytes;
+        - a decision goes when the commit is there, never before. So where one was read *before* the commit was found
+          missing, it is the only one there ever was; one that came too late is void.
+        `contents`, by sha256, is for a builder that seemed dead and had its files in scratch/ cleared away. If it dies
+        right after it decided all the same, its bytes are gone: a CorruptError that names the decision to remove.
+        """
+        decided = self._decided / f"{name}.json"
+        try:
+            content = files.read_bounded(decided, MAX_JSON_BYTES)
+        except NotFoundError:
+            content = None
+        self.refresh()
+        if content is None:
+            return
+        if not self.has(name):
+            advice = f"remove {decided} and run kdcache build again"
+            commit = parse(Commit, content, str(decided), advice)
+            if (commit.key, commit.name) != (self._key, name) or not all(map(_CHUNK.fullmatch, commit.files)):
+                raise CorruptError(f"{decided} is no commit of {name}; {advice}")
+            for file, stored in commit.files.items():
+                if not self._place(self.root / file, stored, contents or {}) and not self.has(name):
+                    raise CorruptError(f"{decided} names bytes of {file} that are gone; {advice}")
+            files.publish(self.root / "commits" / f"{name}.json", content, self._scratch)
+        decided.unlink(missing_ok=True)
+
+    def _place(self, path: Path, stored: StoredFile, contents: Mapping[str, bytes]) -> bool:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if not _is(path, stored):
+            for found in self._scratch.parent.glob(f"*/{stored.sha256}"):
+                if _is(found, stored):
+                    self._replace(path, found)
+        if not _is(path, stored) and stored.sha256 in contents:
+            files.publish(path, contents[stored.sha256], self._scratch, replace=True)
+        files.sync_folder(path.parent)
+        return _is(path, stored)
+
+    def _replace(self, path: Path, by: Path) -> None:
+        # By a second link, not a move: there may be another file with these bytes to put in place.
+        link = self._scratch / f".{path.name}.{secrets.token_hex(8)}.tmp"
+        self._scratch.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # committed meanwhile, or taken for dead
+            os.link(by, link)
+            link.replace(path)
+        link.unlink(missing_ok=True)  # still there where both were links to one file
+
+    def decided(self) -> list[str]:
+        """What is decided and may not be committed: its builder is at it, or has died."""
+        return [path.stem for path in self._decided.glob("*.json")]
+
+    def refresh(self) -> None:
+        """Have `committed` and `has` show what other builders have done; changes the folder of commits."""
+        # NFS clients remember for a while that a file was missing, but not beyond a change of its folder.
+        folder = self.root / "commits"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
 
     def _metadata(self, path: Path, content: Callable[[], bytes]) -> None:
         # For people with plain zarr; kdcache reads none of it, so a later zarr may word it otherwise.
@@ -175,12 +253,15 @@ class SplitStore:
         parameters: str,
         writer: Mapping[str, str],
         tail_sums: NDArray[np.float64] | None = None,
-    ) -> None:
-        """Publish and commit a shard; `rows` by array name, `tail_sums` [T, C] with view 0 of top-k records."""
+    ) -> bool:
+        """Publish and commit a shard; `rows` by array name, `tail_sums` [T, C] with view 0 of top-k records.
+
+        True if these bytes are now the committed ones.
+        """
         data = [(folder, spec, p, rows[spec.name]) for folder, spec, p in self.shard_arrays(view, part)]
         if tail_sums is not None:
             data.append(("", self.tail_sums_array, part, tail_sums[None]))
-        self.write(shard_name(view, part), data, writer, parameters)
+        return self.write(shard_name(view, part), data, writer, parameters)
 
     @property
     def tail_sums_array(self) -> ArraySpec:
@@ -199,11 +280,11 @@ class SplitStore:
 
     def write_labels(self, labels: NDArray[Any], writer: Mapping[str, str]) -> None:
         """Commit the labels, or require that those committed are the same."""
-        if self.has("labels"):
-            self.require_labels(labels)
-            return
-        rows = [("", self._labels, p, labels[self._labels.interval(p)]) for p in self._label_parts]
-        self.write("labels", rows, writer)
+        if not self.has("labels"):
+            self.write(
+                "labels", [("", self._labels, p, labels[self._labels.interval(p)]) for p in self._label_parts], writer
+            )
+        self.require_labels(labels)
 
     @property
     def _label_parts(self) -> range:
@@ -280,8 +361,9 @@ class Cache:
             raise NotFoundError(f"{path} is not a kdcache cache: it has no identity.json")
         advice = f"copy it anew, or remove {path} and run kdcache build again"
         self.identity = parse(Identity, files.read_bounded(file, MAX_JSON_BYTES), str(file), advice)
-        self.train = SplitStore(path, "train", self.identity)
-        self.evaluation = SplitStore(path, "eval", self.identity)
+        self._token = secrets.token_hex(8)
+        self.train = SplitStore(path, "train", self.identity, self._token)
+        self.evaluation = SplitStore(path, "eval", self.identity, self._token)
         self._prior: torch.Tensor | None = None
 
     @classmethod
@@ -292,9 +374,7 @@ class Cache:
             # Its own scratch folder is what a builder that was stopped, or is just ahead of this one, left there.
             if path.is_dir() and any(p.name != "scratch" for p in path.iterdir()) and not file.exists():
                 raise InputError(f"{path} is not empty and no cache: give another --out")
-            # Another builder that created the cache meanwhile has cleared the scratch folder.
-            with suppress(FileNotFoundError):
-                files.publish(file, canonical(identity), path / "scratch")
+            files.publish(file, canonical(identity), path / "scratch")
         cache = cls(path)
         cache.identity.require(identity, str(path))
         return cache
@@ -355,32 +435,50 @@ class Cache:
         return ArraySpec("prior", shape, shape[0], "float32", ("temperature", "class"))
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Held by the one process that writes; released by the system when it dies."""
-        scratch = self.path / "scratch"
-        if scratch.is_symlink():
-            raise CorruptError(f"{scratch} is a symbolic link: what lies there is not ours to clear; remove it")
-        scratch.mkdir(exist_ok=True)
-        lock = FileLock(scratch / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise BusyError(f"another build is writing {self.path}: wait for it, or stop it first") from None
-        try:
-            for leaving in scratch.iterdir():
-                if leaving.name != "lock":
-                    leaving.unlink(missing_ok=True)
-            yield
-        finally:
-            lock.release()
+    def writing(self, say: Callable[[str], None] = lambda _: None) -> Iterator[Leases]:
+        """Be one of the builders here. What dead ones have left is finished or cleared away.
+
+        `say` is told, perhaps from another thread, what goes wrong with the leases.
+        """
+        for folder in (self.path / "scratch", self.path / "leases"):
+            if folder.is_symlink():
+                raise CorruptError(f"{folder} is a symbolic link: what lies there is not ours to clear; remove it")
+            folder.mkdir(exist_ok=True)
+        with Leases(self.path, self._token, say) as leases:
+            self._finish(leases)
+            yield leases
+            self._finish(leases)
+
+    def _finish(self, leases: Leases) -> None:
+        for store in (self.train, self.evaluation):
+            for name in store.decided():
+                store.finish(name)
+        leases.clear()  # only now: what is decided may be in need of files there
+
+    def tidy(self) -> None:
+        """Clear away what dead builders have left, where there is something and it can be."""
+        folders = [self.path / "leases", self.path / "scratch"]
+        left = any(names for folder in folders for _, _, names in os.walk(folder))
+        if left and all(os.access(folder, os.W_OK) for folder in folders):
+            with self.writing():
+                pass
 
     def size(self) -> int:
         """Bytes of all files."""
         total = 0
-        for path in self.path.rglob("*"):
-            with suppress(FileNotFoundError):  # a temporary file of a build that runs now
-                total += path.stat().st_size if path.is_file() else 0
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with suppress(FileNotFoundError):  # a temporary file of a build that runs now
+                    total += Path(folder, name).lstat().st_size
         return total
+
+
+def _is(path: Path, stored: StoredFile) -> bool:
+    try:
+        content = files.read_bounded(path, stored.size)
+    except (NotFoundError, CorruptError):
+        return False
+    return files.sha256(content) == stored.sha256
 
 
 def _join(folder: str, file: str) -> str:
