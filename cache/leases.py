@@ -81,8 +81,7 @@ class Leases:
         self._thread.join()
         for name in list(self._held):
             self.release(name)
-        if not any(self._scratch.glob("decided/*/*")):  # what is decided may be in need of files here
-            shutil.rmtree(self._scratch / self._owner.token, ignore_errors=True)
+        shutil.rmtree(self._scratch / self._owner.token, ignore_errors=True)
         self._file.unlink(missing_ok=True)
 
     def take(self, name: str) -> bool:
@@ -134,7 +133,7 @@ class Leases:
             if path.name == "decided" or self._living(self._folder / f"{path.name}.json"):
                 continue
             if path.is_dir() and not path.is_symlink():
-                shutil.rmtree(path, ignore_errors=True)  # another builder may be clearing it too
+                files.remove_folder(path, self._scratch / self._owner.token)
             else:
                 path.unlink(missing_ok=True)
 

@@ -13,9 +13,11 @@ Readers go by the commits alone: what no commit names does not exist.
 
 from __future__ import annotations
 
+import errno
 import os
 import re
 import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -34,6 +36,7 @@ from kdcache.cache.leases import Leases
 from kdcache.cache.records import Records, class_prior
 
 _SHARD = re.compile(r"v([0-9]{5,})-p([0-9]{4,})\.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = re.compile(r"(views/v[0-9]{5,}/)?[a-z_]+/c(/[0-9]+)+")
 
 
@@ -144,68 +147,70 @@ class SplitStore:
             stored[_join(folder, spec.chunk_file(part))] = file
             contents[file.sha256] = content
         commit = Commit(key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer))
-        if not self.has(name):
-            for digest, content in contents.items():
-                files.replace_file(self._scratch / digest, content)
-            files.create(self._decided / f"{name}.json", canonical(commit), self._scratch)
-        self.finish(name, contents)
-        for digest in contents:
-            (self._scratch / digest).unlink(missing_ok=True)
+        contents["commit.json"] = canonical(commit)
+        while not self.has(name):
+            self._decide(name, contents)
+            self.finish(name)
         return self.commit(name).files == stored
 
-    def finish(self, name: str, contents: Mapping[str, bytes] | None = None) -> None:
+    def _decide(self, name: str, contents: Mapping[str, bytes]) -> None:
+        folder = self._scratch / secrets.token_hex(8)
+        with suppress(FileNotFoundError):  # another builder took this one, stopped for long, for dead: once more
+            folder.mkdir(parents=True)
+            for file, content in contents.items():
+                files.write(folder / file, content)
+            files.sync_folder(folder)
+            self._decided.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.rename(self._decided / name)
+            except OSError as e:
+                if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+            files.sync_folder(self._decided)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def finish(self, name: str) -> None:
         """Put what is decided for `name` in its place and commit it; nothing if nothing is decided.
 
-        Any number of builders may write one name at once, and stop or die at any step, because
-        - a builder syncs its files to scratch/ and then decides, by creating scratch/decided/: only one can;
-        - only what is decided is put in place, by anyone, since all put the same bytes;
-        - a decision goes when the commit is there, never before. So where one was read *before* the commit was found
-          missing, it is the only one there ever was; one that came too late is void.
-        `contents`, by sha256, is for a builder that seemed dead and had its files in scratch/ cleared away. If it dies
-        right after it decided all the same, its bytes are gone: a CorruptError that names the decision to remove.
+        Any number of builders may write one name at once, and stop, wake up or die at any step, because
+        - a builder syncs its files and its commit in a folder, and decides by renaming that to scratch/decided/NAME,
+          which only one can: the decision and its bytes are one thing, and outlive their builder;
+        - only what is decided is put in place: by anyone, for all put the same bytes;
+        - a decision goes when the commit is there, never before. So one that was read *before* the commit was found
+          missing is the only one there ever was; one that comes after the commit is void, and nobody puts it in place.
         """
-        decided = self._decided / f"{name}.json"
+        decided = self._decided / name
+        advice = f"remove {decided} and run kdcache build again"
         try:
-            content = files.read_bounded(decided, MAX_JSON_BYTES)
+            content = files.read_bounded(decided / "commit.json", MAX_JSON_BYTES)
         except NotFoundError:
-            content = None
-        self.refresh()
-        if content is None:
+            names = {path.name for path in decided.glob("*")}
+            if names and "commit.json" not in names and not self.has(name):
+                raise CorruptError(f"{decided} lacks its commit; {advice}") from None
             return
+        self.refresh()
         if not self.has(name):
-            advice = f"remove {decided} and run kdcache build again"
-            commit = parse(Commit, content, str(decided), advice)
-            if (commit.key, commit.name) != (self._key, name) or not all(map(_CHUNK.fullmatch, commit.files)):
-                raise CorruptError(f"{decided} is no commit of {name}; {advice}")
+            commit = parse(Commit, content, str(decided / "commit.json"), advice)
+            if (commit.key, commit.name) != (self._key, name) or not all(
+                _CHUNK.fullmatch(file) and _SHA256.fullmatch(stored.sha256) for file, stored in commit.files.items()
+            ):
+                raise CorruptError(f"{decided} holds no commit of {name}; {advice}")
             for file, stored in commit.files.items():
-                if not self._place(self.root / file, stored, contents or {}) and not self.has(name):
-                    raise CorruptError(f"{decided} names bytes of {file} that are gone; {advice}")
+                path = self.root / file
+                if not _is(path, stored):
+                    # Not found where another builder is done with it, and has removed it.
+                    with suppress(FileNotFoundError):
+                        files.link_file(path, decided / stored.sha256, self._scratch)
+                if not _is(path, stored) and not self.has(name):
+                    raise CorruptError(f"{decided} does not hold the bytes of {file} that were decided; {advice}")
+            for folder in {(self.root / file).parent for file in commit.files}:
+                files.sync_folder(folder)  # what another builder put there it may not have synced
             files.publish(self.root / "commits" / f"{name}.json", content, self._scratch)
-        decided.unlink(missing_ok=True)
-
-    def _place(self, path: Path, stored: StoredFile, contents: Mapping[str, bytes]) -> bool:
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if not _is(path, stored):
-            for found in self._scratch.parent.glob(f"*/{stored.sha256}"):
-                if _is(found, stored):
-                    self._replace(path, found)
-        if not _is(path, stored) and stored.sha256 in contents:
-            files.publish(path, contents[stored.sha256], self._scratch, replace=True)
-        files.sync_folder(path.parent)
-        return _is(path, stored)
-
-    def _replace(self, path: Path, by: Path) -> None:
-        # By a second link, not a move: there may be another file with these bytes to put in place.
-        link = self._scratch / f".{path.name}.{secrets.token_hex(8)}.tmp"
-        self._scratch.mkdir(parents=True, exist_ok=True)
-        with suppress(FileNotFoundError):  # committed meanwhile, or taken for dead
-            os.link(by, link)
-            link.replace(path)
-        link.unlink(missing_ok=True)  # still there where both were links to one file
+        files.remove_folder(decided, self._scratch)
 
     def decided(self) -> list[str]:
         """What is decided and may not be committed: its builder is at it, or has died."""
-        return [path.stem for path in self._decided.glob("*.json")]
+        return [path.name for path in self._decided.glob("*")]
 
     def refresh(self) -> None:
         """Have `committed` and `has` show what other builders have done; changes the folder of commits."""
@@ -453,7 +458,7 @@ class Cache:
         for store in (self.train, self.evaluation):
             for name in store.decided():
                 store.finish(name)
-        leases.clear()  # only now: what is decided may be in need of files there
+        leases.clear()
 
     def tidy(self) -> None:
         """Clear away what dead builders have left, where there is something and it can be."""
