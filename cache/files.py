@@ -6,9 +6,11 @@ import errno
 import hashlib
 import os
 import secrets
+import shutil
 import stat
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager, suppress
+from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
@@ -25,21 +27,62 @@ def publish(path: Path, data: bytes, scratch: Path, *, replace: bool = False) ->
     An existing file with the same bytes passes. With other bytes it is a CorruptError, unless `replace`: for a
     file that nothing has committed.
     """
-    scratch.mkdir(parents=True, exist_ok=True)
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = scratch / f"{os.getpid()}-{secrets.token_hex(8)}"
     try:
-        _write(temporary, data, path)
-        try:
-            os.link(temporary, path)
-        except FileExistsError:
-            if not _holds(path, data):
-                if not replace:
-                    raise CorruptError(f"{path} exists with other content; it is never overwritten") from None
-                temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
+        _put(path, partial(write, data=data), scratch, os.link)
+    except FileExistsError:
+        if _holds(path, data):
+            sync_folder(path.parent)  # whoever made it may not have come so far
+        elif replace:
+            _put(path, partial(write, data=data), scratch, os.replace)
+        else:
+            raise CorruptError(f"{path} exists with other content; it is never overwritten") from None
+
+
+def replace_file(path: Path, data: bytes) -> None:
+    """Put `data` at `path` in one step, synced: a reader sees the old file or the new one."""
+    _put(path, partial(write, data=data), path.parent, os.replace)
+
+
+def link_file(path: Path, file: Path, scratch: Path) -> None:
+    """Make `path` another name of `file` in one step, synced, whatever was there."""
+    _put(path, partial(os.link, file), scratch, os.replace)
+
+
+def write(path: Path, data: bytes) -> None:
+    """Write a file that nobody looks for yet, synced; its folder is not."""
+    with _naming(path), path.open("wb") as f:
+        f.write(data)
+        f.flush()
+        os.fsync(f.fileno())
+
+
+def _put(path: Path, make: Callable[[Path], None], scratch: Path, move: Callable[[Path, Path], None]) -> None:
+    for last in (False, True):
+        temporary = scratch / f".{path.name}.{secrets.token_hex(8)}.tmp"
+        # A write that fails, on a full disk for one, does not say by itself what for.
+        with _naming(path):
+            try:
+                path.parent.mkdir(parents=True, exist_ok=True)
+                scratch.mkdir(parents=True, exist_ok=True)
+                make(temporary)
+                move(temporary, path)
+                return sync_folder(path.parent)
+            except FileNotFoundError:
+                # Another builder took this one, stopped for long, for dead and cleared its scratch folder.
+                if last:
+                    raise
+            finally:
+                temporary.unlink(missing_ok=True)
+
+
+def remove_folder(folder: Path, scratch: Path) -> None:
+    """Remove a folder and all in it, in one step for those who look for it; nothing where another does."""
+    aside = scratch / secrets.token_hex(8)
+    while folder.exists():
+        scratch.mkdir(parents=True, exist_ok=True)
+        with suppress(FileNotFoundError):  # it has gone, or this builder's scratch folder
+            folder.rename(aside)
+            shutil.rmtree(aside, ignore_errors=True)
 
 
 def sync_folder(folder: Path) -> None:
@@ -50,28 +93,8 @@ def sync_folder(folder: Path) -> None:
         os.close(fd)
 
 
-def replace_file(path: Path, data: bytes) -> None:
-    """Put `data` at `path` in one step, synced: a reader sees the old file or the new one."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        _write(temporary, data, path)
-        temporary.replace(path)
-        sync_folder(path.parent)
-    finally:
-        temporary.unlink(missing_ok=True)
-
-
-def _write(temporary: Path, data: bytes, path: Path) -> None:
-    with _naming(path), temporary.open("wb") as f:
-        f.write(data)
-        f.flush()
-        os.fsync(f.fileno())
-
-
 @contextmanager
 def _naming(path: Path) -> Iterator[None]:
-    # A write that fails, on a full disk for one, does not say by itself where.
     try:
         yield
     except OSError as e:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import stat
 from contextlib import suppress
 from pathlib import Path
@@ -105,9 +106,10 @@ class Folder:
 
     def size(self) -> int:
         total = 0
-        for path in self.path.rglob("*"):
-            with suppress(FileNotFoundError):  # a temporary file of a build that runs now
-                total += path.stat().st_size if path.is_file() else 0
+        for folder, _, names in os.walk(self.path):
+            for name in names:
+                with suppress(FileNotFoundError):  # a temporary file of a build that runs now
+                    total += Path(folder, name).lstat().st_size
         return total
 
     def check(self) -> None:

@@ -6,6 +6,7 @@
     views/v00042/                 a Zarr group: classes, gaps, target_gap, tail
     commits/v00042-p0003.json     sizes and hashes of one shard's files and rows: its creation commits the shard
     eval/                         labels, views and commits of the evaluation split
+    leases/, scratch/             of builders at work, empty otherwise
 
 Readers go by the commits alone: what no commit names does not exist. They read a folder and a packed file (hdf5.py)
 alike; writing is for folders.
@@ -13,7 +14,11 @@ alike; writing is for folders.
 
 from __future__ import annotations
 
+import errno
+import os
 import re
+import secrets
+import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from functools import cached_property
@@ -22,19 +27,21 @@ from typing import Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from kdcache.cache import arrays, files
 from kdcache.cache.arrays import ArraySpec
-from kdcache.cache.errors import BusyError, CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.hdf5 import PackedFile
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
+from kdcache.cache.leases import Leases
 from kdcache.cache.place import Folder, Place, StoredFile
 from kdcache.cache.records import NO_TAIL, Records, class_prior
 
 T = TypeVar("T")
 _SHARD = re.compile(r"v([0-9]{5,9})-p([0-9]{4,9})\.json")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHUNK = re.compile(r"(views/v[0-9]{5,9}/)?[a-z_]+/c(/[0-9]+)+")
 # Far above any real one: work is in proportion to it.
 _MAX_PARTS = 1 << 16
 
@@ -60,18 +67,25 @@ def shard_name(view: int, part: int) -> str:
 class SplitStore:
     """The shards of one split of the cache at `path` (N samples); a shard is (view, part).
 
-    place: where they are read from, by default a folder.
+    place: where they are read from, by default a folder. token: names the builder's own folder in scratch/.
     """
 
     def __init__(
-        self, path: Path, split: Literal["train", "eval"], identity: Identity, place: Place | None = None
+        self,
+        path: Path,
+        split: Literal["train", "eval"],
+        identity: Identity,
+        place: Place | None = None,
+        token: str | None = None,
     ) -> None:
         self.split = split
         self._place, self._prefix = place or Folder(path), "" if split == "train" else "eval/"
         self.root = path if split == "train" else path / "eval"
         self.samples = samples = (identity.data if split == "train" else identity.evaluation).samples
         self.part = identity.part
-        self._scratch, self._key, self._record = path / "scratch", identity.key, identity.record
+        self._scratch = path / "scratch" / (token or secrets.token_hex(8))
+        self._decided = path / "scratch" / "decided" / split
+        self._key, self._record = identity.key, identity.record
         self.parts = -(-samples // self.part)
         labels = identity.record.labels
         self._labels = ArraySpec(
@@ -131,27 +145,94 @@ class SplitStore:
         data: Sequence[tuple[str, ArraySpec, int, NDArray[Any]]],
         writer: Mapping[str, str],
         parameters: str | None = None,
-    ) -> None:
-        """Publish parts of arrays, given as (folder, spec, part, rows), then commit them as `name`.
+    ) -> bool:
+        """Publish parts of arrays, given as (folder, spec, part, rows), and commit them as `name`.
 
-        Only one writer at a time (`Cache.writing`): leavings that no commit names are replaced, what is committed
-        never is.
+        True if these bytes are now the committed ones: of several builders the first decides (`finish`).
         """
-        if self.has(name):
-            raise CorruptError(f"{name} of {self.root} is committed already and never overwritten")
         stored: dict[str, StoredFile] = {}
+        contents: dict[str, bytes] = {}
         for folder, spec, part, rows in data:
             base = self.root / folder
             if folder:
                 self._metadata(base / "zarr.json", arrays.group_metadata)
             self._metadata(base / spec.name / "zarr.json", lambda s=spec: arrays.array_metadata(s))  # type: ignore[misc]
             content = arrays.encode_part(spec, part, rows)
-            files.publish(base / spec.chunk_file(part), content, self._scratch, replace=True)
-            stored[_join(folder, spec.chunk_file(part))] = StoredFile(
-                size=len(content), sha256=files.sha256(content), rows=arrays.rows_digest(spec, rows)
-            )
+            file = StoredFile(size=len(content), sha256=files.sha256(content), rows=arrays.rows_digest(spec, rows))
+            stored[_join(folder, spec.chunk_file(part))] = file
+            contents[file.sha256] = content
         commit = Commit(key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer))
-        files.publish(self.root / "commits" / f"{name}.json", canonical(commit), self._scratch)
+        contents["commit.json"] = canonical(commit)
+        while not self.has(name):
+            self._decide(name, contents)
+            self.finish(name)
+        return self.commit(name).files == stored
+
+    def _decide(self, name: str, contents: Mapping[str, bytes]) -> None:
+        folder = self._scratch / secrets.token_hex(8)
+        with suppress(FileNotFoundError):  # another builder took this one, stopped for long, for dead: once more
+            folder.mkdir(parents=True)
+            for file, content in contents.items():
+                files.write(folder / file, content)
+            files.sync_folder(folder)
+            self._decided.mkdir(parents=True, exist_ok=True)
+            try:
+                folder.rename(self._decided / name)
+            except OSError as e:
+                if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+            files.sync_folder(self._decided)
+        shutil.rmtree(folder, ignore_errors=True)
+
+    def finish(self, name: str) -> None:
+        """Put what is decided for `name` in its place and commit it; nothing if nothing is decided.
+
+        Any number of builders may write one name at once, and stop, wake up or die at any step, because
+        - a builder syncs its files and its commit in a folder, and decides by renaming that to scratch/decided/NAME,
+          which only one can: the decision and its bytes are one thing, and outlive their builder;
+        - only what is decided is put in place: by anyone, for all put the same bytes;
+        - a decision goes when the commit is there, never before. So one that was read *before* the commit was found
+          missing is the only one there ever was; one that comes after the commit is void, and nobody puts it in place.
+        """
+        decided = self._decided / name
+        advice = f"remove {decided} and run kdcache build again"
+        try:
+            content = files.read_bounded(decided / "commit.json", MAX_JSON_BYTES)
+        except NotFoundError:
+            names = {path.name for path in decided.glob("*")}
+            if names and "commit.json" not in names and not self.has(name):
+                raise CorruptError(f"{decided} lacks its commit; {advice}") from None
+            return
+        self.refresh()
+        if not self.has(name):
+            commit = parse(Commit, content, str(decided / "commit.json"), advice)
+            if (commit.key, commit.name) != (self._key, name) or not all(
+                _CHUNK.fullmatch(file) and _SHA256.fullmatch(stored.sha256) for file, stored in commit.files.items()
+            ):
+                raise CorruptError(f"{decided} holds no commit of {name}; {advice}")
+            for file, stored in commit.files.items():
+                path = self.root / file
+                if not _is(path, stored):
+                    # Not found where another builder is done with it, and has removed it.
+                    with suppress(FileNotFoundError):
+                        files.link_file(path, decided / stored.sha256, self._scratch)
+                if not _is(path, stored) and not self.has(name):
+                    raise CorruptError(f"{decided} does not hold the bytes of {file} that were decided; {advice}")
+            for folder in {(self.root / file).parent for file in commit.files}:
+                files.sync_folder(folder)  # what another builder put there it may not have synced
+            files.publish(self.root / "commits" / f"{name}.json", content, self._scratch)
+        files.remove_folder(decided, self._scratch)
+
+    def decided(self) -> list[str]:
+        """What is decided and may not be committed: its builder is at it, or has died."""
+        return [path.name for path in self._decided.glob("*")]
+
+    def refresh(self) -> None:
+        """Have `committed` and `has` show what other builders have done; changes the folder of commits."""
+        # NFS clients remember for a while that a file was missing, but not beyond a change of its folder.
+        folder = self.root / "commits"
+        folder.mkdir(parents=True, exist_ok=True)
+        os.utime(folder)
 
     def _metadata(self, path: Path, content: Callable[[], bytes]) -> None:
         # For people with plain zarr; kdcache reads none of it, so a later zarr may word it otherwise.
@@ -209,12 +290,15 @@ class SplitStore:
         parameters: str,
         writer: Mapping[str, str],
         tail_sums: NDArray[np.float64] | None = None,
-    ) -> None:
-        """Publish and commit a shard; `rows` by array name, `tail_sums` [T, C] with view 0 of top-k records."""
+    ) -> bool:
+        """Publish and commit a shard; `rows` by array name, `tail_sums` [T, C] with view 0 of top-k records.
+
+        True if these bytes are now the committed ones.
+        """
         data = [(folder, spec, p, rows[spec.name]) for folder, spec, p in self.shard_arrays(view, part)]
         if tail_sums is not None:
             data.append(("", self.tail_sums_array, part, tail_sums[None]))
-        self.write(shard_name(view, part), data, writer, parameters)
+        return self.write(shard_name(view, part), data, writer, parameters)
 
     @property
     def tail_sums_array(self) -> ArraySpec:
@@ -231,11 +315,10 @@ class SplitStore:
 
     def write_labels(self, labels: NDArray[Any], writer: Mapping[str, str]) -> None:
         """Commit the labels, or require that those committed are the same."""
-        if self.has("labels"):
-            self.require_labels(labels)
-            return
-        rows = [(*at, labels[self._labels.interval(at[2])]) for at in self.label_arrays]
-        self.write("labels", rows, writer)
+        if not self.has("labels"):
+            rows = [(*at, labels[self._labels.interval(at[2])]) for at in self.label_arrays]
+            self.write("labels", rows, writer)
+        self.require_labels(labels)
 
     @property
     def label_arrays(self) -> list[tuple[str, ArraySpec, int]]:
@@ -316,8 +399,9 @@ class Cache:
         content = self._place.read("identity.json", MAX_JSON_BYTES)
         advice = f"copy it anew, or remove {path} and {self._place.again}"
         self.identity = parse(Identity, content, str(path / "identity.json"), advice)
-        self.train = SplitStore(path, "train", self.identity, self._place)
-        self.evaluation = SplitStore(path, "eval", self.identity, self._place)
+        self._token = secrets.token_hex(8)
+        self.train = SplitStore(path, "train", self.identity, self._place, self._token)
+        self.evaluation = SplitStore(path, "eval", self.identity, self._place, self._token)
         if (parts := max(self.train.parts, self.evaluation.parts)) > _MAX_PARTS:
             raise CorruptError(f"{path} declares {parts} parts a view, at most {_MAX_PARTS} are read; {advice}")
         self._prior: torch.Tensor | None = None
@@ -331,9 +415,7 @@ class Cache:
             # Its own scratch folder is what a builder that was stopped, or is just ahead of this one, left there.
             if path.is_dir() and any(p.name != "scratch" for p in path.iterdir()) and not file.exists():
                 raise InputError(f"{path} is not empty and no cache: give another --out")
-            # Another builder that created the cache meanwhile has cleared the scratch folder.
-            with suppress(FileNotFoundError):
-                files.publish(file, canonical(identity), path / "scratch")
+            files.publish(file, canonical(identity), path / "scratch")
         cache = cls(path)
         cache.identity.require(identity, str(path))
         return cache
@@ -394,24 +476,33 @@ class Cache:
         return ArraySpec("prior", shape, shape[0], "float32", ("temperature", "class"))
 
     @contextmanager
-    def writing(self) -> Iterator[None]:
-        """Held by the one process that writes; released by the system when it dies."""
-        scratch = self.path / "scratch"
-        if scratch.is_symlink():
-            raise CorruptError(f"{scratch} is a symbolic link: what lies there is not ours to clear; remove it")
-        scratch.mkdir(exist_ok=True)
-        lock = FileLock(scratch / "lock", timeout=0)
-        try:
-            lock.acquire()
-        except Timeout:
-            raise BusyError(f"another build is writing {self.path}: wait for it, or stop it first") from None
-        try:
-            for leaving in scratch.iterdir():
-                if leaving.name != "lock":
-                    leaving.unlink(missing_ok=True)
-            yield
-        finally:
-            lock.release()
+    def writing(self, say: Callable[[str], None] = lambda _: None) -> Iterator[Leases]:
+        """Be one of the builders here. What dead ones have left is finished or cleared away.
+
+        `say` is told, perhaps from another thread, what goes wrong with the leases.
+        """
+        for folder in (self.path / "scratch", self.path / "leases"):
+            if folder.is_symlink():
+                raise CorruptError(f"{folder} is a symbolic link: what lies there is not ours to clear; remove it")
+            folder.mkdir(exist_ok=True)
+        with Leases(self.path, self._token, say) as leases:
+            self._finish(leases)
+            yield leases
+            self._finish(leases)
+
+    def _finish(self, leases: Leases) -> None:
+        for store in (self.train, self.evaluation):
+            for name in store.decided():
+                store.finish(name)
+        leases.clear()
+
+    def tidy(self) -> None:
+        """Clear away what dead builders have left, where there is something and it can be."""
+        folders = [self.path / "leases", self.path / "scratch"]
+        left = any(names for folder in folders for _, _, names in os.walk(folder))
+        if left and all(os.access(folder, os.W_OK) for folder in folders):
+            with self.writing():
+                pass
 
     def size(self) -> int:
         """Bytes of all files."""
@@ -450,6 +541,14 @@ def require_folder(path: Path) -> None:
         raise InputError(
             f"{path} is a file where a folder is needed: give another --out, or kdcache unpack {path} first"
         )
+
+
+def _is(path: Path, stored: StoredFile) -> bool:
+    try:
+        content = files.read_bounded(path, stored.size)
+    except (NotFoundError, CorruptError):
+        return False
+    return files.sha256(content) == stored.sha256
 
 
 def _join(folder: str, file: str) -> str:

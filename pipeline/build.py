@@ -3,14 +3,13 @@
 from __future__ import annotations
 
 import io
+import itertools
 import os
 import shutil
 import socket
 import sys
 import time
-from collections import deque
 from collections.abc import Callable, Iterator, Mapping
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -18,14 +17,16 @@ from typing import Any
 
 import numpy as np
 import torch
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from kdcache import __version__
 from kdcache.cache import arrays
-from kdcache.cache.errors import BusyError, InputError
+from kdcache.cache.errors import InputError
 from kdcache.cache.files import replace_file, sha256
 from kdcache.cache.home import caches_folder, home
 from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
+from kdcache.cache.leases import Leases
 from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, tail_distribution
 from kdcache.cache.store import Cache, SplitStore, require_folder, shard_name
 from kdcache.pipeline.classmap import map_labels
@@ -39,7 +40,11 @@ from kdcache.pipeline.views import ViewParameters, check_policy, draw, evaluatio
 PART = 262_144
 _PROBE = 512
 _SPOOL_SECONDS = 20.0
-_QUEUE = 8
+_LOST_AT_MOST = 60.0
+_POLL_SECONDS = 0.5
+
+
+Shard = tuple[SplitStore, int, range]  # of a view, the rows of a part
 
 
 @dataclass(frozen=True)
@@ -70,7 +75,7 @@ class BuildConfig:
 
 @dataclass(frozen=True)
 class BuildResult:
-    """path, key and size (bytes) of the cache; images the teacher answered for (0: nothing was computed)."""
+    """path, key and size (bytes) of the cache; images the teacher answered for in this build (0: none had to be)."""
 
     path: Path
     key: str
@@ -150,7 +155,9 @@ def check_options(config: BuildConfig, classes: int) -> None:
 def build(config: BuildConfig, say: Callable[[str], None] = print, source: Source | None = None) -> BuildResult:
     """Build, extend or complete the cache that `config` describes; complete ones are only named.
 
-    Killed at any moment, a later call goes on where it was, less at most `_SPOOL_SECONDS` of teacher time.
+    Any number of builds of one cache, on machines that share its folder, share the work; each returns when all of it
+    is done. Killed at any moment, a later one goes on where it was; on the same machine it loses no more teacher time
+    than `_SPOOL_SECONDS` and a batch.
     """
     start = time.monotonic()
     source = source or open_source(config, say)
@@ -165,6 +172,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
         cache.train.require_labels(source.train_labels)
         cache.evaluation.require_labels(source.evaluation_labels)
         _clear(spool, cache)
+        cache.tidy()
         say(f"cache {key[:12]} has all of {views} views already: nothing to compute ({path})")
         return BuildResult(path, key, views, cache.size(), 0, time.monotonic() - start, teacher_top1(cache))
     _require_place(path)
@@ -180,26 +188,24 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
             f"to compute: {images:,} records on {source.teacher.device}, about {duration(images / rate)} at "
             f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {path}"
         )
+        if batch / rate > _LOST_AT_MOST:
+            say(f"note: killed, this build loses up to {duration(batch / rate)}, one batch: lower --batch-size")
     path.mkdir(parents=True, exist_ok=True)
     cache = Cache.create(path, source.identity)
     writer = _writer(source.teacher)
-    with cache.writing():
+    with cache.writing(say) as leases:
+        if others := leases.others():
+            say(f"sharing the work with {', '.join(map(str, others))}")
         cache.train.write_labels(source.train_labels.astype(arrays.id_dtype(source.teacher.classes)), writer)
         cache.evaluation.write_labels(source.evaluation_labels.astype(arrays.id_dtype(source.teacher.classes)), writer)
-        computed = 0
         with Progress("build", images, "images") as progress:
-            for store, view, rows in todo:
-                if store.has(shard_name(view, rows.start // store.part)):
-                    progress.advance(len(rows))  # by another build, before this one held the lock
-                else:
-                    computed += _build_shard(source, config, store, view, rows, batch, spool, writer, progress)
-                cache.write_prior(writer)
-        cache.write_prior(writer)
+            computed = _build_shards(source, config, cache, leases, todo, batch, spool, writer, progress, say)
     _clear(spool, cache)
     top1 = teacher_top1(cache)
     seconds = time.monotonic() - start
+    share = f", {computed:,} of {images:,} images by this build" if computed < images else ""
     say(
-        f"done in {duration(seconds)}: {size(cache.size())}"
+        f"done in {duration(seconds)}: {size(cache.size())}{share}"
         + (f"; teacher's top-1 on the evaluation split {100 * top1:.2f}" if top1 is not None else "")
     )
     return BuildResult(path, key, views, cache.size(), computed, seconds, top1)
@@ -246,6 +252,61 @@ def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) 
     return Renderer(data, identity.teacher.input_size, source.teacher.device, identity.views.policy, workers)
 
 
+def _build_shards(
+    source: Source,
+    config: BuildConfig,
+    cache: Cache,
+    leases: Leases,
+    todo: list[Shard],
+    batch: int,
+    spools: Path,
+    writer: Mapping[str, str],
+    progress: Progress,
+    say: Callable[[str], None],
+) -> int:
+    """See to it that all shards are committed: compute those that nobody else does, then wait for the others.
+
+    How many images the teacher answered for here.
+    """
+    computed, told = 0, ""
+    while True:
+        committed = {}
+        for store in (cache.train, cache.evaluation):
+            store.refresh()
+            committed[store.split] = store.committed()
+        left = [(s, v, rows) for s, v, rows in todo if rows.start // s.part not in committed[s.split].get(v, ())]
+        progress.advance(sum(len(rows) for _, _, rows in todo) - sum(len(rows) for _, _, rows in left))
+        todo = left
+        cache.write_prior(writer)
+        if not todo:
+            return computed
+        shard = next((s for s in todo if leases.take(_lease(*s))), None)
+        if shard is None:
+            if (now := _waiting(leases, todo)) not in (told, ""):
+                told = now
+                say(told)
+            time.sleep(_POLL_SECONDS)
+            continue
+        store, view, rows = shard
+        name = shard_name(view, rows.start // store.part)
+        try:
+            store.finish(name)  # decided by a builder that died before it was committed
+            if not store.has(name):
+                computed += _build_shard(source, config, store, view, rows, batch, spools, writer, progress, leases)
+                todo.remove(shard)
+        finally:
+            leases.release(_lease(*shard))
+
+
+def _lease(store: SplitStore, view: int, rows: range) -> str:
+    return ("eval-" if store.split == "eval" else "") + shard_name(view, rows.start // store.part)
+
+
+def _waiting(leases: Leases, todo: list[Shard]) -> str:
+    holders = {str(holder) for shard in todo if (holder := leases.holder(_lease(*shard)))}
+    return f"waiting for the last {len(todo)} shards, at {', '.join(sorted(holders))}" if holders else ""
+
+
 def _build_shard(
     source: Source,
     config: BuildConfig,
@@ -256,47 +317,64 @@ def _build_shard(
     spools: Path,
     writer: Mapping[str, str],
     progress: Progress,
+    leases: Leases,
 ) -> int:
     """Compute and commit one shard; how many images the teacher answered for."""
     data, labels = (
         (source.evaluation, source.evaluation_labels) if store.split == "eval" else (source.train, source.train_labels)
     )
     part = rows.start // store.part
-    prefix = "eval-" if data.split == "eval" else ""
-    spool = Spool(spools / f"{prefix}{shard_name(view, part)}-b{batch}", len(rows))
+    lease, name = _lease(store, view, rows), shard_name(view, part)
     keeps_sums = store.carries_tail_sums(view)
-    first = rows.start + spool.rows
-    progress.advance(spool.rows)
-    # One thread writes while the teacher runs; the queue is bounded, and an error there comes back here.
-    pending: deque[Future[None]] = deque()
-    with ThreadPoolExecutor(1) as thread:
+    with Spool(spools / f"{lease}-b{batch}", len(rows)) as spool:
+        first = at = rows.start + spool.rows
+        progress.advance(spool.rows)
         for records, logits in record_batches(
             source, data, labels, view, range(first, rows.stop), batch, config.workers
         ):
             sums = tail_distribution(logits, records).cpu().numpy() if keeps_sums else None
-            pending.append(thread.submit(spool.add, arrays.as_arrays(records), sums))
-            if len(pending) > _QUEUE:
-                pending.popleft().result()
+            spool.add(arrays.as_arrays(records), sums)
+            at += len(records)
             progress.advance(len(records), f"(view {view}, {data.split})")
-        for waiting in pending:
-            waiting.result()
-    digest = view_parameters(data, source.identity, view, rows).digest()
-    store.write_shard(view, part, spool.arrays(), digest, writer, spool.sums)
-    spool.remove()
-    return rows.stop - first
+            if leases.lost(lease) and store.has(name):
+                break
+        if store.has(name):
+            progress.advance(rows.stop - at)  # by the build that took over the lease
+        else:
+            digest = view_parameters(data, source.identity, view, rows).digest()
+            store.write_shard(view, part, spool.arrays(), digest, writer, spool.sums)
+        spool.remove()
+    return at - first
 
 
 class Spool:
-    """Encoded batches of one shard under way, synced to local disk now and then until the shard is committed."""
+    """Encoded batches of one shard under way, synced to local disk now and then until the shard is committed.
+
+    Of several builders of one shard (one was stopped and woke up), each has a folder of its own. A builder that is
+    killed leaves its lock, and with it its folder, to the next. Use with `with`.
+    """
 
     def __init__(self, folder: Path, total: int) -> None:
-        self._folder, self._total = folder, total
+        self._total = total
+        for slot in itertools.count():
+            self._folder = folder.with_name(f"{folder.name}-{slot}")
+            self._folder.mkdir(parents=True, exist_ok=True)
+            self._lock = FileLock(self._folder / "lock", timeout=0)
+            with suppress(Timeout):
+                self._lock.acquire()
+                break
         self._blocks: list[dict[str, NDArray[Any]]] = []
         self._unsynced: list[dict[str, NDArray[Any]]] = []
         self._synced_at = time.monotonic()
         self.sums: NDArray[np.float64] | None = None
         self.rows = 0
         self._load()
+
+    def __enter__(self) -> Spool:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._lock.release()
 
     def add(self, block: dict[str, NDArray[Any]], sums: NDArray[np.float64] | None) -> None:
         """Append a batch's arrays by name, and its tail sums [T, C]."""
@@ -347,10 +425,14 @@ def _spool_folder(path: Path, key: str) -> Path:
 
 
 def _clear(spool: Path, cache: Cache) -> None:
-    """Remove what builds have left in the spool, unless one is at work there."""
-    if spool.exists():
-        with suppress(BusyError), cache.writing():
-            shutil.rmtree(spool, ignore_errors=True)
+    """Remove what builds have left in the spool for shards that are committed, unless one is at work on them."""
+    for folder in spool.glob("*-b*"):
+        store = cache.evaluation if folder.name.startswith("eval-") else cache.train
+        if store.has(folder.name.removeprefix("eval-").rpartition("-b")[0]):
+            with suppress(Timeout), FileLock(folder / "lock", timeout=0):
+                shutil.rmtree(folder, ignore_errors=True)
+    with suppress(OSError):  # missing, or not empty
+        spool.rmdir()
 
 
 def _require_place(path: Path) -> None:
@@ -365,7 +447,7 @@ def _require_place(path: Path) -> None:
         raise InputError(f"{path} is not empty and no cache: give another --out")
 
 
-def _missing(path: Path, source: Source, views: int) -> list[tuple[SplitStore, int, range]]:
+def _missing(path: Path, source: Source, views: int) -> list[Shard]:
     """The shards still to compute: the evaluation split first, then view after view."""
     if (path / "identity.json").exists():
         cache = Cache(path)

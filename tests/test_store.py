@@ -91,7 +91,7 @@ class Filled:
         rows = store.rows(part)
         records, z = self.encode(store, view, slice(rows.start, rows.stop))
         sums = tail_distribution(z, records).numpy() if store.carries_tail_sums(view) else None
-        store.write_shard(view, part, as_arrays(records), f"digest of {view} {part}", WRITER, sums)
+        return store.write_shard(view, part, as_arrays(records), f"digest of {view} {part}", WRITER, sums)
 
     def prior(self):
         records, z = self.encode(self.cache.train, 0)
@@ -223,8 +223,7 @@ def test_files_without_their_commit_are_replaced_and_committed_ones_never(filled
     assert same(filled.cache.read(2), filled.encode(store, 2)[0])
     before = chunk.read_bytes()
     filled.logits["train", 2] = filled.draw(store)
-    with pytest.raises(e.CorruptError, match=r"v00002-p0000 .* committed already"):
-        filled.write(store, 2, 0)
+    assert not filled.write(store, 2, 0)
     assert chunk.read_bytes() == before
 
 
@@ -700,7 +699,8 @@ def test_a_folder_that_is_no_cache_is_left_alone(tmp_path):
     (tmp_path / "c" / "scratch" / "123-abc").write_bytes(b"half an identity")
     cache = Cache.create(tmp_path / "c", identity())
     with cache.writing():
-        assert [p.name for p in (tmp_path / "c" / "scratch").iterdir()] == ["lock"]
+        assert not (tmp_path / "c" / "scratch" / "123-abc").exists()
+    assert [p.name for p in (tmp_path / "c").rglob("*") if p.is_file()] == ["identity.json"]
     with pytest.raises(e.MismatchError, match=r"record\.k: the cache has 4, asked for 3"):
         Cache.create(tmp_path / "c", identity(k=3))
 
@@ -716,19 +716,6 @@ def test_another_builder_may_create_the_cache_at_any_moment(tmp_path, monkeypatc
 
     monkeypatch.setattr(os, "fsync", overtaken)
     assert Cache.create(tmp_path / "c", about).identity == about
-
-
-def test_one_writer_at_a_time(filled):
-    with (
-        filled.cache.writing(),
-        pytest.raises(e.BusyError, match=f"another build is writing {filled.cache.path}"),
-        Cache(filled.cache.path).writing(),
-    ):
-        pass
-    with pytest.raises(ZeroDivisionError), filled.cache.writing():
-        raise ZeroDivisionError
-    with Cache(filled.cache.path).writing():
-        pass
 
 
 def test_a_scratch_folder_that_leads_elsewhere_is_not_cleared(filled, tmp_path):
@@ -776,7 +763,6 @@ def test_the_size_of_a_cache_that_is_being_written(filled, monkeypatch):
     size = filled.cache.size()
     assert size == sum(p.stat().st_size for p in filled.cache.path.rglob("*") if p.is_file())
     gone = filled.cache.path / "scratch" / "gone"
-    files = [*filled.cache.path.rglob("*"), gone]
-    monkeypatch.setattr(Path, "rglob", lambda self, pattern: files)
-    monkeypatch.setattr(Path, "is_file", lambda self: self == gone or self.stat().st_mode & 0o40000 == 0)
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda path: [*walk(path), (str(gone.parent), [], [gone.name])])
     assert filled.cache.size() == size

@@ -1,0 +1,220 @@
+"""Leases: several builders of one cache, on one machine or many, share its shards and leave each other in peace.
+
+A builder is one small file, leases/TOKEN.json, which it touches every few seconds. It leases a shard by a hard link to
+that file, named after the shard: only one builder can make it, over NFS too, and one touch renews them all. A builder
+is taken for dead when its file was not touched for as long as it says, by the file system's own clock (against
+one's own file, just touched), or when its process has ended on this machine. Its lease NAME.0 is taken over by
+making NAME.1, which again only one can.
+
+A builder that was stopped and wakes up may find its work leased to another. That costs double work and no more:
+what becomes part of the cache is decided in store.py, whoever holds what.
+
+filelock's SoftFileLease is near to this, but takes over by exchanging two names, which NFS refuses.
+"""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import threading
+import time
+from collections.abc import Callable
+from functools import cache
+from pathlib import Path
+
+from pydantic import Field
+
+from kdcache.cache import files
+from kdcache.cache.errors import NotFoundError
+from kdcache.cache.identity import Strict, canonical, parse
+
+EXPIRES = 60.0  # seconds without a sign of life
+_BEATS = 4  # signs of life in that time
+_MAX_BYTES = 4096
+
+
+class Owner(Strict):
+    """Who builds. machine: of this boot, None where that is unknown; started: of the process, in the system's ticks."""
+
+    token: str
+    host: str
+    process: int = Field(ge=1, lt=2**31)
+    machine: str | None
+    started: int | None
+    since: str
+    seconds: float
+
+    def __str__(self) -> str:
+        return f"{self.host} (process {self.process}, since {self.since})"
+
+
+class Leases:
+    """This process as one of the builders of the cache at `path`. Use with `with`: it holds nothing afterwards.
+
+    token: its name, and that of its folder in scratch/. say: told when a lease is lost.
+    """
+
+    def __init__(self, path: Path, token: str, say: Callable[[str], None]) -> None:
+        self._folder, self._scratch, self._say = path / "leases", path / "scratch", say
+        self._file = self._folder / f"{token}.json"
+        self._owner = Owner(
+            token=token,
+            host=socket.gethostname(),
+            process=os.getpid(),
+            machine=_machine(),
+            started=_started(os.getpid()),
+            since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            seconds=EXPIRES,
+        )
+        self._held: dict[str, Path] = {}
+        self._stop = threading.Event()
+        self._thread = threading.Thread(target=self._beat, name="leases", daemon=True)
+
+    def __enter__(self) -> Leases:
+        self._touch()
+        self._thread.start()
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._stop.set()
+        self._thread.join()
+        for name in list(self._held):
+            self.release(name)
+        shutil.rmtree(self._scratch / self._owner.token, ignore_errors=True)
+        self._file.unlink(missing_ok=True)
+
+    def take(self, name: str) -> bool:
+        """Lease `name`, unless a live builder has it."""
+        links = self._links(name)
+        if links and (owner := self._living(links[-1])):
+            return owner == self._owner
+        link = self._folder / f"{name}.{int(links[-1].suffix[1:]) + 1 if links else 0}"
+        self._touch()
+        try:
+            os.link(self._file, link)
+        except FileExistsError:
+            return False
+        if links and not links[-1].exists():
+            # Taken over and given back meanwhile: others may count from 0 again.
+            link.unlink(missing_ok=True)
+            return False
+        for old in links:
+            old.unlink(missing_ok=True)
+        self._held[name] = link
+        return True
+
+    def release(self, name: str) -> None:
+        """Give a lease back; nothing if it was lost."""
+        link = self._held.pop(name, None)
+        if link and self._is_mine(link):
+            link.unlink(missing_ok=True)
+
+    def lost(self, name: str) -> bool:
+        """Whether `name` is not, or no longer, this builder's."""
+        return name not in self._held
+
+    def holder(self, name: str) -> Owner | None:
+        """The live builder that has `name`."""
+        links = self._links(name)
+        return self._living(links[-1]) if links else None
+
+    def others(self) -> list[Owner]:
+        """The other live builders."""
+        found = (self._living(path) for path in sorted(self._folder.glob("*.json")))
+        return [owner for owner in found if owner and owner != self._owner]
+
+    def clear(self) -> None:
+        """Remove what dead builders left behind, and nothing of a live one."""
+        for path in self._folder.iterdir():
+            if not self._living(path):
+                path.unlink(missing_ok=True)
+        for path in self._scratch.iterdir():
+            if path.name == "decided" or self._living(self._folder / f"{path.name}.json"):
+                continue
+            if path.is_dir() and not path.is_symlink():
+                files.remove_folder(path, self._scratch / self._owner.token)
+            else:
+                path.unlink(missing_ok=True)
+
+    def _is_mine(self, link: Path) -> bool:
+        try:
+            return link.samefile(self._file)
+        except FileNotFoundError:
+            return False
+
+    def _links(self, name: str) -> list[Path]:
+        found = [p for p in self._folder.glob(f"{name}.*") if p.suffix[1:].isdecimal()]
+        return sorted(found, key=lambda p: int(p.suffix[1:]))
+
+    def _living(self, path: Path) -> Owner | None:
+        """The builder behind a file or link of its, if it lives."""
+        try:
+            content = files.read_bounded(path, _MAX_BYTES)
+            touched = path.stat().st_mtime  # after it was opened, which has an NFS client ask the server
+        except (NotFoundError, FileNotFoundError):
+            return None
+        owner = parse(Owner, content, str(path), "remove it")
+        return None if _ended(owner) or self._touch() - touched > owner.seconds else owner
+
+    def _touch(self) -> float:
+        """Show that this builder lives. The time, by the file system's clock."""
+        try:
+            os.utime(self._file)
+        except FileNotFoundError:  # the first time, or another builder took this one for dead
+            files.publish(self._file, canonical(self._owner), self._scratch / self._owner.token)
+        return self._file.stat().st_mtime
+
+    def _beat(self) -> None:
+        failing = False
+        while not self._stop.wait(self._owner.seconds / _BEATS):
+            try:
+                lost = [name for name, link in list(self._held.items()) if not self._is_mine(link)]
+                os.utime(self._file)
+                failing = False
+            except FileNotFoundError:
+                pass  # the next `take` makes it anew
+            except OSError as e:
+                if not failing:
+                    self._say(f"{e.filename}: {e.strerror}: other builds may take this one for dead, and do its work")
+                failing = True
+                continue
+            for name in lost:
+                if self._held.pop(name, None):
+                    self._say(
+                        f"lost the lease of {name} ({self._owner.seconds:g} s without a sign of life): "
+                        "another build may compute it too, and the first to finish counts"
+                    )
+
+
+@cache
+def _machine() -> str | None:
+    """This boot of this machine, and whose process numbers are meant; None where Linux does not tell."""
+    try:
+        boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
+        return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
+    except OSError:
+        return None
+
+
+def _started(process: int) -> int | None:
+    """When it started, in ticks since boot; -1 once it has ended and only waits for its parent; None if unknown."""
+    try:
+        fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
+    except OSError:
+        return None
+    return -1 if fields[0] in "ZX" else int(fields[19])
+
+
+def _ended(owner: Owner) -> bool:
+    """Whether its process is known to have ended: only its own machine can tell."""
+    if owner.machine is None or owner.machine != _machine():
+        return False
+    try:
+        os.kill(owner.process, 0)
+    except ProcessLookupError:
+        return True
+    except PermissionError:
+        pass  # somebody else's, and alive
+    now = _started(owner.process)
+    return now is not None and now != owner.started
