@@ -41,7 +41,7 @@ BATCH = 100  # cases a process
 
 def small_cache(path: Path) -> Cache:
     """Two views in two parts of random answers to 60 samples: top 4 of 20 classes, with all that can be stored."""
-    data = {"name": "toy", "fingerprint": "f" * 64, "full_contents": False}
+    data = {"name": "toy", "fingerprint": "f" * 64, "full_contents": False, "files": True}
     about = {
         "teacher": {
             "architecture": "toy", "weights": "a" * 64, "mean": (0.5,) * 3, "std": (0.2,) * 3,
@@ -62,6 +62,7 @@ def small_cache(path: Path) -> Cache:
     for store, views in ((cache.evaluation, 1), (cache.train, 2)):
         labels = torch.randint(0, 20, (store.samples, 1), generator=generator)
         store.write_labels(labels.numpy().astype(np.uint8), writer)
+        store.write_sizes(np.full((store.samples, 2), 40, np.int32), writer)
         for view in range(views):
             for part in range(store.parts):
                 rows = slice(store.rows(part).start, store.rows(part).stop)
@@ -82,6 +83,7 @@ def contents(path: Path) -> str:
         for rows in arrays.as_arrays(records).values():
             digest.update(rows.tobytes())
         digest.update(records.labels.numpy().tobytes())
+        digest.update(cache.train.sizes.tobytes() + cache.evaluation.sizes.tobytes())
         digest.update(b"none" if records.prior is None else records.prior.numpy().tobytes())
     return digest.hexdigest()
 

@@ -46,13 +46,17 @@ class TeacherIdentity(Strict):
 
 
 class DataIdentity(Strict):
-    """One split of a dataset: samples by stable index. full_contents: whether every file was hashed."""
+    """One split of a dataset: samples by stable index.
+
+    full_contents: whether every file was hashed. files: whether the images are files, whose sizes the cache then holds.
+    """
 
     name: str
     split: Literal["train", "eval"]
     samples: int = Field(ge=1, le=2**40)
     fingerprint: Sha256
     full_contents: bool
+    files: bool
 
 
 class ViewsIdentity(Strict):

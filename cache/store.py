@@ -2,6 +2,7 @@
 
     identity.json                 what the cache is; its hash is the key
     labels/, prior/               Zarr arrays [N, L] and [T, C]
+    sizes/                        Zarr array [N, 2]: of the images, where they are files
     tail_sums/                    Zarr array [P, T, C]: each part's share of the prior, from view 0
     views/v00042/                 a Zarr group: classes, gaps, target_gap, tail
     commits/v00042-p0003.json     sizes and hashes of one shard's files and rows: its creation commits the shard
@@ -88,6 +89,9 @@ class SplitStore:
         self._key, self._record = identity.key, identity.record
         self.parts = -(-samples // self.part)
         labels = identity.record.labels
+        data = identity.data if split == "train" else identity.evaluation
+        self._sizes = ArraySpec("sizes", (samples, 2), self.part, "int32", ("sample", "height_and_width"))
+        self._has_sizes = data.files
         self._labels = ArraySpec(
             "labels", (samples, labels), self.part, arrays.id_dtype(identity.record.classes), ("sample", "label")
         )
@@ -325,6 +329,36 @@ class SplitStore:
         """The parts of the labels; none of them without labels."""
         return [("", self._labels, p) for p in range(self.parts if self._labels.shape[1] else 0)]
 
+    def write_sizes(self, sizes: NDArray[np.int32], writer: Mapping[str, str]) -> None:
+        """Commit the image sizes [N, 2] of a dataset in files, or require that those committed are the same."""
+        if self._has_sizes and not self.has("sizes"):
+            self.write("sizes", [(*at, sizes[self._sizes.interval(at[2])]) for at in self.size_arrays], writer)
+        self.require_sizes(sizes)
+
+    @property
+    def size_arrays(self) -> list[tuple[str, ArraySpec, int]]:
+        """The parts of the image sizes; none of them for images in memory."""
+        return [("", self._sizes, p) for p in range(self.parts if self._has_sizes else 0)]
+
+    def require_sizes(self, sizes: NDArray[np.int32]) -> None:
+        """MismatchError unless these are the cache's: a view's parameters depend on them."""
+        if not self._has_sizes:
+            return
+        if len(wrong := np.flatnonzero((self.sizes != sizes).any(1))):
+            (h, w), (height, width) = self.sizes[wrong[0]], sizes[wrong[0]]
+            raise MismatchError(
+                f"{self.root} was built from images of other sizes ({len(wrong)} of {self.samples} differ; sample "
+                f"{wrong[0]} was {h} x {w}, now {height} x {width})"
+            )
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int32]:
+        """[N, 2] height and width of the images of a dataset in files."""
+        sizes = np.concatenate(self.load("sizes", self.size_arrays))
+        if int(sizes.min()) < 1:
+            raise CorruptError(f"{self.root / 'sizes'} holds sizes below 1; {self._again('sizes')}")
+        return sizes
+
     def require_labels(self, labels: NDArray[Any]) -> None:
         """MismatchError unless these are the cache's."""
         if not np.array_equal(self.labels, labels):
@@ -439,8 +473,9 @@ class Cache:
 
     @property
     def finished(self) -> bool:
-        """Whether labels and prior are committed too: a build can be stopped between them and the shards."""
-        has = self.train.has("labels") and self.evaluation.has("labels")
+        """Whether labels, sizes and prior are committed too: a build can be stopped between them and the shards."""
+        stores = (self.train, self.evaluation)
+        has = all(store.has("labels") and (store.has("sizes") or not store.size_arrays) for store in stores)
         return has and (self.identity.record.dense or self.train.has("prior") or 0 not in self.views)
 
     @property
@@ -526,6 +561,8 @@ class Cache:
         """The commits that make up a cache of these views, in the order to make them: split, name, parts of arrays."""
         for store in (self.evaluation, self.train):
             yield store, "labels", store.label_arrays
+            if store.size_arrays:
+                yield store, "sizes", store.size_arrays
         for store, chosen in ((self.evaluation, (0,)), (self.train, views)):
             for view in chosen:
                 for part in range(store.parts):

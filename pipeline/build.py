@@ -169,8 +169,9 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
     spool = _spool_folder(path, key)
     todo = _missing(path, source, views)
     if not todo and (cache := Cache(path)).finished:
-        cache.train.require_labels(source.train_labels)
-        cache.evaluation.require_labels(source.evaluation_labels)
+        for store, data, labels in _splits(cache, source):
+            store.require_labels(labels)
+            store.require_sizes(data.sizes)
         _clear(spool, cache)
         cache.tidy()
         say(f"cache {key[:12]} has all of {views} views already: nothing to compute ({path})")
@@ -196,8 +197,9 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
     with cache.writing(say) as leases:
         if others := leases.others():
             say(f"sharing the work with {', '.join(map(str, others))}")
-        cache.train.write_labels(source.train_labels.astype(arrays.id_dtype(source.teacher.classes)), writer)
-        cache.evaluation.write_labels(source.evaluation_labels.astype(arrays.id_dtype(source.teacher.classes)), writer)
+        for store, data, labels in _splits(cache, source):
+            store.write_labels(labels.astype(arrays.id_dtype(source.teacher.classes)), writer)
+            store.write_sizes(data.sizes, writer)
         with Progress("build", images, "images") as progress:
             computed = _build_shards(source, config, cache, leases, todo, batch, spool, writer, progress, say)
     _clear(spool, cache)
@@ -209,6 +211,11 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
         + (f"; teacher's top-1 on the evaluation split {100 * top1:.2f}" if top1 is not None else "")
     )
     return BuildResult(path, key, views, cache.size(), computed, seconds, top1)
+
+
+def _splits(cache: Cache, source: Source) -> Iterator[tuple[SplitStore, Dataset, NDArray[np.int64]]]:
+    yield cache.train, source.train, source.train_labels
+    yield cache.evaluation, source.evaluation, source.evaluation_labels
 
 
 def teacher_top1(cache: Cache) -> float | None:
@@ -523,6 +530,7 @@ def describe_data(data: Dataset, full: bool) -> DataIdentity:
         samples=len(data),
         fingerprint=data.fingerprint(full),
         full_contents=full,
+        files=data.images is None,
     )
 
 

@@ -83,6 +83,8 @@ def _commits(
     """Every commit there is or should be: its split, name, arrays, and what checks it."""
     for store in (cache.evaluation, cache.train):
         yield store, "labels", store.label_arrays, partial(_labels, store, contents)
+        if store.size_arrays:
+            yield store, "sizes", store.size_arrays, partial(_sizes, store, contents)
         committed = store.committed()
         if not committed:
             report.problems.append(f"{store.root}: nothing is committed: run kdcache build again")
@@ -106,6 +108,13 @@ def _labels(store: SplitStore, contents: bool) -> None:
         _ = store.labels
     else:
         store.require("labels", store.label_arrays)
+
+
+def _sizes(store: SplitStore, contents: bool) -> None:
+    if contents:
+        _ = store.sizes
+    else:
+        store.require("sizes", store.size_arrays)
 
 
 def _prior(cache: Cache, contents: bool) -> None:
@@ -138,6 +147,7 @@ def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
     with Progress("replay", total, "records") as progress:
         for store, data, labels, view in plan:
             store.require_labels(labels)
+            store.require_sizes(data.sizes)
             _same_parameters(store, data, source, view)
             raw = np.random.Philox(key=11 + view).random_raw(len(data))
             index = np.sort(np.argsort(raw, kind="stable")[:count]).astype(np.int64)

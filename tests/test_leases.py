@@ -141,7 +141,7 @@ class World:
         self.root, self.identity, self.agree = root, identity, agree
 
     def store(self, who):
-        return SplitStore(self.root, "train", self.identity, who)
+        return SplitStore(self.root, "train", self.identity, token=who)
 
     def write(self, who):
         rows = np.array([[0 if self.agree else VALUES[who]]], "uint8")
@@ -268,7 +268,7 @@ def revive(root, copy, world):
 
 @pytest.fixture(scope="module")
 def identity():
-    data = {"name": "toy", "fingerprint": "f" * 64, "full_contents": False, "samples": 2}
+    data = {"name": "toy", "fingerprint": "f" * 64, "full_contents": False, "files": False, "samples": 2}
     return Identity.model_validate(
         {
             "teacher": {
@@ -278,7 +278,9 @@ def identity():
             "data": {**data, "split": "train"},
             "evaluation": {**data, "split": "eval"},
             "views": {"policy": "crop", "seed": 0, "renderer": "toy"},
-            "record": {"classes": 3, "k": None, "temperatures": (), "precision": "float16", "labels": 1},
+            "record": {
+                "classes": 3, "k": None, "temperatures": (), "precision": "float16", "labels": 1, "tail_std": False,
+            },
             "class_map": None,
             "part": 1,
         }

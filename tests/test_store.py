@@ -36,7 +36,7 @@ def identity(samples=21, held_out=9, part=8, **record):
     if record["k"] is None:
         precision = "float16" if record["precision"] == "uint8" else record["precision"]
         record = {**record, "temperatures": (), "precision": precision, "tail_std": False}
-    data = {"name": "toy", "fingerprint": "f" * 64, "full_contents": False}
+    data = {"name": "toy", "fingerprint": "f" * 64, "full_contents": False, "files": True}
     return Identity.model_validate(
         {
             "teacher": {
@@ -68,6 +68,7 @@ class Filled:
             y = self.rng.integers(0, r.classes, (store.samples, r.labels))
             self.labels[store.split] = torch.from_numpy(y)
             store.write_labels(y.astype(store._labels.dtype), WRITER)
+            store.write_sizes(self.rng.integers(1, 900, (store.samples, 2)).astype(np.int32), WRITER)
         self.logits = {("eval", 0): self.draw(self.cache.evaluation)}
         self.logits |= {("train", v): self.draw(self.cache.train) for v in range(views)}
         with pytest.MonkeyPatch.context() as patch:
@@ -317,6 +318,7 @@ def damage(path, file, kind, rng):
 def read_all(path):
     """Every record of the cache, in order; what stops a reader is a KdcacheError or a failure of the test."""
     cache = Cache(path)
+    assert cache.train.sizes.min() > 0 < cache.evaluation.sizes.min()
     return [cache.read_evaluation(), *(cache.read(v) for v in (0, 1))]
 
 
@@ -570,6 +572,7 @@ def test_forged_labels_priors_and_sums_are_refused(filled):
     cache, path = filled.cache, filled.cache.path
     for name, spec, value, message in (
         ("labels", cache.train._labels, 12, "labels holds a class id above 11"),
+        ("sizes", cache.train._sizes, 0, "sizes holds sizes below 1"),
         ("prior", cache._prior_array, 0, "prior holds values that are no probabilities"),
         ("prior", cache._prior_array, np.nan, "prior holds values that are no probabilities"),
         ("tail_sums", cache.train.tail_sums_array, -1, "tail_sums holds values below zero"),
@@ -579,10 +582,19 @@ def test_forged_labels_priors_and_sums_are_refused(filled):
         rows = np.full((min(spec.rows, spec.shape[0]), *spec.shape[1:]), value, spec.dtype)
         forge(path, file, encode_part(spec, 0, rows), "v00000-p0000" if name == "tail_sums" else name)
         with pytest.raises(e.CorruptError, match=f"{message}.*kdcache build"):
-            Cache(path).read(0)
+            _ = Cache(path).read(0) and Cache(path).train.sizes
         assert not verify(cache).passed
         forge(path, file, kept, "v00000-p0000" if name == "tail_sums" else name)
     assert verify(cache).passed
+
+
+def test_images_of_other_sizes_are_refused(filled):
+    store = filled.cache.train
+    sizes = store.sizes.copy()
+    store.require_sizes(sizes)
+    (h, w), sizes[5] = sizes[5].tolist(), (7, 3)
+    with pytest.raises(e.MismatchError, match=rf"1 of 21 differ; sample 5 was {h} x {w}, now 7 x 3"):
+        store.require_sizes(sizes)
 
 
 def test_an_array_of_another_shape_or_type_is_refused(filled):
