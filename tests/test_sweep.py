@@ -97,6 +97,12 @@ def test_finished_runs_are_kept_and_others_added(home, tmp_path):
     assert {p: p.stat().st_mtime_ns for p in before} == before
     was, now = (json.loads(r.stdout) for r in (first, again))
     assert now["runs"][:2] == was["runs"] and len(now["runs"]) == 4
+    (out / "kd-seed0" / "summary.json").write_text("[]")
+    damaged = invoke("--loss", "ce", "--loss", "kd", "--out", out, "--resume")
+    assert damaged.exit_code == 1 and "kd-seed0/summary.json is not what kdcache writes: remove it" in damaged.stdout
+    (out / "kd-seed0" / "summary.json").unlink()
+    whole = json.loads(invoke("--loss", "ce", "--loss", "kd", "--out", out, "--resume", "--json").stdout)
+    assert figures(whole["runs"][1]["summary"]) == figures(now["runs"][2]["summary"])
     # A run of other settings is an error of its own, not one that is overwritten or taken for the same.
     other = invoke("--loss", "ce", "--seed", "0,1", "--out", out, "--resume", "--epochs", "2")
     assert other.exit_code == 1 and other.stdout.count("epochs: the run has 1, asked for 2") == 2

@@ -178,9 +178,11 @@ class RunFolder:
         if not file.exists():
             return None
         try:
-            summary: dict[str, Any] = json.loads(file.read_text())
-        except ValueError as e:
-            raise CorruptError(f"{file} is not valid JSON ({e}): {_ANEW}") from e
+            summary = json.loads(file.read_text())
+        except ValueError:  # also where it is no text
+            summary = None
+        if not isinstance(summary, dict):
+            raise CorruptError(f"{file} is not what kdcache writes: remove it, and --resume writes it again")
         return summary
 
 
