@@ -226,8 +226,7 @@ def test_bdkd_online_trains_both_networks_as_its_formulas_say(home, data, tmp_pa
     config = {"cache": str(home / "default"), "epochs": 1, "batch_size": 256, "lr": 0.02, "seed": 3, "online": True}
     summary = train(TrainConfig(f"bdkd:{options}", out=str(tmp_path / "run"), **config), quiet)
 
-    torch.manual_seed(3)
-    s, t = (Classifier(build_network("resnet8", 10, 8), data.mean, data.std) for _ in range(2))
+    s, t = (Classifier(seeded(of, lambda: build_network("resnet8", 10, 8)), data.mean, data.std) for of in (3, -4))
     if start == "taught":
         t = teacher_of(home).teacher.model
     cache = open_cache(home / "default")

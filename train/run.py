@@ -125,11 +125,6 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         warmup=config.warmup,
         amp=config.amp == "bf16",
     )
-    network = seeded(config.seed, lambda: build_network(student, record.classes, size))
-    model = Classifier(network, data.mean, data.std).to(device)
-    model.to(memory_format=torch.channels_last)
-    if (answers := try_out(model, student, size)) != record.classes:
-        raise InputError(f"{student} answers for {answers} classes, the teacher for {record.classes}")
     partner = _learning_teacher(cache, config, data, loss, recipe, device) if isinstance(loss, BDKD) else None
     loader: CachedLoader | OnlineLoader
     if config.online:
@@ -145,6 +140,11 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
             cache, data, batch, seed=config.seed, device=device, image_size=size, views=config.views,
             workers=config.workers,
         )  # fmt: skip
+    network = seeded(config.seed, lambda: build_network(student, record.classes, size))
+    model = Classifier(network, data.mean, data.std).to(device)
+    model.to(memory_format=torch.channels_last)
+    if (answers := try_out(model, student, size)) != record.classes:
+        raise InputError(f"{student} answers for {answers} classes, the teacher for {record.classes}")
     judge = Judge(cache, evaluation, size, device, config.workers)
     name = f"{data.name.replace(':', '-')}-{student.replace('/', '-')}-{loss.name}-seed{config.seed}"
     path = Path(config.out or f"runs/{name}{'-online' if config.online else ''}")
@@ -325,8 +325,8 @@ def _learning_teacher(
     else:
         if config.weights:
             raise InputError("--weights are those of a taught teacher: give --loss bdkd:start=taught")
-        # Drawn after the student, so that two of one kind start from different weights.
-        network = build_network(had.network, record.classes, had.input_size)
+        # A seed that no student has: two of one kind must not start from equal weights.
+        network = seeded(-1 - config.seed, lambda: build_network(had.network, record.classes, had.input_size))
         model = Classifier(network, mean, std).to(device)
         model.to(memory_format=torch.channels_last)
         if (answers := try_out(model, had.network, had.input_size)) != record.classes:

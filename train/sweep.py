@@ -31,7 +31,7 @@ def sweep(
     """Train every loss with every seed; `runs` (each a summary or an error) and `losses`, as sweep.json holds them.
 
     config: of all runs; its `out` is the folder of their folders, its `resume` keeps the finished ones and goes on with
-    the others. A run that fails is noted and the next one starts; a wrong loss, or no cache, is raised before the first.
+    the others. A run that fails is noted and the next one starts; a wrong loss or no cache is raised before the first.
     """
     for spec in losses:
         make_loss(spec, SMALL_IMAGES)
