@@ -38,16 +38,16 @@ def sweeps() -> dict[str, tuple[list[str], bool]]:
     return {"dense": (list(LOSSES), False), "top 3": (served, False), "teacher learns": (["bdkd"], True)}
 
 
-def trained(folder: Path, summary: dict[str, Any]) -> dict[str, Any]:
-    """A run's figures, and its evaluation NLL epoch by epoch."""
+def trained(folder: Path, summary: dict[str, Any], classes: int) -> dict[str, Any]:
+    """A run's figures, and its evaluation NLL epoch by epoch: falling, and below that of equal probabilities."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     numbers = [v for line in lines for v in line.values()]
     nll = [line["nll"] for line in lines]
     return {
-        **{k: v for k, v in summary.items() if k not in ("run", "kdcache", "torch", "device")},
+        **{k: v for k, v in summary.items() if k not in ("loss", "run", "kdcache", "torch", "device")},
         "nll_by_epoch": nll,
         "finite": all(map(math.isfinite, numbers)),
-        "falling": nll[-1] < nll[0],
+        "falling": nll[-1] < min(nll[0], math.log(classes)),
     }
 
 
@@ -64,7 +64,7 @@ def main() -> None:
     os.environ["KDCACHE_HOME"] = str(a.work / "home")
 
     images = open_data(a.data, "train")
-    taught = taught_file(TEACHER, images)
+    taught, classes = taught_file(TEACHER, images), len(images.class_names)
     if not taught.exists():
         teach(TeachConfig(TEACHER, data=a.data, epochs=a.teacher_epochs, batch_size=a.batch_size, seed=a.seed))
     caches = {
@@ -82,7 +82,7 @@ def main() -> None:
             losses, [a.seed],
         )  # fmt: skip
         for run in done["runs"]:
-            figures = {"error": run["error"]} if "error" in run else trained(Path(run["run"]), run["summary"])
+            figures = {"error": run["error"]} if "error" in run else trained(Path(run["run"]), run["summary"], classes)
             runs.append({"loss": run["loss"], "records": records, **figures})
     result = {
         "machine": machine(),
