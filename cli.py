@@ -57,7 +57,12 @@ class _Main(click.Group):
         try:
             found = load_settings({name: set(known) for name, known in flags.items()}, os.environ, Path(FILE))
             ctx.default_map = {
-                command: {flags[command][flag]: setting.value for flag, setting in chosen.items()}
+                command: {
+                    flags[command][flag]: [setting.value]
+                    if flag in _repeated(self.commands[command])
+                    else setting.value
+                    for flag, setting in chosen.items()
+                }
                 for command, chosen in found.items()
             }
             return super().invoke(ctx)
@@ -97,6 +102,11 @@ def _flag(param: click.Parameter) -> str:
 def _flags(command: click.Command) -> dict[str, str]:
     """The command's options as typed, without the dashes, and the names of their parameters."""
     return {_flag(p): p.name for p in command.params if isinstance(p, click.Option) and p.name}
+
+
+def _repeated(command: click.Command) -> set[str]:
+    """Those of which click takes a list."""
+    return {_flag(p) for p in command.params if isinstance(p, click.Option) and p.multiple}
 
 
 def _system_error(e: OSError) -> str:
@@ -157,6 +167,23 @@ def _views(ctx: click.Context, param: click.Parameter, value: str | None) -> ran
     return range(int(first), int(after))
 
 
+def _losses(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[str, ...]:
+    """nkd,dkd:beta=2,warmup=5,kd are three: a comma before key=value goes on with the loss before it."""
+    found: list[str] = []
+    for item in filter(None, ",".join(value).split(",")):
+        if found and "=" in item and ":" not in item:
+            found[-1] += f",{item}"
+        else:
+            found.append(item)
+    if not found:
+        raise click.BadParameter("no loss is named")
+    return tuple(found)
+
+
+def _seeds(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -> tuple[int, ...]:
+    return tuple(int(_SEED(seed, param, ctx)) for seed in ",".join(value).split(","))
+
+
 _data = click.option(
     "--data", default="digits", show_default=True, metavar="NAME[:PATH]",
     help="digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH or module:function.",
@@ -174,9 +201,8 @@ _class_map = click.option("--class-map", metavar="FILE|auto", help="Dataset's cl
 _epochs = click.option("--epochs", type=click.IntRange(1), help="[by dataset]")
 _lr = click.option("--lr", type=_Number(0, min_open=True), help="Peak learning rate [by dataset].")
 _decay = click.option("--weight-decay", type=_Number(0), help="[by dataset]")
-_seed = click.option(
-    "--seed", type=click.IntRange(0, 2**63 - 1), default=0, show_default=True, help="Of everything drawn at random."
-)
+_SEED = click.IntRange(0, 2**63 - 1)
+_seed = click.option("--seed", type=_SEED, default=0, show_default=True, help="Of everything drawn at random.")
 
 
 @click.group(cls=_Main, context_settings={"help_option_names": ["-h", "--help"], "max_content_width": 100})
@@ -322,39 +348,55 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
 
 
 @main.command()
-@click.option("--loss", default="nkd", show_default=True, metavar="NAME[:KEY=VALUE,...]", help="See docs/losses.md.")
+@click.option(
+    "--loss", multiple=True, default=["nkd"], show_default=True, callback=_losses, metavar="NAME[:KEY=VALUE,...]",
+    help="See docs/losses.md. Given several times: all of them are trained.",
+)  # fmt: skip
 @click.option("--cache", metavar="PATH|KEY", help="[the only one that matches]")
 @_data
 @click.option("--student", metavar="NAME", help="A network's name [by dataset].")
 @_epochs
-@click.option("--out", metavar="DIR", help="The run's folder [runs/...].")
-@click.option("--resume", is_flag=True, help="Go on after the last whole epoch of the run in --out.")
+@click.option("--out", metavar="DIR", help="The run's folder, or that of several runs [runs/...].")
+@click.option("--resume", is_flag=True, help="Go on after the last whole epoch of what is in --out.")
 @_batch
 @_lr
 @_decay
 @click.option("--warmup", type=_Number(0), default=1.0, show_default=True, help="Epochs.")
 @click.option("--views", type=click.IntRange(1), help="Use only the first so many views.")
 @click.option("--image-size", type=click.IntRange(8), help="The student's input size in pixels.")
-@click.option("--online", is_flag=True, help="Run the teacher in every step instead: the baseline.")
+@click.option(
+    "--online", is_flag=True, help="Run the teacher in every step instead: the baseline. With bdkd it learns too."
+)
 @click.option("--fresh-views", is_flag=True, help="With --online: a new view every epoch.")
 @click.option("--teacher", metavar="NAME", help="Take a cache of this teacher.")
 @_weights
-@_seed
+@click.option(
+    "--seed", multiple=True, default=["0"], show_default=True, callback=_seeds, metavar="INTEGER",
+    help="Of everything drawn at random. Given several times: every loss is trained with each.",
+)  # fmt: skip
 @_device
 @_amp
 @_workers
 @_json
 def train(as_json: bool, **options: Any) -> None:
-    """Train a student from a cache.
+    """Train a student from a cache; with several losses or seeds all of them, and compare. Exit status 1 if one fails.
 
     \b
     Example: kdcache train --loss nkd
              kdcache train --loss nkd --student resnet20 --data cifar10 --epochs 60
+             kdcache train --loss ce --loss nkd --loss dkd:beta=2 --seed 0 --seed 1 --seed 2
     """
     from kdcache.train.run import TrainConfig
     from kdcache.train.run import train as run
+    from kdcache.train.sweep import sweep, table
 
-    summary = run(TrainConfig(**options), _say)
+    losses, seeds = options.pop("loss"), options.pop("seed")
+    config = TrainConfig(losses[0], seed=seeds[0], **options)
+    if len(losses) * len(seeds) > 1:
+        result = sweep(config, losses, seeds, _say)
+        _print(result, as_json, table(result))
+        sys.exit(1 if any("error" in one for one in result["runs"]) else 0)
+    summary = run(config, _say)
     line = "  ".join(f"{k} {v:.4f}" for k, v in summary.items() if isinstance(v, float))
     _print(summary, as_json, f"{summary['run']}: {line}")
 
@@ -367,14 +409,16 @@ def train(as_json: bool, **options: Any) -> None:
 @_workers
 @_json
 def evaluate(as_json: bool, run: str, **options: Any) -> None:
-    """Top-1, top-5, NLL, ECE and agreement with the teacher of a run's best weights, or of a weights file.
+    """Top-1, top-5, NLL, Brier score, ECE, agreement with the teacher and KL to it.
+
+    Of a run's best weights, or of a weights file.
 
     Example: kdcache eval runs/digits-resnet8-nkd-seed0
     """
     from kdcache.train.run import evaluate_run
 
     found = evaluate_run(run, **options)
-    _print(found, as_json, "\n".join(f"{k:10} {v:.4f}" for k, v in found.items() if isinstance(v, float)))
+    _print(found, as_json, "\n".join(f"{k:13} {v:.4f}" for k, v in found.items() if isinstance(v, float)))
 
 
 @main.command(name="ls")

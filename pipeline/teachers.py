@@ -60,6 +60,10 @@ class Teacher:
     class_names: tuple[str, ...] | None
     device: torch.device
 
+    @property
+    def input_size(self) -> int:
+        return self.identity.input_size
+
     def logits(self, images: Tensor) -> Tensor:
         """float32 [B, C] for uint8 [B, 3, S, S] at the teacher's input size: eval() and inference_mode, always."""
         assert not self.model.training

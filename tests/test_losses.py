@@ -219,6 +219,10 @@ def bdkd64(s, t, y, w, alpha, beta, T, heavy, light):
     return (alpha * ce(s, y, w) + beta * T**2 * (forward * kl(p, q) + backward * kl(q, p))).mean()
 
 
+def bdkd_teacher64(t, s, y, w, alpha, regulariser, T):
+    return (alpha * ce(t, y, w) + regulariser * T**2 * kl(soft(s, T), soft(t, T))).mean()
+
+
 # What the tests run on.
 
 
@@ -378,6 +382,25 @@ def test_top_k_is_near_and_nearer_with_more(name):
     assert many[0] < 1e-3 and many[1] < last
 
 
+@pytest.mark.parametrize("constants", [(1.0, 1.0, 1.0), (0.3, 2.0, 4.0), (1.0, 0.0, 1.0), (0.0, 1.0, 2.0)])
+def test_the_loss_of_bdkds_teacher(constants):
+    """Differentiable in the teacher alone: online, the student's answer is given."""
+    alpha, regulariser, T = constants
+    s, t, y = sample()
+    loss = BDKD(temperature=T, teacher_alpha=alpha, regulariser=regulariser)
+    student = s.clone().requires_grad_()
+    got = value_and_gradient(lambda v: loss.of_teacher(v, y, student), t)
+    assert student.grad is None
+    one = torch.ones(B, 1, dtype=torch.float64)
+    want = value_and_gradient(lambda v: bdkd_teacher64(v, s.double(), y[:, None], one, *constants), t.double())
+    assert max(errors(got, want)) < 1e-5
+    _, _, y, w = mixed_sample()
+    want = value_and_gradient(lambda v: bdkd_teacher64(v, s.double(), y, w.double(), *constants), t.double())
+    assert max(errors(value_and_gradient(lambda v: loss.of_teacher(v, y, s, w), t), want)) < 1e-5
+    with torch.autocast("cpu", torch.bfloat16):
+        assert loss.of_teacher(t.bfloat16(), y[:, 0], s.bfloat16()).dtype == torch.float32
+
+
 def test_gkd_is_exact_where_the_group_lies_within_the_top_k_and_cut_at_k_elsewhere():
     s, t, y = sample()
     one = torch.ones(B, 1, dtype=torch.float64)
@@ -495,12 +518,13 @@ def test_extreme_logits_give_finite_values_and_gradients(name, scale, k):
 
 
 SMALL = {name: loss for name, (loss, _) in CASES.items() if name not in ("ikl prior", "uskd", "uskd paper")}
+MADE = ["ikl prior", "uskd", "uskd paper"]  # for the classes at hand
 
 
 @settings(max_examples=500, deadline=None)
 @given(st.data())
 def test_any_shape_and_range_gives_finite_values_and_gradients(data):
-    name = data.draw(st.sampled_from(sorted([*SMALL, "uskd", "uskd paper"])))
+    name = data.draw(st.sampled_from(sorted([*SMALL, *MADE])))
     rows, classes = data.draw(st.integers(1, 4)), data.draw(st.integers(2, 6))
     dtype = data.draw(st.sampled_from([torch.float32, torch.bfloat16, torch.float16]))
     values = st.sampled_from([0.0, 1.0, -1.0, 30.0, -30.0, 1e4, -1e4, 65504.0, -65504.0]) | st.floats(-20, 20, width=16)
@@ -513,6 +537,9 @@ def test_any_shape_and_range_gives_finite_values_and_gradients(data):
     y = torch.tensor(data.draw(st.lists(st.integers(0, classes - 1), min_size=rows, max_size=rows)))
     if name in SMALL:
         loss = SMALL[name]
+    elif name == "ikl prior":
+        loss = IKL(pairs="prior")
+        loss.prepare(encode(t, y))
     else:
         loss = uskd(logits(3, 1.0, rows, F).to(dtype), classes, rank="paper" if "paper" in name else "code")
     k = None if loss.needs.dense else data.draw(st.sampled_from([None, 1, classes - 1]))
@@ -525,6 +552,8 @@ def test_any_shape_and_range_gives_finite_values_and_gradients(data):
         records = encode(t, y, k, tail_std=True)
     with torch.autocast("cpu", torch.bfloat16, enabled=data.draw(st.booleans())):
         assert finite(lambda v: loss(v, y, records, weights), s)
+        if isinstance(loss, BDKD):
+            assert finite(lambda v: loss.of_teacher(v, y, t, weights), s)
 
 
 def test_two_classes_and_a_batch_of_one():
@@ -633,6 +662,8 @@ def test_presets_go_by_image_size_and_options_override():
     assert make_loss("wsld", 32) == WSLD(2.25, 4.0) and make_loss("wsld", 224) == WSLD(2.5, 2.0)
     assert make_loss("logit-std", 32).alpha == 0.1 and make_loss("logit-std:base=dkd", 224).alpha == 1
     assert make_loss("cmkd:standardise=false", 32).standardise is False
+    online = make_loss("bdkd:start=taught,teacher_alpha=0.5,regulariser=0", 32)
+    assert online == BDKD(start="taught", teacher_alpha=0.5, regulariser=0.0)
     assert options_of(make_loss("dkd", 32)) == {
         "alpha": 1.0, "beta": 8.0, "temperature": 4.0, "warmup": 20, "tail": "prior",
     }  # fmt: skip
@@ -653,6 +684,7 @@ def test_presets_go_by_image_size_and_options_override():
         ("nkd:tail=zero", "tail='zero' is not one of prior, uniform"),
         ("skew-kl:tail=bucket", "'bucket' is not one of prior, uniform, renorm, drop"),
         ("bdkd:tail=drop", "'drop' is not one of prior, uniform"),
+        ("bdkd:start=cold", "start='cold' is not one of scratch, taught"),
         ("nkd:mixed=all", "mixed='all' is not one of heavier, both"),
         ("kd:temperature=0", "temperature=0 must be positive"),
         ("dkd:warmup=2.5", "warmup='2.5' is no whole number"),

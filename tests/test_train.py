@@ -216,6 +216,95 @@ def test_online_training_runs_and_fresh_views_go_on(home, tmp_path):
     assert later["loss"] == same["loss"] != fresh["loss"]
 
 
+# A teacher that learns too
+
+
+@pytest.mark.parametrize(("regulariser", "start"), [(2.0, "scratch"), (0.0, "taught")])
+def test_bdkd_online_trains_both_networks_as_its_formulas_say(home, data, tmp_path, regulariser, start):
+    """An epoch beside a loop written from the formulas alone; without regulariser the teacher learns as if alone."""
+    options = f"temperature=2,heavy=1.5,light=0.5,teacher_alpha=0.7,regulariser={regulariser},start={start}"
+    config = {"cache": str(home / "default"), "epochs": 1, "batch_size": 256, "lr": 0.02, "seed": 3, "online": True}
+    summary = train(TrainConfig(f"bdkd:{options}", out=str(tmp_path / "run"), **config), quiet)
+
+    s, t = (Classifier(seeded(of, lambda: build_network("resnet8", 10, 8)), data.mean, data.std) for of in (3, -4))
+    if start == "taught":
+        t = teacher_of(home).teacher.model
+    cache = open_cache(home / "default")
+    loader = CachedLoader(cache, data, 256, seed=3)
+    both = [m.to(memory_format=torch.channels_last).train() for m in (s, t)]
+    before = [flat(m.parameters()) for m in both]
+    sgd = [torch.optim.SGD(m.parameters(), 0.02, momentum=0.9, weight_decay=5e-4, nesterov=True) for m in both]
+    for step, (images, y, _) in enumerate(loader.steps()):
+        for optimiser in sgd:
+            optimiser.param_groups[0]["lr"] = 0.02 * (step + 1) / len(loader)
+            optimiser.zero_grad()
+        z, v = (m(images) for m in both)
+        p, q = torch.softmax(v / 2, 1), torch.softmax(z / 2, 1)
+        forward = (p.detach() * (p.detach() / q).log()).sum(1)
+        reverse = (q * (q / p.detach()).log()).sum(1)
+        sure = (torch.special.entr(q).sum(1) < torch.special.entr(p).sum(1)).detach()
+        student = torch.where(sure, 1.5 * forward + 0.5 * reverse, 0.5 * forward + 1.5 * reverse)
+        teacher = (q.detach() * (q.detach() / p).log()).sum(1)
+        ce = [torch.nn.functional.cross_entropy(x, y) for x in (z, v)]
+        (ce[0] + 4 * student.mean() + 0.7 * ce[1] + 4 * regulariser * teacher.mean()).backward()
+        for optimiser in sgd:
+            optimiser.step()
+    for name, model, at_first in zip(("last", "teacher-last"), both, before, strict=True):
+        state, notes = read_weights(tmp_path / "run" / f"{name}.safetensors")
+        got, want = flat(state[k] for k, _ in model.network.named_parameters()), flat(model.parameters())
+        assert (got - want).norm() < 0.01 * (want - at_first).norm()
+        assert notes["metrics"]["top1"] == summary["top1" if name == "last" else "teacher_top1"]
+
+
+def flat(tensors):
+    return torch.cat([t.detach().reshape(-1) for t in tensors])
+
+
+def test_a_run_with_a_learning_teacher(home, tmp_path):
+    out = tmp_path / "run"
+    config = {"cache": str(home / "default"), "epochs": 3, "online": True}
+    said = []
+    train(TrainConfig("bdkd", out=str(out), **config), said.append)
+    lines = metrics_of(out)
+    measured = {"top1", "top5", "nll", "brier", "ece"}
+    assert all({*measured, *(f"teacher_{m}" for m in measured), "teacher_loss"} <= set(line) for line in lines)
+    assert all("ece" in text.split("teacher:")[0] and "ece" in text.split("teacher:")[1] for text in said[1:4])
+    best, teachers_best = (max(line[k] for line in lines) for k in ("top1", "teacher_top1"))
+    found = evaluate_run(str(out))
+    assert (found["top1"], found["teacher_top1"]) == (best, teachers_best)
+    # Agreement is with the teacher of the run, not with that of the cache.
+    last = evaluate_run(str(out / "last.safetensors"))
+    assert {k: last[k] for k in ("agreement", "kl", "teacher_ece")} == pytest.approx(
+        {k: lines[-1][k] for k in ("agreement", "kl", "teacher_ece")}
+    )
+    # Its weights are a teacher's.
+    teacher = teacher_of(home, weights=str(out / "teacher-best.safetensors")).teacher
+    images = torch.as_tensor(open_data("digits", "eval").images).permute(0, 3, 1, 2)
+    right = teacher.logits(images).argmax(1) == torch.from_numpy(open_data("digits", "eval").labels[:, 0])
+    assert float(right.float().mean()) == pytest.approx(teachers_best)
+    (out / "teacher-best.safetensors").unlink()
+    with pytest.raises(KdcacheError, match=r"learnt beside a teacher.*teacher-best\.safetensors"):
+        evaluate_run(str(out))
+
+
+def test_what_a_learning_teacher_cannot_do_is_refused(home, tmp_path):
+    config = {"cache": str(home / "default"), "epochs": 1, "out": str(tmp_path / "run")}
+    with pytest.raises(KdcacheError, match="teacher that learns: give --online"):
+        train(TrainConfig("bdkd:regulariser=2", **config), quiet)
+    with pytest.raises(KdcacheError, match="give --loss bdkd:start=taught"):
+        train(TrainConfig("bdkd", online=True, weights="x.safetensors", **config), quiet)
+    with pytest.raises(KdcacheError, match="not finite: lower --lr"):
+        train(TrainConfig("bdkd", online=True, lr=1e12, **config), quiet)
+    build(BuildConfig("resnet8", views=1, unlabelled=True, out=str(home / "none"), weights=taught(home)), quiet)
+    with pytest.raises(KdcacheError, match="built with --unlabelled"):
+        train(TrainConfig("bdkd:alpha=0", online=True, **{**config, "cache": str(home / "none")}), quiet)
+
+
+def taught(home):
+    (file,) = (home / "teachers").rglob("*.safetensors")
+    return str(file)
+
+
 # Whole runs
 
 
@@ -229,10 +318,13 @@ def test_a_run_folder_holds_what_it_should(home, tmp_path):
     }  # fmt: skip
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
-    assert {"loss", "top1", "top5", "nll", "ece", "agreement", "kl", "seconds"} <= set(lines[0])
+    measured = {"top1", "top5", "nll", "brier", "ece", "agreement", "kl"}
+    assert all(measured | {"loss", "seconds"} <= set(line) for line in lines)
+    assert measured <= set(summary) and {k: summary[k] for k in measured} == {k: lines[-1][k] for k in measured}
     assert list((out / "tensorboard").glob("events.*"))
     assert json.loads((out / "config.json").read_text())["cache"] == open_cache(home / "top3").key
     again = evaluate_run(str(out))
+    assert measured <= set(again)
     best = max(lines, key=lambda line: line["top1"])
     assert again["top1"] == best["top1"] and again["nll"] == pytest.approx(best["nll"], rel=1e-6)
     assert summary["best_top1"] == best["top1"]
@@ -275,10 +367,11 @@ def test_features_come_from_the_stage_before_the_last(name, size, channels):
     assert tap.channels == channels and tap.features.shape == (2, channels)
 
 
-def test_killed_and_resumed_equals_uninterrupted(home, tmp_path):
+@pytest.mark.parametrize(("epochs", "loss"), [(8, ("nkd",)), (5, ("bdkd", "--online"))])
+def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, epochs, loss):
     command = [
-        *(sys.executable, "-m", "kdcache.cli", "train", "--loss", "nkd", "--cache", str(home / "default")),
-        *("--epochs", "8", "--out"),
+        *(sys.executable, "-m", "kdcache.cli", "train", "--cache", str(home / "default"), "--loss", *loss),
+        *("--epochs", str(epochs), "--out"),
     ]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     killed = tmp_path / "killed"
@@ -290,12 +383,15 @@ def test_killed_and_resumed_equals_uninterrupted(home, tmp_path):
     process.send_signal(signal.SIGKILL)
     process.wait()
     done = len((killed / "metrics.jsonl").read_text().splitlines())
-    assert 1 <= done < 8
+    assert 1 <= done < epochs
     subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True)
     a, b = (metrics_of(folder) for folder in (killed, tmp_path / "whole"))
-    assert len(a) == 8 and a == b
-    weights, whole = (read_weights(f / "last.safetensors")[0] for f in (killed, tmp_path / "whole"))
-    assert all(torch.equal(weights[name], whole[name]) for name in whole)
+    assert len(a) == epochs and a == b
+    files = {p.name for p in (tmp_path / "whole").glob("*.safetensors")}
+    assert len(files) == 2 * len(loss) and files == {p.name for p in killed.glob("*.safetensors")}
+    for file in files:
+        weights, whole = (read_weights(f / file)[0] for f in (killed, tmp_path / "whole"))
+        assert all(torch.equal(weights[name], whole[name]) for name in whole), file
 
 
 def metrics_of(folder):
@@ -325,6 +421,15 @@ def test_metrics_against_a_reference():
     assert got["top5"] == pytest.approx(np.mean([y[i] in np.argsort(-z[i])[:5] for i in range(500)]))
     assert got["nll"] == pytest.approx(-np.log(p[np.arange(500), y]).mean(), rel=1e-5)
     assert got["ece"] == pytest.approx(ece, abs=1e-5)
+    assert got["brier"] == pytest.approx(((p - np.eye(7)[y]) ** 2).sum(1).mean(), rel=1e-5)
+
+
+def test_brier_at_its_ends():
+    y = torch.arange(4)
+    sure = 1e4 * torch.eye(4)
+    assert metrics(sure, y)["brier"] == pytest.approx(0, abs=1e-6)
+    assert metrics(sure, y.roll(1))["brier"] == pytest.approx(2, abs=1e-6)
+    assert metrics(torch.zeros(4, 4), y)["brier"] == pytest.approx(0.75)
 
 
 def test_the_loop_in_the_readme_runs(home, tmp_path, monkeypatch):

@@ -31,10 +31,11 @@ def predict(model: Classifier, data: Dataset, renderer: Renderer, amp: bool = Fa
 
 
 def metrics(logits: Tensor, labels: Tensor, teacher: Records | None = None) -> dict[str, float]:
-    """top1, top5, agreement (with the teacher's most probable class) in 0..1; nll and kl in nats; ece in 0..1.
+    """top1, top5, agreement (with the teacher's most probable class) and ece in 0..1; brier in 0..2; nll, kl in nats.
 
-    logits [N, C]; labels [N], or empty without labels. ece: expected calibration error of the top class over 15
-    bins (Guo et al. 2017). kl: mean KL(teacher, student) at temperature 1, the teacher's tail as modelled; left
+    logits [N, C]; labels [N], or empty without labels. brier: the squared distance between the probabilities and the
+    one-hot label, summed over classes (Brier 1950). ece: expected calibration error of the top class over 15 bins
+    (Guo et al. 2017). kl: mean KL(teacher, student) at temperature 1, the teacher's tail as modelled; left
     out where the records do not hold temperature 1.
     """
     # Slow to import, and help screens need none of it.
@@ -46,9 +47,10 @@ def metrics(logits: Tensor, labels: Tensor, teacher: Records | None = None) -> d
         out["top1"] = float(ranked[:, 0].float().mean())
         out["top5"] = float(ranked.any(1).float().mean())
         out["nll"] = float(F.cross_entropy(logits, labels))
-        classes = logits.shape[1]
-        ece = multiclass_calibration_error(logits.softmax(1), labels, num_classes=classes, n_bins=_ECE_BINS)
-        out["ece"] = float(ece)
+        p = logits.softmax(1)
+        # |p - e_y|^2 without a one-hot matrix; torchmetrics has no Brier score.
+        out["brier"] = float((p.square().sum(1) - 2 * p.gather(1, labels.unsqueeze(1)).squeeze(1) + 1).mean())
+        out["ece"] = float(multiclass_calibration_error(p, labels, num_classes=logits.shape[1], n_bins=_ECE_BINS))
     if teacher is not None:
         out["agreement"] = float((logits.argmax(1) == teacher.predictions()).float().mean())
         if teacher.classes is None or 1.0 in teacher.temperatures:

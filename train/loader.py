@@ -7,6 +7,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
+from typing import Protocol
 
 import numpy as np
 import torch
@@ -19,10 +20,19 @@ from kdcache.cache.store import Cache, shard_name
 from kdcache.pipeline.build import describe_data
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.render import RENDERER, Renderer
-from kdcache.pipeline.teachers import Teacher
 from kdcache.pipeline.views import ViewParameters, draw
 
-Step = tuple[Tensor, Tensor, Records | None]
+
+class LiveTeacher(Protocol):
+    """What answers in every step: a Teacher, or one that learns beside the student (cotrain.py)."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def input_size(self) -> int: ...
+
+    def logits(self, images: Tensor) -> Tensor: ...
 
 
 def epoch_batches(
@@ -148,7 +158,7 @@ class OnlineLoader:
         self,
         cache: Cache,
         data: Dataset,
-        teacher: Teacher,
+        teacher: LiveTeacher,
         batch_size: int,
         *,
         fresh_views: bool = False,
@@ -163,7 +173,7 @@ class OnlineLoader:
         self._views = None if fresh_views else cache.views[:views]
         self._order = _Order(len(data), batch_size, 0, 1, seed)
         self._student_images = _renderer(cache, data, image_size, teacher.device, workers)
-        self._teacher_images = _renderer(cache, data, teacher.identity.input_size, teacher.device, workers)
+        self._teacher_images = _renderer(cache, data, teacher.input_size, teacher.device, workers)
         self._labels = _labels(cache, teacher.device)
 
     def set_epoch(self, epoch: int) -> None:

@@ -604,12 +604,16 @@ class SkewRKL:
 
 @dataclass(frozen=True)
 class BDKD:
-    """alpha CE + beta T^2 mean_B [f KL(p^T, q^T) + r KL(q^T, p^T)]: the student's side of BD-KD.
+    """alpha CE + beta T^2 mean_B [f KL(p^T, q^T) + r KL(q^T, p^T)]; online the teacher learns too, from `of_teacher`.
 
-    After Amara et al. 2022 (arXiv 2212.12965). The paper's, by its abstract: forward and reverse KL weighted sample by
-    sample, by the gap between the two networks' entropies, the forward one more where the student is over-confident;
-    there the teacher learns too (with a reverse KL), which a cache cannot give. Our reading, every constant an option:
-    f = heavy and r = light where H(q^T) < H(p^T), else the other way round; weights without gradient.
+    After Amara et al. 2022 (arXiv 2212.12965), of which we had the abstract and summaries. The paper's: forward and
+    reverse KL weighted sample by sample, by the gap between the two networks' entropies, the forward one more where
+    the student is over-confident; teacher and student learn together (online), the teacher's own loss regularised by
+    the reverse KL. Our reading, every constant an option: f = heavy and r = light where H(q^T) < H(p^T), else the
+    other way round, weights without gradient; the teacher's loss is teacher_alpha CE + regulariser T^2 KL(q^T, p^T),
+    each network taking the other's answer in the same step as given; the teacher starts from new weights
+    (start=scratch) or from those that the cache was built by (start=taught). Offline, from a cache, the student's side
+    alone is left.
     """
 
     name: ClassVar[str] = "bdkd"
@@ -619,10 +623,22 @@ class BDKD:
     heavy: float = 2.0
     light: float = 1.0
     tail: SpreadTail = "prior"
+    # Of the teacher, online alone:
+    teacher_alpha: float = 1.0
+    regulariser: float = 1.0
+    start: Literal["scratch", "taught"] = "scratch"
 
     @property
     def needs(self) -> Needs:
         return Needs(labels=self.alpha != 0, temperatures=(self.temperature,))
+
+    def of_teacher(self, teacher: Tensor, labels: Tensor, student: Tensor, weights: Tensor | None = None) -> Tensor:
+        """The loss of a teacher that learns, from both networks' logits [B, C]; differentiable in the teacher only."""
+        teacher, student = teacher.float(), student.detach().float()
+        log_p, log_q = (F.log_softmax(logits / self.temperature, 1) for logits in (teacher, student))
+        reverse = (log_q.exp() * (log_q - log_p)).sum(1).mean()
+        ce = _plus_ce(self.teacher_alpha, teacher, labels, weights)
+        return self.regulariser * self.temperature**2 * reverse + ce
 
     def __call__(self, logits: Tensor, labels: Tensor, records: Records, weights: Tensor | None = None) -> Tensor:
         logits = logits.float()

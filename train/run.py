@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 
 from kdcache import __version__
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
 from kdcache.cache.home import list_caches, open_cache
-from kdcache.cache.records import Records
+from kdcache.cache.records import Records, encode
 from kdcache.cache.store import Cache
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
@@ -29,12 +30,13 @@ from kdcache.pipeline.teachers import (
     read_weights,
     try_out,
 )
+from kdcache.train.cotrain import LearningTeacher
 from kdcache.train.evaluate import metrics, predict
 from kdcache.train.features import FeatureLoss
 from kdcache.train.loader import CachedLoader, OnlineLoader, require_data
-from kdcache.train.losses import IKL, USKD, Loss
+from kdcache.train.losses import BDKD, IKL, USKD, Loss
 from kdcache.train.presets import head_mass_warning, make_loss, options_of, require_served
-from kdcache.train.trainer import Recipe, RunFolder, fit, read_config, seeded
+from kdcache.train.trainer import PARTNER, Recipe, RunFolder, fit, read_config, seeded
 
 
 @dataclass(frozen=True)
@@ -100,14 +102,14 @@ def find_cache(data: str, teacher: str | None = None) -> Cache:
     return next(iter(found.values()))
 
 
-def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Train a student; the summary, which also stands in the run folder."""
+def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished: bool = False) -> dict[str, Any]:
+    """Train a student; the summary, which also stands in the run folder. keep_finished: of a finished run, that one."""
     device = pick_device(config.device)
     if config.fresh_views and not config.online:
         raise InputError("--fresh-views needs the live teacher: give --online too")
     if config.weights and not config.online:
         raise InputError("--weights are those of the live teacher: give --online too")
-    cache = _cache_of(config)
+    cache = cache_of(config)
     record = cache.identity.record
     data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
     require_data(cache, data)
@@ -126,11 +128,12 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
         warmup=config.warmup,
         amp=config.amp == "bf16",
     )
+    partner = _learning_teacher(cache, config, data, loss, recipe, device) if isinstance(loss, BDKD) else None
     loader: CachedLoader | OnlineLoader
     if config.online:
         if config.views and not config.fresh_views and config.views > len(cache.views):
             raise NotFoundError(f"{cache.path} has {len(cache.views)} complete views, not {config.views}: build more")
-        teacher = _same_teacher(cache, config, data, device)
+        teacher = _same_teacher(cache, config, data, device) if partner is None else partner
         loader = OnlineLoader(
             cache, data, teacher, batch, fresh_views=config.fresh_views, seed=config.seed, image_size=size,
             views=config.views, workers=config.workers,
@@ -157,17 +160,22 @@ def train(config: TrainConfig, say: Callable[[str], None] = print) -> dict[str, 
     }  # fmt: skip
     ready = _prepared(loss, cache, model, size, config.online, say)
     folder = RunFolder(path, settings, config.resume)
+    if keep_finished and (finished := folder.read_summary()):
+        say(f"{path} is finished already")
+        return finished
+    how = "beside its teacher on" if partner else "online" if config.online else "from cache"
     say(
-        f"{student} on {data.name} with {loss}, {'online' if config.online else 'from cache'} {cache.key[:12]} "
+        f"{student} on {data.name} with {loss}, {how} {cache.key[:12]} "
         f"({len(cache.views)} views), {recipe.epochs} epochs on {device}: {path}"
     )
     notes = {
         "student": student, "classes": record.classes, "input_size": size, "mean": list(data.mean),
         "std": list(data.std), "class_names": list(data.class_names), "data": config.data, "cache": cache.key,
-        "cache_path": str(cache.path.absolute()),
+        "cache_path": str(cache.path.absolute()), "beside_teacher": partner is not None,
     }  # fmt: skip
+    beside = (partner.model, partner.input_size) if partner else None
     started = time.monotonic()
-    history = fit(model, ready, loader, recipe, lambda m: judge(m, recipe.amp), folder, notes, say)
+    history = fit(model, ready, loader, recipe, lambda m: judge(m, recipe.amp, beside), folder, notes, say, partner)
     last = history[-1]
     summary = {
         **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
@@ -197,13 +205,17 @@ def _prepared(loss: Loss, cache: Cache, model: Classifier, size: int, online: bo
 
 
 class Judge:
-    """Evaluates students on the evaluation split, beside the teacher's records of it."""
+    """Evaluates students on the evaluation split, beside the teacher's records of it.
+
+    Or beside a teacher that learnt with the student, and its input size: then agreement and kl are with that one, and
+    its own metrics come too, named teacher_*.
+    """
 
     def __init__(
         self, cache: Cache | None, evaluation: Dataset, size: int, device: torch.device, workers: int | None
     ) -> None:
-        self._data = evaluation
-        self._renderer = Renderer(evaluation, size, device, workers=workers)
+        self._data, self._size, self._device, self._workers = evaluation, size, device, workers
+        self._renderers: dict[int, Renderer] = {}
         self._records: Records | None = None
         labels = evaluation.labels
         if cache is not None:
@@ -211,8 +223,20 @@ class Judge:
             labels = cache.evaluation.labels.astype("int64")
         self._labels = torch.from_numpy(labels[:, 0] if labels.shape[1] else labels.reshape(-1))
 
-    def __call__(self, model: Classifier, amp: bool = False) -> dict[str, float]:
-        return metrics(predict(model, self._data, self._renderer, amp), self._labels, self._records)
+    def __call__(
+        self, model: Classifier, amp: bool = False, beside: tuple[Classifier, int] | None = None
+    ) -> dict[str, float]:
+        records, theirs = self._records, {}
+        if beside is not None:
+            answers = self._predict(*beside, amp)
+            records = encode(answers, None, precision="float32")
+            theirs = {f"{PARTNER}_{name}": value for name, value in metrics(answers, self._labels).items()}
+        return {**metrics(self._predict(model, self._size, amp), self._labels, records), **theirs}
+
+    def _predict(self, model: Classifier, size: int, amp: bool) -> Tensor:
+        if size not in self._renderers:
+            self._renderers[size] = Renderer(self._data, size, self._device, workers=self._workers)
+        return predict(model, self._data, self._renderers[size], amp)
 
 
 def evaluate_run(
@@ -242,10 +266,26 @@ def evaluate_run(
         raise MismatchError(f"{found.path} is not the cache of this run any more: give the one to use with --cache")
     evaluation = open_data(data or notes["data"], "eval", unlabelled=found.identity.record.labels == 0)
     require_data(found, evaluation)
-    return {"weights": str(path), **Judge(found, evaluation, notes["input_size"], on, workers)(model)}
+    beside = _beside(path, notes, on)
+    return {"weights": str(path), **Judge(found, evaluation, notes["input_size"], on, workers)(model, beside=beside)}
 
 
-def _cache_of(config: TrainConfig) -> Cache:
+def _beside(path: Path, notes: dict[str, Any], device: torch.device) -> tuple[Classifier, int] | None:
+    """The teacher that learnt with the student of these weights, as filed beside them, and its input size."""
+    if not notes.get("beside_teacher"):
+        return None
+    file = path.with_name(f"{PARTNER}-{path.name}")
+    if not file.exists():
+        raise NotFoundError(f"{path} learnt beside a teacher, whose weights are not there any more: {file}")
+    state, theirs = read_weights(file)
+    network = build_network(theirs["network"], notes["classes"], theirs["input_size"])
+    load_fitting(network, state, f"the weights in {file} and {theirs['network']}")
+    model = Classifier(network, tuple(theirs["mean"]), tuple(theirs["std"])).to(device)
+    model.to(memory_format=torch.channels_last)
+    return model, theirs["input_size"]
+
+
+def cache_of(config: TrainConfig) -> Cache:
     """The cache asked for: by --cache, by the run that is resumed, or the only one that matches."""
     where = config.cache
     if where is None and config.resume and config.out:
@@ -268,3 +308,34 @@ def _same_teacher(cache: Cache, config: TrainConfig, data: Dataset, device: torc
     if found := had.differences(teacher.identity, theirs="found"):
         raise MismatchError(f"the live teacher is not that of cache {cache.key[:12]}: {'; '.join(found)}")
     return teacher
+
+
+def _learning_teacher(
+    cache: Cache, config: TrainConfig, data: Dataset, loss: BDKD, recipe: Recipe, device: torch.device
+) -> LearningTeacher | None:
+    """The teacher that learns beside bdkd's student, online; None from a cache."""
+    if not config.online:
+        if (loss.teacher_alpha, loss.regulariser, loss.start) != (BDKD.teacher_alpha, BDKD.regulariser, BDKD.start):
+            raise InputError("bdkd's teacher_alpha, regulariser and start are of a teacher that learns: give --online")
+        return None
+    record, had = cache.identity.record, cache.identity.teacher
+    if not record.labels:
+        raise InputError("bdkd's teacher learns from labels too, and this cache was built with --unlabelled")
+    mean, std = data.mean, data.std
+    if loss.start == "taught":
+        teacher = _same_teacher(cache, config, data, device)
+        model, mean, std = teacher.model, had.mean, had.std
+    else:
+        if config.weights:
+            raise InputError("--weights are those of a taught teacher: give --loss bdkd:start=taught")
+        # A seed that no student has: two of one kind must not start from equal weights.
+        network = seeded(-1 - config.seed, lambda: build_network(had.network, record.classes, had.input_size))
+        model = Classifier(network, mean, std).to(device)
+        model.to(memory_format=torch.channels_last)
+        if (answers := try_out(model, had.network, had.input_size)) != record.classes:
+            raise InputError(f"{had.network} answers for {answers} classes, the cache holds {record.classes}")
+    notes = {
+        "network": had.network, "input_size": had.input_size, "mean": list(mean), "std": list(std),
+        "class_names": list(data.class_names),
+    }  # fmt: skip
+    return LearningTeacher(model, had.input_size, loss, recipe, notes)

@@ -6,7 +6,7 @@ import io
 import json
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol, runtime_checkable
@@ -72,7 +72,25 @@ class Paced(Protocol):
     def set_epoch(self, epoch: int) -> None: ...
 
 
-_STATE = {"history", "model", "optimiser", "random", "loss"}
+class Partner(Protocol):
+    """A second network that learns beside the student (bdkd's teacher), and sees to its own optimiser.
+
+    Its metrics stand in those of an evaluation with `teacher_` before their names. notes: for its weights' files.
+    """
+
+    model: Classifier
+    notes: dict[str, Any]
+
+    def learn(self, student: Tensor, labels: Tensor, rate: float) -> Tensor: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+PARTNER = "teacher"  # in the names of its metrics and files
+
+_STATE = {"history", "model", "optimiser", "random", "loss", PARTNER}
 _ANEW = "remove it to start the run anew"
 
 
@@ -91,7 +109,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, summary.json, last and best weights, TensorBoard events, and the state to resume."""
+    """config.json, metrics.jsonl, summary.json, last and best weights, TensorBoard events, and the state to resume.
+
+    Where the teacher learns too, its weights are teacher-last and teacher-best.
+    """
 
     def __init__(self, path: Path, config: dict[str, Any], resume: bool) -> None:
         self.path = path
@@ -132,12 +153,17 @@ class RunFolder:
             raise CorruptError(f"{file} is not what kdcache writes: {_ANEW}")
         return state
 
-    def save_epoch(self, model: Classifier, state: dict[str, Any], notes: dict[str, Any], best: bool) -> None:
-        """Everything of a whole epoch; the state last, so that a kill in between repeats the epoch."""
+    def save_weights(self, model: Classifier, notes: dict[str, Any], history: list[dict[str, Any]], of: str) -> None:
+        """The last weights, and the best where the history's last line is; `of` stands before the files' names."""
+        scores = [_score(line) for line in history]
+        notes = {**notes, "metrics": history[-1]}
+        file_classifier(self.path / f"{of}last.safetensors", model, notes)
+        if scores[-1] >= max(scores):
+            file_classifier(self.path / f"{of}best.safetensors", model, notes)
+
+    def save_state(self, state: dict[str, Any]) -> None:
+        """After the weights of a whole epoch, so that a kill in between repeats the epoch."""
         history = state["history"]
-        file_classifier(self.path / "last.safetensors", model, notes)
-        if best:
-            file_classifier(self.path / "best.safetensors", model, notes)
         replace_file(self.path / "metrics.jsonl", b"".join(_json(line, indent=None) for line in history))
         content = io.BytesIO()
         torch.save(state, content)
@@ -145,6 +171,30 @@ class RunFolder:
 
     def finish(self, summary: dict[str, Any]) -> None:
         replace_file(self.path / "summary.json", _json(summary))
+
+    def read_summary(self) -> dict[str, Any] | None:
+        """The summary of a finished run; None before that."""
+        file = self.path / "summary.json"
+        if not file.exists():
+            return None
+        try:
+            summary = json.loads(file.read_text())
+        except ValueError:  # also where it is no text
+            summary = None
+        if not isinstance(summary, dict):
+            raise CorruptError(f"{file} is not what kdcache writes: remove it, and --resume writes it again")
+        return summary
+
+
+def make_optimiser(parameters: Iterable[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.SGD:
+    return torch.optim.SGD(
+        parameters,
+        lr=recipe.lr,
+        momentum=recipe.momentum,
+        weight_decay=recipe.decay,
+        nesterov=recipe.momentum > 0,
+        fused=device.type in ("cpu", "cuda"),
+    )
 
 
 def fit(
@@ -156,21 +206,15 @@ def fit(
     folder: RunFolder | None = None,
     notes: dict[str, Any] | None = None,
     say: Callable[[str], None] = print,
+    partner: Partner | None = None,
 ) -> list[dict[str, Any]]:
     """Train in place; one line of metrics an epoch. With a folder, goes on after the last whole epoch there.
 
-    `notes` go into the weights' files. KdcacheError when the loss is no longer finite.
+    `notes` go into the weights' files. partner: learns in the same steps. KdcacheError when a loss is no longer finite.
     """
     device = next(model.parameters()).device
     learnt = list(loss.parameters()) if isinstance(loss, Learnt) else []
-    optimiser = torch.optim.SGD(
-        [*model.parameters(), *learnt],
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.decay,
-        nesterov=recipe.momentum > 0,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    optimiser = make_optimiser([*model.parameters(), *learnt], recipe, device)
     history: list[dict[str, Any]] = []
     if folder and (state := folder.load_state()):
         history = state["history"]
@@ -179,6 +223,8 @@ def fit(
             optimiser.load_state_dict(state["optimiser"])
             if isinstance(loss, Learnt):
                 loss.load_state_dict(state["loss"])
+            if partner is not None:
+                partner.load_state_dict(state[PARTNER])
         except (KeyError, RuntimeError, TypeError, ValueError) as e:
             raise CorruptError(f"{folder.path / 'state.pt'} is not of this network: {_ANEW}") from e
         _restore_random(state["random"], device)
@@ -189,11 +235,11 @@ def fit(
         if isinstance(loss, Paced):
             loss.set_epoch(epoch + 1)
         started = time.monotonic()
-        mean_loss = _train_epoch(model, loss, loader, optimiser, recipe, epoch, device)
+        losses = _train_epoch(model, loss, loader, optimiser, recipe, epoch, partner)
         seconds = time.monotonic() - started
-        if not math.isfinite(mean_loss):
+        if not all(map(math.isfinite, losses.values())):
             raise KdcacheError(f"the loss is not finite in epoch {epoch + 1}: lower --lr (now {recipe.lr:g})")
-        line: dict[str, Any] = {"epoch": epoch + 1, "loss": mean_loss, "seconds": seconds, **evaluate(model)}
+        line: dict[str, Any] = {"epoch": epoch + 1, **losses, "seconds": seconds, **evaluate(model)}
         history.append(line)
         say(_describe(line, recipe.epochs))
         if events is not None:
@@ -201,18 +247,19 @@ def fit(
                 events.add_scalar(name, value, epoch + 1)
             events.flush()
         if folder:
-            score = [_score(past) for past in history]
-            folder.save_epoch(
-                model,
+            folder.save_weights(model, notes or {}, history, of="")
+            if partner is not None:
+                theirs = [_of_partner(past) for past in history]
+                folder.save_weights(partner.model, partner.notes, theirs, of=f"{PARTNER}-")
+            folder.save_state(
                 {
                     "history": history,
                     "model": model.state_dict(),
                     "optimiser": optimiser.state_dict(),
                     "loss": loss.state_dict() if isinstance(loss, Learnt) else {},
+                    PARTNER: partner.state_dict() if partner is not None else {},
                     "random": _random_state(device),
-                },
-                {**(notes or {}), "metrics": line},
-                best=score[-1] >= max(score),
+                }
             )
     if events is not None:
         events.close()
@@ -226,15 +273,18 @@ def _train_epoch(
     optimiser: torch.optim.Optimizer,
     recipe: Recipe,
     epoch: int,
-    device: torch.device,
-) -> float:
+    partner: Partner | None,
+) -> dict[str, float]:
+    """The mean loss, and that of the partner."""
     model.train()
-    total = torch.zeros((), device=device)
+    device = next(model.parameters()).device
+    total, total_partner = torch.zeros((2,), device=device)
     first = epoch * len(loader)
     with Progress(f"epoch {epoch + 1}/{recipe.epochs}", len(loader), "steps") as progress:
         for i, (images, labels, records) in enumerate(loader.steps()):
+            rate = recipe.rate(first + i, len(loader))
             for group in optimiser.param_groups:
-                group["lr"] = recipe.rate(first + i, len(loader))
+                group["lr"] = rate
             with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
                 logits = model(images)
             value = loss(logits, labels, records)
@@ -242,8 +292,19 @@ def _train_epoch(
             value.backward()  # type: ignore[no-untyped-call]
             optimiser.step()
             total += value.detach()
+            if partner is not None:
+                total_partner += partner.learn(logits.detach(), labels, rate)
             progress.advance(1)
-    return float(total) / len(loader)
+    means = {"loss": float(total) / len(loader)}
+    if partner is not None:
+        means[f"{PARTNER}_loss"] = float(total_partner) / len(loader)
+    return means
+
+
+def _of_partner(line: dict[str, Any]) -> dict[str, Any]:
+    """The partner's part of a line of metrics, under the names that a student's has."""
+    mark = f"{PARTNER}_"
+    return {k.removeprefix(mark): v for k, v in line.items() if k.startswith(mark)}
 
 
 def _score(line: dict[str, Any]) -> float:
@@ -258,6 +319,9 @@ def _describe(line: dict[str, Any], epochs: int) -> str:
     ]
     if "nll" in line:
         parts.append(f"nll {line['nll']:.4f}")
+    if theirs := _of_partner(line):
+        parts.append(f"ece {line['ece']:.4f}  teacher: loss {theirs['loss']:.4f}")
+        parts.append(f"top-1 {100 * theirs['top1']:.2f}  nll {theirs['nll']:.4f}  ece {theirs['ece']:.4f}")
     return "  ".join([*parts, f"{line['seconds']:.1f} s"])
 
 

@@ -1,0 +1,95 @@
+"""Several losses and seeds from one cache: a run folder each, and one table that compares them."""
+
+from __future__ import annotations
+
+import json
+import statistics
+from collections.abc import Callable, Sequence
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from kdcache.cache.errors import InputError, KdcacheError
+from kdcache.cache.files import replace_file
+from kdcache.train.presets import SMALL_IMAGES, make_loss
+from kdcache.train.run import TrainConfig, cache_of, train
+
+FILE = "sweep.json"
+_OUT = "runs/sweep"
+# What the table shows of each summary: heading, key, factor, digits.
+_COLUMNS = (
+    ("top-1", "top1", 100, 2), ("nll", "nll", 1, 4), ("ece", "ece", 1, 4), ("agreement", "agreement", 100, 2),
+    ("s an epoch", "seconds_an_epoch", 1, 1),
+)  # fmt: skip
+
+
+def sweep(
+    config: TrainConfig, losses: Sequence[str], seeds: Sequence[int], say: Callable[[str], None] = print
+) -> dict[str, Any]:
+    """Train every loss with every seed; `runs` (each a summary or an error) and `losses`, as sweep.json holds them.
+
+    config: of all runs; its `out` is the folder of their folders, its `resume` keeps the finished ones and goes on with
+    the others. A run that fails is noted and the next one starts; a wrong loss or no cache is raised before the first.
+    """
+    for spec in losses:
+        make_loss(spec, SMALL_IMAGES)
+    if len(set(losses)) < len(losses) or len(set(seeds)) < len(seeds):
+        raise InputError("a loss or a seed is given twice")
+    out = Path(config.out or _OUT)
+    folders = {(spec, seed): out / f"{_name(spec)}-seed{seed}" for spec in losses for seed in seeds}
+    started = [path for path in folders.values() if (path / "config.json").exists()]
+    if started and not config.resume:
+        raise InputError(f"{started[0]} holds a run already: give --resume to go on with the sweep, or another --out")
+    # Found once, and pinned by the runs that are there.
+    cache = cache_of(replace(config, out=str(started[0]) if started else None))
+    runs = []
+    for (spec, seed), path in folders.items():
+        one = replace(config, loss=spec, seed=seed, out=str(path), resume=path in started, cache=str(cache.path))
+        run: dict[str, Any] = {"loss": spec, "seed": seed, "run": str(path)}
+        try:
+            run["summary"] = train(one, say, keep_finished=True)
+        except (KdcacheError, MemoryError, torch.OutOfMemoryError) as e:
+            run["error"] = (str(e).splitlines() or [type(e).__name__])[0]
+            say(f"{spec}, seed {seed} failed: {run['error']}")
+        runs.append(run)
+        result = {"cache": cache.key, "runs": runs, "losses": [_compared(runs, spec) for spec in losses]}
+        replace_file(out / FILE, (json.dumps(result, indent=2) + "\n").encode())
+    return result
+
+
+def _name(spec: str) -> str:
+    return spec.replace(":", "-").replace(",", "-")
+
+
+def _compared(runs: list[dict[str, Any]], spec: str) -> dict[str, Any]:
+    """Mean and spread (standard deviation, from two seeds on) of each figure over the loss's seeds."""
+    mine = [run for run in runs if run["loss"] == spec]
+    good = [run["summary"] for run in mine if "error" not in run]
+    figures = {}
+    for key in good[0] if good else ():
+        values = [summary[key] for summary in good]
+        if all(isinstance(v, float) for v in values):
+            spread = statistics.stdev(values) if len(values) > 1 else None
+            figures[key] = {"mean": statistics.fmean(values), "spread": spread}
+    return {"loss": spec, "seeds": len(good), "failed": len(mine) - len(good), "figures": figures}
+
+
+def table(result: dict[str, Any]) -> str:
+    """A line a loss, mean ± standard deviation over seeds, and a line for each run that failed."""
+    rows = [["loss", "seeds", *(heading for heading, *_ in _COLUMNS)]]
+    for loss in result["losses"]:
+        rows.append([loss["loss"], str(loss["seeds"])])
+        for _, key, factor, digits in _COLUMNS:
+            figure = loss["figures"].get(key)
+            text = "-"
+            if figure is not None:
+                text = f"{factor * figure['mean']:.{digits}f}"
+                if figure["spread"] is not None:
+                    text += f" ± {factor * figure['spread']:.{digits}f}"
+            rows[-1].append(text)
+    widths = [max(map(len, column)) for column in zip(*rows, strict=True)]
+    lines = ["  ".join(f"{cell:{width}}" for cell, width in zip(row, widths, strict=True)).rstrip() for row in rows]
+    lines += [f"FAILED {run['loss']}, seed {run['seed']}: {run['error']}" for run in result["runs"] if "error" in run]
+    return "\n".join(lines)
