@@ -390,8 +390,9 @@ class Cache:
 
     @property
     def views(self) -> tuple[int, ...]:
-        """The complete views."""
-        return self.train.complete_views()
+        """The complete views; none before the prior is there too, which follows the last shard of view 0."""
+        complete = self.train.complete_views()
+        return complete if self.identity.record.dense or self.train.has("prior") or 0 not in complete else ()
 
     def read(self, view: int) -> Records:
         """All records of one view; NotFoundError if it is not complete, CorruptError if bytes are damaged."""
@@ -405,7 +406,7 @@ class Cache:
     def finished(self) -> bool:
         """Whether labels and prior are committed too: a build can be stopped between them and the shards."""
         has = self.train.has("labels") and self.evaluation.has("labels")
-        return has and (self.identity.record.dense or self.train.has("prior") or 0 not in self.views)
+        return has and (self.identity.record.dense or self.train.has("prior") or 0 not in self.train.complete_views())
 
     @property
     def prior(self) -> torch.Tensor | None:
@@ -413,7 +414,7 @@ class Cache:
         if self.identity.record.dense or self._prior is not None:
             return self._prior
         if not self.train.has("prior"):
-            if 0 in self.views:
+            if 0 in self.train.complete_views():
                 raise NotFoundError(f"{self.path} lacks its prior: run kdcache build again")
             return None
         prior = self.train.load("prior", [("", self._prior_array, 0)])[0]
@@ -425,7 +426,7 @@ class Cache:
 
     def write_prior(self, writer: Mapping[str, str]) -> None:
         """Fix the prior from view 0, once that is complete; it never changes later."""
-        if self.identity.record.dense or self.train.has("prior") or 0 not in self.views:
+        if self.identity.record.dense or self.train.has("prior") or 0 not in self.train.complete_views():
             return
         sums = np.zeros(self._prior_array.shape)
         for part in range(self.train.parts):
