@@ -86,17 +86,21 @@ class Leases:
 
     def take(self, name: str) -> bool:
         """Lease `name`, unless a live builder has it."""
-        links = self._links(name)
-        if links and (owner := self._living(links[-1])):
-            return owner == self._owner
-        link = self._folder / f"{name}.{int(links[-1].suffix[1:]) + 1 if links else 0}"
+        links, last, number = self._links(name), None, 0
+        if links:
+            last, number = self._owner_of(links[-1]), int(links[-1].suffix[1:]) + 1
+            if last is None:  # given back just now
+                return False
+            if self._living(links[-1]):
+                return last == self._owner
         self._touch()
+        link = self._folder / f"{name}.{number}"
         try:
             os.link(self._file, link)
         except FileExistsError:
             return False
-        if links and not links[-1].exists():
-            # Taken over and given back meanwhile: others may count from 0 again.
+        if links and self._owner_of(links[-1]) != last:
+            # Its owner woke up and gave it back, and another builder may have begun anew at 0.
             link.unlink(missing_ok=True)
             return False
         for old in links:
@@ -147,15 +151,20 @@ class Leases:
         found = [p for p in self._folder.glob(f"{name}.*") if p.suffix[1:].isdecimal()]
         return sorted(found, key=lambda p: int(p.suffix[1:]))
 
+    def _owner_of(self, path: Path) -> Owner | None:
+        try:
+            return parse(Owner, files.read_bounded(path, _MAX_BYTES), str(path), "remove it")
+        except NotFoundError:
+            return None
+
     def _living(self, path: Path) -> Owner | None:
         """The builder behind a file or link of its, if it lives."""
+        owner = self._owner_of(path)
         try:
-            content = files.read_bounded(path, _MAX_BYTES)
             touched = path.stat().st_mtime  # after it was opened, which has an NFS client ask the server
-        except (NotFoundError, FileNotFoundError):
+        except FileNotFoundError:
             return None
-        owner = parse(Owner, content, str(path), "remove it")
-        return None if _ended(owner) or self._touch() - touched > owner.seconds else owner
+        return None if owner is None or _ended(owner) or self._touch() - touched > owner.seconds else owner
 
     def _touch(self) -> float:
         """Show that this builder lives. The time, by the file system's clock."""

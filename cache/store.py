@@ -460,8 +460,9 @@ class Cache:
 
     @property
     def views(self) -> tuple[int, ...]:
-        """The complete views."""
-        return self.train.complete_views()
+        """The complete views; none before the prior is there too, which follows the last shard of view 0."""
+        complete = self.train.complete_views()
+        return complete if self.identity.record.dense or self.train.has("prior") or 0 not in complete else ()
 
     def read(self, view: int) -> Records:
         """All records of one view; NotFoundError if it is not complete, CorruptError if bytes are damaged."""
@@ -476,7 +477,7 @@ class Cache:
         """Whether labels, sizes and prior are committed too: a build can be stopped between them and the shards."""
         stores = (self.train, self.evaluation)
         has = all(store.has("labels") and (store.has("sizes") or not store.size_arrays) for store in stores)
-        return has and (self.identity.record.dense or self.train.has("prior") or 0 not in self.views)
+        return has and (self.identity.record.dense or self.train.has("prior") or 0 not in self.train.complete_views())
 
     @property
     def prior(self) -> torch.Tensor | None:
@@ -484,7 +485,7 @@ class Cache:
         if self.identity.record.dense or self._prior is not None:
             return self._prior
         if not self.train.has("prior"):
-            if 0 in self.views:
+            if 0 in self.train.complete_views():
                 raise NotFoundError(f"{self.path} lacks its prior: {self._place.again}")
             return None
         prior = self.train.load("prior", self.prior_arrays)[0]
@@ -496,7 +497,7 @@ class Cache:
 
     def write_prior(self, writer: Mapping[str, str]) -> None:
         """Fix the prior from view 0, once that is complete; it never changes later."""
-        if self.identity.record.dense or self.train.has("prior") or 0 not in self.views:
+        if self.identity.record.dense or self.train.has("prior") or 0 not in self.train.complete_views():
             return
         sums = np.zeros(self._prior_array.shape)
         for part in range(self.train.parts):

@@ -189,8 +189,8 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
             f"to compute: {images:,} records on {source.teacher.device}, about {duration(images / rate)} at "
             f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {path}"
         )
-        if batch / rate > _LOST_AT_MOST:
-            say(f"note: killed, this build loses up to {duration(batch / rate)}, one batch: lower --batch-size")
+        if batch / rate > _LOST_AT_MOST - _SPOOL_SECONDS:
+            say(f"note: a build that is killed loses up to a batch, here {duration(batch / rate)}: lower --batch-size")
     path.mkdir(parents=True, exist_ok=True)
     cache = Cache.create(path, source.identity)
     writer = _writer(source.teacher)

@@ -81,6 +81,7 @@ def _commits(
     cache: Cache, contents: bool, report: Report
 ) -> Iterator[tuple[SplitStore, str, Arrays, Callable[[], object]]]:
     """Every commit there is or should be: its split, name, arrays, and what checks it."""
+    has_prior = bool(cache.prior_arrays) and 0 in cache.train.complete_views()
     for store in (cache.evaluation, cache.train):
         yield store, "labels", store.label_arrays, partial(_labels, store, contents)
         if store.size_arrays:
@@ -99,7 +100,7 @@ def _commits(
                 deep = contents or part >= store.parts  # which is refused before anything is read
                 check = partial(store.check_shard, view, part) if deep else partial(store.require, name, wanted)
                 yield store, name, wanted, check
-    if cache.prior_arrays and 0 in report.views:
+    if has_prior:
         yield cache.train, "prior", cache.prior_arrays, partial(_prior, cache, contents)
 
 
