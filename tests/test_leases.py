@@ -506,14 +506,18 @@ def test_a_folder_of_leases_that_leads_elsewhere_is_refused(tmp_path, identity):
     assert (tmp_path / "mine" / "thesis.tex").exists()
 
 
+def stored(sha256):
+    return {"size": 1, "sha256": sha256, "rows": "0" * 64}
+
+
 @pytest.mark.parametrize(
     ("change", "message"),
     [
         (lambda about: about.update(name="v00000-p0000"), "holds no commit of v00000-p0001"),
         (lambda about: about.update(key="0" * 64), "holds no commit of"),
-        (lambda about: about["files"].update({"../../escaped": {"size": 1, "sha256": "0" * 64}}), "holds no commit of"),
-        (lambda about: about["files"].update({"toy/c/7/0": {"size": 1, "sha256": "../../../../toy"}}), "holds no comm"),
-        (lambda about: about["files"].update({"toy/c/7/0": {"size": 1, "sha256": "0" * 64}}), "does not hold the byt"),
+        (lambda about: about["files"].update({"../../escaped": stored("0" * 64)}), "holds no commit of"),
+        (lambda about: about["files"].update({"toy/c/7/0": stored("../../../../toy")}), "holds no commit of"),
+        (lambda about: about["files"].update({"toy/c/7/0": stored("0" * 64)}), "does not hold the bytes"),
         (lambda about: about.clear(), "is not what kdcache writes"),
         (None, "lacks its commit"),
     ],
