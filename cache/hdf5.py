@@ -45,7 +45,7 @@ _MEND = "copy it anew, or remove it and pack the cache again"
 class _Header(Strict):
     """index: offset and size in bytes. sha256: of everything after the block."""
 
-    format: Literal[0] = FORMAT
+    format: Literal[1] = FORMAT
     index: tuple[int, int]
     index_sha256: str
     sha256: str

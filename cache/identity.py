@@ -11,7 +11,7 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 
 from kdcache.cache.errors import CorruptError, MismatchError
 
-FORMAT: Final = 0
+FORMAT: Final = 1
 # Far above any real one; a larger file is refused before it is parsed.
 MAX_JSON_BYTES = 1 << 20
 
@@ -102,7 +102,7 @@ class Identity(Strict):
     class_map: sha256 of the teacher's class for each of the dataset's, or None where they are the same.
     """
 
-    format: Literal[0] = FORMAT
+    format: Literal[1] = FORMAT
     teacher: TeacherIdentity
     data: DataIdentity
     evaluation: DataIdentity
@@ -138,6 +138,8 @@ def parse(model: type[M], data: bytes, where: str, advice: str) -> M:
     found = raw.get("format") if isinstance(raw, dict) else None
     if type(found) is int and found > FORMAT:
         raise MismatchError(f"{where} has format {found}; this kdcache reads up to format {FORMAT}: update kdcache")
+    if type(found) is int and found == 0:
+        raise MismatchError(f"{where} has format 0, from before the first release: build the cache anew elsewhere")
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as e:

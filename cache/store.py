@@ -53,7 +53,7 @@ class Commit(Strict):
     parameters: digest of the view parameters of the shard's samples. writer: who built it, for people.
     """
 
-    format: Literal[0] = FORMAT
+    format: Literal[1] = FORMAT
     key: str
     name: str
     parameters: str | None

@@ -421,10 +421,10 @@ def test_json_that_kdcache_does_not_write_is_refused(filled):
     cases = {
         "unknown": (json.dumps({**good, "more": 1}), "more: Extra"),
         "missing": (json.dumps({k: v for k, v in good.items() if k != "files"}), "files: Field required"),
-        "twice": (text[:-1] + ',"format":0}', "stands twice"),
+        "twice": (text[:-1] + ',"format":1}', "stands twice"),
         "NaN": (text.replace('"size":', '"size":NaN,"s":', 1), "v00001-p0000.json"),
-        "type": (text.replace('"format":0', '"format":"0"'), "format"),
-        "bool": (text.replace('"format":0', '"format":true'), "format"),
+        "type": (text.replace('"format":1', '"format":"0"'), "format"),
+        "bool": (text.replace('"format":1', '"format":true'), "format"),
         "list": ("[1]", "the whole"),
         "deep": ("[" * 100_000, "JSON"),
         "digits": ('{"format":' + "9" * 5000 + "}", "JSON"),
@@ -438,8 +438,8 @@ def test_json_that_kdcache_does_not_write_is_refused(filled):
         with pytest.raises(e.CorruptError, match=message) as caught:
             Cache(filled.cache.path).read(1)
         assert str(path) in str(caught.value) and "run kdcache build again" in str(caught.value), name
-    path.write_text(text.replace('"format":0', '"format":3'))
-    with pytest.raises(e.MismatchError, match="has format 3; this kdcache reads up to format 0: update kdcache"):
+    path.write_text(text.replace('"format":1', '"format":3'))
+    with pytest.raises(e.MismatchError, match="has format 3; this kdcache reads up to format 1: update kdcache"):
         Cache(filled.cache.path).read(1)
 
 
@@ -447,7 +447,8 @@ def test_an_identity_that_cannot_be_read_says_what_to_do(filled):
     path = filled.cache.path / "identity.json"
     text = path.read_text()
     for content, kind, message in (
-        (text.replace('"format":0', '"format":1'), e.MismatchError, "format 1; this kdcache reads up to format 0"),
+        (text.replace('"format":1', '"format":2'), e.MismatchError, "format 2; this kdcache reads up to format 1"),
+        (text.replace('"format":1', '"format":0'), e.MismatchError, "format 0, from before the first release: build"),
         (text.replace('"k":4', '"k":4,"k":4'), e.CorruptError, "stands twice"),
         (text.replace("4.0", "NaN"), e.CorruptError, "temperatures"),
         (text.replace("4.0", "1e999"), e.CorruptError, "temperatures"),
