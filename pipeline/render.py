@@ -7,7 +7,9 @@ train on the same renderer and CPU class, with any number of workers.
 from __future__ import annotations
 
 import os
+import signal
 from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 import numpy as np
@@ -130,13 +132,25 @@ class Renderer:
             worker_init_fn=_one_thread,
             pin_memory=self.device.type == "cuda",
         )
-        for batch in loader:
+        with _uninterrupted():
+            started = iter(loader)
+        for batch in started:
             yield self._ready(batch)
 
     def _ready(self, batch: Tensor | str) -> Tensor:
         if isinstance(batch, str):
             raise InputError(batch)
         return batch.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Have Ctrl-C wait: in the middle of a fork it leaves half-made processes. The workers never see it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
 def _one_thread(worker: int) -> None:
