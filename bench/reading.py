@@ -29,6 +29,7 @@ from torch import Tensor
 
 from kdcache.cache import Cache, Identity, arrays, encode
 from kdcache.cache.identity import DataIdentity, RecordIdentity, TeacherIdentity, ViewsIdentity
+from kdcache.cache.pack import pack_hdf5
 from kdcache.cache.records import TEMPERATURES, tail_distribution
 from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.datasets import open_data
@@ -116,9 +117,15 @@ def reading(work: Path, cache: Cache, rounds: int) -> dict[str, Any]:
     if not (fkd / f"{FKD_IMAGES - 1}.tar").exists():
         fkd_files(fkd)
     rng = np.random.default_rng(0)
+    packed = work / "imagenet.h5"
+    packed.unlink(missing_ok=True)
+    packing = timed(lambda: pack_hdf5(cache, packed, cache.views))
 
     def slab() -> None:
         Cache(cache.path).read(0)
+
+    def packed_slab() -> None:
+        Cache(packed).read(0)
 
     def epoch() -> None:
         records = Cache(cache.path).read(0)
@@ -139,7 +146,7 @@ def reading(work: Path, cache: Cache, rounds: int) -> dict[str, Any]:
             labels[int(rng.integers(FKD_CROPS))]
 
     cases = {
-        "slab": (slab, SAMPLES), "shuffled epoch": (epoch, SAMPLES),
+        "slab": (slab, SAMPLES), "slab, hdf5": (packed_slab, SAMPLES), "shuffled epoch": (epoch, SAMPLES),
         "one seek a record": (one_seek_a_record, PEER_RECORDS), "one file an image": (one_file_an_image, FKD_IMAGES),
     }  # fmt: skip
     taken: dict[str, list[float]] = {name: [] for name in cases}
@@ -150,7 +157,8 @@ def reading(work: Path, cache: Cache, rounds: int) -> dict[str, Any]:
     rates = {name: cases[name][1] / statistics.median(times) for name, times in taken.items()}
     return {
         "bytes_a_record": cache.size() / SAMPLES,
-        "slab_seconds": {"median": statistics.median(taken["slab"]), "all": taken["slab"]},
+        "hdf5": {"bytes_a_record": packed.stat().st_size / SAMPLES, "pack_seconds": packing},
+        "seconds": {name: {"median": statistics.median(times), "all": times} for name, times in taken.items()},
         "records_per_second": rates,
         "times_one_seek_a_record": rates["shuffled epoch"] / rates["one seek a record"],
         "times_one_file_an_image": rates["shuffled epoch"] / rates["one file an image"],
