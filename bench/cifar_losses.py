@@ -32,9 +32,8 @@ TEACHER, STUDENT, SIZE = "resnet32", "resnet20", 32
 
 def sweeps() -> dict[str, tuple[list[str], bool]]:
     """What is trained from which records: losses, and whether the teacher learns too."""
-    served = [
-        name for name in LOSSES if make_loss(name, SIZE).needs.temperatures and not make_loss(name, SIZE).needs.dense
-    ]
+    needs = {name: make_loss(name, SIZE).needs for name in LOSSES}
+    served = [name for name, n in needs.items() if (n.temperatures or n.standardised) and not n.dense]
     return {"dense": (list(LOSSES), False), "top 3": (served, False), "teacher learns": (["bdkd"], True)}
 
 
@@ -68,7 +67,7 @@ def main() -> None:
     if not taught.exists():
         teach(TeachConfig(TEACHER, data=a.data, epochs=a.teacher_epochs, batch_size=a.batch_size, seed=a.seed))
     caches = {
-        name: build(BuildConfig(TEACHER, data=a.data, views=a.epochs, topk=topk, seed=a.seed))
+        name: build(BuildConfig(TEACHER, data=a.data, views=a.epochs, topk=topk, tail_std=True, seed=a.seed))
         for name, topk in (("dense", None), ("top 3", 3))
     }
     runs = []
