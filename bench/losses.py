@@ -32,16 +32,16 @@ from kdcache.train.presets import LOSSES, make_loss, options_of
 
 # Each loss as for ImageNet; the last ones at the temperatures of CIFAR, where the head holds less.
 TOP_K = [
-    "kd", "nkd", "dkd", "wsld", "gkd", "skew-kl", "skew-rkl", "bdkd",
+    "kd", "nkd", "dkd", "wsld", "gkd", "skew-kl", "skew-rkl", "bdkd", "logit-std",
     "kd:temperature=4", "nkd:temperature=3", "dkd:temperature=4", "wsld:temperature=4", "gkd:temperature=4",
 ]  # fmt: skip
 TAILS = ("uniform", "prior")
 KEPT = (10, 20)
 
 
-def with_prior(records: Records, logits: Tensor, of: Tensor, labels: Tensor, k: int) -> Records:
+def with_prior(records: Records, of: Tensor, labels: Tensor, k: int) -> Records:
     """Records with the class prior that a cache takes from the logits `of` of view 0."""
-    first = encode(of, labels, k)
+    first = encode(of, labels, k, tail_std=True)
     return replace(records, prior=class_prior(tail_distribution(of, first)))
 
 
@@ -64,7 +64,7 @@ def accuracy(path: Path, seed: int = 0) -> list[dict[str, Any]]:
     for spec in TOP_K:
         want, want_gradient = value_and_gradient(lambda v: call(make_loss(spec, 224), v, labels, exact), student)  # noqa: B023
         for k in KEPT:
-            records = with_prior(encode(teacher, labels, k), teacher, views[0], labels, k)
+            records = with_prior(encode(teacher, labels, k, tail_std=True), views[0], labels, k)
             # gkd has no tail to model.
             for tail in TAILS if "tail" in options_of(make_loss(spec, 224)) else ("none",):
                 loss = make_loss(spec, 224)
@@ -92,7 +92,7 @@ def speed(rounds: int, batch: int = 1024, classes: int = 1000, k: int = 20) -> l
     teacher, student = (3 * torch.randn(batch, classes, generator=generator) for _ in range(2))
     labels = teacher.argmax(1)
     dense = encode(teacher, labels)
-    sparse = with_prior(encode(teacher, labels, k), teacher, teacher, labels, k)
+    sparse = with_prior(encode(teacher, labels, k, tail_std=True), teacher, labels, k)
     cases: dict[tuple[str, str], tuple[Loss, Records]] = {}
     for name in LOSSES:
         loss = make_loss(name, 224)
@@ -102,7 +102,7 @@ def speed(rounds: int, batch: int = 1024, classes: int = 1000, k: int = 20) -> l
             loss.prepare(dense)
         if loss.needs.dense:
             cases[name, "dense"] = loss, dense
-        elif loss.needs.temperatures:
+        elif loss.needs.temperatures or loss.needs.standardised:
             cases[name, "dense"], cases[name, "top 20"] = (loss, dense), (loss, sparse)
         else:
             cases[name, "no teacher"] = loss, dense
