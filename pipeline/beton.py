@@ -24,9 +24,10 @@ import stat
 import struct
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from functools import cached_property
 from pathlib import Path
-from typing import Any, BinaryIO, Literal
+from typing import Any, BinaryIO
 
 import numpy as np
 import torch
@@ -110,7 +111,7 @@ def checksum_seed(sample: Any, view: Any) -> Any:
 
 def _checksums(rows: NDArray[np.uint8], first: int, view: int) -> NDArray[np.uint32]:
     """[n] CRC-32 (zlib's) of the records [n, R] of samples first, first + 1, ..."""
-    crc = ~checksum_seed(np.arange(first, first + len(rows)), view).astype(np.uint32)
+    crc: NDArray[np.uint32] = ~checksum_seed(np.arange(first, first + len(rows)), view).astype(np.uint32)
     for column in rows.T:
         crc = CRC_TABLE[(crc ^ column) & 0xFF] ^ (crc >> 8)
     return ~crc
@@ -173,10 +174,12 @@ def pack_beton(
     has = cache.identity.data
     if found := has.differences(describe_data(data, has.full_contents), theirs="the data"):
         raise MismatchError(f"{cache.path} was built from other data than {data.name}: {'; '.join(found)}")
-    chosen = tuple(sorted(set(cache.views if views is None else views)))
-    if missing := set(chosen) - set(cache.views) or not chosen:
-        which = "no complete view" if missing is True else f"no complete view {min(missing)}"
-        raise NotFoundError(f"{cache.path} has {which}: run kdcache build, or choose others with --views")
+    complete = cache.views
+    chosen = tuple(sorted(set(complete if views is None else views)))
+    if not chosen:
+        raise NotFoundError(f"there are no views to pack: {cache.path} has {len(complete)} complete ones")
+    if missing := set(chosen) - set(complete):
+        raise NotFoundError(f"{cache.path} has no complete view {min(missing)}: build it, or choose other --views")
     writer = _Writer(cache, data, chosen)
     folder = out.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -229,9 +232,13 @@ class _Writer:
         if data.images is not None:
             image["mode"], self.image_bytes = RAW, raw_bytes
         else:
-            kept = [self._kept_as_jpeg(i) for i in range(n)]
-            image["mode"] = np.where(np.array(kept) >= 0, JPEG, RAW)
-            self.image_bytes = np.where(np.array(kept) >= 0, kept, raw_bytes)
+            kept = np.empty(n, np.int64)
+            with ThreadPoolExecutor() as pool, Progress("look at files", n, "files") as progress:
+                for i, length in enumerate(pool.map(self._jpeg_bytes, range(n))):
+                    kept[i] = length
+                    progress.advance(1)
+            image["mode"] = np.where(kept >= 0, JPEG, RAW)
+            self.image_bytes = np.where(kept >= 0, kept, raw_bytes)
         sample = self.image_bytes + layout.sample_bytes
         self.page_size = max(_MIN_PAGE, 1 << (int(sample.max()) - 1).bit_length())
         if self.page_size > _MAX_PAGE:
@@ -246,8 +253,8 @@ class _Writer:
         self.pages_end = at
         self.bytes = at + n * 2 * _ALLOCATION.itemsize + _TRAILER.size
 
-    def _kept_as_jpeg(self, i: int) -> int:
-        """The bytes of a JPEG file that FFCV can decode, or -1."""
+    def _jpeg_bytes(self, i: int) -> int:
+        """The length of a JPEG file that FFCV can decode, or -1."""
         assert self.data.root is not None
         path = self.data.root / self.data.paths[i]
         try:
@@ -311,7 +318,11 @@ class _Writer:
             return self.data.images[i].contiguous().numpy().reshape(-1).data
         assert self.data.root is not None
         if self.table["image"]["mode"][i] == JPEG:
-            return (self.data.root / self.data.paths[i]).read_bytes()
+            path = self.data.root / self.data.paths[i]
+            try:
+                return path.read_bytes()
+            except OSError as e:
+                raise InputError(f"{path} cannot be read: {e.strerror}") from e
         return self.data.decode(i).permute(1, 2, 0).contiguous().numpy().reshape(-1).data
 
     def _finish(self, file: BinaryIO, views: list[str], pixels: str | None) -> None:
@@ -325,7 +336,8 @@ class _Writer:
         for content in blocks:
             places.append(Block(offset=file.tell(), size=len(content), sha256=sha256(content)))
             file.write(content)
-        commits = [[self.cache.train.commit(shard_name(v, p)) for p in range(self.cache.train.parts)] for v in self.views]
+        store = self.cache.train
+        commits = [[store.commit(shard_name(v, p)) for p in range(store.parts)] for v in self.views]
         notes = Notes(
             identity=self.cache.identity,
             mean=self.data.mean,
@@ -429,7 +441,7 @@ class Beton:
         for at in range(0, len(self), _CHUNK):
             first = self.table["records"][at : at + _CHUNK].astype(np.int64)
             rows[at : at + _CHUNK] = self.content[first[:, None] + columns]
-        if sha256(rows.data) != packed.records:
+        if hashlib.sha256(rows.data).hexdigest() != packed.records:
             raise self.corrupt(f"the records of view {view} are not what was packed")
         return as_records(self.identity.record, self.layout.split(rows), self.labels, self.prior)
 
@@ -507,7 +519,9 @@ class Beton:
         if magic != _MAGIC:
             raise InputError(f"{self.path} is damaged, or not packed by kdcache: make one with kdcache pack --to ffcv")
         if version > _VERSION:
-            raise MismatchError(f"{self.path} has version {version}, this kdcache reads up to {_VERSION}: update kdcache")
+            raise MismatchError(
+                f"{self.path} has version {version}, this kdcache reads up to {_VERSION}: update kdcache"
+            )
         start = end - _TRAILER.size - length
         if length > _MAX_NOTES or start < _HEADER.itemsize:
             raise self.corrupt("its notes are cut short")
@@ -532,32 +546,33 @@ class Beton:
         self.table = np.frombuffer(head, layout.table, offset=start)
         regions = np.frombuffer(tail, _ALLOCATION).reshape(n, 2)
         self.image_bytes = regions["size"][:, 0].astype(np.int64)
-        # The digests say that kdcache wrote these; that they are sound must hold for a forged file too.
-        image, page = self.table["image"], int(header["page_size"])
-        raw_bytes = self.sizes.astype(np.int64).prod(1) * 3
-        records = self.table["records"].astype(np.uint64)
-        pages_start = np.uint64(table_end)
-        sound = (
-            head[_HEADER.itemsize : start] == layout.descriptors.tobytes()
-            and _MIN_PAGE <= page <= _MAX_PAGE
-            and page & (page - 1) == 0
-            and (image["mode"] <= RAW).all()
-            and (raw_bytes > 0).all()
-            and (self.table["index"] == np.arange(n)).all()
-            and all(((self.table[name] >= 0) & (self.table[name] < self.identity.record.classes)).all() for name in layout.labels)
-            and (regions == _allocations(self.table, self.image_bytes, layout).reshape(n, 2)).all()
-            and ((image["mode"] == JPEG) | (self.image_bytes == raw_bytes)).all()
-            and (not self.raw or ((image["mode"] == RAW).all() and (self.sizes == self.sizes[0]).all()))
-            and all(_within(at, length, pages_start, end) for at, length in (
-                (image["pointer"], self.image_bytes.astype(np.uint64)),
-                (records, np.full(n, layout.sample_bytes, np.uint64)),
-            ))
-            and len(self.views) > 0
-            and all(len(v.parameters) == -(-n // self.identity.part) for v in self._notes.views)
-            and (self._notes.prior is None) == self.identity.record.dense
-        )  # fmt: skip
-        if not sound:
+        if head[_HEADER.itemsize : start] != layout.descriptors.tobytes() or not self._sound(header, regions, end):
             raise self.corrupt("its table does not fit its identity and length")
+
+    def _sound(self, header: Any, regions: NDArray[Any], end: int) -> bool:
+        """Whether all that FFCV takes on trust holds: the digests alone would also fit a forged file."""
+        table, layout, identity, page = self.table, self.layout, self.identity, int(header["page_size"])
+        image, n = table["image"], len(table)
+        raw_bytes = self.sizes.astype(np.int64).prod(1) * 3
+        pages_start = _HEADER.itemsize + layout.descriptors.nbytes + table.nbytes
+        # Lengths against the room first: a sum of two numbers from the file could overflow.
+        room = np.uint64(end) - np.minimum(regions["size"], np.uint64(end))
+        labels = [table[name] for name in layout.labels]
+        rules = (
+            _MIN_PAGE <= page <= _MAX_PAGE and page & (page - 1) == 0,
+            (image["mode"] <= RAW).all() and (raw_bytes > 0).all(),
+            ((image["mode"] == JPEG) | (self.image_bytes == raw_bytes)).all(),
+            not self.raw or ((image["mode"] == RAW).all() and (self.sizes == self.sizes[0]).all()),
+            (table["index"] == np.arange(n)).all(),
+            all(((y >= 0) & (y < identity.record.classes)).all() for y in labels),
+            (regions.reshape(-1) == _allocations(table, self.image_bytes, layout)).all(),
+            (regions["size"] <= end).all() and (regions["pointer"] >= pages_start).all(),
+            (regions["pointer"] <= room).all(),
+            0 < len(self.views) == len(set(self.views)),
+            all(len(v.parameters) == -(-n // identity.part) for v in self._notes.views),
+            (self._notes.prior is None) == identity.record.dense,
+        )
+        return all(bool(rule) for rule in rules)
 
     def _block(self, block: Block, expected: int, what: str) -> bytes:
         if block.size != expected or not 0 <= block.offset <= self._bytes - block.size:
@@ -589,12 +604,6 @@ class _Evaluation:
     def labels(self) -> NDArray[Any]:
         """[N, L] class ids of the teacher."""
         return self.records.labels.numpy()
-
-
-def _within(at: NDArray[np.uint64], length: NDArray[np.uint64], start: np.uint64, end: int) -> bool:
-    # Without a sum of two numbers from the file, which could overflow.
-    room = np.uint64(end) - length
-    return bool((length <= np.uint64(end)).all() and (at >= start).all() and (at <= room).all())
 
 
 def _mapped(path: Path) -> NDArray[np.uint8]:

@@ -119,7 +119,7 @@ class BetonLoader:
             epoch.close()
         own = [
             render(self.beton.image(i), parameters.boxes[i].tolist(), bool(parameters.flips[i]), self._size)
-            for i in index
+            for i in index.tolist()
         ]
         return float((mine - torch.stack(own)).abs().mean())
 
@@ -152,7 +152,7 @@ class BetonLoader:
 
 
 def _student_size(beton: Beton, image_size: int | None, allow_renderer: bool) -> tuple[int, int]:
-    """(H, W) of the images that the student gets; an error where FFCV cannot give them, or not as the cache was built."""
+    """(H, W) of the images that the student gets; an error where FFCV cannot give them as asked."""
     policy = beton.identity.views.policy
     height, width = beton.sizes[0].tolist()
     if not beton.raw:

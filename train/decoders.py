@@ -37,7 +37,7 @@ _seed = njit(checksum_seed)
 
 
 # Kernels apart from the decoders, which FFCV compiles anew for every loader: these are compiled once a machine.
-@njit(cache=True, nogil=True, parallel=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True, parallel=True)
 def _crop(index, pixels, metadata, content, boxes, flips):  # type: ignore[no-untyped-def]
     """Cut boxes of the images' own size, black beyond the edge, into pixels [B, H, W, 3]."""
     # In flat slices without a sign in their indices: four times as fast as [y, x, channel].
@@ -59,14 +59,14 @@ def _crop(index, pixels, metadata, content, boxes, flips):  # type: ignore[no-un
             to = out[at : at + row]
             if flip:
                 for x in range(0, row, 3):
-                    for c in range(3):
-                        to[row - 3 - x + c] = source[x + c]
+                    mirrored = row - 3 - x
+                    to[mirrored], to[mirrored + 1], to[mirrored + 2] = source[x], source[x + 1], source[x + 2]
             else:
                 for x in range(row):
                     to[x] = source[x]
 
 
-@njit(cache=True, nogil=True)  # type: ignore[untyped-decorator]
+@njit(cache=True, nogil=True)
 def _copy_records(index, rows, sound, starts, content, table, seeds):  # type: ignore[no-untyped-def]
     """Copy records into rows [B, R]; sound [B]: whether the CRC behind each is right."""
     width = rows.shape[1]
@@ -165,7 +165,7 @@ class AreaDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
 
 
 def _bytes(state: State, shape: tuple[int, ...]) -> tuple[State, Any]:
-    """What FFCV wants to know of a decoder that gives bytes of this shape, and a byte that says whether they are sound."""
+    """What FFCV wants to know of a decoder of this shape with a byte that says whether all is sound."""
     return (
         replace(state, jit_mode=True, shape=shape, dtype=_BYTE),
         (AllocationQuery(shape, _BYTE), AllocationQuery((), _BYTE)),
@@ -208,7 +208,8 @@ class Epoch(EpochIterator):  # type: ignore[misc]
             # The reader would wait for ever. Where the queue is full it has not come to this batch yet.
             while not self.terminate_event.is_set():
                 try:
-                    return self.output_queue.put(None, timeout=0.1)
+                    self.output_queue.put(None, timeout=0.1)
+                    break
                 except Full:
                     pass
 
