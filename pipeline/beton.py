@@ -164,13 +164,12 @@ def pack_beton(
     """Write `out` with the images of `data` (the cache's train split) and the records of `views` (None: all).
 
     In-memory images are stored as raw pixels; of files, JPEG is stored as it is and all else as raw pixels. The file
-    appears whole or not at all. InputError where it exists, is not named .beton or does not fit on the disk;
-    MismatchError for other data; NotFoundError for a view that is not complete.
+    appears whole or not at all, and one that holds the same already is left as it is. InputError where it holds
+    something else, is not named .beton or does not fit on the disk; MismatchError for other data; NotFoundError for
+    a view that is not complete.
     """
     if out.suffix != ".beton":
         raise InputError(f"{out}: the name of an FFCV file ends in .beton")
-    if out.exists():
-        raise InputError(f"{out} exists and is never overwritten: remove it, or give another --out")
     has = cache.identity.data
     if found := has.differences(describe_data(data, has.full_contents), theirs="the data"):
         raise MismatchError(f"{cache.path} was built from other data than {data.name}: {'; '.join(found)}")
@@ -180,6 +179,12 @@ def pack_beton(
         raise NotFoundError(f"there are no views to pack: {cache.path} has {len(complete)} complete ones")
     if missing := set(chosen) - set(complete):
         raise NotFoundError(f"{cache.path} has no complete view {min(missing)}: build it, or choose other --views")
+    if out.exists():
+        there = Beton(out)
+        if (there.key, there.views) != (cache.key, chosen):
+            raise InputError(f"{out} holds other records and is never overwritten: remove it, or give another --out")
+        say(f"{out} holds these views already")
+        return out
     writer = _Writer(cache, data, chosen)
     folder = out.absolute().parent
     folder.mkdir(parents=True, exist_ok=True)
@@ -187,7 +192,6 @@ def pack_beton(
     if writer.bytes > free:
         raise InputError(f"{out} would take {size(writer.bytes)}, and {size(free)} are free: give another --out")
     temporary = folder / f".{out.name}.{os.getpid()}.tmp"
-    started = time.monotonic()
     try:
         with temporary.open("xb") as file:
             seconds = writer.estimate(file)
@@ -209,7 +213,6 @@ def pack_beton(
         raise
     finally:
         temporary.unlink(missing_ok=True)
-    say(f"done in {duration(time.monotonic() - started)}: {size(out.stat().st_size)}")
     return out
 
 
@@ -428,7 +431,7 @@ class Beton:
         """float32 [T, C], or None for dense records."""
         if self._notes.prior is None:
             return None
-        shape = len(self.identity.record.temperatures), self.identity.record.classes
+        shape = self.identity.record.tails, self.identity.record.classes
         values = np.frombuffer(self._block(self._notes.prior, 4 * shape[0] * shape[1], "the prior"), "<f4")
         return torch.from_numpy(values.reshape(shape).copy())
 
@@ -515,7 +518,8 @@ class Beton:
 
     def _read_notes(self, end: int) -> int:
         """Where the notes begin."""
-        digest, length, version, magic = _TRAILER.unpack(self.content[end - _TRAILER.size : end].tobytes())
+        trailer: tuple[bytes, int, int, bytes] = _TRAILER.unpack(self.content[end - _TRAILER.size : end].tobytes())
+        digest, length, version, magic = trailer
         if magic != _MAGIC:
             raise InputError(f"{self.path} is damaged, or not packed by kdcache: make one with kdcache pack --to ffcv")
         if version > _VERSION:
