@@ -39,6 +39,7 @@ from kdcache.cache.arrays import ArraySpec, as_arrays, as_records, id_dtype, rec
 from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
 from kdcache.cache.files import sha256, sync_folder
 from kdcache.cache.identity import Identity, Sha256, Strict, canonical, parse
+from kdcache.cache.pack import clear_leaving, new_file
 from kdcache.cache.records import Records
 from kdcache.cache.store import Cache, shard_name
 from kdcache.pipeline.build import describe_data
@@ -191,9 +192,10 @@ def pack_beton(
     free = shutil.disk_usage(folder).free
     if writer.bytes > free:
         raise InputError(f"{out} would take {size(writer.bytes)}, and {size(free)} are free: give another --out")
-    temporary = folder / f".{out.name}.{os.getpid()}.tmp"
+    temporary = folder / f".{out.name}.packing"
+    clear_leaving(temporary)
     try:
-        with temporary.open("xb") as file:
+        with new_file(temporary) as target, open(target.fileno(), "wb", closefd=False) as file:
             seconds = writer.estimate(file)
             kept = "raw pixels" if data.images is not None else f"JPEG as it is; trained on with {AREA_RENDERER}"
             say(
@@ -203,16 +205,14 @@ def pack_beton(
             writer.write(file)
             file.flush()
             os.fsync(file.fileno())
-        try:
-            os.link(temporary, out)
-        except FileExistsError:
-            raise InputError(f"{out} was made meanwhile and is never overwritten") from None
+            try:
+                os.link(temporary, out)
+            except FileExistsError:
+                raise InputError(f"{out} was made meanwhile and is never overwritten") from None
         sync_folder(folder)
     except OSError as e:
         e.filename = str(out)  # not the temporary file, which is gone
         raise
-    finally:
-        temporary.unlink(missing_ok=True)
     return out
 
 
@@ -237,9 +237,10 @@ class _Writer:
         else:
             kept = np.empty(n, np.int64)
             with ThreadPoolExecutor() as pool, Progress("look at files", n, "files") as progress:
-                for i, length in enumerate(pool.map(self._jpeg_bytes, range(n))):
-                    kept[i] = length
-                    progress.advance(1)
+                for at in range(0, n, _CHUNK):  # no more is under way when someone presses Ctrl-C
+                    rows = range(at, min(at + _CHUNK, n))
+                    kept[at : rows.stop] = list(pool.map(self._jpeg_bytes, rows))
+                    progress.advance(len(rows))
             image["mode"] = np.where(kept >= 0, JPEG, RAW)
             self.image_bytes = np.where(kept >= 0, kept, raw_bytes)
         sample = self.image_bytes + layout.sample_bytes
@@ -254,7 +255,8 @@ class _Writer:
             image["pointer"][i], at = at, at + length
         self.table["records"] = image["pointer"] + self.image_bytes.astype(np.uint64)
         self.pages_end = at
-        self.bytes = at + n * 2 * _ALLOCATION.itemsize + _TRAILER.size
+        held_out = cache.identity.evaluation.samples * layout.record_bytes
+        self.bytes = at + held_out + n * 2 * _ALLOCATION.itemsize  # but for notes and the like
 
     def _jpeg_bytes(self, i: int) -> int:
         """The length of a JPEG file that FFCV can decode, or -1."""

@@ -196,10 +196,12 @@ def test_a_file_made_meanwhile_is_kept(packed, tmp_path, monkeypatch):
     assert out.read_text() == "theirs" and [p.name for p in tmp_path.iterdir()] == ["x.beton"]
 
 
-def test_ctrl_c_leaves_nothing(packed, tmp_path):
-    cache, _, _ = packed
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGKILL])
+def test_a_pack_that_is_stopped_leaves_no_file(packed, tmp_path, how):
+    cache, data, path = packed
     script = f"""
         import time
+        from pathlib import Path
         from kdcache.cache.store import Cache
         from kdcache.pipeline import beton
         from kdcache.tests.test_beton import arrays_data
@@ -210,7 +212,6 @@ def test_ctrl_c_leaves_nothing(packed, tmp_path):
                 time.sleep(60)
             return image(self, i)
         beton._Writer._image = slowly
-        from pathlib import Path
         beton.pack_beton(Cache(Path({str(cache.path)!r})), arrays_data(50, 6, 9), Path("x.beton"))
     """
     with subprocess.Popen(
@@ -218,10 +219,18 @@ def test_ctrl_c_leaves_nothing(packed, tmp_path):
     ) as process:
         while process.stdout.readline() not in (b"there\n", b""):
             pass
-        assert [p.name for p in tmp_path.iterdir()] == [f".x.beton.{process.pid}.tmp"]
-        process.send_signal(signal.SIGINT)
+        with pytest.raises(e.BusyError, match="another process is packing"):
+            pack_beton(cache, data, tmp_path / "x.beton", None, quiet)
+        process.send_signal(how)
         _, errors = process.communicate()
-    assert errors.strip().endswith(b"KeyboardInterrupt") and not list(tmp_path.iterdir())
+    left = [p.name for p in tmp_path.iterdir()]
+    if how == signal.SIGINT:
+        assert errors.strip().endswith(b"KeyboardInterrupt") and not left
+    else:
+        assert left == [".x.beton.packing"]
+        pack_beton(cache, data, tmp_path / "x.beton", None, quiet)
+        assert [p.name for p in tmp_path.iterdir()] == ["x.beton"]
+        assert (tmp_path / "x.beton").read_bytes() == path.read_bytes()  # nothing in it but what it is made from
 
 
 # ---- damage and forgery ----
@@ -439,7 +448,11 @@ def test_batches_are_those_of_the_cache(tmp_path, policy, size, labelled, record
     cache = Drawn(tmp_path / "c", data, policy, views=3, part=32, **record).cache
     path = pack_beton(cache, data, tmp_path / "x.beton", None, quiet)
     assert_same_epochs(cache, data, path, 16, epochs=4, seed=5)
-    assert_same_epochs(cache, data, path, 21, epochs=1, world=2, views=1)
+
+
+@needs_ffcv
+def test_ranks_share_each_batch(packed):
+    assert_same_epochs(*packed, 7, epochs=2, world=2, views=1)
 
 
 @needs_ffcv
@@ -587,7 +600,7 @@ def test_jpeg_is_stored_as_it_is(files):
 @needs_ffcv
 def test_ffcvs_rendering_of_files_must_be_allowed_and_is_measured(files, tmp_path):
     cache, data, path = files
-    beton = Beton(path)
+    beton = Beton(shutil.copy(path, tmp_path / "copy.beton"))
     assert (beton.raw, beton.renderer) == (False, "ffcv-area-1")
     with pytest.raises(e.MismatchError, match=r"renders by ffcv-area-1 and .* torch-uint8-1: give --allow-renderer"):
         BetonLoader(beton, 8)
@@ -602,22 +615,15 @@ def test_ffcvs_rendering_of_files_must_be_allowed_and_is_measured(files, tmp_pat
             apart.append((a.float() - b.float()).abs().mean().item())
             assert (a.flip(3).float() - b.float()).abs().mean() > 5 * apart[-1]  # mirrored where it should be
     assert max(apart) < 3 and 0 < ours.difference() < 3
+    assert beton.table["image"]["mode"][0] == module.JPEG
+    with beton.path.open("r+b") as f:
+        f.seek(int(beton.table["image"]["pointer"][0]))
+        f.write(bytes(40))
+    with pytest.raises(e.CorruptError, match="the image of sample 0 is damaged"):
+        list(ours.steps())
     crop = Drawn(tmp_path / "c", data, "crop,flip").cache
     with pytest.raises(e.InputError, match="reach beyond the image's edge"):
         BetonLoader(Beton(pack_beton(crop, data, tmp_path / "x.beton", None, quiet)), 8, allow_renderer=True)
-
-
-@needs_ffcv
-def test_an_image_that_cannot_be_decoded_is_named(files, tmp_path):
-    copy = Path(shutil.copy(files[2], tmp_path / "x.beton"))
-    loader = BetonLoader(Beton(copy), 16, image_size=20, allow_renderer=True)
-    at = int(loader.beton.table["image"]["pointer"][0])
-    assert loader.beton.table["image"]["mode"][0] == module.JPEG
-    with copy.open("r+b") as f:
-        f.seek(at)
-        f.write(bytes(40))
-    with pytest.raises(e.CorruptError, match="the image of sample 0 is damaged"):
-        list(loader.steps())
 
 
 def test_a_file_that_has_gone_is_named(files, tmp_path):
@@ -659,6 +665,7 @@ def test_training_from_the_file_is_training_from_the_cache(tmp_path, monkeypatch
     shutil.rmtree("c")
     evaluated = json.loads(run("eval", "run-c.beton", "--json").output)
     assert evaluated["top1"] == metrics["c"][evaluated_epoch(metrics["c"])]["top1"]
+    assert "give the cache that it was packed from" in run("info", "c.beton", status=2).output
     assert "give the cache itself" in run(*common, "--cache", "c.beton", "--online", status=2).output
     Path("c.beton").write_bytes(b"nothing")
     assert run(*common, "--cache", "c.beton", status=2).output.startswith("Error: c.beton is not an FFCV file")
