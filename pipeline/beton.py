@@ -174,6 +174,7 @@ def pack_beton(
     has = cache.identity.data
     if found := has.differences(describe_data(data, has.full_contents), theirs="the data"):
         raise MismatchError(f"{cache.path} was built from other data than {data.name}: {'; '.join(found)}")
+    cache.train.require_sizes(data.sizes)
     complete = cache.views
     chosen = tuple(sorted(set(complete if views is None else views)))
     if not chosen:

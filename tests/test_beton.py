@@ -53,21 +53,17 @@ def quiet(line):
     pass
 
 
-def toy_data(cache, height=8, width=8):
-    """Random pixels that pass for the cache's own train split."""
-    has = cache.identity.data
-    pixels = torch.randint(0, 256, (has.samples, height, width, 3), dtype=torch.uint8)
-    data = Dataset(
-        name=has.name,
-        split="train",
-        labels=np.zeros((has.samples, 0), np.int64),
-        class_names=(),
-        sizes=np.tile(np.array([[height, width]], np.int32), (has.samples, 1)),
-        mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.3, 0.25),
-        images=pixels,
-    )
+def toy_data(cache, place):
+    """Image files of random pixels that pass for the cache's own train split."""
+    has, rng = cache.identity.data, np.random.default_rng(0)
+    paths = tuple(f"{i:03d}.png" for i in range(has.samples))
+    for path in paths:
+        Image.fromarray(rng.integers(0, 256, (5, 8, 3), np.uint8)).save(place / path)
+    sizes = np.tile(np.array([[5, 8]], np.int32), (has.samples, 1))
+    unlabelled = np.zeros((has.samples, 0), np.int64)
+    data = Dataset(has.name, "train", unlabelled, (), sizes, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), None, place, paths)
     data._fingerprints[has.full_contents] = has.fingerprint
+    vars(cache.train)["sizes"] = sizes
     return data
 
 
@@ -78,8 +74,11 @@ class Drawn(Filled):
         about = identity(len(data), part=part, labels=data.labels.shape[1], **record)
         views_identity = about.views.model_copy(update={"policy": policy, "renderer": RENDERER})
         about = about.model_copy(update={"data": describe_data(data, False), "views": views_identity})
-        self.sizes, self.views = data.sizes, about.views
+        self.data, self.views = data, about.views
         super().__init__(path, about, views)
+
+    def sizes(self, store):
+        return self.data.sizes if store.split == "train" else super().sizes(store)
 
     def write(self, store, view, part):
         rows = store.rows(part)
@@ -87,7 +86,7 @@ class Drawn(Filled):
         sums = tail_distribution(z, records).numpy() if store.carries_tail_sums(view) else None
         digest = "of the evaluation split"
         if store.split == "train":
-            drawn = draw(self.views.policy, self.views.seed, view, rows, self.sizes[rows.start : rows.stop])
+            drawn = draw(self.views.policy, self.views.seed, view, rows, self.data.sizes[rows.start : rows.stop])
             digest = drawn.digest()
         store.write_shard(view, part, as_arrays(records), digest, WRITER, sums)
 

@@ -51,7 +51,7 @@ def unpacked(cache, place):
 
 
 def beton(cache, place):
-    return Beton(pack_beton(cache, toy_data(cache), place / "c.beton", None, lambda line: None))
+    return Beton(pack_beton(cache, toy_data(cache, place), place / "c.beton", None, lambda line: None))
 
 
 # Each makes, of a cache folder, what has `identity`, `views` and `read(view)`; CACHES can do all that a folder can.

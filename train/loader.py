@@ -55,7 +55,8 @@ def require_data(cache: Cache | Beton, data: Dataset) -> None:
     given = describe_data(data, has.full_contents)
     if found := has.differences(given, theirs="the data"):
         raise MismatchError(f"{cache.path} was built from other data than {data.name}: {'; '.join(found)}")
-    (cache.train if data.split == "train" else cache.evaluation).require_sizes(data.sizes)
+    if isinstance(cache, Cache):  # a .beton has the train split's images itself
+        (cache.train if data.split == "train" else cache.evaluation).require_sizes(data.sizes)
 
 
 def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
