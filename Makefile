@@ -6,6 +6,9 @@ SHELL := /bin/bash
 
 BIN := .venv/bin
 READY := .venv/.ready
+, := ,
+# What the extra kdcache[ffcv] compiles against.
+FFCV_PACKAGES := g++ pkg-config python3-dev libturbojpeg0-dev libopencv-dev
 
 .PHONY: help demo test lint bench clean
 
@@ -34,8 +37,13 @@ clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
+# $(call INSTALL,extras,file for pip's errors): of its many lines only the long downloads are shown (torch and CUDA are
+# gigabytes).
+INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(1)]' \
+    2>$(2) | sed -nu -E '/^ *(Downloading|Using cached) .* (MB|GB)\)/p'
+HAVE_FFCV_LIBRARIES = { command -v c++ && pkg-config --exists opencv4 libturbojpeg; } >/dev/null 2>&1
+
 # __init__.py holds the version, which the installed metadata repeats.
-# Of pip's many lines only the long downloads are shown (torch and CUDA are gigabytes), and its errors if it fails.
 $(READY): pyproject.toml constraints.txt __init__.py
 	@if ! $(PYTHON) -c 'import ensurepip, venv' 2>/dev/null; then \
 	    if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
@@ -50,7 +58,14 @@ $(READY): pyproject.toml constraints.txt __init__.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"kdcache needs Python 3.11 or later, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11")'
 	@echo "setting up .venv (some minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[dev]' \
-	    2>.venv/pip-errors | sed -nu -E '/^ *(Downloading|Using cached) .* (MB|GB)\)/p' \
-	    || { cat .venv/pip-errors >&2; exit 1; }
+	@if ! $(HAVE_FFCV_LIBRARIES) && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing what FFCV compiles against with apt-get: $(FFCV_PACKAGES)"; \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(FFCV_PACKAGES) >/dev/null; } || true; \
+	fi
+	@if ! { $(HAVE_FFCV_LIBRARIES) && $(call INSTALL,dev$(,)ffcv,.venv/ffcv-errors); }; then \
+	    echo "going on without FFCV; for it: sudo apt-get install $(FFCV_PACKAGES); then make clean test"; \
+	    [ ! -e .venv/ffcv-errors ] || echo "(it could not be installed: see .venv/ffcv-errors)"; \
+	    $(call INSTALL,dev,.venv/pip-errors) || { cat .venv/pip-errors >&2; exit 1; }; \
+	fi
 	@touch $@

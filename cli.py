@@ -325,6 +325,7 @@ def pack(as_json: bool, cache: str, **options: Any) -> None:
     \b
     Example: kdcache pack 1f0c2a --to hdf5
              kdcache pack 1f0c2a --to hdf5 --views 0:16 --out birds.h5
+             kdcache pack 1f0c2a --to ffcv --data imagenet:/data/imagenet
     """
     from kdcache.pipeline.pack import pack as run
 
@@ -368,6 +369,7 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
     "--online", is_flag=True, help="Run the teacher in every step instead: the baseline. With bdkd it learns too."
 )
 @click.option("--fresh-views", is_flag=True, help="With --online: a new view every epoch.")
+@click.option("--allow-renderer", is_flag=True, help="Train on image files in a .beton as FFCV resizes them.")
 @click.option("--teacher", metavar="NAME", help="Take a cache of this teacher.")
 @_weights
 @click.option(
@@ -385,6 +387,7 @@ def train(as_json: bool, **options: Any) -> None:
     Example: kdcache train --loss nkd
              kdcache train --loss nkd --student resnet20 --data cifar10 --epochs 60
              kdcache train --loss ce --loss nkd --loss dkd:beta=2 --seed 0 --seed 1 --seed 2
+             kdcache train --loss nkd --data cifar10 --cache cifar10.beton     (by FFCV's loader)
     """
     from kdcache.train.run import TrainConfig
     from kdcache.train.run import train as run

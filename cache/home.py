@@ -22,6 +22,8 @@ def caches_folder() -> Path:
 def open_cache(where: str | os.PathLike[str]) -> Cache:
     """The cache in a folder or a packed file, or under KDCACHE_HOME by its key or at least six digits of it."""
     text = os.fspath(where)
+    if text.endswith(".beton"):
+        raise InputError(f"{text} is packed for training (kdcache train, eval): give the cache that it was packed from")
     if Path(text).exists():
         return Cache(Path(text))
     if "://" in text:

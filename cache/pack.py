@@ -44,11 +44,11 @@ def pack_hdf5(cache: Cache, out: Path, views: Sequence[int], advance: Advance = 
     """
     out.parent.mkdir(parents=True, exist_ok=True)
     temporary = out.with_name(f".{out.name}.packing")
-    _clear(temporary)
+    clear_leaving(temporary)
     if out.exists():
         _require_equal(cache, out, views)
         return False
-    with _new(temporary) as target:
+    with new_file(temporary) as target:
         try:
             _write(cache, views, target, advance)
             _compare(temporary, views, advance)
@@ -134,7 +134,7 @@ def _require_equal(cache: Cache, out: Path, views: Sequence[int]) -> None:
         raise InputError(f"{out} exists and holds something else: remove it, or give another --out")
 
 
-def _clear(temporary: Path) -> None:
+def clear_leaving(temporary: Path) -> None:
     """Remove what a killed process has left; BusyError where it is not dead."""
     # Never written into again: it may be a second name of a finished file.
     if temporary.exists():
@@ -143,7 +143,7 @@ def _clear(temporary: Path) -> None:
 
 
 @contextmanager
-def _new(temporary: Path) -> Iterator[Target]:
+def new_file(temporary: Path) -> Iterator[Target]:
     """An empty file, ours alone, that is gone afterwards."""
     with _locked(temporary, os.O_CREAT | os.O_EXCL) as target:
         try:

@@ -13,6 +13,8 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.home import caches_folder, open_cache
 from kdcache.cache.pack import choose_views, pack_hdf5, packed_rows_bytes, unpack_hdf5
 from kdcache.cache.store import Cache, shard_name
+from kdcache.pipeline.beton import pack_beton
+from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.progress import Progress, duration, size
 
 FileStore = Literal["hdf5", "ffcv"]
@@ -51,9 +53,7 @@ def pack(
     chosen = choose_views(found, views)
     path = Path(out) if out else _beside(found.path, to, views)
     if to == "ffcv":
-        from kdcache.pipeline.beton import pack_beton  # type: ignore[import-not-found]
-
-        path = pack_beton(found, data, path, chosen, say)
+        path = pack_beton(found, _images(found, data), path, chosen, say)
     else:
         _hdf5(found, path, chosen, say)
     written = path.stat().st_size
@@ -79,6 +79,13 @@ def unpack(file: str, out: str | None = None, say: Say = print) -> PackResult:
     seconds = time.monotonic() - start
     say(f"{size(unpacked.size())} in {duration(seconds)}: {path}")
     return PackResult(path, cache.key, len(cache.views), unpacked.size(), seconds)
+
+
+def _images(cache: Cache, data: str | None) -> Dataset:
+    identity = cache.identity
+    if data is None and identity.data.name in ("imagenet", "imagefolder"):
+        raise InputError(f"where are the images? give --data {identity.data.name}:PATH")
+    return open_data(data or identity.data.name, "train", unlabelled=identity.record.labels == 0)
 
 
 def _beside(cache: Path, to: FileStore, views: range | None) -> Path:

@@ -68,7 +68,7 @@ class Filled:
             y = self.rng.integers(0, r.classes, (store.samples, r.labels))
             self.labels[store.split] = torch.from_numpy(y)
             store.write_labels(y.astype(store._labels.dtype), WRITER)
-            store.write_sizes(self.rng.integers(1, 900, (store.samples, 2)).astype(np.int32), WRITER)
+            store.write_sizes(self.sizes(store), WRITER)
         self.logits = {("eval", 0): self.draw(self.cache.evaluation)}
         self.logits |= {("train", v): self.draw(self.cache.train) for v in range(views)}
         with pytest.MonkeyPatch.context() as patch:
@@ -78,6 +78,9 @@ class Filled:
                 for part in range(store.parts):
                     self.write(store, view, part)
             self.cache.write_prior(WRITER)
+
+    def sizes(self, store):
+        return self.rng.integers(1, 900, (store.samples, 2)).astype(np.int32)
 
     def draw(self, store):
         z = self.rng.normal(0, 3, (store.samples, self.about.record.classes)).astype(np.float32)

@@ -28,7 +28,9 @@ from kdcache.cache import pack as packing
 from kdcache.cache.home import list_caches
 from kdcache.cache.pack import choose_views, pack_hdf5, unpack_hdf5
 from kdcache.cli import main
+from kdcache.pipeline.beton import Beton, pack_beton
 from kdcache.pipeline.verify import verify
+from kdcache.tests.test_beton import toy_data
 from kdcache.tests.test_store import WRITER, Filled, identity, same, shapes
 
 BLOCK = 512
@@ -48,9 +50,13 @@ def unpacked(cache, place):
     return Cache(place / "u")
 
 
+def beton(cache, place):
+    return Beton(pack_beton(cache, toy_data(cache, place), place / "c.beton", None, lambda line: None))
+
+
 # Each makes, of a cache folder, what has `identity`, `views` and `read(view)`; CACHES can do all that a folder can.
 CACHES = {"folder": folder, "hdf5": hdf5_file, "unpacked": unpacked}
-STORES = {**CACHES}
+STORES = {**CACHES, "ffcv": beton}
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -17,6 +17,7 @@ from torch import Tensor
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
 from kdcache.cache.records import Records, encode
 from kdcache.cache.store import Cache, shard_name
+from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.build import describe_data
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.render import RENDERER, Renderer
@@ -48,13 +49,14 @@ def epoch_batches(
     return [np.array_split(b, world)[rank] for b in np.split(order[: count * batch_size], count)]
 
 
-def require_data(cache: Cache, data: Dataset) -> None:
+def require_data(cache: Cache | Beton, data: Dataset) -> None:
     """MismatchError, field by field, unless `data` is the split that the cache was built from."""
     has = cache.identity.data if data.split == "train" else cache.identity.evaluation
     given = describe_data(data, has.full_contents)
     if found := has.differences(given, theirs="the data"):
         raise MismatchError(f"{cache.path} was built from other data than {data.name}: {'; '.join(found)}")
-    (cache.train if data.split == "train" else cache.evaluation).require_sizes(data.sizes)
+    if isinstance(cache, Cache):  # a .beton has the train split's images itself
+        (cache.train if data.split == "train" else cache.evaluation).require_sizes(data.sizes)
 
 
 def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:

@@ -16,6 +16,7 @@ from kdcache.cache.errors import InputError, MismatchError, NotFoundError
 from kdcache.cache.home import list_caches, open_cache
 from kdcache.cache.records import Records, encode
 from kdcache.cache.store import Cache
+from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.info import one_line
@@ -30,6 +31,7 @@ from kdcache.pipeline.teachers import (
     read_weights,
     try_out,
 )
+from kdcache.train.beton import BetonLoader
 from kdcache.train.cotrain import LearningTeacher
 from kdcache.train.evaluate import metrics, predict
 from kdcache.train.features import FeatureLoss
@@ -64,6 +66,7 @@ class TrainConfig:
     device: str | None = None
     amp: str | None = None
     workers: int | None = None
+    allow_renderer: bool = False
 
 
 def find_cache(data: str, teacher: str | None = None) -> Cache:
@@ -110,6 +113,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
     if config.weights and not config.online:
         raise InputError("--weights are those of the live teacher: give --online too")
     cache = cache_of(config)
+    if config.online and isinstance(cache, Beton):
+        raise InputError(f"--online renders as the cache was built: give the cache itself, not {cache.path}")
     record = cache.identity.record
     data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
     require_data(cache, data)
@@ -129,8 +134,18 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         amp=config.amp == "bf16",
     )
     partner = _learning_teacher(cache, config, data, loss, recipe, device) if isinstance(loss, BDKD) else None
-    loader: CachedLoader | OnlineLoader
-    if config.online:
+    loader: CachedLoader | OnlineLoader | BetonLoader
+    if isinstance(cache, Beton):
+        loader = BetonLoader(
+            cache, batch, seed=config.seed, device=device, image_size=size, views=config.views,
+            workers=config.workers, allow_renderer=config.allow_renderer,
+        )  # fmt: skip
+        if config.allow_renderer and not cache.raw:
+            say(
+                f"note: rendered by {cache.renderer}, the cache by {cache.identity.views.renderer}: on average "
+                f"{loader.difference():.1f} levels of 255 apart"
+            )
+    elif config.online:
         if config.views and not config.fresh_views and config.views > len(cache.views):
             raise NotFoundError(f"{cache.path} has {len(cache.views)} complete views, not {config.views}: build more")
         teacher = _same_teacher(cache, config, data, device) if partner is None else partner
@@ -192,7 +207,9 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
     return summary
 
 
-def _prepared(loss: Loss, cache: Cache, model: Classifier, size: int, online: bool, say: Callable[[str], None]) -> Loss:
+def _prepared(
+    loss: Loss, cache: Cache | Beton, model: Classifier, size: int, online: bool, say: Callable[[str], None]
+) -> Loss:
     """The loss with all that it takes from view 0 and from the student; a warning where the tail is most of it."""
     needs_view = isinstance(loss, IKL) or (loss.needs.temperatures and not cache.identity.record.dense)
     if needs_view and (cache.views or not online):
@@ -212,7 +229,7 @@ class Judge:
     """
 
     def __init__(
-        self, cache: Cache | None, evaluation: Dataset, size: int, device: torch.device, workers: int | None
+        self, cache: Cache | Beton | None, evaluation: Dataset, size: int, device: torch.device, workers: int | None
     ) -> None:
         self._data, self._size, self._device, self._workers = evaluation, size, device, workers
         self._renderers: dict[int, Renderer] = {}
@@ -261,7 +278,7 @@ def evaluate_run(
     model = Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(on)
     model.to(memory_format=torch.channels_last)
     place = notes.get("cache_path")
-    found = open_cache(cache or (place if place and Path(place).exists() else notes["cache"]))
+    found = _open(cache or (place if place and Path(place).exists() else notes["cache"]))
     if cache is None and found.key != notes["cache"]:
         raise MismatchError(f"{found.path} is not the cache of this run any more: give the one to use with --cache")
     evaluation = open_data(data or notes["data"], "eval", unlabelled=found.identity.record.labels == 0)
@@ -285,21 +302,25 @@ def _beside(path: Path, notes: dict[str, Any], device: torch.device) -> tuple[Cl
     return model, theirs["input_size"]
 
 
-def cache_of(config: TrainConfig) -> Cache:
+def _open(where: str) -> Cache | Beton:
+    return Beton(where) if where.endswith(".beton") else open_cache(where)
+
+
+def cache_of(config: TrainConfig) -> Cache | Beton:
     """The cache asked for: by --cache, by the run that is resumed, or the only one that matches."""
     where = config.cache
     if where is None and config.resume and config.out:
         where = read_config(Path(config.out)).get("cache")
     if where is None:
         return find_cache(config.data, config.teacher)
-    cache = open_cache(where)
+    cache = _open(where)
     built_by = cache.identity.teacher.network
     if config.teacher and config.teacher != built_by:
         raise MismatchError(f"{cache.path} was built by {built_by}, not by {config.teacher}")
     return cache
 
 
-def _same_teacher(cache: Cache, config: TrainConfig, data: Dataset, device: torch.device) -> Teacher:
+def _same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, device: torch.device) -> Teacher:
     """The live teacher, which must be the one that the cache was built by."""
     had = cache.identity.teacher
     name = config.teacher or had.network
@@ -311,7 +332,7 @@ def _same_teacher(cache: Cache, config: TrainConfig, data: Dataset, device: torc
 
 
 def _learning_teacher(
-    cache: Cache, config: TrainConfig, data: Dataset, loss: BDKD, recipe: Recipe, device: torch.device
+    cache: Cache | Beton, config: TrainConfig, data: Dataset, loss: BDKD, recipe: Recipe, device: torch.device
 ) -> LearningTeacher | None:
     """The teacher that learns beside bdkd's student, online; None from a cache."""
     if not config.online:
