@@ -65,6 +65,10 @@ def imagenet_sized(path: Path, logits: Tensor) -> Cache:
     labels = torch.randint(0, CLASSES, (SAMPLES, 1), generator=generator)
     writer = {"host": "bench"}
     cache.train.write_labels(labels.numpy().astype(arrays.id_dtype(CLASSES)), writer)
+    # One sample stands for the evaluation split, without which a cache is not complete.
+    cache.evaluation.write_labels(labels[:1].numpy().astype(arrays.id_dtype(CLASSES)), writer)
+    one = arrays.as_arrays(arrays.encode_as(record, logits[:1], labels[:1]))
+    cache.evaluation.write_shard(0, 0, one, "0" * 64, writer)
     with Progress("make", SAMPLES, "records") as progress:
         for part in range(cache.train.parts):
             rows, blocks = cache.train.rows(part), []

@@ -21,6 +21,7 @@ import re
 import secrets
 import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
@@ -43,6 +44,7 @@ T = TypeVar("T")
 _SHARD = re.compile(r"v([0-9]{5,9})-p([0-9]{4,9})\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = re.compile(r"(views/v[0-9]{5,9}/)?[a-z_]+/c(/[0-9]+)+")
+_READERS = 4  # parts at once: hashing and decompressing need no lock of Python's
 # Far above any real one: work is in proportion to it.
 _MAX_PARTS = 1 << 16
 
@@ -386,12 +388,17 @@ class SplitStore:
             )
         specs = arrays.record_arrays(self._record, self.samples, self.part)
         slabs: dict[str, NDArray[Any]] = {}
-        for part in range(self.parts):
+
+        def load(part: int) -> None:
             shard = self.check_shard(view, part)
-            # Only now, when one shard has been found to be of the sizes that the identity claims.
-            slabs = slabs or {spec.name: np.empty(spec.shape, spec.dtype) for spec in specs}
+            if not slabs:  # only now, when a shard has been found to be of the sizes that the identity claims
+                slabs.update({spec.name: np.empty(spec.shape, spec.dtype) for spec in specs})
             for spec in specs:
                 slabs[spec.name][spec.interval(part)] = shard[spec.name]
+
+        load(0)
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="kdcache-read") as threads:
+            list(threads.map(load, range(1, self.parts)))
         return arrays.as_records(self._record, slabs, self.labels, prior)
 
     def carries_tail_sums(self, view: int) -> bool:
