@@ -136,6 +136,8 @@ def parse(model: type[M], data: bytes, where: str, advice: str) -> M:
     except (ValueError, RecursionError) as e:
         raise CorruptError(f"{where} is not valid JSON ({e}); {advice}") from e
     found = raw.get("format") if isinstance(raw, dict) else None
+    if isinstance(found, bool):  # which equals 1
+        raise CorruptError(f"{where} is not what kdcache writes: format: {found} is no number; {advice}")
     if type(found) is int and found > FORMAT:
         raise MismatchError(f"{where} has format {found}; this kdcache reads up to format {FORMAT}: update kdcache")
     if type(found) is int and found == 0:
