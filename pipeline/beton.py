@@ -142,7 +142,7 @@ class _Layout:
         """The arrays of records [n, R], by name; copies."""
         out, at = {}, 0
         for spec in self.arrays:
-            out[spec.name] = np.ascontiguousarray(rows[:, at : at + spec.chunk_bytes]).view(_little(spec))
+            out[spec.name] = rows[:, at : at + spec.chunk_bytes].copy().view(_little(spec))
             at += spec.chunk_bytes
         return out
 
