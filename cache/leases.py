@@ -130,16 +130,25 @@ class Leases:
 
     def clear(self) -> None:
         """Remove what dead builders left behind, and nothing of a live one."""
-        for path in self._folder.iterdir():
-            if not self._living(path):
-                path.unlink(missing_ok=True)
-        for path in self._scratch.iterdir():
-            if path.name == "decided" or self._living(self._folder / f"{path.name}.json"):
-                continue
-            if path.is_dir() and not path.is_symlink():
-                files.remove_folder(path, self._scratch / self._owner.token)
-            else:
-                path.unlink(missing_ok=True)
+        for folder in (self._folder, self._scratch):
+            for path in folder.iterdir():
+                if path.name == "decided" or self._in_use(path):
+                    continue
+                if path.is_dir() and not path.is_symlink():
+                    files.remove_folder(path, self._scratch / self._owner.token)
+                else:
+                    path.unlink(missing_ok=True)
+
+    def _in_use(self, path: Path) -> bool:
+        if path.suffix != ".tmp":
+            return (
+                self._living(self._folder / f"{path.name}.json" if path.parent == self._scratch else path) is not None
+            )
+        # Of a builder on its way to being known, perhaps: only time tells.
+        try:
+            return self._touch() - path.stat().st_mtime <= EXPIRES
+        except FileNotFoundError:
+            return False
 
     def _is_mine(self, link: Path) -> bool:
         try:
@@ -171,7 +180,7 @@ class Leases:
         try:
             os.utime(self._file)
         except FileNotFoundError:  # the first time, or another builder took this one for dead
-            files.publish(self._file, canonical(self._owner), self._scratch / self._owner.token)
+            files.publish(self._file, canonical(self._owner), self._folder)
         return self._file.stat().st_mtime
 
     def _beat(self) -> None:

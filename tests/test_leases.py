@@ -27,6 +27,7 @@ SPEC = ArraySpec("toy", (2, 1), 1, "uint8", ("sample", "value"))
 NAME = "v00000-p0001"
 FILE = f"{SPEC.chunk_file(1)}"
 VALUES = {"a": 1, "b": 2, "c": 3}
+IN_MEMORY = "/dev/shm" if os.access("/dev/shm", os.W_OK) else None  # for thousands of small files
 NAMED = {}  # how many random names each actor has drawn
 
 
@@ -292,12 +293,8 @@ def identity():
 
 
 @pytest.fixture
-def memory(tmp_path):
-    """A folder, in memory where there is one: thousands of small files come and go."""
-    if not os.access("/dev/shm", os.W_OK):
-        yield tmp_path
-        return
-    with tempfile.TemporaryDirectory(dir="/dev/shm") as folder:
+def memory():
+    with tempfile.TemporaryDirectory(dir=IN_MEMORY) as folder:
         yield Path(folder)
 
 
@@ -474,13 +471,23 @@ def test_only_what_dead_builders_left_is_cleared_away(tmp_path, identity, ended)
     for token in ("live", "elsewhere", "dead", "expired", "unknown"):
         (scratch / token / "half").mkdir(parents=True, exist_ok=True)
         (scratch / token / "half" / "gaps").write_bytes(b"..")
-    (scratch / ".identity.json.0.tmp").touch()
+    for file in (scratch / ".identity.json.0.tmp", root / "leases" / ".new.json.1.tmp"):
+        file.touch()
+        shutil.copy(file, file.with_name(f"old{file.name}"))
+        os.utime(file.with_name(f"old{file.name}"), (0, 0))
     with cache.writing() as mine:
-        assert {p.name for p in scratch.iterdir()} == {"live", "elsewhere", cache._token}
+        cache.train.write_labels(np.zeros((2, 1), "uint8"), {})
+        assert {p.name for p in scratch.iterdir()} == {
+            "live",
+            "elsewhere",
+            ".identity.json.0.tmp",
+            "decided",
+            cache._token,
+        }
         assert {owner.token for owner in mine.others()} == {"live", "elsewhere"}
         leave(root, "later", 90)
-    assert {p.name for p in scratch.iterdir()} == {"live", "elsewhere"}
-    left = {"live.json", "elsewhere.json", "v00000-p0000.0", "v00000-p0002.0"}
+    assert {p.name for p in scratch.iterdir()} == {"live", "elsewhere", ".identity.json.0.tmp", "decided"}
+    left = {"live.json", "elsewhere.json", "v00000-p0000.0", "v00000-p0002.0", ".new.json.1.tmp"}
     assert {p.name for p in (root / "leases").iterdir()} == left
     assert (scratch / "live" / "half" / "gaps").exists()
 
