@@ -38,7 +38,7 @@ def sweeps() -> dict[str, tuple[list[str], bool]]:
 
 
 def trained(folder: Path, summary: dict[str, Any], classes: int) -> dict[str, Any]:
-    """A run's figures, and its evaluation NLL epoch by epoch: falling, and below that of equal probabilities."""
+    """A run's figures and its evaluation NLL by epoch: whether it falls, and below that of equal probabilities."""
     lines = [json.loads(line) for line in (folder / "metrics.jsonl").read_text().splitlines()]
     numbers = [v for line in lines for v in line.values()]
     nll = [line["nll"] for line in lines]
@@ -46,7 +46,8 @@ def trained(folder: Path, summary: dict[str, Any], classes: int) -> dict[str, An
         **{k: v for k, v in summary.items() if k not in ("loss", "run", "kdcache", "torch", "device")},
         "nll_by_epoch": nll,
         "finite": all(map(math.isfinite, numbers)),
-        "falling": nll[-1] < min(nll[0], math.log(classes)),
+        "falling": nll[-1] < nll[0],
+        "better_than_equal_probabilities": nll[-1] < math.log(classes),
     }
 
 
@@ -105,6 +106,7 @@ def main() -> None:
             print(f"{r['loss']:10} {r['records']:15} FAILED: {r['error']}")
             continue
         good = "" if r["finite"] and r["falling"] else "  NOT FALLING"
+        good += "" if r["better_than_equal_probabilities"] else "  (more than equal probabilities)"
         print(
             f"{r['loss']:10} {r['records']:15} {100 * r['top1']:6.2f} {r['brier']:6.3f} {r['ece']:6.3f} "
             f"{100 * r['agreement']:9.2f} {r['seconds_an_epoch']:7.1f}  "
