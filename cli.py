@@ -49,7 +49,7 @@ class _Main(click.Group):
 
     def _invoke(self, ctx: click.Context) -> Any:
         # Only here, because it takes seconds in which people press Ctrl-C.
-        from kdcache.cache.errors import KdcacheError
+        from kdcache.cache.errors import KdcacheError, machine_error
         from kdcache.pipeline.settings import FILE, load_settings
 
         flags = {name: _flags(command) for name, command in self.commands.items()}
@@ -78,7 +78,7 @@ class _Main(click.Group):
                 raise  # the reader of our output has gone, as in `kdcache ls | head`: click ends quietly
             raise _Failure(_system_error(e)) from e
         except (MemoryError, RuntimeError) as e:
-            if (reason := _machine_error(e)) is None:
+            if (reason := machine_error(e)) is None:
                 raise
             raise _Failure(reason) from e
 
@@ -118,16 +118,6 @@ def _system_error(e: OSError) -> str:
     if e.errno in (errno.ENOTDIR, errno.EEXIST):
         return f"{what}: a folder is needed there; give another --out or KDCACHE_HOME"
     return what
-
-
-def _machine_error(e: Exception) -> str | None:
-    """What to do where the machine is too small for what was asked; None for other errors."""
-    first = (str(e).splitlines() or [""])[0]
-    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
-        return f"out of memory ({first[:200]}): lower --batch-size or --image-size"
-    if first.startswith("DataLoader worker"):
-        return f"{first.split('. ')[0]}: often too little memory, or too small a /dev/shm; lower --workers"
-    return None
 
 
 def _print(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
@@ -449,10 +439,11 @@ def info(as_json: bool, cache: str) -> None:
     Example: kdcache info 1f0c2a
     """
     from kdcache.cache.home import open_cache
-    from kdcache.pipeline.info import describe, fidelity, summary
+    from kdcache.pipeline.info import describe, facts
 
-    found = open_cache(cache)
-    _print({**summary(found), **fidelity(found)} if as_json else {}, as_json, describe(found))
+    opened = open_cache(cache)
+    found = facts(opened)
+    _print(found, as_json, describe(opened, found))
 
 
 @main.command()

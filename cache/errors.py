@@ -25,5 +25,19 @@ class BusyError(KdcacheError):
     """Another process is writing here."""
 
 
+class UnreadableError(KdcacheError):
+    """A file cannot be read now, whatever its bytes are: rights, a disk, a network."""
+
+
 class UnservedError(KdcacheError):
     """A loss needs what the cache does not hold."""
+
+
+def machine_error(e: Exception) -> str | None:
+    """What to do where the machine is too small for what was asked; None for other errors."""
+    first = (str(e).splitlines() or [""])[0]
+    if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
+        return f"out of memory ({first[:200]}): lower --batch-size or --image-size"
+    if first.startswith("DataLoader worker"):
+        return f"{first.split('. ')[0]}: often too little memory, or too small a /dev/shm; lower --workers"
+    return None

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path
 from typing import BinaryIO
 
-from kdcache.cache.errors import CorruptError, KdcacheError, NotFoundError
+from kdcache.cache.errors import CorruptError, KdcacheError, NotFoundError, UnreadableError
 
 
 def sha256(data: bytes) -> str:
@@ -136,8 +136,10 @@ def _opened(path: Path, flags: int = 0) -> Iterator[tuple[BinaryIO, int]]:
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing") from None
     except OSError as e:
-        reason = "a symbolic link is not followed" if e.errno == errno.ELOOP else e.strerror
-        raise CorruptError(f"{path} cannot be read: {reason}") from e
+        if e.errno == errno.ELOOP:
+            raise CorruptError(f"{path} cannot be read: a symbolic link is not followed") from e
+        kind = CorruptError if e.errno in (errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG) else UnreadableError
+        raise kind(f"{path} cannot be read: {e.strerror}") from e
     try:
         found = os.fstat(fd)
         if not stat.S_ISREG(found.st_mode):
@@ -145,6 +147,6 @@ def _opened(path: Path, flags: int = 0) -> Iterator[tuple[BinaryIO, int]]:
         with open(fd, "rb", closefd=False) as f:
             yield f, found.st_size
     except OSError as e:
-        raise CorruptError(f"{path} cannot be read: {e.strerror}") from e
+        raise UnreadableError(f"{path} cannot be read: {e.strerror}") from e
     finally:
         os.close(fd)

@@ -46,7 +46,7 @@ def list_caches() -> tuple[list[Cache], list[str]]:
     for path in _entries():
         try:
             good.append(Cache(path))
-        except KdcacheError as e:
+        except (KdcacheError, OSError) as e:
             bad.append(str(e))
     return good, bad
 

@@ -12,7 +12,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache import arrays, files
 from kdcache.cache.arrays import ArraySpec
-from kdcache.cache.errors import CorruptError
+from kdcache.cache.errors import CorruptError, NotFoundError, UnreadableError
 from kdcache.cache.identity import Strict
 
 
@@ -86,8 +86,10 @@ class Folder:
         path = self.path / file
         try:
             found = path.lstat()
+        except FileNotFoundError:
+            raise NotFoundError(f"{path} is missing") from None
         except OSError as e:
-            raise CorruptError(f"{path} cannot be read: {e.strerror}") from e
+            raise UnreadableError(f"{path} cannot be read: {e.strerror}") from e
         if not stat.S_ISREG(found.st_mode) or found.st_size != stored.size:
             raise CorruptError(f"{path} is not the file of {stored.size} bytes that was committed")
 

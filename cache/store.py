@@ -7,7 +7,7 @@
     views/v00042/                 a Zarr group: classes, gaps, target_gap, tail
     commits/v00042-p0003.json     sizes and hashes of one shard's files and rows: its creation commits the shard
     eval/                         labels, views and commits of the evaluation split
-    leases/, scratch/             of builders at work, empty otherwise
+    leases/, scratch/             of builders at work, without files otherwise
 
 Readers go by the commits alone: what no commit names does not exist. They read a folder and a packed file (hdf5.py)
 alike; writing is for folders.
@@ -33,7 +33,14 @@ from numpy.typing import NDArray
 
 from kdcache.cache import arrays, files
 from kdcache.cache.arrays import ArraySpec
-from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.errors import (
+    CorruptError,
+    InputError,
+    KdcacheError,
+    MismatchError,
+    NotFoundError,
+    UnreadableError,
+)
 from kdcache.cache.hdf5 import PackedFile
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
 from kdcache.cache.leases import Leases
@@ -269,6 +276,8 @@ class SplitStore:
             file = _join(folder, spec.chunk_file(part))
             try:
                 out.append(get(self._prefix + file, commit.files[file], spec, part))
+            except UnreadableError as e:
+                raise UnreadableError(f"{e} ({name} of {self.root})") from e
             except KdcacheError as e:
                 raise CorruptError(f"{e} ({name} of {self.root}); {self._again(name)}") from e
         return out

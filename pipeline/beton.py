@@ -22,6 +22,7 @@ import os
 import shutil
 import stat
 import struct
+import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -41,7 +42,7 @@ from kdcache.cache.files import sha256, sync_folder
 from kdcache.cache.identity import Identity, Sha256, Strict, canonical, parse
 from kdcache.cache.pack import clear_leaving, new_file
 from kdcache.cache.records import Records
-from kdcache.cache.store import Cache, shard_name
+from kdcache.cache.store import Cache, Commit, shard_name
 from kdcache.pipeline.build import describe_data
 from kdcache.pipeline.datasets import Dataset
 from kdcache.pipeline.imagefiles import Triple
@@ -185,6 +186,9 @@ def pack_beton(
         there = Beton(out)
         if (there.key, there.views) != (cache.key, chosen):
             raise InputError(f"{out} holds other records and is never overwritten: remove it, or give another --out")
+        there.check_pixels()
+        for view in there.views:
+            there.read(view)
         say(f"{out} holds these views already")
         return out
     writer = _Writer(cache, data, chosen)
@@ -203,7 +207,7 @@ def pack_beton(
                 f"packing {len(data):,} images ({kept}) and {len(chosen)} views of cache {cache.key[:12]}: "
                 f"{size(writer.bytes)}, about {duration(seconds)}, in {out}"
             )
-            writer.write(file)
+            writer.write(file, folder)
             file.flush()
             os.fsync(file.fileno())
             try:
@@ -215,6 +219,12 @@ def pack_beton(
         e.filename = str(out)  # not the temporary file, which is gone
         raise
     return out
+
+
+def _parameters(commit: Commit) -> str:
+    if commit.parameters is None:
+        raise CorruptError(f"{commit.name} of cache {commit.key[:12]} lacks the digest of its view: build it anew")
+    return commit.parameters
 
 
 class _Writer:
@@ -289,13 +299,14 @@ class _Writer:
         file.truncate()
         return a_record * len(self.table) * len(self.views) + a_byte * self.bytes
 
-    def write(self, file: BinaryIO) -> None:
+    def write(self, file: BinaryIO, folder: Path) -> None:
+        """folder: where there is room for the records of a part, which memory may not hold."""
         views = [hashlib.sha256() for _ in self.views]
         pixels = hashlib.sha256() if self.data.images is not None else None
         with Progress("pack", len(self.table), "samples") as progress:
             for part in range(self.cache.train.parts):
                 rows = self.cache.train.rows(part)
-                packed = self._packed_records(part, rows, views)
+                packed = self._packed_records(part, rows, views, folder)
                 for i in rows:
                     image = self._image(i)
                     if len(image) != self.image_bytes[i]:
@@ -308,9 +319,11 @@ class _Writer:
                     progress.advance(1)
         self._finish(file, [h.hexdigest() for h in views], pixels.hexdigest() if pixels else None)
 
-    def _packed_records(self, part: int, rows: range, digests: list[Any]) -> NDArray[np.uint8]:
-        """[n, V, R + 4] for the samples of a part."""
-        packed = np.empty((len(rows), len(self.views), self.layout.record_bytes + CRC_BYTES), np.uint8)
+    def _packed_records(self, part: int, rows: range, digests: list[Any], folder: Path) -> NDArray[np.uint8]:
+        """[n, V, R + 4] for the samples of a part, in an unnamed file."""
+        shape = (len(rows), len(self.views), self.layout.record_bytes + CRC_BYTES)
+        with tempfile.TemporaryFile(dir=folder) as room:
+            packed = np.memmap(room, np.uint8, "w+", shape=shape)
         for slot, (view, digest) in enumerate(zip(self.views, digests, strict=True)):
             records = self.layout.join(self.cache.train.check_shard(view, part))
             digest.update(records.data)
@@ -349,7 +362,7 @@ class _Writer:
             mean=self.data.mean,
             std=self.data.std,
             views=tuple(
-                PackedView(view=v, parameters=tuple(c.parameters or "" for c in parts), records=digest)
+                PackedView(view=v, parameters=tuple(_parameters(c) for c in parts), records=digest)
                 for v, parts, digest in zip(self.views, commits, views, strict=True)
             ),
             table=sha256(b""),  # in its place until its length is known

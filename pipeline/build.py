@@ -117,6 +117,11 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
     dense = k is None or k == teacher.classes
     if dense and config.precision == "uint8":
         raise InputError("--precision uint8 is for top-k records (--topk): dense ones take float16 or float32")
+    precision = config.precision or default_precision(dense)
+    if precision == "uint8" and min(config.temperatures) < 1:
+        raise InputError(
+            f"temperature {min(config.temperatures):g} asks for finer gaps than uint8 has: give --precision float16"
+        )
     identity = Identity(
         teacher=teacher.identity,
         data=describe_data(data, config.full_fingerprint),
@@ -126,7 +131,7 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
             classes=teacher.classes,
             k=None if dense else k,
             temperatures=() if dense else config.temperatures,
-            precision=config.precision or default_precision(dense),
+            precision=precision,
             tail_std=config.tail_std and not dense,
             labels=labels[0].shape[1],
         ),
@@ -193,6 +198,8 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
             say(f"note: a build that is killed loses up to a batch, here {duration(batch / rate)}: lower --batch-size")
     path.mkdir(parents=True, exist_ok=True)
     cache = Cache.create(path, source.identity)
+    # From here on in the stores whose scratch folder the lease is for.
+    todo = [(cache.train if store.split == "train" else cache.evaluation, view, rows) for store, view, rows in todo]
     writer = _writer(source.teacher)
     with cache.writing(say) as leases:
         if others := leases.others():

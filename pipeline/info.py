@@ -4,11 +4,14 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
+
 from kdcache.cache.errors import KdcacheError
 from kdcache.cache.store import Cache
 from kdcache.pipeline.build import teacher_top1
 from kdcache.pipeline.progress import size
 
+_SAMPLE = 10_000  # records, enough for a mean
 _VIEWS = 4  # so many are read to say how good the teacher is on them
 
 
@@ -41,19 +44,35 @@ def one_line(cache: Cache) -> str:
     return ", ".join(parts)
 
 
-def describe(cache: Cache) -> str:
-    """For info: the state, then every field of the identity."""
-    complete, committed = cache.views, cache.train.committed()
-    under_way = sorted(set(committed) - set(complete))
-    lines = [one_line(cache), f"path         {cache.path}", f"key          {cache.key}"]
-    lines.append(f"views        {len(complete)} complete" + (f", under way: {under_way}" if under_way else ""))
-    records = len(complete) * cache.train.samples
-    if records:
-        lines.append(
-            f"size         {size(cache.size())}, {cache.size() / records:.1f} bytes a record, all files counted"
-        )
-    lines += _fidelity(cache)
-    for group, fields in cache.identity.model_dump(mode="json").items():
+def facts(cache: Cache) -> dict[str, Any]:
+    """For info: what `summary` has, views under way, and how faithful the records are (or why that is unreadable)."""
+    complete = cache.train.complete_views()
+    found = {**summary(cache), "under_way": sorted(set(cache.train.committed()) - set(complete))}
+    try:
+        return {**found, "fidelity": fidelity(cache)}
+    except KdcacheError as e:
+        return {**found, "fidelity": None, "unreadable": str(e)}
+
+
+def describe(cache: Cache, found: dict[str, Any]) -> str:
+    """The facts as text, then every field of the identity."""
+    lines = [one_line(cache), f"path         {found['path']}", f"key          {found['key']}"]
+    under_way = f", under way: {found['under_way']}" if found["under_way"] else ""
+    lines.append(f"views        {found['views']} complete{under_way}")
+    if records := found["views"] * found["samples"]:
+        each = f"{found['bytes'] / records:.1f} bytes a record, all files counted"
+        lines.append(f"size         {size(found['bytes'])}, {each}")
+    if (fidelity := found["fidelity"]) is None:
+        lines.append(f"fidelity     not readable: {found['unreadable']}")
+    else:
+        if (top1 := fidelity["evaluation_top1"]) is not None:
+            lines.append(f"teacher      top-1 {100 * top1:.2f} on the evaluation split")
+        if fidelity["view_top1"]:
+            views = ", ".join(f"{100 * top1:.2f} on view {view}" for view, top1 in fidelity["view_top1"].items())
+            lines.append(f"teacher      top-1 {views}")
+        for t, part in fidelity["mass"].items():
+            lines.append(f"mass         {part['head']:.3f} stored, {part['tail']:.3f} in the tail, at temperature {t}")
+    for group, fields in found["identity"].items():
         if isinstance(fields, dict):
             lines += [f"{group}.{name} = {value}" for name, value in fields.items()]
         else:
@@ -75,23 +94,7 @@ def fidelity(cache: Cache) -> dict[str, Any]:
         if records.labels.shape[1]:
             top1[str(view)] = float((records.predictions() == records.labels[:, 0].long()).float().mean())
         if not mass:
-            heads = {f"{t:g}": float(records.softened(t).head_mass.mean()) for t in records.temperatures}
+            some = records[torch.arange(0, len(records), max(1, len(records) // _SAMPLE))]
+            heads = {f"{t:g}": float(some.softened(t).head_mass.mean()) for t in records.temperatures}
             mass = {t: {"head": head, "tail": 1 - head} for t, head in heads.items()}
     return {"evaluation_top1": teacher_top1(cache), "view_top1": top1, "mass": mass}
-
-
-def _fidelity(cache: Cache) -> list[str]:
-    try:
-        found = fidelity(cache)
-    except KdcacheError as e:
-        return [f"fidelity     not readable: {e}"]
-    lines = []
-    if (top1 := found["evaluation_top1"]) is not None:
-        lines.append(f"teacher      top-1 {100 * top1:.2f} on the evaluation split")
-    if found["view_top1"]:
-        views = ", ".join(f"{100 * top1:.2f} on view {view}" for view, top1 in found["view_top1"].items())
-        lines.append(f"teacher      top-1 {views}")
-    return lines + [
-        f"mass         {part['head']:.3f} stored, {part['tail']:.3f} in the tail, at temperature {t}"
-        for t, part in found["mass"].items()
-    ]

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache import arrays
 from kdcache.cache.arrays import ArraySpec
-from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.records import TEMPERATURES, Records
 from kdcache.cache.store import Cache, SplitStore, shard_name
 from kdcache.pipeline.build import (
@@ -56,14 +56,19 @@ def verify(
     """Look at every commit; with `contents` at every file's digest and values; with a source at the teacher's answers.
 
     A source is the data and a live teacher: `replay` seeded random records a split are asked for again, where all else
-    is sound. repair: remove damaged shards, labels and prior, for the next build to make anew.
+    is sound. repair: remove damaged shards, labels and prior, for the next build to make anew; InputError for a packed
+    file.
     """
+    if repair and cache.packed:
+        raise InputError(f"--repair is for folders: copy {cache.path} anew, or remove it and pack the cache again")
     cache = Cache(cache.path)  # with nothing in memory that was read before
     report = Report(views=cache.views)
     if contents:
         _try(report, cache.check_rest)
     for store, name, wanted, check in _commits(cache, contents, report):
-        if not _try(report, check) and repair:
+        error = _try(report, check)
+        # What could not be read now may be sound, and what a newer kdcache wrote is.
+        if repair and isinstance(error, (CorruptError, NotFoundError)):
             store.remove(name, wanted)
             report.repaired.append(f"{name} of {store.root}")
     if source is not None and not report.problems:
@@ -89,6 +94,8 @@ def _commits(
         committed = store.committed()
         if not committed:
             report.problems.append(f"{store.root}: nothing is committed: run kdcache build again")
+        if not cache.packed and (gaps := sorted(set(range(max(committed, default=0))) - committed.keys())):
+            report.problems.append(f"{store.root}: lacks views {gaps}: run kdcache build again")
         for view, parts in sorted(committed.items()):
             if missing := set(range(store.parts)) - parts:
                 report.problems.append(
@@ -125,13 +132,13 @@ def _prior(cache: Cache, contents: bool) -> None:
         cache.train.require("prior", cache.prior_arrays)
 
 
-def _try(report: Report, check: Callable[[], object]) -> bool:
+def _try(report: Report, check: Callable[[], object]) -> KdcacheError | None:
     try:
         check()
     except KdcacheError as e:
         report.problems.append(str(e))
-        return False
-    return True
+        return e
+    return None
 
 
 def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
@@ -229,7 +236,7 @@ def source_of(
         weights=weights,
         data=data or i.data.name,
         augment=i.views.policy,
-        topk=i.record.k,
+        topk=i.record.k or i.record.classes,
         temperatures=i.record.temperatures or TEMPERATURES,
         precision=i.record.precision,
         tail_std=i.record.tail_std,

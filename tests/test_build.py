@@ -988,6 +988,56 @@ def test_repair_removes_what_is_damaged_and_the_next_build_makes_it_anew(taught,
         assert (path / file.relative_to(good)).read_bytes() == file.read_bytes()
 
 
+def test_repair_leaves_alone_what_cannot_be_read_now(taught, tmp_path, monkeypatch):
+    path = tmp_path / "c"
+    shutil.copytree(taught[2], path)
+    before = {p: p.read_bytes() for p in path.rglob("*") if p.is_file()}
+    chunk = path / "views" / "v00001" / "gaps" / "c" / "1" / "0"
+    opened = os.open
+
+    def failing(file, *args, **kwargs):
+        if str(file) == str(chunk):
+            raise OSError(errno.EIO, os.strerror(errno.EIO), str(file))
+        return opened(file, *args, **kwargs)
+
+    monkeypatch.setattr(os, "open", failing)
+    report = verify(Cache(path), repair=True)
+    (problem,) = report.problems
+    assert f"{chunk} cannot be read: Input/output error" in problem and "remove" not in problem
+    assert report.repaired == []
+    monkeypatch.undo()
+    assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
+
+
+def test_a_view_that_is_gone_is_a_problem(taught, tmp_path):
+    path = tmp_path / "c"
+    shutil.copytree(taught[2], path)
+    for commit in (path / "commits").glob("v00000-*.json"):
+        commit.unlink()
+    (problem,) = verify(Cache(path)).problems
+    assert "lacks views [0]: run kdcache build again" in problem
+
+
+def test_a_builders_leavings_lie_under_the_token_of_its_lease(tmp_path, source, monkeypatch):
+    decide, places = SplitStore._decide, []
+
+    def watched(self, *args):
+        places.append((self._scratch.name, {p.stem for p in (tmp_path / "c" / "leases").glob("*.json")}))
+        return decide(self, *args)
+
+    monkeypatch.setattr(SplitStore, "_decide", watched)
+    build(settings(out=str(tmp_path / "c")), quiet, source)
+    assert len({token for token, _ in places}) == 1 and all(token in leased for token, leased in places)
+
+
+def test_uint8_is_refused_below_temperature_one():
+    with pytest.raises(
+        KdcacheError, match=r"temperature 0.5 asks for finer gaps than uint8 has: give --precision float16"
+    ):
+        open_source(settings(temperatures=(0.5, 1.0)), quiet)
+    open_source(settings(temperatures=(0.5, 1.0), precision="float16"), quiet)
+
+
 # ---- image files ----
 
 
@@ -1007,6 +1057,15 @@ def photos(tmp_path_factory):
                 image.save(top / split / name / f"{i}.{'png' if i % 2 else 'jpg'}")
     (top / "map.csv").write_text("a,17\nb,999\nc,0\nd,512\n")
     return top
+
+
+def test_a_dense_cache_of_many_classes_is_asked_for_as_it_is(toy, photos, tmp_path):
+    where = {"data": f"imagefolder:{photos}", "class_map": str(photos / "map.csv")}
+    config = settings(teacher="kd_toy:thousand", augment="rrc,flip", views=1, topk=1000, part=10, **where)
+    build(replace(config, out=str(tmp_path / "c"), batch_size=8), quiet)
+    cache = Cache(tmp_path / "c")
+    assert cache.identity.record.dense and cache.read(0).gaps.shape == (24, 1000)
+    assert verify(cache, verify_module.source_of(cache, **where)).passed
 
 
 def test_image_files_are_built_alike_with_any_number_of_workers(toy, photos, tmp_path):

@@ -621,9 +621,11 @@ def test_facts_as_json(place: Place, data: str, quick: str) -> None:
     listed = json.loads(works("ls --json").stdout)
     assert [c["key"] for c in listed] == [key]
     told = json.loads(works(f"info {key[:6]} --json").stdout)
-    assert told.items() >= listed[0].items() and 0.25 < told["evaluation_top1"] <= 1
-    assert set(told["view_top1"]) == {"0", "1"} and told["mass"] == {}
-    assert set(json.loads(works(f"info {place.top2} --json").stdout)["mass"]["2"]) == {"head", "tail"}
+    assert told.items() >= listed[0].items() and told["under_way"] == []
+    fidelity = told["fidelity"]
+    assert 0.25 < fidelity["evaluation_top1"] <= 1 and set(fidelity["view_top1"]) == {"0", "1"}
+    assert fidelity["mass"] == {}
+    assert set(json.loads(works(f"info {place.top2} --json").stdout)["fidelity"]["mass"]["2"]) == {"head", "tail"}
     assert listed[0]["views"] == 2 and listed[0]["samples"] == 128
     checked = json.loads(works(f"verify {key} {data} --replay 8 --json").stdout)
     assert checked["passed"] is True and checked["replayed"] == 24 and checked["problems"] == []

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -21,7 +21,7 @@ from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.info import one_line
 from kdcache.pipeline.networks import build_network
-from kdcache.pipeline.render import Renderer
+from kdcache.pipeline.render import RENDERER, Renderer
 from kdcache.pipeline.teachers import (
     Classifier,
     Teacher,
@@ -112,7 +112,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         raise InputError("--fresh-views needs the live teacher: give --online too")
     if config.weights and not config.online:
         raise InputError("--weights are those of the live teacher: give --online too")
-    cache = cache_of(config)
+    cache, had = cache_of(config), _resumed(config)
+    # Pinned, for a cache may have got more views by the time that the run is resumed.
+    used = None if config.fresh_views else config.views or had.get("views") or len(cache.views) or None
+    config = replace(config, views=used)
     if config.online and isinstance(cache, Beton):
         raise InputError(f"--online renders as the cache was built: give the cache itself, not {cache.path}")
     record = cache.identity.record
@@ -171,7 +174,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         "loss_options": options_of(loss), "epochs": recipe.epochs, "batch_size": batch, "lr": recipe.lr,
         "weight_decay": recipe.decay, "momentum": recipe.momentum, "warmup": recipe.warmup, "seed": config.seed,
         "views": config.views, "image_size": size, "online": config.online, "fresh_views": config.fresh_views,
-        "amp": config.amp,
+        "amp": config.amp, "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
+        "cache_path": str(cache.path.absolute()),
     }  # fmt: skip
     ready = _prepared(loss, cache, model, size, config.online, say)
     folder = RunFolder(path, settings, config.resume)
@@ -308,9 +312,9 @@ def _open(where: str) -> Cache | Beton:
 
 def cache_of(config: TrainConfig) -> Cache | Beton:
     """The cache asked for: by --cache, by the run that is resumed, or the only one that matches."""
-    where = config.cache
-    if where is None and config.resume and config.out:
-        where = read_config(Path(config.out)).get("cache")
+    had = _resumed(config)
+    place = had.get("cache_path")
+    where = config.cache or (place if place and Path(place).exists() else had.get("cache"))
     if where is None:
         return find_cache(config.data, config.teacher)
     cache = _open(where)
@@ -318,6 +322,11 @@ def cache_of(config: TrainConfig) -> Cache | Beton:
     if config.teacher and config.teacher != built_by:
         raise MismatchError(f"{cache.path} was built by {built_by}, not by {config.teacher}")
     return cache
+
+
+def _resumed(config: TrainConfig) -> dict[str, Any]:
+    """The settings of the run that is to be resumed, where there is one."""
+    return read_config(Path(config.out)) if config.resume and config.out else {}
 
 
 def _same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, device: torch.device) -> Teacher:

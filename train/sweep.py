@@ -9,9 +9,7 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
-
-from kdcache.cache.errors import InputError, KdcacheError
+from kdcache.cache.errors import InputError, KdcacheError, machine_error
 from kdcache.cache.files import replace_file
 from kdcache.train.presets import SMALL_IMAGES, make_loss
 from kdcache.train.run import TrainConfig, cache_of, train
@@ -50,8 +48,13 @@ def sweep(
         run: dict[str, Any] = {"loss": spec, "seed": seed, "run": str(path)}
         try:
             run["summary"] = train(one, say, keep_finished=True)
-        except (KdcacheError, MemoryError, torch.OutOfMemoryError) as e:
-            run["error"] = (str(e).splitlines() or [type(e).__name__])[0]
+        except KdcacheError as e:
+            run["error"] = str(e)
+        except (MemoryError, RuntimeError) as e:
+            if (reason := machine_error(e)) is None:
+                raise
+            run["error"] = reason
+        if "error" in run:
             say(f"{spec}, seed {seed} failed: {run['error']}")
         runs.append(run)
         result = {"cache": cache.key, "runs": runs, "losses": [_compared(runs, spec) for spec in losses]}
@@ -69,7 +72,7 @@ def _compared(runs: list[dict[str, Any]], spec: str) -> dict[str, Any]:
     good = [run["summary"] for run in mine if "error" not in run]
     figures = {}
     for key in good[0] if good else ():
-        values = [summary[key] for summary in good]
+        values = [summary.get(key) for summary in good]
         if all(isinstance(v, float) for v in values):
             spread = statistics.stdev(values) if len(values) > 1 else None
             figures[key] = {"mean": statistics.fmean(values), "spread": spread}
