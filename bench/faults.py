@@ -182,16 +182,17 @@ def ended(child: int) -> int:
 def kills(bench: Bench) -> dict[str, Any]:
     """Builds SIGKILLed one to three times at random moments and then completed."""
     rng, module._SPOOL_SECONDS = random.Random(SEED), SHORT_SPOOL
-    place, losses, sound, as_saved = bench.work / "kills", [], 0, 0
+    place, lost, sound, as_saved = bench.work / "kills", [], 0, 0
     for _ in range(KILLED_BUILDS):
-        shutil.rmtree(place, ignore_errors=True)
-        for _ in range(rng.randrange(1, 4)):
-            losses.append(bench.killed(place, rng.uniform(0, bench.seconds)))
+        kills_before = len(lost)
+        while len(lost) == kills_before:  # it can be done before it is killed
+            shutil.rmtree(place, ignore_errors=True)
+            losses = [bench.killed(place, rng.uniform(0, bench.seconds)) for _ in range(rng.randrange(1, 4))]
+            lost += [seconds for seconds in losses if seconds is not None]
         left = bench.minimum - bench.saved(place)
         assert ended(bench.start(place, "last")) == 0
         as_saved += int((place / "last").read_text()) == left
         sound += bench.sound(place)
-    lost = [seconds for seconds in losses if seconds is not None]
     return {
         "builds": KILLED_BUILDS,
         "kills": len(lost),

@@ -140,15 +140,13 @@ class Leases:
                     path.unlink(missing_ok=True)
 
     def _in_use(self, path: Path) -> bool:
-        if path.suffix != ".tmp":
-            return (
-                self._living(self._folder / f"{path.name}.json" if path.parent == self._scratch else path) is not None
-            )
-        # Of a builder on its way to being known, perhaps: only time tells.
-        try:
-            return self._touch() - path.stat().st_mtime <= EXPIRES
-        except FileNotFoundError:
-            return False
+        if path.suffix == ".tmp":  # of a builder on its way to being known, perhaps: only time tells
+            try:
+                return self._touch() - path.stat().st_mtime <= EXPIRES
+            except FileNotFoundError:
+                return False
+        owner = self._folder / f"{path.name}.json" if path.parent == self._scratch else path
+        return self._living(owner) is not None
 
     def _is_mine(self, link: Path) -> bool:
         try:

@@ -782,6 +782,14 @@ def test_a_full_disk_is_an_error_that_names_it_and_the_build_goes_on(
         assert content(path) == content(reference)
 
 
+@pytest.mark.parametrize("seconds", [39, 41])
+def test_batches_so_long_that_more_than_a_minute_may_be_lost_are_noted(tmp_path, source, monkeypatch, seconds):
+    said = []
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (BATCH / seconds, 1.0))
+    build(settings(out=str(tmp_path / "c"), views=1), said.append, source)
+    assert ("loses up to a batch, here 41 s: lower --batch-size" in "".join(said)) == (seconds == 41)
+
+
 # ---- replay ----
 
 
