@@ -89,7 +89,7 @@ def _images(cache: Cache, data: str | None) -> Dataset:
 
 
 def _beside(cache: Path, to: FileStore, views: range | None) -> Path:
-    cache = cache.resolve()  # "." has no name
+    cache = cache if cache.name not in ("", "..") else cache.resolve()
     chosen = "" if views is None else f"-views-{views.start}-{views.stop}"
     return cache.with_name(cache.name.removesuffix(".h5") + chosen + _SUFFIX[to])
 
