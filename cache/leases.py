@@ -132,7 +132,7 @@ class Leases:
         """Remove what dead builders left behind, and nothing of a live one."""
         for folder in (self._folder, self._scratch):
             for path in folder.iterdir():
-                if path.name == "decided" or self._in_use(path):
+                if path.name in ("decided", self._owner.token) or self._in_use(path):
                     continue
                 if path.is_dir() and not path.is_symlink():
                     files.remove_folder(path, self._scratch / self._owner.token)

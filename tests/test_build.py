@@ -398,6 +398,7 @@ def start(toy, script, *arguments, **env):
 
 def finish(process):
     out, err = process.communicate(timeout=200)
+    print(err)  # for whoever sees a later assertion fail
     assert process.returncode == 0, err
     return out
 
