@@ -213,6 +213,24 @@ def codecs(truth: Truth, k: int = 20) -> Iterator[dict[str, Any]]:
             }  # fmt: skip
 
 
+def chunks(truth: Truth, k: int = 20) -> Iterator[dict[str, Any]]:
+    """Bytes a record by rows a chunk, and of gaps stored as they are instead of as distances."""
+    stored = arrays.as_arrays(encode(truth.logits.float(), truth.labels, k, TEMPERATURES))
+    absolute = {"gaps": stored["gaps"].cumsum(1).clip(max=255).astype(np.uint8)}
+    yield {"gaps": "distances", **chunk_bytes({"gaps": stored["gaps"]})}
+    yield {"gaps": "as they are", **chunk_bytes(absolute)}
+    for rows in (125, 250, 500, 1000, 2000, 6000):
+        parts = range(0, len(truth.labels), rows)
+        total = sum(
+            len(stored["gaps"][i : i + rows]) * sum(chunk_bytes(_rows(stored, i, rows)).values()) for i in parts
+        )
+        yield {"rows_a_chunk": rows, "bytes": total / len(truth.labels)}
+
+
+def _rows(stored: dict[str, NDArray[Any]], start: int, count: int) -> dict[str, NDArray[Any]]:
+    return {name: rows[start : start + count] for name, rows in stored.items()}
+
+
 def id_palettes(truth: Truth, samples: int) -> Iterator[dict[str, Any]]:
     """Ids as places in a list of M classes a sample, that of view 0's largest logits; others are written out in full.
 
@@ -326,6 +344,7 @@ def main() -> None:
         "peers": list(peers(truth, len(truth.logits) // samples)),
         "id_palettes": list(id_palettes(truth, samples)),
         "tail_steps": list(tail_steps(truth)),
+        "chunks": list(chunks(truth)),
         "codecs": list(codecs(truth)),
         "study": list(study(truth)),
     }
