@@ -220,15 +220,11 @@ def chunks(truth: Truth, k: int = 20) -> Iterator[dict[str, Any]]:
     yield {"gaps": "distances", **chunk_bytes({"gaps": stored["gaps"]})}
     yield {"gaps": "as they are", **chunk_bytes(absolute)}
     for rows in (125, 250, 500, 1000, 2000, 6000):
-        parts = range(0, len(truth.labels), rows)
-        total = sum(
-            len(stored["gaps"][i : i + rows]) * sum(chunk_bytes(_rows(stored, i, rows)).values()) for i in parts
-        )
+        total = 0.0
+        for start in range(0, len(truth.labels), rows):
+            part = {name: array[start : start + rows] for name, array in stored.items()}
+            total += len(part["gaps"]) * sum(chunk_bytes(part).values())
         yield {"rows_a_chunk": rows, "bytes": total / len(truth.labels)}
-
-
-def _rows(stored: dict[str, NDArray[Any]], start: int, count: int) -> dict[str, NDArray[Any]]:
-    return {name: rows[start : start + count] for name, rows in stored.items()}
 
 
 def id_palettes(truth: Truth, samples: int) -> Iterator[dict[str, Any]]:
