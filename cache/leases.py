@@ -97,7 +97,7 @@ class Leases:
         link = self._folder / f"{name}.{number}"
         try:
             os.link(self._file, link)
-        except FileExistsError:
+        except (FileExistsError, FileNotFoundError):  # another was quicker, or has just taken this one for dead
             return False
         if links and self._owner_of(links[-1]) != last:
             # Its owner woke up and gave it back, and another builder may have begun anew at 0.
@@ -175,11 +175,12 @@ class Leases:
 
     def _touch(self) -> float:
         """Show that this builder lives. The time, by the file system's clock."""
-        try:
-            os.utime(self._file)
-        except FileNotFoundError:  # the first time, or another builder took this one for dead
-            files.publish(self._file, canonical(self._owner), self._folder)
-        return self._file.stat().st_mtime
+        while True:
+            try:
+                os.utime(self._file)
+                return self._file.stat().st_mtime
+            except FileNotFoundError:  # the first time, or another builder took this one for dead
+                files.publish(self._file, canonical(self._owner), self._folder)
 
     def _beat(self) -> None:
         failing = False
