@@ -138,7 +138,7 @@ class SplitStore:
         return self._place.read(self._commit_file(name), MAX_JSON_BYTES)
 
     def commit(self, name: str) -> Commit:
-        """The commit of that name; CorruptError when it is not one of this cache and name."""
+        """The commit of that name; MismatchError when it is of another cache, CorruptError when of another name."""
         path = self.root / "commits" / f"{name}.json"
         try:
             content = self.commit_bytes(name)
@@ -147,9 +147,14 @@ class SplitStore:
         except CorruptError as e:
             raise CorruptError(f"{e}; {self._again(name)}") from e
         commit = parse(Commit, content, str(path), self._again(name))
-        if (commit.key, commit.name) != (self._key, name):
-            found = f"{commit.name} of cache {commit.key[:12]}"
-            raise CorruptError(f"{path} belongs to {found}, not here; {self._again(name)}")
+        if commit.key != self._key:
+            # Nothing to repair by removing it: a bit in identity.json would take all shards with it.
+            raise MismatchError(
+                f"{path} belongs to cache {commit.key[:12]}, and {self._place.path / 'identity.json'} is that of "
+                f"{self._key[:12]}: one of the two is damaged or from elsewhere, copy it anew"
+            )
+        if commit.name != name:
+            raise CorruptError(f"{path} is that of {commit.name}; {self._again(name)}")
         return commit
 
     def write(

@@ -1018,6 +1018,16 @@ def test_repair_leaves_alone_what_cannot_be_read_now(taught, tmp_path, monkeypat
     assert {p: p.read_bytes() for p in path.rglob("*") if p.is_file()} == before
 
 
+def test_repair_does_not_remove_shards_for_a_damaged_identity(taught, tmp_path):
+    path = tmp_path / "c"
+    shutil.copytree(taught[2], path)
+    identity = path / "identity.json"
+    identity.write_text(identity.read_text().replace('"seed":0', '"seed":1'))
+    report = verify(Cache(path), repair=True)
+    assert report.problems and all(str(identity) in problem for problem in report.problems)
+    assert report.repaired == [] and len(list((path / "commits").iterdir())) == 2 * PARTS + 2
+
+
 def test_a_view_that_is_gone_is_a_problem(taught, tmp_path):
     path = tmp_path / "c"
     shutil.copytree(taught[2], path)

@@ -349,7 +349,7 @@ def test_the_rows_of_another_part_view_or_split_are_refused(packed):
     packed.write_bytes(original)
     commits = [f"commits/v0000{v}-p0000.json" for v in (0, 1)]
     forge(packed, lambda index: index.update({commits[1]: index[commits[0]]}))
-    with pytest.raises(e.CorruptError, match="belongs to v00000-p0000"):
+    with pytest.raises(e.CorruptError, match="is that of v00000-p0000"):
         Cache(packed).read(1)
 
 
