@@ -85,6 +85,14 @@ def remove_folder(folder: Path, scratch: Path) -> None:
             shutil.rmtree(aside, ignore_errors=True)
 
 
+def names(folder: Path) -> list[str]:
+    """What is in a folder that may be gone, sorted."""
+    try:
+        return sorted(os.listdir(folder))
+    except FileNotFoundError:
+        return []
+
+
 def sync_folder(folder: Path) -> None:
     fd = os.open(folder, os.O_RDONLY)
     try:

@@ -125,13 +125,13 @@ class Leases:
 
     def others(self) -> list[Owner]:
         """The other live builders."""
-        found = (self._living(path) for path in sorted(self._folder.glob("*.json")))
+        found = (self._living(self._folder / name) for name in files.names(self._folder) if name.endswith(".json"))
         return [owner for owner in found if owner and owner != self._owner]
 
     def clear(self) -> None:
         """Remove what dead builders left behind, and nothing of a live one."""
         for folder in (self._folder, self._scratch):
-            for path in folder.iterdir():
+            for path in map(folder.joinpath, files.names(folder)):
                 if path.name in ("decided", self._owner.token) or self._in_use(path):
                     continue
                 if path.is_dir() and not path.is_symlink():
@@ -155,8 +155,8 @@ class Leases:
             return False
 
     def _links(self, name: str) -> list[Path]:
-        found = [p for p in self._folder.glob(f"{name}.*") if p.suffix[1:].isdecimal()]
-        return sorted(found, key=lambda p: int(p.suffix[1:]))
+        numbers = [n for lease, _, n in (file.rpartition(".") for file in files.names(self._folder)) if lease == name]
+        return [self._folder / f"{name}.{n}" for n in sorted(map(int, filter(str.isdecimal, numbers)))]
 
     def _owner_of(self, path: Path) -> Owner | None:
         try:

@@ -217,7 +217,7 @@ class SplitStore:
         try:
             content = files.read_bounded(decided / "commit.json", MAX_JSON_BYTES)
         except NotFoundError:
-            names = {path.name for path in decided.glob("*")}
+            names = files.names(decided)
             if names and "commit.json" not in names and not self.has(name):
                 raise CorruptError(f"{decided} lacks its commit; {advice}") from None
             return
@@ -243,7 +243,7 @@ class SplitStore:
 
     def decided(self) -> list[str]:
         """What is decided and may not be committed: its builder is at it, or has died."""
-        return [path.name for path in self._decided.glob("*")]
+        return files.names(self._decided)
 
     def refresh(self) -> None:
         """Have `committed` and `has` show what other builders have done; changes the folder of commits."""

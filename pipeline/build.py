@@ -23,7 +23,7 @@ from numpy.typing import NDArray
 from kdcache import __version__
 from kdcache.cache import arrays
 from kdcache.cache.errors import InputError
-from kdcache.cache.files import replace_file, sha256
+from kdcache.cache.files import names, replace_file, sha256
 from kdcache.cache.home import caches_folder, home
 from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
 from kdcache.cache.leases import Leases
@@ -372,10 +372,8 @@ class Spool:
         self._total = total
         for slot in itertools.count():
             self._folder = folder.with_name(f"{folder.name}-{slot}")
-            self._folder.mkdir(parents=True, exist_ok=True)
-            self._lock = FileLock(self._folder / "lock", timeout=0)
             with suppress(Timeout):
-                self._lock.acquire()
+                self._lock = _locked(self._folder)
                 break
         self._blocks: list[dict[str, NDArray[Any]]] = []
         self._unsynced: list[dict[str, NDArray[Any]]] = []
@@ -433,6 +431,16 @@ class Spool:
             self.rows = stop
 
 
+def _locked(folder: Path) -> FileLock:
+    """A lock on a folder that is there, or Timeout."""
+    while True:
+        with suppress(FileNotFoundError):  # another builder has just cleared the folder away
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / "lock", timeout=0)
+            lock.acquire()
+            return lock
+
+
 def _spool_folder(path: Path, key: str) -> Path:
     """For builds of this cache in this place: one of the same key can go on elsewhere."""
     return home() / "spool" / f"{key[:16]}-{sha256(os.fsencode(path.resolve()))[:16]}"
@@ -440,11 +448,11 @@ def _spool_folder(path: Path, key: str) -> Path:
 
 def _clear(spool: Path, cache: Cache) -> None:
     """Remove what builds have left in the spool for shards that are committed, unless one is at work on them."""
-    for folder in spool.glob("*-b*"):
-        store = cache.evaluation if folder.name.startswith("eval-") else cache.train
-        if store.has(folder.name.removeprefix("eval-").rpartition("-b")[0]):
-            with suppress(Timeout), FileLock(folder / "lock", timeout=0):
-                shutil.rmtree(folder, ignore_errors=True)
+    for name in names(spool):
+        store = cache.evaluation if name.startswith("eval-") else cache.train
+        if store.has(name.removeprefix("eval-").rpartition("-b")[0]):
+            with suppress(Timeout, FileNotFoundError), FileLock(spool / name / "lock", timeout=0):
+                shutil.rmtree(spool / name, ignore_errors=True)
     with suppress(OSError):  # missing, or not empty
         spool.rmdir()
 

@@ -90,12 +90,10 @@ def stepwise(monkeypatch):
             actor.pause()
             try:
                 result = operation(*args, **kwargs)
-                result = list(result) if name == "glob" else result
             except Exception as error:
                 actor.seen.append((name, type(error).__name__))
                 raise
-            seen = [p.name for p in result] if name == "glob" else result
-            actor.seen.append((name, seen if isinstance(seen, bool | bytes | list | None) else None))
+            actor.seen.append((name, result if isinstance(result, bool | bytes | list) else None))
             return result
 
         monkeypatch.setattr(owner, name, gated)
@@ -106,11 +104,12 @@ def stepwise(monkeypatch):
         (os, "rename"),
         (files, "read_bounded"),
         (files, "write"),
+        (files, "names"),
         (SplitStore, "has"),
-        (Path, "glob"),
     ):
         gate(owner, name)
-    gate(os, "unlink", "/leases/")
+    for name in ("unlink", "utime", "stat"):
+        gate(os, name, "/leases/")
     monkeypatch.setattr(os, "fsync", lambda fd: None)
 
     def name_of_its_own(size):
@@ -404,7 +403,7 @@ def test_clocks_do_not_matter(tmp_path, monkeypatch, age):
         assert second.take(NAME) == (age == 100)
 
 
-@pytest.mark.parametrize("left", ["nothing", "a dead lease", "one that is given back"])
+@pytest.mark.parametrize("left", ["nothing", "a dead lease", "one that is given back", "nothing, a is taken for dead"])
 def test_one_builder_takes_over_in_every_interleaving(memory, monkeypatch, left):
     stepwise(monkeypatch)
     monkeypatch.setattr(time, "strftime", lambda *a: "2026-01-01T00:00:00Z")
@@ -413,21 +412,26 @@ def test_one_builder_takes_over_in_every_interleaving(memory, monkeypatch, left)
     def works(root):
         a, b = builder(root, "a"), builder(root, "b")
         a._touch(), b._touch()
-        first = leave(root, "x", 100) if left != "nothing" else None
-        takers = {"a": lambda: a.take(NAME), "b": lambda: b.take(NAME)}
-        return {**takers, "x": lambda: first.release(NAME)} if left == "one that is given back" else takers
+        works = {"a": lambda: a.take(NAME), "b": lambda: b.take(NAME)}
+        if not left.startswith("nothing"):
+            first = leave(root, "x", 100)
+        if left == "one that is given back":
+            works["x"] = lambda: first.release(NAME)
+        if left == "nothing, a is taken for dead":
+            works["x"] = lambda: (root / "leases" / "a.json").unlink()
+        return works
 
     ends = set()
 
     def check(root, state, results):
         assert sum(map(bool, results.values())) <= 1
-        if set(results) >= {"a", "b"} and not any(results.values()):
-            assert left == "one that is given back"
-        if len(results) == 2 + (left == "one that is given back"):
+        if set(results) >= {"a", "b"}:
             ends.add(tuple(sorted(name for name in results if results[name])))
 
     assert explore(memory, works, check) > 20
-    assert ends == {("a",), ("b",)} | ({()} if left == "one that is given back" else set())
+    # Where one gives back just then, both may find that too late, and come back for it.
+    assert ends - {()} == {("a",), ("b",)}
+    assert (() in ends) == (left == "one that is given back")
 
 
 def test_a_lease_is_renewed_and_its_loss_is_said_once(tmp_path, monkeypatch):
@@ -454,6 +458,9 @@ def test_a_lease_is_renewed_and_its_loss_is_said_once(tmp_path, monkeypatch):
         # Cleared away altogether, and back when it next needs it.
         for path in (tmp_path / "leases").iterdir():
             path.unlink()
+        (tmp_path / "scratch" / "first" / "half").mkdir(parents=True)
+        first.clear()
+        assert (tmp_path / "scratch" / "first" / "half").exists()
         wait_until(lambda: first.lost("v00000-p0002"))
         assert first.take("v00000-p0003") and first.holder("v00000-p0003").token == "first"
         shutil.rmtree(tmp_path / "leases")
