@@ -88,7 +88,7 @@ def remove_folder(folder: Path, scratch: Path) -> None:
 def names(folder: Path) -> list[str]:
     """What is in a folder that may be gone, sorted."""
     try:
-        return sorted(os.listdir(folder))
+        return sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:
         return []
 
