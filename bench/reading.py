@@ -4,9 +4,9 @@
 
 A cache of one view of 1,281,167 records (K = 20 of 1,000 classes) is made once in FOLDER, from real logits with noise
 of one nat, so that no two rows are equal. Peers' layouts are written from their descriptions: TinyViT's one file of
-4 + 4 K bytes a record, read by one seek a record; FKD's one torch file an image with the top 5 of all its crops, of
-which an epoch uses one. All are read in shuffled order, in turns, from files that the system has in memory, on one
-thread.
+4 + 4 K bytes a record, read by one seek a record and stacked to batches; FKD's one torch file an image with the top 5
+of all its crops, of which an epoch uses one. All are read in shuffled order, in turns, from files that the system has
+in memory; torch computes on one thread, kdcache reads parts in several.
 """
 
 from __future__ import annotations
@@ -139,10 +139,14 @@ def reading(work: Path, cache: Cache, rounds: int) -> dict[str, Any]:
     def one_seek_a_record() -> None:
         size = 4 + 4 * K
         with tinyvit.open("rb") as f:
-            for i in rng.permutation(PEER_RECORDS).tolist():
-                f.seek(i * size)
-                row = f.read(size)
-                np.frombuffer(row, "<f2", K, 4), np.frombuffer(row, "<i2", K, 4 + 2 * K)
+            for batch in np.array_split(rng.permutation(PEER_RECORDS), PEER_RECORDS // BATCH):
+                probabilities, ids = [], []
+                for i in batch.tolist():
+                    f.seek(i * size)
+                    row = f.read(size)
+                    probabilities.append(np.frombuffer(row, "<f2", K, 4))
+                    ids.append(np.frombuffer(row, "<i2", K, 4 + 2 * K))
+                torch.from_numpy(np.stack(probabilities)), torch.from_numpy(np.stack(ids))
 
     def one_file_an_image() -> None:
         for i in rng.permutation(FKD_IMAGES).tolist():
@@ -203,7 +207,7 @@ def soak(work: Path, epochs: int) -> dict[str, Any]:
     """Memory over many epochs of CachedLoader on digits, four views."""
     path = work / "digits"
     os.environ["KDCACHE_HOME"] = str(work / "home")
-    teach(TeachConfig("resnet8", epochs=1), lambda _: None)
+    teach(TeachConfig("resnet8", epochs=1, force=True), lambda _: None)
     build(BuildConfig("resnet8", views=4, topk=3, out=str(path)), lambda _: None)
     cache, data = Cache(path), open_data("digits", "train")
     loader = CachedLoader(cache, data, batch_size=256)

@@ -25,6 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property
 from pathlib import Path
+from threading import Lock
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -402,17 +403,18 @@ class SplitStore:
             )
         specs = arrays.record_arrays(self._record, self.samples, self.part)
         slabs: dict[str, NDArray[Any]] = {}
+        first = Lock()
 
         def load(part: int) -> None:
             shard = self.check_shard(view, part)
-            if not slabs:  # only now, when a shard has been found to be of the sizes that the identity claims
-                slabs.update({spec.name: np.empty(spec.shape, spec.dtype) for spec in specs})
+            with first:
+                if not slabs:  # only now, when a shard has been found to be of the sizes that the identity claims
+                    slabs.update({spec.name: np.empty(spec.shape, spec.dtype) for spec in specs})
             for spec in specs:
                 slabs[spec.name][spec.interval(part)] = shard[spec.name]
 
-        load(0)
         with ThreadPoolExecutor(_READERS, thread_name_prefix="kdcache-read") as threads:
-            list(threads.map(load, range(1, self.parts)))
+            list(threads.map(load, range(self.parts)))
         return arrays.as_records(self._record, slabs, self.labels, prior)
 
     def carries_tail_sums(self, view: int) -> bool:
