@@ -189,7 +189,7 @@ def test_a_file_made_meanwhile_is_kept(packed, tmp_path, monkeypatch):
     cache, data, _ = packed
     out = tmp_path / "x.beton"
     write = module._Writer.write
-    monkeypatch.setattr(module._Writer, "write", lambda self, file: (write(self, file), out.write_text("theirs")))
+    monkeypatch.setattr(module._Writer, "write", lambda self, *a: (write(self, *a), out.write_text("theirs")))
     with pytest.raises(e.InputError, match="made meanwhile"):
         pack_beton(cache, data, out, None, quiet)
     assert out.read_text() == "theirs" and [p.name for p in tmp_path.iterdir()] == ["x.beton"]
