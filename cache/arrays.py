@@ -12,12 +12,14 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
+import google_crc32c
 import numpy as np
 import torch
 import zarr
+from numcodecs import blosc
 from numpy.typing import NDArray
 from zarr.codecs import BloscCodec, BloscShuffle, Crc32cCodec
-from zarr.core.buffer import Buffer, default_buffer_prototype
+from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from kdcache.cache.errors import CorruptError
@@ -197,10 +199,14 @@ def decode_part(spec: ArraySpec, part: int, data: bytes, where: str) -> NDArray[
         raise CorruptError(f"{where}: declares {writes} bytes of data where {spec.chunk_bytes} belong")
     if reads != len(data) - _CRC_BYTES:
         raise CorruptError(f"{where}: declares {reads} compressed bytes and has {len(data) - _CRC_BYTES}")
-    store: dict[str, Buffer] = {}
-    array = _open(store, spec)
-    store[spec.chunk_file(part)] = default_buffer_prototype().buffer.from_bytes(data)
+    content = np.frombuffer(data, np.uint8)[:-_CRC_BYTES]  # no copy
+    if google_crc32c.value(content) != int.from_bytes(data[-_CRC_BYTES:], "little"):
+        raise CorruptError(f"{where}: its checksum is not that of its bytes")
+    # Without zarr, whose ways around blosc take several times as long as blosc itself.
+    chunk = np.empty(spec.chunk_shape, np.dtype(spec.dtype).newbyteorder("<"))
     try:
-        return np.asarray(array[spec.interval(part)])
-    except (ValueError, RuntimeError) as e:
+        blosc.decompress(content, chunk)
+    except RuntimeError as e:
         raise CorruptError(f"{where}: {e}") from e
+    rows = spec.interval(part)
+    return chunk[: rows.stop - rows.start].astype(spec.dtype, copy=False)
