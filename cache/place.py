@@ -48,8 +48,10 @@ class Place(Protocol):
     def require(self, file: str, stored: StoredFile) -> None:
         """CorruptError unless a committed chunk is there and, as far as that is known unread, of its size."""
 
-    def rows(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
-        """The rows of a committed chunk; CorruptError unless they are what was committed."""
+    def rows(
+        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """The rows of a committed chunk, in `out` if given; CorruptError unless they are what was committed."""
 
     def remedy(self, file: str) -> str:
         """What people do about a damaged commit, or about what it commits."""
@@ -93,12 +95,14 @@ class Folder:
         if not stat.S_ISREG(found.st_mode) or found.st_size != stored.size:
             raise CorruptError(f"{path} is not the file of {stored.size} bytes that was committed")
 
-    def rows(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
+    def rows(
+        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
         # The file's digest covers its rows too, so that those are not hashed again.
         content = self.read(file, spec.max_file_bytes)
         if len(content) != stored.size or files.sha256(content) != stored.sha256:
             raise CorruptError(f"{self.path / file} is not what was committed")
-        return arrays.decode_part(spec, part, content, str(self.path / file))
+        return arrays.decode_part(spec, part, content, str(self.path / file), out)
 
     def remedy(self, file: str) -> str:
         return f"remove {self.path / file} and run kdcache build again to make that shard anew"

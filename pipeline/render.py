@@ -66,10 +66,20 @@ class _Pixels:
         self._flat = padded.view(-1, channels)
         self._rows = torch.arange(height, device=device).unsqueeze(1) * self._padded_width
         self._columns = torch.arange(width, device=device)
+        self._windows = None
+        if device.type == "cpu":  # rows of a crop, one from each pixel on
+            shape, strides = (len(self._flat) - width + 1, width * channels), (channels, 1)
+            self._windows = np.lib.stride_tricks.as_strided(padded.numpy(), shape, strides, writeable=False)
+            self._mirrored = np.arange(width * channels).reshape(width, channels)[::-1].reshape(-1)
 
     def crops(self, index: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
         """[B, 3, H, W] (channels_last) for samples [B], boxes [B, 4] of the images' own size, flips [B]."""
         first = index * self._area + (boxes[:, 0] + self._pad) * self._padded_width + boxes[:, 1] + self._pad
+        if self._windows is not None:  # copied by row, twice as fast as by pixel
+            rows = self._windows[first.view(-1, 1).add(self._rows.view(-1)).numpy()]
+            chosen = flips.numpy()
+            rows[chosen] = rows[chosen].take(self._mirrored, 2)
+            return torch.from_numpy(rows).view(len(rows), *self.size, -1).permute(0, 3, 1, 2)
         columns = torch.where(flips.unsqueeze(1), self._columns.flip(0), self._columns)
         at = first.view(-1, 1, 1) + self._rows + columns.unsqueeze(1)
         pixels = self._flat.index_select(0, at.view(-1))
