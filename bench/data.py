@@ -22,7 +22,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from importlib.metadata import version
 from pathlib import Path
 from typing import Any
@@ -39,7 +39,7 @@ from cifar10 import machine
 from files import make_folder
 
 from kdcache.cache import Cache, Identity
-from kdcache.cache.arrays import as_arrays, encode_as
+from kdcache.cache.arrays import as_arrays, encode_as, id_dtype
 from kdcache.pipeline.beton import Beton, pack_beton
 from kdcache.pipeline.build import describe_data
 from kdcache.pipeline.datasets import Dataset, open_data
@@ -162,25 +162,26 @@ class Plain(TorchDataset[torch.Tensor]):
         return tv.horizontal_flip(image) if self.drawn.flips[index] else image
 
 
-def pixels(count: int, split: str) -> Dataset:
+def pixels(count: int, split: str, side: int = SIDE, classes: int = CLASSES) -> Dataset:
     rng = np.random.default_rng(0)
     return Dataset(
         name="noise",
         split=split,
-        labels=rng.integers(0, CLASSES, (count, 1)),
-        class_names=tuple("abcdefghij"),
-        sizes=np.full((count, 2), SIDE, np.int32),
+        labels=rng.integers(0, classes, (count, 1)),
+        class_names=tuple(map(str, range(classes))),
+        sizes=np.full((count, 2), side, np.int32),
         mean=(0.5,) * 3,
         std=(0.25,) * 3,
-        images=torch.from_numpy(rng.integers(0, 256, (count, SIDE, SIDE, 3), np.uint8)),
+        images=torch.from_numpy(rng.integers(0, 256, (count, side, side, 3), np.uint8)),
     )
 
 
-def filled(path: Path, data: Dataset) -> Cache:
+def filled(path: Path, data: Dataset, classes: int = CLASSES, views: int = VIEWS, name: str = "noise") -> Cache:
     """A cache of random logits for these images."""
-    evaluation = pixels(100, "eval")
+    side = int(data.sizes[0, 0])
+    data, evaluation = (replace(split, name=name) for split in (data, pixels(100, "eval", side, classes)))
     teacher = {
-        "architecture": "none", "weights": "0" * 64, "mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": SIDE,
+        "architecture": "none", "weights": "0" * 64, "mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": side,
         "numeric": "float32",
     }  # fmt: skip
     identity = Identity.model_validate(
@@ -190,7 +191,7 @@ def filled(path: Path, data: Dataset) -> Cache:
             "evaluation": describe_data(evaluation, False).model_dump(),
             "views": {"policy": "crop,flip", "seed": 0, "renderer": RENDERER},
             "record": {
-                "classes": CLASSES,
+                "classes": classes,
                 "k": None,
                 "temperatures": (),
                 "precision": "float16",
@@ -203,10 +204,10 @@ def filled(path: Path, data: Dataset) -> Cache:
     )
     cache = Cache.create(path, identity)
     generator = torch.Generator().manual_seed(0)
-    for store, split, views in ((cache.evaluation, evaluation, 1), (cache.train, data, VIEWS)):
-        store.write_labels(split.labels.astype(np.uint8), {})
-        for view in range(views):
-            logits = torch.randn(len(split), CLASSES, generator=generator)
+    for store, split, count in ((cache.evaluation, evaluation, 1), (cache.train, data, views)):
+        store.write_labels(split.labels.astype(id_dtype(classes)), {})
+        for view in range(count):
+            logits = torch.randn(len(split), classes, generator=generator)
             records = encode_as(identity.record, logits, torch.from_numpy(split.labels))
             drawn = draw("crop,flip", 0, view, range(len(split)), split.sizes)
             store.write_shard(view, 0, as_arrays(records), drawn.digest(), {})

@@ -61,6 +61,12 @@ class Records:
     def __len__(self) -> int:
         return self.gaps.shape[0]
 
+    @property
+    def nbytes(self) -> int:
+        """Of the records; the prior is no part of them."""
+        fields = (self.classes, self.gaps, self.target_gap, self.tail, self.tail_std, self.labels)
+        return sum(t.nbytes for t in fields if t is not None)
+
     def __getitem__(self, index: Tensor | slice) -> Records:
         return self._map(lambda t: t[index] if isinstance(index, slice) else t.index_select(0, index))
 

@@ -23,7 +23,7 @@ from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.render import RENDERER, Renderer, normalised
 from kdcache.pipeline.views import ViewParameters, draw
 
-_GATHERED = 16_384  # records: far fewer calls than by batch, and still small beside a slab
+_GATHERED = 1 << 22  # bytes: far fewer calls than by batch, and still in the processor's caches
 
 
 class LiveTeacher(Protocol):
@@ -55,7 +55,8 @@ def gathered(
     records: Records, labels: Tensor, batches: Sequence[NDArray[np.int64]]
 ) -> Iterator[tuple[Tensor, Records]]:
     """Labels and records of each batch, given those of all samples: many batches' are gathered at once."""
-    at_once = max(1, _GATHERED // max(len(b) for b in batches))
+    a_batch = max(len(b) for b in batches) * records.nbytes // len(records)
+    at_once = max(1, _GATHERED // a_batch)
     for start in range(0, len(batches), at_once):
         several = batches[start : start + at_once]
         at = torch.from_numpy(np.concatenate(several)).to(labels.device)
