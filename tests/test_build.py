@@ -33,6 +33,7 @@ from kdcache.pipeline import build as build_module
 from kdcache.pipeline import spool as spool_module
 from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build import BuildConfig, build, open_source, record_batches
+from kdcache.pipeline.datasets import Dataset
 from kdcache.pipeline.info import describe, facts, one_line
 from kdcache.pipeline.render import _Pixels
 from kdcache.pipeline.teachers import Teacher
@@ -240,6 +241,44 @@ def test_unlabelled_and_single_class_records_are_built(tmp_path):
     assert records.gaps.shape == (150, 0) and records.labels.shape == (150, 0) and records.tail.shape == (150, 2)
     assert verify(open_cache(tmp_path / "c"), open_source(config, quiet)).passed
     assert build(config, quiet).teacher_images == 0
+
+
+def test_logits_that_are_not_finite_are_an_error_that_names_the_sample(tmp_path, source, monkeypatch):
+    answer = Teacher.logits
+
+    def nan(self, images):
+        logits = answer(self, images).clone()
+        logits[5] = torch.nan
+        return logits
+
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    build(settings(views=1, out=str(tmp_path / "c")), quiet, source)
+    monkeypatch.setattr(Teacher, "logits", nan)
+    with pytest.raises(e.InputError, match=r"logits are not finite: view 1, sample 5 of train"):
+        build(settings(out=str(tmp_path / "c")), quiet, source)
+    assert open_cache(tmp_path / "c").views == (0,)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path, source):
+    with pytest.raises(e.InputError, match=r"--batch-size 151 is larger than the data, 150 images"):
+        build(settings(batch_size=151, out=str(tmp_path / "c")), quiet, source)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_compiled_teacher_answers_alike_and_one_that_cannot_be_compiled_is_one_line(tmp_path, source, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled(*a, **{**k, "mode": None, "backend": "aot_eager"}))
+    asked = []
+    answer = source.teacher.compile(BATCH).compiled
+    assert answer is not None
+    monkeypatch.setattr(Teacher, "compile", lambda self, batch: asked.append(batch) or replace(self, compiled=answer))
+    build(settings(compile=True, views=1, out=str(tmp_path / "c")), quiet, source)
+    assert asked == [BATCH] and verify(open_cache(tmp_path / "c"), source).passed
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: lambda images: images.no_such_method())
+    with pytest.raises(e.InputError, match=r"kd_toy:net cannot be compiled here: .*--no-compile") as caught:
+        build(settings(compile=True, out=str(tmp_path / "d")), quiet, source)
+    assert "\n" not in str(caught.value)
 
 
 # ---- again, and more ----
@@ -1120,6 +1159,44 @@ def test_image_files_are_built_alike_with_any_number_of_workers(toy, photos, tmp
         want = replace(encode(logits, labels, 20, (1.0, 4.0), "uint8"), prior=cache.prior)
         assert equal(records[torch.from_numpy(rows)], want)
     assert verify(cache, source).passed
+
+
+def test_the_bytes_are_the_same_however_many_views_are_cut_from_a_decode(toy, photos, tmp_path, monkeypatch):
+    """Also where views go on from different rows; and an image is decoded once for all of them."""
+    config = settings(
+        teacher="kd_toy:thousand", data=f"imagefolder:{photos}", augment="rrc,flip", views=5, topk=3, batch_size=4,
+        class_map=str(photos / "map.csv"), part=10, workers=0,
+    )  # fmt: skip
+    source = open_source(config, quiet)
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    decoded, decode = [], Dataset.decode
+    monkeypatch.setattr(Dataset, "decode", lambda self, i: decoded.append(i) or decode(self, i))
+    counts = {}
+    for together in (1, 3, 5):
+        decoded.clear()
+        build(replace(config, views_per_decode=together, out=str(tmp_path / str(together))), quiet, source)
+        counts[together] = len(decoded)
+    assert counts == {1: 8 + 5 * 24, 3: 8 + 2 * 24, 5: 8 + 24}
+    monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
+    answers, answer = [], Teacher.logits
+
+    def stop(self, images):
+        answers.append(len(images))
+        if len(answers) == stop.at:
+            raise ZeroDivisionError
+        return answer(self, images)
+
+    monkeypatch.setattr(Teacher, "logits", stop)
+    resumed = replace(config, out=str(tmp_path / "resumed"))
+    for stop.at, together in ((4, 1), (3, 5), (15, 3)):
+        answers.clear()
+        with pytest.raises(ZeroDivisionError):
+            build(replace(resumed, views_per_decode=together), quiet, source)
+    assert len({len(list(p.glob("*.block"))) for p in (tmp_path / "home" / "spool").glob("*/v*")}) > 1
+    build(replace(resumed, views_per_decode=5), quiet, source)
+    want = content(tmp_path / "1")
+    assert all(content(tmp_path / name) == want for name in ("3", "5", "resumed"))
+    assert spooled(tmp_path) == []
 
 
 def test_an_image_that_cannot_be_decoded_stops_the_build_which_then_goes_on(toy, photos, tmp_path):
