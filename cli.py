@@ -288,7 +288,8 @@ def teach(as_json: bool, **options: Any) -> None:
 @_workers
 @click.option(
     "--views-per-decode", type=click.IntRange(1), default=4, show_default=True,
-    help="Views cut from an image file each time it is decoded; more take memory. Records are the same.",
+    help="Views cut from an image file each time it is decoded: 4 take about half the time of 1 each, more gain "
+    "little and take memory. Records are the same.",
 )  # fmt: skip
 @_compile
 @click.option("--full-fingerprint", is_flag=True, help="Hash every file's contents, not 4,096 of them.")

@@ -2,10 +2,10 @@
 
     python bench/files.py --work FOLDER
 
-The build is measured beside the slower of what it consists of, decoding once for several views and the bare teacher, all
-in turns. The images are seeded cut-outs of the two photographs that scikit-learn carries, at sizes from 256 to 400 pixels, in
-ten class folders; the teacher is a resnet34 with random weights, so the accuracies mean nothing: this measures the
-path, not the method. Writes JSON.
+The build is measured beside the slower of what it consists of: decoding once for several views, and the bare teacher;
+all take turns. The images are seeded cut-outs of the two photographs that scikit-learn carries, at sizes from 256 to
+400 pixels, in ten class folders; the teacher is a resnet34 with random weights, so the accuracies mean nothing: this
+measures the path, not the method. Writes JSON.
 """
 
 from __future__ import annotations

@@ -370,6 +370,7 @@ class _Builder:
                     if shards := self._take():
                         self._compute(shards, thread)
                         continue
+                    thread.finish()  # also because an error of its would else be told only at the end
                     if (now := self._waiting()) not in (told, ""):
                         told = now
                         self.say(told)
@@ -450,6 +451,8 @@ class _Builder:
             if self.leases.lost(lot.shard.lease) and lot.shard.store.has(lot.shard.name):
                 lot.gone = True
                 self.progress.advance(lot.shard.rows.stop - at.stop)  # by the build that took over the lease
+                if all(lot.gone for lot in lots):
+                    break
             if time.monotonic() - self._looked > _LOOK_SECONDS:
                 self._look()
         for lot in lots:

@@ -12,6 +12,7 @@ import pytest
 import torch
 
 from kdcache.pipeline.build import BuildConfig, build
+from kdcache.pipeline.ranks import cores
 from kdcache.pipeline.teachers import pick_device
 
 
@@ -112,6 +113,7 @@ def be_rank(monkeypatch, rank, world):
 
 def test_a_rank_takes_its_own_gpu(monkeypatch):
     be_rank(monkeypatch, 1, 4)
+    assert cores() == max(1, len(os.sched_getaffinity(0)) // 4)
     chosen = []
     monkeypatch.setattr("torch.cuda.is_available", lambda: True)
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
