@@ -9,6 +9,7 @@ import math
 import os
 import sys
 import threading
+import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -22,6 +23,7 @@ if TYPE_CHECKING:
     from kdcache.pipeline.settings import Setting
 
 INTERRUPTED = 130
+_AFTER_RANK_0 = 5.0  # seconds
 
 
 class _Failure(click.ClickException):
@@ -39,10 +41,15 @@ class _Main(click.Group):
         sys.unraisablehook = lambda unraisable: _unraisable(unraisable, before)
         try:
             return self._invoke(ctx)
+        except click.ClickException:
+            if _later_rank():
+                # Rank 0 most often fails alike and says so, upon which torchrun ends this process.
+                time.sleep(_AFTER_RANK_0)
+            raise
         except KeyboardInterrupt:
             # What is half made, such as a loader with its worker processes, complains as the process ends.
             before = _silent
-            click.echo("stopped; nothing is lost: the same command (train: with --resume) goes on", err=True)
+            _say("stopped; nothing is lost: the same command (train: with --resume) goes on")
             sys.exit(INTERRUPTED)
         finally:
             sys.unraisablehook = before
@@ -50,8 +57,10 @@ class _Main(click.Group):
     def _invoke(self, ctx: click.Context) -> Any:
         # Only here, because it takes seconds in which people press Ctrl-C.
         from kdcache.cache.errors import KdcacheError, machine_error
+        from kdcache.pipeline.ranks import share_cores
         from kdcache.pipeline.settings import FILE, load_settings
 
+        share_cores()
         flags = {name: _flags(command) for name, command in self.commands.items()}
         found: dict[str, dict[str, Setting]] = {}
         try:
@@ -121,11 +130,20 @@ def _system_error(e: OSError) -> str:
 
 
 def _print(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
-    click.echo(json.dumps(facts, indent=2, default=str) if as_json else text)
+    if not _later_rank():
+        click.echo(json.dumps(facts, indent=2, default=str) if as_json else text)
 
 
 def _say(text: str) -> None:
-    click.echo(text, err=True)
+    if not _later_rank():
+        click.echo(text, err=True)
+
+
+def _later_rank() -> bool:
+    """Whether this is one of torchrun's processes that leave it to rank 0 to talk."""
+    from kdcache.pipeline.ranks import ranks
+
+    return ranks().rank > 0
 
 
 class _Number(click.FloatRange):
@@ -181,6 +199,9 @@ _data = click.option(
 _device = click.option("--device", help="cuda, cuda:1, cpu, ...; the GPU where there is one.")
 _workers = click.option("--workers", type=click.IntRange(0), help="Processes that decode image files [the cores].")
 _amp = click.option("--amp", type=click.Choice(["bf16"]), help="Run the network in bfloat16.")
+_compile = click.option(
+    "--compile/--no-compile", default=None, help="torch.compile the network [on CUDA where it pays; not on CPU]."
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 # One image has no statistics for a batch norm.
 _batch = click.option("--batch-size", type=click.IntRange(2), help="Images a step [by dataset].")
@@ -265,6 +286,12 @@ def teach(as_json: bool, **options: Any) -> None:
 @_device
 @_amp
 @_workers
+@click.option(
+    "--views-per-decode", type=click.IntRange(1), default=4, show_default=True,
+    help="Views cut from an image file each time it is decoded: 4 take about half the time of 1 each, more gain "
+    "little and take memory. Records are the same.",
+)  # fmt: skip
+@_compile
 @click.option("--full-fingerprint", is_flag=True, help="Hash every file's contents, not 4,096 of them.")
 @click.option("--allow-low-accuracy", is_flag=True, help="Build although the teacher is near chance.")
 @click.option("--list-unreadable", is_flag=True, help="Name every image file that cannot be read, and stop.")
@@ -286,6 +313,7 @@ def build(
     """
     from kdcache.pipeline.build import BuildConfig
     from kdcache.pipeline.pack import pack as run_pack
+    from kdcache.pipeline.ranks import ranks
     from kdcache.train.teach import build_and_teach, unreadable_files
 
     if list_unreadable:
@@ -295,7 +323,7 @@ def build(
     if teacher is None:
         raise click.UsageError("Missing option '--teacher'.")
     result = build_and_teach(BuildConfig(teacher, **options), _say)
-    if store == "zarr":
+    if store == "zarr" or ranks().rank:
         _print(vars(result), as_json, str(result.path))
     else:
         packed = run_pack(result.path, store, data=options["data"], say=_say)

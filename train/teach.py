@@ -3,17 +3,20 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.build import BuildConfig, BuildResult, build, check_options
 from kdcache.pipeline.datasets import list_unreadable, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.ranks import ranks
 from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, file_classifier, pick_device, taught_file, try_out
 from kdcache.pipeline.views import check_policy
@@ -21,6 +24,8 @@ from kdcache.train.evaluate import metrics, predict
 from kdcache.train.loader import PlainLoader
 from kdcache.train.losses import CE
 from kdcache.train.trainer import Recipe, RunFolder, fit, seeded
+
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -111,10 +116,20 @@ def build_and_teach(config: BuildConfig, say: Callable[[str], None] = print) -> 
             taught = taught_file(config.teacher, data)
             if not taught.exists():
                 check_options(config, len(data.class_names))
-                say(f"no {config.teacher} has been taught on {DATA} yet: teaching one first")
-                teach(TeachConfig(config.teacher, device=config.device), say)
+                _teach_once(config, taught, say)
             config = replace(config, weights=str(taught))  # also where --unlabelled makes it other data
     return build(config, say)
+
+
+def _teach_once(config: BuildConfig, taught: Path, say: Callable[[str], None]) -> None:
+    """In one of the processes that start together, while the others wait."""
+    while ranks().local_rank and not taught.exists():
+        time.sleep(_POLL_SECONDS)
+    taught.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(taught.with_suffix(".lock")):
+        if not taught.exists():
+            say(f"no {config.teacher} has been taught on {DATA} yet: teaching one first")
+            teach(TeachConfig(config.teacher, device=config.device), say)
 
 
 def unreadable_files(data: str, unlabelled: bool, say: Callable[[str], None]) -> list[str]:
