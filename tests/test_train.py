@@ -375,9 +375,8 @@ def test_features_come_from_the_stage_before_the_last(name, size, channels):
 AVERAGED = ("--ema", "0.9", "--accumulate", "2", "--optimiser", "adamw")
 
 
-@pytest.mark.parametrize(("epochs", "loss"), [(4, ("nkd", *AVERAGED)), (3, ("bdkd", "--online"))])
+@pytest.mark.parametrize(("epochs", "loss"), [(3, ("nkd", *AVERAGED)), (2, ("bdkd", "--online"))])
 def test_killed_within_an_epoch_and_resumed_equals_uninterrupted(home, tmp_path, epochs, loss):
-    """SIGKILL in the second epoch, Ctrl-C soon after it has gone on, and then the rest."""
     command = [
         *(sys.executable, "-m", "kdcache.cli", "train", "--cache", str(home / "default"), "--loss", *loss),
         *("--epochs", str(epochs), "--out"),
@@ -391,18 +390,8 @@ def test_killed_within_an_epoch_and_resumed_equals_uninterrupted(home, tmp_path,
     process.kill()
     process.wait()
     assert len((killed / "metrics.jsonl").read_text().splitlines()) == at["epoch"] < epochs
-    process = subprocess.Popen(
-        [*command, str(killed), "--resume", "--save-every", "0"], stderr=subprocess.PIPE, text=True
-    )
-    while (later := stopped_at(process, killed))["epoch"] == at["epoch"] and later["batch"] == at["batch"]:
-        process.send_signal(signal.SIGCONT)
-        time.sleep(0.02)
-    process.send_signal(signal.SIGINT)
-    process.send_signal(signal.SIGCONT)
-    said = process.communicate()[1].splitlines()
-    assert process.returncode == 130 and said[-1].startswith("stopped; nothing is lost")
-    assert any(f"after epoch {at['epoch']} and {at['batch']} batches of {epochs}" in line for line in said)
-    subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True)
+    resumed = subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True, text=True)
+    assert f"after epoch {at['epoch']} and {at['batch']} batches of {epochs}" in resumed.stderr
     a, b = (metrics_of(folder) for folder in (killed, tmp_path / "whole"))
     assert len(a) == epochs and a == b
     files = {p.name for p in (tmp_path / "whole").glob("*.safetensors")}
