@@ -113,20 +113,18 @@ def pick_device(name: str | None) -> torch.device:
             device = torch.device("cuda", ranks().local_rank)
         torch.zeros(1, device=device).item()  # meta makes tensors, but holds nothing
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise InputError(f"device {name or 'cuda'!r} cannot be used here: {_first_sentence(e)}{_too_many()}") from e
+        raise InputError(f"device {name or 'cuda'!r} cannot be used here: {_first_sentence(e)}; {_instead()}") from e
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # for streams and events, which are made without naming one
     return device
 
 
-def _too_many() -> str:
-    """What to do where torchrun started more ranks than there are GPUs."""
+def _instead() -> str:
+    """What to ask for, where torchrun started more ranks than there are GPUs too."""
     here, gpus = ranks().local_world, torch.cuda.device_count()
-    return (
-        f"; {here} ranks were started here and there are {gpus} GPUs: --nproc-per-node {gpus}"
-        if here > gpus > 0
-        else ""
-    )
+    if here > gpus > 0:
+        return f"{here} ranks were started here and there are {gpus} GPUs: --nproc-per-node {gpus}"
+    return "take cpu, cuda or cuda:N"
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdcache import __version__
-from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError, UnreadableError
 from kdcache.cache.home import list_caches, open_cache
 from kdcache.cache.records import Records, encode
 from kdcache.cache.store import Cache
@@ -37,8 +37,12 @@ from kdcache.train.evaluate import metrics, predict
 from kdcache.train.features import FeatureLoss
 from kdcache.train.loader import CachedLoader, OnlineLoader, require_data
 from kdcache.train.losses import BDKD, IKL, USKD, Loss
+from kdcache.train.optimisers import Amp, Optimiser, Recipe, default_rates, require_autocast
 from kdcache.train.presets import head_mass_warning, make_loss, options_of, require_served
-from kdcache.train.trainer import PARTNER, Recipe, RunFolder, fit, read_config, seeded
+from kdcache.train.runfolder import RunFolder, read_config
+from kdcache.train.trainer import PARTNER, SAVE_EVERY, fit, seeded
+
+_WORTH_COMPILING = 10_000  # batches in a run
 
 
 @dataclass(frozen=True)
@@ -64,9 +68,15 @@ class TrainConfig:
     teacher: str | None = None
     weights: str | None = None
     device: str | None = None
-    amp: str | None = None
+    amp: Amp | None = None
     workers: int | None = None
     allow_renderer: bool = False
+    optimiser: Optimiser = "sgd"
+    accumulate: int = 1
+    clip: float | None = None
+    ema: float | None = None
+    compile: bool | None = None
+    save_every: float = SAVE_EVERY
 
 
 def find_cache(data: str, teacher: str | None = None) -> Cache:
@@ -108,6 +118,7 @@ def find_cache(data: str, teacher: str | None = None) -> Cache:
 def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished: bool = False) -> dict[str, Any]:
     """Train a student; the summary, which also stands in the run folder. keep_finished: of a finished run, that one."""
     device = pick_device(config.device)
+    require_autocast(device, config.amp)
     if config.fresh_views and not config.online:
         raise InputError("--fresh-views needs the live teacher: give --online too")
     if config.weights and not config.online:
@@ -129,12 +140,25 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
     require_served(loss, record.model_copy(update={"k": None}) if config.online else record)
     student = config.student or defaults.student
     batch = config.batch_size or min(defaults.train_batch, len(data))
+    together = batch * config.accumulate
+    lr, decay = default_rates(config.optimiser, defaults, together)
+    sgd_lr, sgd_decay = default_rates("sgd", defaults, together) if config.optimiser == "muon" else (None, None)
+    epochs = config.epochs or defaults.epochs
+    # A compiler takes a minute, and the digits do not.
+    long = device.type == "cuda" and epochs * (len(data) // batch) >= _WORTH_COMPILING
     recipe = Recipe(
-        epochs=config.epochs or defaults.epochs,
-        lr=config.lr or defaults.rate(batch),
-        decay=defaults.decay if config.weight_decay is None else config.weight_decay,
+        epochs=epochs,
+        lr=config.lr or lr,
+        decay=decay if config.weight_decay is None else config.weight_decay,
         warmup=config.warmup,
-        amp=config.amp == "bf16",
+        amp=config.amp,
+        optimiser=config.optimiser,
+        sgd_lr=sgd_lr,
+        sgd_decay=sgd_decay,
+        accumulate=config.accumulate,
+        clip=config.clip,
+        ema=config.ema,
+        compile=had.get("compile", long) if config.compile is None else config.compile,
     )
     partner = _learning_teacher(cache, config, data, loss, recipe, device) if isinstance(loss, BDKD) else None
     loader: CachedLoader | OnlineLoader | BetonLoader
@@ -174,7 +198,9 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         "loss_options": options_of(loss), "epochs": recipe.epochs, "batch_size": batch, "lr": recipe.lr,
         "weight_decay": recipe.decay, "momentum": recipe.momentum, "warmup": recipe.warmup, "seed": config.seed,
         "views": config.views, "image_size": size, "online": config.online, "fresh_views": config.fresh_views,
-        "amp": config.amp, "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
+        "amp": config.amp, "optimiser": recipe.optimiser, "sgd_lr": recipe.sgd_lr, "sgd_weight_decay": recipe.sgd_decay,
+        "accumulate": recipe.accumulate, "clip": recipe.clip, "ema": recipe.ema, "compile": recipe.compile,
+        "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
         "cache_path": str(cache.path.absolute()),
     }  # fmt: skip
     ready = _prepared(loss, cache, model, size, config.online, say)
@@ -194,7 +220,15 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
     }  # fmt: skip
     beside = (partner.model, partner.input_size) if partner else None
     started = time.monotonic()
-    history = fit(model, ready, loader, recipe, lambda m: judge(m, recipe.amp, beside), folder, notes, say, partner)
+    try:
+        history = fit(
+            model, ready, loader, recipe, lambda m: judge(m, recipe.dtype, beside), folder, notes, say, partner,
+            config.save_every,
+        )  # fmt: skip
+    except KdcacheError as e:
+        if cache.path.exists():
+            raise
+        raise UnreadableError(f"{cache.path} has gone: bring the disk or folder back, and go on with --resume") from e
     last = history[-1]
     summary = {
         **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
@@ -245,19 +279,19 @@ class Judge:
         self._labels = torch.from_numpy(labels[:, 0] if labels.shape[1] else labels.reshape(-1))
 
     def __call__(
-        self, model: Classifier, amp: bool = False, beside: tuple[Classifier, int] | None = None
+        self, model: Classifier, dtype: torch.dtype | None = None, beside: tuple[Classifier, int] | None = None
     ) -> dict[str, float]:
         records, theirs = self._records, {}
         if beside is not None:
-            answers = self._predict(*beside, amp)
+            answers = self._predict(*beside, dtype)
             records = encode(answers, None, precision="float32")
             theirs = {f"{PARTNER}_{name}": value for name, value in metrics(answers, self._labels).items()}
-        return {**metrics(self._predict(model, self._size, amp), self._labels, records), **theirs}
+        return {**metrics(self._predict(model, self._size, dtype), self._labels, records), **theirs}
 
-    def _predict(self, model: Classifier, size: int, amp: bool) -> Tensor:
+    def _predict(self, model: Classifier, size: int, dtype: torch.dtype | None) -> Tensor:
         if size not in self._renderers:
             self._renderers[size] = Renderer(self._data, size, self._device, workers=self._workers)
-        return predict(model, self._data, self._renderers[size], amp)
+        return predict(model, self._data, self._renderers[size], dtype)
 
 
 def evaluate_run(
