@@ -25,7 +25,6 @@ import numpy as np
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cifar10 import machine
 
 from kdcache.cache import Cache, Identity
 from kdcache.cache.arrays import as_arrays, encode_as
@@ -35,6 +34,7 @@ from kdcache.pipeline.datasets import Dataset
 from kdcache.pipeline.render import RENDERER
 from kdcache.pipeline.views import draw
 from kdcache.train import CachedLoader
+from kdcache.train.bench import machine
 from kdcache.train.beton import BetonLoader
 
 BATCH, VIEWS, CLASSES, SIDE = 256, 2, 10, 32

@@ -18,7 +18,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from cifar10 import machine
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
@@ -30,6 +29,7 @@ from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.teachers import Classifier
 from kdcache.pipeline.verify import verify
 from kdcache.pipeline.views import draw
+from kdcache.train.bench import machine
 from kdcache.train.run import TrainConfig, train
 
 IMAGES, CLASSES, VIEWS = 240, 10, 2
