@@ -3,8 +3,9 @@
     python bench/reading.py --logits PATH/imagenet-logits.npz --work FOLDER
 
 A cache of one view of 1,281,167 records (K = 20 of 1,000 classes) is made once in FOLDER, from real logits with noise
-of one nat, so that no two rows are equal. Peers' layouts (kdcache.train.layouts) hold its records too. All are read in shuffled order, in turns, from files that the
-system has in memory; torch computes on one thread, kdcache reads parts in several.
+of one nat, so that no two rows are equal. Peers' layouts (kdcache.train.layouts) hold its records too. All are read in
+shuffled order, in turns, from files that the system has in memory; torch computes on one thread, kdcache reads parts in
+several.
 """
 
 from __future__ import annotations

@@ -123,8 +123,8 @@ def _source(config: BenchConfig, folder: Path, device: torch.device) -> tuple[So
     if samples < 2 * batch:
         asked = f" and --samples {config.samples}" if config.samples else ""
         raise InputError(
-            f"at least two batches are needed, and {config.data} has {len(data)} samples for batches of {batch}{asked}: "
-            "lower --batch-size"
+            f"at least two batches are needed, and {config.data} has {len(data)} samples{asked} for batches of "
+            f"{batch}: lower --batch-size"
         )
     name = config.teacher or (FILES_TEACHER if data.images is None else TEACHER)
     weights = folder / "teacher.safetensors"
@@ -296,18 +296,8 @@ class _Bench:
 
     def _stepping(self, cache: Cache, model: Any, loss: Loss) -> dict[str, list[float]]:
         """Seconds a step by loss and teacher, and what a step is made of."""
-        learnt = list(loss.parameters()) if isinstance(loss, Learnt) else []
-        optimiser = make_optimiser([*self.model.parameters(), *learnt], self.recipe, self.device)
-        teacher, ce = self.source.teacher, make_loss("ce", self.size)
-
-        def learn(batch: Any, of: Loss) -> None:
-            images, labels, records = batch
-            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
-                logits = model(images)
-            value = of(logits, labels, records)
-            optimiser.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
+        teacher = self.source.teacher
+        learn = self._learner(model, loss)
 
         loader = self._loader(cache)
         online = OnlineLoader(
@@ -320,14 +310,30 @@ class _Bench:
         seen = seen.contiguous(memory_format=torch.channels_last)
         self.model.train()
         cases = {
-            "ce": self._steps(self._loader(cache), lambda batch: learn(batch, ce)),
-            "cached": self._steps(self._loader(cache), lambda batch: learn(batch, loss)),
-            "online": self._steps(online, lambda batch: learn(batch, loss)),
+            "ce": self._steps(self._loader(cache), self._learner(model, make_loss("ce", self.size))),
+            "cached": self._steps(self._loader(cache), learn),
+            "online": self._steps(online, learn),
             "data alone": self._steps(self._loader(cache), lambda batch: None),
-            "model alone": self._repeated(lambda: learn(resident, loss)),
+            "model alone": self._repeated(lambda: learn(resident)),
             "teacher forward": self._repeated(lambda: teacher.logits(seen)),
         }
         return self._in_turns("steps", cases, *_STEPS)
+
+    def _learner(self, model: Any, loss: Loss) -> Callable[[Any], None]:
+        """The trainer's step, of a loader's batch."""
+        learnt = list(loss.parameters()) if isinstance(loss, Learnt) else []
+        optimiser = make_optimiser([*self.model.parameters(), *learnt], self.recipe, self.device)
+
+        def learn(batch: Any) -> None:
+            images, labels, records = batch
+            with torch.autocast(self.device.type, torch.bfloat16, enabled=self.recipe.amp):
+                logits = model(images)
+            value = loss(logits, labels, records)
+            optimiser.zero_grad(set_to_none=True)
+            value.backward()  # type: ignore[no-untyped-call]
+            optimiser.step()
+
+        return learn
 
     def _epochs(self, cache: Cache, model: Any, loss: Loss) -> dict[str, list[float]]:
         """Seconds of the trainer's whole epoch, evaluation left out, the next view's slab read ahead."""
@@ -368,7 +374,12 @@ class _Bench:
                 onward.set_epoch(0)
                 batches = onward.steps()
                 work(next(batches))  # the workers have started
-                return self._timed(lambda: [work(batch) for batch in batches]) / (len(loader) - 1)
+
+                def rest() -> None:
+                    for batch in batches:
+                        work(batch)
+
+                return self._timed(rest) / (len(loader) - 1)
 
             return run
         batches = _endless(loader)
@@ -377,7 +388,12 @@ class _Bench:
     def _repeated(self, work: Callable[[], object]) -> Callable[[], float]:
         """Seconds of one, from several where the device works behind the program's back."""
         times = 1 if self.device.type == "cpu" else 20
-        return lambda: self._timed(lambda: [work() for _ in range(times)]) / times
+
+        def several() -> None:
+            for _ in range(times):
+                work()
+
+        return lambda: self._timed(several) / times
 
     def _timed(self, work: Callable[[], object]) -> float:
         self._synchronise()
@@ -494,8 +510,12 @@ def table(found: Mapping[str, Any]) -> str:
     section(f"a whole epoch of {found['epoch_steps']} steps", "s", epochs, found["epoch_seconds"])
     built = {name: name for name in found["build_images_per_second"]}
     section(f"a build, batches of {setup['build_batch_size']}", "images/s", built, found["build_images_per_second"])
-    read = {"slab": "a view's slab", "shuffled epoch": "the slab, and from it shuffled batches",
-            "one seek a record": "one seek a record (TinyViT)", "one file an image": "one file an image (FKD)"}  # fmt: skip
+    read = {
+        "slab": "a view's slab",
+        "shuffled epoch": "the slab, and from it shuffled batches",
+        "one seek a record": "one seek a record (TinyViT)",
+        "one file an image": "one file an image (FKD)",
+    }
     title = f"reading {found['reading_records']:,} records of {setup['stored_classes']} classes"
     section(title, "records/s", read, found["reading_records_per_second"])
     ratios = {

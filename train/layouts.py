@@ -77,7 +77,7 @@ def reading_cases(
 
     def epoch() -> None:
         records = Cache(cache.path).read(0)
-        for index in torch.from_numpy(rng.permutation(samples)).split(batch):
+        for index in torch.split(torch.from_numpy(rng.permutation(samples)), batch):
             records[index]
 
     def one_seek_a_record() -> None:
