@@ -409,12 +409,11 @@ class _Bench:
     def _in_turns(
         self, title: str, cases: Mapping[str, Callable[[], float]], seconds: float, least: int
     ) -> dict[str, list[float]]:
-        """What each case gives in every round, after two to warm up; the order changes from round to round."""
-        for _ in range(2):
-            started = time.perf_counter()
-            for case in cases.values():
-                case()
-            once = time.perf_counter() - started
+        """What each case gives in every round, after one to warm up; the order changes from round to round."""
+        started = time.perf_counter()
+        for case in cases.values():
+            case()
+        once = time.perf_counter() - started
         rounds = self.config.rounds or min(200, max(least, round(seconds / once)))
         found: dict[str, list[float]] = {name: [] for name in cases}
         order = list(cases)
