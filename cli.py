@@ -547,5 +547,43 @@ def demo(as_json: bool, out: str | None) -> None:
         _print(found, True, "")
 
 
+@main.command()
+@click.option("--teacher", metavar="NAME", help="A network's name [resnet56, for image files resnet34].")
+@click.option("--student", metavar="NAME", help="A network's name [by dataset].")
+@_data
+@click.option("--loss", default="nkd", show_default=True, metavar="NAME[:KEY=VALUE,...]", help="See docs/losses.md.")
+@_batch
+@click.option("--image-size", type=click.IntRange(8), help="The student's input size in pixels.")
+@click.option("--samples", type=click.IntRange(4), help="Images that stand for all [8 batches, on a GPU 64].")
+@click.option("--rounds", type=click.IntRange(2), help="How often each thing is measured [as time allows].")
+@click.option("--views", type=click.IntRange(1), help="Of the cache, for the break-even [by dataset].")
+@click.option("--epochs", type=click.IntRange(1), help="Of a student, for the break-even [by dataset].")
+@_device
+@_amp
+@click.option("--compile", is_flag=True, help="Compile teacher and student.")
+@_workers
+@click.option("--out", metavar="FILE", help="Write the figures as JSON.")
+@_json
+def bench(as_json: bool, out: str | None, **options: Any) -> None:
+    """Measure what a teacher costs here: in every step, in a build, and after how many students a cache has paid.
+
+    The teacher is untrained and a part of the data stands for all of them: time depends on neither.
+
+    \b
+    Example: kdcache bench
+             kdcache bench --data cifar10 --teacher resnet56 --student resnet20 --batch-size 256 --out bench.json
+    """
+    from kdcache.cache.files import replace_file
+    from kdcache.train.bench import BenchConfig, table
+    from kdcache.train.bench import bench as run
+
+    if out and Path(out).is_dir():
+        raise click.BadParameter(f"{out} is a folder, not a file", param_hint="--out")
+    found = run(BenchConfig(**options), _say)
+    if out:
+        replace_file(Path(out), (json.dumps(found, indent=2) + "\n").encode())
+    _print(found, as_json, table(found))
+
+
 if __name__ == "__main__":
     main()

@@ -23,11 +23,11 @@ from typing import Any
 
 import numpy as np
 import torch
-from cifar10 import machine
 from safetensors.torch import save_file
 
 from kdcache.pipeline.build import BuildConfig, build, open_source, teacher_renderer, view_parameters
 from kdcache.pipeline.networks import build_network
+from kdcache.train.bench import machine
 
 BATCH, ROUNDS = 128, 3
 # Samples, classes, stored classes (None: all) and views.

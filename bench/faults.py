@@ -30,7 +30,6 @@ from safetensors.torch import save_file
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 import test_leases
-from cifar10 import machine
 
 from kdcache.cache import Cache, leases
 from kdcache.cache.store import shard_name
@@ -40,6 +39,7 @@ from kdcache.pipeline.build import BuildConfig, Source, build, open_source
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.teachers import Classifier
 from kdcache.pipeline.verify import verify
+from kdcache.train.bench import machine
 
 SEED, VIEWS, PART, BATCH = 0, 4, 512, 64
 KILLED_BUILDS, ROUNDS, BUILDERS = 100, 20, 8

@@ -21,7 +21,6 @@ from typing import Any
 
 import numpy as np
 import torch
-from cifar10 import machine
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
@@ -33,6 +32,7 @@ from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.teachers import Classifier
 from kdcache.pipeline.verify import verify
 from kdcache.pipeline.views import ViewParameters, draw
+from kdcache.train.bench import machine
 from kdcache.train.run import TrainConfig, train
 
 IMAGES, CLASSES, VIEWS, BATCH, ROUNDS = 240, 10, 8, 32, 3

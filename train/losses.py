@@ -130,13 +130,13 @@ class NKD:
         soft = records.softened(self.temperature, self.tail)
         p = (soft if self.temperature == 1 else records.softened(1.0, self.tail)).target()
         log_q = F.log_softmax(logits, 1)
-        loss = _label_ce(log_q, labels, weights)
+        loss = ce = _label_ce(log_q, labels, weights)
         scaled = logits / self.temperature
         for y, which, weight in self._targets(labels, weights):
             p_y = p.gather(1, which.unsqueeze(1)).squeeze(1) if which is not None else p[:, 0]
-            log_q_y = log_q.gather(1, y.unsqueeze(1)).squeeze(1)
+            ce_y = ce if which is None else _label_ce(log_q, y, None)
             others = soft.cross_others(_log_others(scaled, y), which)
-            loss = loss - weight * (p_y * log_q_y + self.gamma * self.temperature**2 * others)
+            loss = loss + weight * (p_y * ce_y - self.gamma * self.temperature**2 * others)
         return loss.mean()
 
     def _targets(
@@ -669,7 +669,7 @@ def _columns(labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
 def _label_ce(log_q: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     """[B] -log q_y, or the weighted sum of it over the labels."""
     if labels.dim() == 1:
-        return -log_q.gather(1, labels.unsqueeze(1)).squeeze(1)
+        return F.nll_loss(log_q, labels, reduction="none")
     log_q_y: Tensor = (_weights(labels, weights) * log_q.gather(1, labels)).sum(1)
     return -log_q_y
 
@@ -694,8 +694,8 @@ def _own_target(log_q: Tensor, labels: Tensor, weights: Tensor | None, power: in
 
 def _log_others(scaled: Tensor, y: Tensor) -> Tensor:
     """[B, C] log-softmax over the classes other than y [B]; y's own entry is finite and not meant to be read."""
-    others = scaled.scatter(1, y.unsqueeze(1), -torch.inf)
-    return scaled - torch.logsumexp(others, 1, keepdim=True)
+    at = y.unsqueeze(1)
+    return F.log_softmax(scaled.scatter(1, at, -torch.inf), 1).scatter(1, at, 0.0)
 
 
 def _decoupled(soft: Softened, scaled: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:

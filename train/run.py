@@ -203,7 +203,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
         "cache_path": str(cache.path.absolute()),
     }  # fmt: skip
-    ready = _prepared(loss, cache, model, size, config.online, say)
+    ready = prepared(loss, cache, model, size, config.online, say)
     folder = RunFolder(path, settings, config.resume)
     if keep_finished and (finished := folder.read_summary()):
         say(f"{path} is finished already")
@@ -245,7 +245,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
     return summary
 
 
-def _prepared(
+def prepared(
     loss: Loss, cache: Cache | Beton, model: Classifier, size: int, online: bool, say: Callable[[str], None]
 ) -> Loss:
     """The loss with all that it takes from view 0 and from the student; a warning where the tail is most of it."""
