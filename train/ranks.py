@@ -1,0 +1,280 @@
+"""The processes that train one student together: torchrun's ranks, and what they tell each other.
+
+    torchrun --nproc-per-node 4 -m kdcache.cli train ...
+
+Every rank takes its part of each batch. A process on its own is rank 0 of 1, for which nothing here costs anything.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from datetime import timedelta
+from typing import Any, TypeVar
+
+import torch
+import torch.distributed as dist
+from torch import Tensor, nn
+from torch.nn.parallel import DistributedDataParallel
+
+from kdcache.cache.errors import InputError, KdcacheError
+from kdcache.pipeline.teachers import pick_device
+
+T = TypeVar("T")
+
+# How long a rank waits for another: the first may read the headers of a million images meanwhile.
+_PATIENCE = timedelta(minutes=30)
+
+
+def launched() -> int:
+    """How many ranks torchrun started; 1 without it."""
+    known = {"RANK", "WORLD_SIZE", "LOCAL_RANK", "MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys()
+    return int(os.environ["WORLD_SIZE"]) if known else 1
+
+
+def is_first() -> bool:
+    """Whether this process is the one that writes and prints; known before the ranks are joined, and after."""
+    return launched() == 1 or os.environ["RANK"] == "0"
+
+
+def restarted() -> bool:
+    """Whether torchrun started the ranks again, after one of them had died."""
+    return os.environ.get("TORCHELASTIC_RESTART_COUNT", "0") != "0"
+
+
+def world() -> int:
+    """How many ranks are joined: 1 for a process on its own."""
+    return dist.get_world_size() if dist.is_initialized() else 1
+
+
+def rank() -> int:
+    return dist.get_rank() if dist.is_initialized() else 0
+
+
+@contextmanager
+def joined(device: str | None) -> Iterator[torch.device]:
+    """The ranks that torchrun started as one process group, and this rank's device; nested, the group that is there.
+
+    gloo between CPUs, nccl between GPUs, one GPU a rank. InputError for a device that cannot be divided so.
+    """
+    count = launched()
+    mine = pick_device(device if count == 1 else _device_of_rank(device))
+    if count == 1 or dist.is_initialized():
+        yield mine
+        return
+    if mine.type == "cuda":
+        torch.cuda.set_device(mine)
+    # gloo also beside nccl: for what is on the CPU, such as evaluations and short messages.
+    backend = "gloo" if mine.type == "cpu" else "cpu:gloo,cuda:nccl"
+    dist.init_process_group(backend, timeout=_PATIENCE)
+    yield mine
+    # After an error not: it would wait for ranks that are in the middle of something. The process's end closes all.
+    dist.destroy_process_group()
+
+
+def _device_of_rank(name: str | None) -> str:
+    if name not in (None, "cpu", "cuda"):
+        raise InputError(f"--device {name} is one device, and torchrun started {launched()} ranks: give cpu or cuda")
+    if name == "cpu" or (name is None and not torch.cuda.is_available()):
+        return "cpu"
+    local, found = int(os.environ["LOCAL_RANK"]), torch.cuda.device_count()
+    if local >= found > 0:
+        raise InputError(f"rank {local} of this machine has no GPU of its own, there are {found}: start fewer ranks")
+    return f"cuda:{local}"
+
+
+def workers(asked: int | None) -> int | None:
+    """Processes or threads that prepare images: unless told, this rank's part of the machine's cores."""
+    if asked is not None or launched() == 1:
+        return asked
+    return max(1, (os.cpu_count() or 1) // int(os.environ.get("LOCAL_WORLD_SIZE", "1")))
+
+
+# What a loss needs of the other ranks' parts of the batch. Every rank has to call these alike.
+
+
+def total(x: Tensor) -> Tensor:
+    """The sum of the ranks' x; differentiable: each rank's x gets the sum of the gradients that all of them have."""
+    if world() == 1:
+        return x
+    from torch.distributed.nn.functional import all_reduce
+
+    out: Tensor = all_reduce(x)  # type: ignore[no-untyped-call]
+    return out
+
+
+def mean(x: Tensor) -> Tensor:
+    """[1, ...] the mean of the rows of all ranks' x [B, ...], whose B may differ; differentiable like total."""
+    if world() == 1:
+        return x.mean(0, keepdim=True)
+    rows = x.sum(0, keepdim=True)
+    # The count goes along, so that it costs no message of its own.
+    sums = total(torch.cat([rows.reshape(-1), rows.new_full((1,), len(x))]))
+    return (sums[:-1] / sums[-1]).view_as(rows)
+
+
+def largest(x: Tensor) -> Tensor:
+    """The elementwise maximum of the ranks' x; without gradient."""
+    if world() == 1:
+        return x
+    out = x.detach().clone()
+    dist.all_reduce(out, dist.ReduceOp.MAX)
+    return out
+
+
+# Training
+
+
+class _Step(nn.Module):
+    """The student, and the parameters that the loss has beside it, as DDP takes them: one module."""
+
+    def __init__(self, model: nn.Module, beside: Sequence[nn.Parameter]) -> None:
+        super().__init__()
+        self.model, self.beside = model, nn.ParameterList(beside)
+
+    def forward(self, images: Tensor) -> Any:
+        return self.model(images)
+
+
+def averaged(model: nn.Module, beside: Sequence[nn.Parameter] = ()) -> nn.Module:
+    """The model as it is called in training: gradients, also those of `beside`, come out as the mean over ranks.
+
+    Starts all ranks from rank 0's weights. For a process on its own, the model itself.
+    """
+    if world() == 1:
+        return model
+    at = next(model.parameters()).device
+    return DistributedDataParallel(
+        _Step(model, beside),
+        device_ids=[at] if at.type == "cuda" else None,
+        broadcast_buffers=False,  # see average_statistics
+        gradient_as_bucket_view=True,
+    )
+
+
+def weight(rows: int, batch_size: int) -> float:
+    """What the mean over this rank's rows counts for, such that DDP's mean over ranks is that over the whole batch."""
+    return rows * world() / batch_size
+
+
+@torch.no_grad()
+def average_statistics(*models: nn.Module) -> None:
+    """Give all ranks the mean of their running statistics (batch norm's), before a model is evaluated or kept.
+
+    They are moving averages, so it makes no difference how often this is done.
+    """
+    if world() == 1:
+        return
+    found = [b for model in models for b in model.buffers() if b.is_floating_point()]
+    for device in {b.device for b in found}:
+        here = [b for b in found if b.device == device]
+        flat = torch.cat([b.reshape(-1).double() for b in here])
+        dist.all_reduce(flat)
+        for b, values in zip(here, (flat / world()).split([b.numel() for b in here]), strict=True):
+            b.copy_(values.view_as(b))
+
+
+# Messages, on the CPU
+
+
+def wait() -> None:
+    """Until all ranks are here."""
+    if world() > 1:
+        dist.all_reduce(torch.zeros(1))
+
+
+@contextmanager
+def one_first() -> Iterator[None]:
+    """One rank of each machine goes through the block before the others: what it downloads they find."""
+    goes_first = world() == 1 or os.environ["LOCAL_RANK"] == "0"
+    if not goes_first:
+        wait()
+    try:
+        yield
+    finally:
+        if goes_first:
+            wait()
+
+
+def from_first(make: Callable[[], T]) -> T:
+    """What `make` gives on rank 0, or its KdcacheError, on all ranks; the others do not call it."""
+    if world() == 1:
+        return make()
+    told: list[Any] = [None, None]
+    if rank() == 0:
+        try:
+            told[0] = make()
+        except KdcacheError as e:
+            told[1] = e
+    dist.broadcast_object_list(told)
+    if told[1] is not None:
+        raise told[1]
+    value: T = told[0]
+    return value
+
+
+def everyones(value: T) -> list[T]:
+    """The ranks' values, in their order."""
+    if world() == 1:
+        return [value]
+    out: list[Any] = [None] * world()
+    dist.all_gather_object(out, value)
+    return out
+
+
+def rows_of_all(mine: Tensor, rows: Sequence[int]) -> Tensor:
+    """On rank 0 the ranks' tensors [rows[r], ...], on the CPU, one after the other; elsewhere `mine` alone."""
+    if world() == 1:
+        return mine
+    if rank() > 0:
+        if rows[rank()]:
+            dist.send(mine.contiguous(), 0)
+        return mine
+    out = mine.new_empty((sum(rows), *mine.shape[1:]))
+    parts = out.split(list(rows))
+    parts[0].copy_(mine)
+    for r in range(1, world()):
+        if rows[r]:
+            dist.recv(parts[r], r)
+    return out
+
+
+# Ends
+
+
+def first_to_say(message: str) -> bool:
+    """Whether no other rank has ended with these words: one line is enough where all fail alike."""
+    return launched() == 1 or _count(message) in (1, None)
+
+
+def require_alike(error: Exception) -> None:
+    """Raises the error unless all ranks end with it: the others would wait for this one in vain."""
+    if world() == 1:
+        return
+    until = time.monotonic() + 10
+    said = _count(f"alike: {error}")
+    while said is not None and said < world():
+        if time.monotonic() > until:
+            raise error
+        time.sleep(0.05)
+        said = _count(f"alike: {error}", add=0)
+    if said is None:
+        raise error
+
+
+def _count(message: str, add: int = 1) -> int | None:
+    """How many ranks have said this since they were (re)started; None where torchrun keeps no store to ask."""
+    if os.environ.get("TORCHELASTIC_USE_AGENT_STORE") != "True":
+        return None
+    digest = hashlib.sha256(message.encode()).hexdigest()
+    try:
+        store = dist.TCPStore(
+            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
+        )
+        return int(store.add(f"kdcache/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{digest}", add))
+    except RuntimeError:  # torchrun has gone, and its store with it
+        return None
