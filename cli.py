@@ -31,6 +31,15 @@ class _Failure(click.ClickException):
         super().__init__(" ".join(message.splitlines()))
 
 
+def _once(e: click.ClickException) -> click.ClickException | SystemExit:
+    """Of torchrun's ranks that fail alike, one prints it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return e
+    from kdcache.train.ranks import first_to_say
+
+    return e if first_to_say(e.format_message()) else SystemExit(e.exit_code)
+
+
 class _Main(click.Group):
     """Every mistake is one clear line; settings come from flags, the environment, then kdcache.toml."""
 
@@ -39,10 +48,13 @@ class _Main(click.Group):
         sys.unraisablehook = lambda unraisable: _unraisable(unraisable, before)
         try:
             return self._invoke(ctx)
+        except click.ClickException as e:
+            raise _once(e) from e
         except KeyboardInterrupt:
             # What is half made, such as a loader with its worker processes, complains as the process ends.
             before = _silent
-            click.echo("stopped; nothing is lost: the same command (train: with --resume) goes on", err=True)
+            if os.environ.get("RANK", "0") == "0":
+                click.echo("stopped; nothing is lost: the same command (train: with --resume) goes on", err=True)
             sys.exit(INTERRUPTED)
         finally:
             sys.unraisablehook = before
@@ -360,6 +372,7 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
 )
 @click.option("--fresh-views", is_flag=True, help="With --online: a new view every epoch.")
 @click.option("--allow-renderer", is_flag=True, help="Train on image files in a .beton as FFCV resizes them.")
+@click.option("--sync-bn", is_flag=True, help="Of torchrun's ranks, on GPUs: batch norm over the whole batch.")
 @click.option("--teacher", metavar="NAME", help="Take a cache of this teacher.")
 @_weights
 @click.option(
@@ -378,7 +391,9 @@ def train(as_json: bool, **options: Any) -> None:
              kdcache train --loss nkd --student resnet20 --data cifar10 --epochs 60
              kdcache train --loss ce --loss nkd --loss dkd:beta=2 --seed 0 --seed 1 --seed 2
              kdcache train --loss nkd --data cifar10 --cache cifar10.beton     (by FFCV's loader)
+             torchrun --nproc-per-node 4 -m kdcache.cli train --loss nkd       (by 4 processes, each a GPU of its own)
     """
+    from kdcache.train import ranks
     from kdcache.train.run import TrainConfig
     from kdcache.train.run import train as run
     from kdcache.train.sweep import sweep, table
@@ -387,11 +402,13 @@ def train(as_json: bool, **options: Any) -> None:
     config = TrainConfig(losses[0], seed=seeds[0], **options)
     if len(losses) * len(seeds) > 1:
         result = sweep(config, losses, seeds, _say)
-        _print(result, as_json, table(result))
+        if ranks.is_first():
+            _print(result, as_json, table(result))
         sys.exit(1 if any("error" in one for one in result["runs"]) else 0)
     summary = run(config, _say)
     line = "  ".join(f"{k} {v:.4f}" for k, v in summary.items() if isinstance(v, float))
-    _print(summary, as_json, f"{summary['run']}: {line}")
+    if ranks.is_first():
+        _print(summary, as_json, f"{summary['run']}: {line}")
 
 
 @main.command(name="eval")

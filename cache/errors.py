@@ -38,6 +38,10 @@ def machine_error(e: Exception) -> str | None:
     first = (str(e).splitlines() or [""])[0]
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
         return f"out of memory ({first[:200]}): lower --batch-size or --image-size"
+    if type(e).__name__.startswith("Dist") or "gloo" in first or "NCCL" in first:  # torch.distributed's errors
+        return "another rank of this training has ended or does not answer: its own message says why"
+    if first.startswith("Expected to have finished reduction"):
+        return "the student has weights that take no part in its answers, which several ranks cannot train: freeze them"
     if first.startswith("DataLoader worker"):
         return f"{first.split('. ')[0]}: often too little memory, or too small a /dev/shm; lower --workers"
     return None
