@@ -123,7 +123,7 @@ def epochs(path: str, rounds: int) -> None:
 
     def turn(_: Any) -> dict[str, float]:
         print("done", flush=True)
-        input()
+        sys.stdin.readline()
         return {}
 
     with ranks.joined("cpu"):
