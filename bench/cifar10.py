@@ -24,10 +24,11 @@ from kdcache.pipeline.datasets import open_data
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.teachers import Classifier, load_teacher, read_weights, taught_file
 from kdcache.train.loader import CachedLoader, OnlineLoader
+from kdcache.train.optimisers import Recipe
 from kdcache.train.presets import make_loss
 from kdcache.train.run import TrainConfig, train
 from kdcache.train.teach import TeachConfig, teach
-from kdcache.train.trainer import Recipe, seeded
+from kdcache.train.trainer import seeded
 
 TEACHER, STUDENT, LOSSES, BATCH = "resnet56", "resnet20", ("ce", "kd", "nkd"), 128
 

@@ -147,12 +147,14 @@ def encode(
     temperatures: tuple[float, ...] = TEMPERATURES,
     precision: Precision | None = None,
     tail_std: bool = False,
+    checked: bool = False,
 ) -> Records:
     """Records of the logits [B, C] with labels [B], [B, L] or None, on the logits' device.
 
     k: classes to store; None or C: dense, exact at every temperature. precision: of gaps and tail; uint8 for top-k
     records and float16 for dense ones unless told. tail_std: store what logit standardisation needs (dense records have
-    it anyway). InputError for k > C, labels out of range, uint8 dense, and logits that are not finite.
+    it anyway). InputError for k > C, labels out of range, uint8 dense, and logits that are not finite; checked: the
+    caller has seen to labels and logits, so that the device need not be waited for.
     """
     z = logits.detach().float()
     count, classes = z.shape
@@ -162,11 +164,11 @@ def encode(
     precision = precision or default_precision(k == classes)
     if k == classes and precision == "uint8":
         raise InputError("uint8 is for top-k records: dense ones are exact, in float16 or float32")
-    if not bool(torch.isfinite(z).all()):
+    if not checked and not bool(torch.isfinite(z).all()):
         row = int((~torch.isfinite(z)).any(1).nonzero()[0])
         raise InputError(f"the teacher's logits are not finite (row {row} of the batch)")
     y = z.new_empty((count, 0), dtype=torch.long) if labels is None else labels.long().reshape(count, -1)
-    if y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
+    if not checked and y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
         raise InputError(f"labels reach from {int(y.min())} to {int(y.max())}, the teacher has {classes} classes")
     top = z.amax(1, keepdim=True)
     dtype = class_dtype(classes)

@@ -131,6 +131,7 @@ class Renderer:
             collate_fn=_stack_or_error,
             worker_init_fn=_one_thread,
             pin_memory=self.device.type == "cuda",
+            generator=torch.Generator(),  # the workers' seeds, of which they have no use: not from the run's own
         )
         with _uninterrupted():
             started = iter(loader)

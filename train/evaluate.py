@@ -18,14 +18,14 @@ _ECE_BINS = 15
 
 
 @torch.no_grad()
-def predict(model: Classifier, data: Dataset, renderer: Renderer, amp: bool = False) -> Tensor:
-    """float32 logits [N, C] on the CPU for the unaugmented images; leaves the model in eval()."""
+def predict(model: Classifier, data: Dataset, renderer: Renderer, dtype: torch.dtype | None = None) -> Tensor:
+    """float32 logits [N, C] on the CPU for the unaugmented images, autocast to dtype; leaves the model in eval()."""
     model.eval()
     batches = np.split(np.arange(len(data)), range(_BATCH, len(data), _BATCH))
     parameters = evaluation_view(data.sizes, whole=data.images is not None)
     out = []
     for images in renderer.batches(parameters, batches):
-        with torch.autocast(renderer.device.type, torch.bfloat16, enabled=amp):
+        with torch.autocast(renderer.device.type, dtype, enabled=dtype is not None):
             out.append(model(images).float().cpu())
     return torch.cat(out)
 

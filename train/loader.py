@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.records import Records, encode
 from kdcache.cache.store import Cache, shard_name
 from kdcache.pipeline.beton import Beton
@@ -132,8 +132,8 @@ class CachedLoader:
         for images, labels, records in self.steps():
             yield (images - self._mean) / self._std, labels, records
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
-        """The same with the images as rendered: uint8."""
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
+        """The same with the images as rendered: uint8. start: leave out so many batches, unrendered."""
         now, after = (self._views[(self._order.epoch + i) % len(self._views)] for i in (0, 1))
         wanted = {now, after}
         self._slabs = {v: f for v, f in self._slabs.items() if v in wanted}
@@ -141,7 +141,7 @@ class CachedLoader:
             if view not in self._slabs:
                 self._slabs[view] = self._thread.submit(self._read, view)
         records, parameters = self._slabs[now].result()
-        batches = self._order.batches()
+        batches = self._order.batches()[start:]
         for index, images in zip(batches, self._renderer.batches(parameters, batches), strict=True):
             at = torch.from_numpy(index).to(self._device)
             yield images, self._labels[at], records[at]
@@ -184,16 +184,21 @@ class OnlineLoader:
     def __len__(self) -> int:
         return len(self._order)
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """(images uint8 [B, 3, S, S], labels, dense float32 records of the live teacher)."""
         epoch, views = self._order.epoch, self._cache.identity.views
         view = epoch if self._views is None else self._views[epoch % len(self._views)]
         parameters = draw(views.policy, views.seed, view, range(len(self._data)), self._data.sizes)
-        batches = self._order.batches()
+        batches = self._order.batches()[start:]
+        finite = torch.ones((), dtype=torch.bool, device=self._teacher.device)
         for index, (images, seen) in zip(batches, self._images(parameters, batches), strict=True):
             labels = self._labels[torch.from_numpy(index).to(self._teacher.device)]
             y = labels if labels.numel() else None
-            yield images, labels, encode(self._teacher.logits(seen), y, precision="float32")
+            answers = self._teacher.logits(seen)
+            finite &= torch.isfinite(answers).all()  # looked at in the end, so that no step waits for the device
+            yield images, labels, encode(answers, y, precision="float32", checked=True)
+        if not finite:
+            raise KdcacheError("the teacher's logits are not finite: lower --lr where it learns, or check its weights")
 
     def _images(
         self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
@@ -230,9 +235,9 @@ class PlainLoader:
     def __len__(self) -> int:
         return len(self._order)
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor, None]]:
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, None]]:
         parameters = draw(self._policy, self._seed, self._order.epoch, range(len(self._data)), self._data.sizes)
-        batches = self._order.batches()
+        batches = self._order.batches()[start:]
         for index, images in zip(batches, self._renderer.batches(parameters, batches), strict=True):
             yield images, self._labels[torch.from_numpy(index).to(self._labels.device)], None
 

@@ -37,8 +37,10 @@ from kdcache.train.evaluate import metrics, predict
 from kdcache.train.features import FeatureLoss
 from kdcache.train.loader import CachedLoader, OnlineLoader, require_data
 from kdcache.train.losses import BDKD, IKL, USKD, Loss
+from kdcache.train.optimisers import Amp, Recipe
 from kdcache.train.presets import head_mass_warning, make_loss, options_of, require_served
-from kdcache.train.trainer import PARTNER, Recipe, RunFolder, fit, read_config, seeded
+from kdcache.train.runfolder import RunFolder, read_config
+from kdcache.train.trainer import PARTNER, fit, seeded
 
 
 @dataclass(frozen=True)
@@ -64,7 +66,7 @@ class TrainConfig:
     teacher: str | None = None
     weights: str | None = None
     device: str | None = None
-    amp: str | None = None
+    amp: Amp | None = None
     workers: int | None = None
     allow_renderer: bool = False
 
@@ -134,7 +136,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         lr=config.lr or defaults.rate(batch),
         decay=defaults.decay if config.weight_decay is None else config.weight_decay,
         warmup=config.warmup,
-        amp=config.amp == "bf16",
+        amp=config.amp,
     )
     partner = _learning_teacher(cache, config, data, loss, recipe, device) if isinstance(loss, BDKD) else None
     loader: CachedLoader | OnlineLoader | BetonLoader
@@ -194,7 +196,7 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
     }  # fmt: skip
     beside = (partner.model, partner.input_size) if partner else None
     started = time.monotonic()
-    history = fit(model, ready, loader, recipe, lambda m: judge(m, recipe.amp, beside), folder, notes, say, partner)
+    history = fit(model, ready, loader, recipe, lambda m: judge(m, recipe.dtype, beside), folder, notes, say, partner)
     last = history[-1]
     summary = {
         **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
@@ -245,19 +247,19 @@ class Judge:
         self._labels = torch.from_numpy(labels[:, 0] if labels.shape[1] else labels.reshape(-1))
 
     def __call__(
-        self, model: Classifier, amp: bool = False, beside: tuple[Classifier, int] | None = None
+        self, model: Classifier, dtype: torch.dtype | None = None, beside: tuple[Classifier, int] | None = None
     ) -> dict[str, float]:
         records, theirs = self._records, {}
         if beside is not None:
-            answers = self._predict(*beside, amp)
+            answers = self._predict(*beside, dtype)
             records = encode(answers, None, precision="float32")
             theirs = {f"{PARTNER}_{name}": value for name, value in metrics(answers, self._labels).items()}
-        return {**metrics(self._predict(model, self._size, amp), self._labels, records), **theirs}
+        return {**metrics(self._predict(model, self._size, dtype), self._labels, records), **theirs}
 
-    def _predict(self, model: Classifier, size: int, amp: bool) -> Tensor:
+    def _predict(self, model: Classifier, size: int, dtype: torch.dtype | None) -> Tensor:
         if size not in self._renderers:
             self._renderers[size] = Renderer(self._data, size, self._device, workers=self._workers)
-        return predict(model, self._data, self._renderers[size], amp)
+        return predict(model, self._data, self._renderers[size], dtype)
 
 
 def evaluate_run(

@@ -20,7 +20,9 @@ from kdcache.pipeline.views import check_policy
 from kdcache.train.evaluate import metrics, predict
 from kdcache.train.loader import PlainLoader
 from kdcache.train.losses import CE
-from kdcache.train.trainer import Recipe, RunFolder, fit, seeded
+from kdcache.train.optimisers import Amp, Recipe
+from kdcache.train.runfolder import RunFolder
+from kdcache.train.trainer import fit, seeded
 
 
 @dataclass(frozen=True)
@@ -36,7 +38,7 @@ class TeachConfig:
     weight_decay: float | None = None
     seed: int = 0
     device: str | None = None
-    amp: str | None = None
+    amp: Amp | None = None
     workers: int | None = None
     force: bool = False
 
@@ -44,7 +46,7 @@ class TeachConfig:
 def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path, float]:
     """Train the teacher and file it; its weights' file and top-1 (0..1) on the evaluation split.
 
-    Stopped, it resumes after the last whole epoch. One that is filed already is kept, unless `force`.
+    Stopped, it resumes where it was. One that is filed already is kept, unless `force`.
     """
     device = pick_device(config.device)
     data, evaluation = open_data(config.data, "train"), open_data(config.data, "eval")
@@ -66,7 +68,7 @@ def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path
         epochs=config.epochs or defaults.epochs,
         lr=config.lr or defaults.rate(batch),
         decay=defaults.decay if config.weight_decay is None else config.weight_decay,
-        amp=config.amp == "bf16",
+        amp=config.amp,
     )
     settings = {
         "teacher": config.teacher, "data": data.fingerprint(), "augment": policy, "epochs": recipe.epochs,
@@ -91,7 +93,7 @@ def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path
         CE(),
         loader,
         recipe,
-        lambda m: metrics(predict(m, evaluation, renderer, recipe.amp), labels),
+        lambda m: metrics(predict(m, evaluation, renderer, recipe.dtype), labels),
         folder,
         notes,
         say,
