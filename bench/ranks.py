@@ -38,7 +38,11 @@ from kdcache.train.presets import make_loss
 from kdcache.train.trainer import fit, seeded
 
 TEACHER, STUDENT, BATCH, STEPS = "resnet8", "resnet20", 256, 8
-KINDS = {"one process, one thread": (1, 1), "two processes, one thread each": (2, 1), "one process, two threads": (1, 2)}
+KINDS = {
+    "one process, one thread": (1, 1),
+    "two processes, one thread each": (2, 1),
+    "one process, two threads": (1, 2),
+}
 
 
 def random_images(split: str) -> tuple[Any, Any]:

@@ -8,13 +8,14 @@ Every rank takes its part of each batch. A process on its own is rank 0 of 1, fo
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import AbstractContextManager, contextmanager, nullcontext
 from datetime import timedelta
-from typing import Any, TypeVar
+from typing import Any, TextIO, TypeVar
 
 import torch
 import torch.distributed as dist
@@ -53,6 +54,15 @@ def world() -> int:
 
 def rank() -> int:
     return dist.get_rank() if dist.is_initialized() else 0
+
+
+def said_once(say: Callable[[str], None]) -> Callable[[str], None]:
+    return (lambda _: None) if rank() else say
+
+
+def progress_stream() -> TextIO:
+    """Where progress is shown: stderr, for one rank."""
+    return io.StringIO() if rank() else sys.stderr
 
 
 @contextmanager
@@ -161,6 +171,45 @@ def weight(rows: int, batch_size: int) -> float:
     return rows * world() / batch_size
 
 
+class Weighted:
+    """Losses [] of this rank's rows of batches that are all of one size, times their weight."""
+
+    def __init__(self) -> None:
+        self._batch_size = 0
+
+    def __call__(self, loss: Tensor, rows: int) -> Tensor:
+        if world() == 1:
+            return loss
+        self._batch_size = self._batch_size or sum(everyones(rows))
+        return loss * weight(rows, self._batch_size)
+
+
+def gradients_stay(model: nn.Module) -> AbstractContextManager[None]:
+    """Within, gradients of what `averaged` gave are added up on the rank: more batches of the same step follow."""
+    return model.no_sync() if isinstance(model, DistributedDataParallel) else nullcontext()
+
+
+def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
+    """In place, for a model that is not trained by way of `averaged`."""
+    if world() == 1:
+        return
+    _average([p.grad for p in parameters if p.grad is not None])
+
+
+def _average(tensors: Sequence[Tensor]) -> None:
+    # In float64, in which the mean of equal float32 values is that value.
+    flat = torch.cat([t.reshape(-1).double() for t in tensors])
+    dist.all_reduce(flat)
+    for t, values in zip(tensors, torch.split(flat / world(), [t.numel() for t in tensors]), strict=True):
+        t.copy_(values.view_as(t))
+
+
+def draw_apart() -> None:
+    """Have each rank draw dropout of its own; the first one draws that of a single process."""
+    if rank():
+        torch.manual_seed(torch.initial_seed() + (rank() << 32))
+
+
 @torch.no_grad()
 def average_statistics(*models: nn.Module) -> None:
     """Give all ranks the mean of their running statistics (batch norm's), before a model is evaluated or kept.
@@ -169,13 +218,7 @@ def average_statistics(*models: nn.Module) -> None:
     """
     if world() == 1:
         return
-    found = [b for model in models for b in model.buffers() if b.is_floating_point()]
-    for device in {b.device for b in found}:
-        here = [b for b in found if b.device == device]
-        flat = torch.cat([b.reshape(-1).double() for b in here])
-        dist.all_reduce(flat)
-        for b, values in zip(here, (flat / world()).split([b.numel() for b in here]), strict=True):
-            b.copy_(values.view_as(b))
+    _average([b for model in models for b in model.buffers() if b.is_floating_point()])
 
 
 # Messages, on the CPU
@@ -226,6 +269,32 @@ def everyones(value: T) -> list[T]:
     return out
 
 
+def anyones(wish: bool) -> bool:
+    """Whether any rank wishes it."""
+    return any(everyones(wish))
+
+
+class Wishes:
+    """What any rank wishes at a step, such as to stop: all ranks get to know it at the same step, and none waits.
+
+    So it comes one step late; for a process on its own at once.
+    """
+
+    def __init__(self) -> None:
+        self._before: tuple[dist.Work, Tensor] | None = None
+
+    def __call__(self, *wishes: bool) -> Sequence[bool]:
+        if world() == 1:
+            return wishes
+        before, said = self._before, torch.tensor(wishes, dtype=torch.uint8)
+        self._before = dist.all_reduce(said, dist.ReduceOp.MAX, async_op=True), said
+        if before is None:
+            return [False] * len(wishes)
+        work, heard = before
+        work.wait()
+        return [bool(wish) for wish in heard.tolist()]
+
+
 def rows_of_all(mine: Tensor, rows: Sequence[int]) -> Tensor:
     """On rank 0 the ranks' tensors [rows[r], ...], on the CPU, one after the other; elsewhere `mine` alone."""
     if world() == 1:
@@ -235,7 +304,7 @@ def rows_of_all(mine: Tensor, rows: Sequence[int]) -> Tensor:
             dist.send(mine.contiguous(), 0)
         return mine
     out = mine.new_empty((sum(rows), *mine.shape[1:]))
-    parts = out.split(list(rows))
+    parts = torch.split(out, list(rows))
     parts[0].copy_(mine)
     for r in range(1, world()):
         if rows[r]:
@@ -251,18 +320,16 @@ def first_to_say(message: str) -> bool:
     return launched() == 1 or _count(message) in (1, None)
 
 
-def require_alike(error: Exception) -> None:
-    """Raises the error unless all ranks end with it: the others would wait for this one in vain."""
+def require_alike(error: Exception, where: str) -> None:
+    """Raises the error unless all ranks have it there: those that go on would wait in vain for those that do not."""
     if world() == 1:
         return
     until = time.monotonic() + 10
-    said = _count(f"alike: {error}")
-    while said is not None and said < world():
-        if time.monotonic() > until:
-            raise error
+    said = _count(f"{where}: {error}")
+    while said is not None and said < world() and time.monotonic() < until:
         time.sleep(0.05)
-        said = _count(f"alike: {error}", add=0)
-    if said is None:
+        said = _count(f"{where}: {error}", add=0)
+    if said != world():
         raise error
 
 
@@ -272,9 +339,8 @@ def _count(message: str, add: int = 1) -> int | None:
         return None
     digest = hashlib.sha256(message.encode()).hexdigest()
     try:
-        store = dist.TCPStore(
-            os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"]), is_master=False, timeout=timedelta(seconds=10)
-        )
+        address, patience = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=10)
+        store = dist.TCPStore(*address, is_master=False, timeout=patience)  # type: ignore[attr-defined]
         return int(store.add(f"kdcache/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{digest}", add))
     except RuntimeError:  # torchrun has gone, and its store with it
         return None
