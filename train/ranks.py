@@ -8,6 +8,7 @@ Every rank takes its part of each batch. A process on its own is rank 0 of 1, fo
 from __future__ import annotations
 
 import hashlib
+import inspect
 import io
 import os
 import sys
@@ -111,10 +112,20 @@ def total(x: Tensor) -> Tensor:
     """The sum of the ranks' x; differentiable: each rank's x gets the sum of the gradients that all of them have."""
     if world() == 1:
         return x
-    from torch.distributed.nn.functional import all_reduce
-
-    out: Tensor = all_reduce(x)  # type: ignore[no-untyped-call]
+    out: Tensor = _Total.apply(x)
     return out
+
+
+class _Total(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, x: Tensor) -> Tensor:
+        out = x.clone(memory_format=torch.contiguous_format)
+        dist.all_reduce(out)
+        return out
+
+    @staticmethod
+    def backward(ctx: Any, gradient: Tensor) -> Tensor:
+        return total(gradient)
 
 
 def mean(x: Tensor) -> Tensor:
@@ -158,11 +169,14 @@ def averaged(model: nn.Module, beside: Sequence[nn.Parameter] = ()) -> nn.Module
     if world() == 1:
         return model
     at = next(model.parameters()).device
+    known = inspect.signature(DistributedDataParallel).parameters
+    renamed = "forward_sync_buffers" if "forward_sync_buffers" in known else "broadcast_buffers"
+    options: dict[str, Any] = {renamed: False}  # see average_statistics
     return DistributedDataParallel(
         _Step(model, beside),
         device_ids=[at] if at.type == "cuda" else None,
-        broadcast_buffers=False,  # see average_statistics
         gradient_as_bucket_view=True,
+        **options,
     )
 
 
