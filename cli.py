@@ -360,7 +360,7 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
 @click.option("--student", metavar="NAME", help="A network's name [by dataset].")
 @_epochs
 @click.option("--out", metavar="DIR", help="The run's folder, or that of several runs [runs/...].")
-@click.option("--resume", is_flag=True, help="Go on after the last whole epoch of what is in --out.")
+@click.option("--resume", is_flag=True, help="Go on with what is in --out.")
 @_batch
 @_lr
 @_decay
@@ -379,8 +379,24 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
     "--seed", multiple=True, default=["0"], show_default=True, callback=_seeds, metavar="INTEGER",
     help="Of everything drawn at random. Given several times: every loss is trained with each.",
 )  # fmt: skip
+@click.option(
+    "--optimiser", type=click.Choice(["sgd", "adamw", "muon"]), default="sgd", show_default=True,
+    help="sgd: Nesterov's, rates by dataset; adamw: lr 0.001, decay 0.05; muon: lr 0.02, decay 0.01, of the weights of "
+    "two dimensions, all others by sgd at the dataset's rates. In proportion to the batch (sgd) or to its root.",
+)  # fmt: skip
+@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches an update.")
+@click.option("--clip", type=_Number(0, min_open=True), help="Largest norm of an update's gradient.")
+@click.option(
+    "--ema", type=_Number(0, 1, min_open=True, max_open=True), metavar="DECAY",
+    help="Average the weights, 0.9999 for one; the average is what is evaluated and filed.",
+)  # fmt: skip
+@click.option("--compile/--no-compile", default=None, help="torch.compile [on a GPU, for 10,000 batches or more].")
+@click.option(
+    "--save-every", type=_Number(0), default=300.0, show_default=True, metavar="SECONDS",
+    help="How often the state is kept within an epoch.",
+)  # fmt: skip
 @_device
-@_amp
+@click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Run the network in half precision.")
 @_workers
 @_json
 def train(as_json: bool, **options: Any) -> None:

@@ -27,5 +27,5 @@ def one_line() -> Iterator[None]:
 
         if not isinstance(e, TorchDynamoException):
             raise
-        reason = " ".join(str(e).split())[:300]
+        reason = " ".join(str(e).split()).split(" Set TORCHDYNAMO")[0][:300]
         raise UnservedError(f"the student cannot be compiled here ({reason}): give --no-compile") from e

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any, Literal, get_args
@@ -56,6 +57,18 @@ class Recipe:
 
 def autocast_dtype(amp: str | None) -> torch.dtype | None:
     return {None: None, "bf16": torch.bfloat16, "fp16": torch.float16}[amp]
+
+
+def require_autocast(device: torch.device, amp: Amp | None) -> None:
+    """InputError where torch cannot run a network in this type on this device."""
+    if amp is None:
+        return
+    try:
+        # Where it cannot, it warns and goes on in float32, or raises.
+        with warnings.catch_warnings(action="error"), torch.autocast(device.type, autocast_dtype(amp)):
+            pass
+    except (RuntimeError, UserWarning) as e:
+        raise InputError(f"--amp {amp} cannot be used on {device}: {' '.join(str(e).split())[:200]}") from e
 
 
 def default_rates(optimiser: Optimiser, defaults: Defaults, batch: int) -> tuple[float, float]:

@@ -38,10 +38,12 @@ from kdcache.train.evaluate import metrics, predict
 from kdcache.train.features import FeatureLoss
 from kdcache.train.loader import CachedLoader, OnlineLoader, require_data
 from kdcache.train.losses import BDKD, IKL, USKD, Loss
-from kdcache.train.optimisers import Amp, Recipe
+from kdcache.train.optimisers import Amp, Optimiser, Recipe, default_rates, require_autocast
 from kdcache.train.presets import head_mass_warning, make_loss, options_of, require_served
 from kdcache.train.runfolder import RunFolder, read_config
-from kdcache.train.trainer import PARTNER, fit, seeded
+from kdcache.train.trainer import PARTNER, SAVE_EVERY, fit, seeded
+
+_WORTH_COMPILING = 10_000  # batches in a run
 
 
 @dataclass(frozen=True)
@@ -71,6 +73,12 @@ class TrainConfig:
     workers: int | None = None
     allow_renderer: bool = False
     sync_bn: bool = False
+    optimiser: Optimiser = "sgd"
+    accumulate: int = 1
+    clip: float | None = None
+    ema: float | None = None
+    compile: bool | None = None
+    save_every: float = SAVE_EVERY
 
 
 def find_cache(data: str, teacher: str | None = None) -> Cache:
@@ -130,6 +138,7 @@ def _train(
 ) -> dict[str, Any]:
     if config.sync_bn and (ranks.world() == 1 or device.type != "cuda"):
         raise InputError(f"--sync-bn is for ranks on GPUs (torchrun), not for {ranks.world()} on {device.type}")
+    require_autocast(device, config.amp)
     if config.fresh_views and not config.online:
         raise InputError("--fresh-views needs the live teacher: give --online too")
     if config.weights and not config.online:
@@ -153,12 +162,25 @@ def _train(
     require_served(loss, record.model_copy(update={"k": None}) if config.online else record)
     student = config.student or defaults.student
     batch = config.batch_size or min(defaults.train_batch, len(data))
+    together = batch * config.accumulate
+    lr, decay = default_rates(config.optimiser, defaults, together)
+    sgd_lr, sgd_decay = default_rates("sgd", defaults, together) if config.optimiser == "muon" else (None, None)
+    epochs = config.epochs or defaults.epochs
+    # A compiler takes a minute, and the digits do not.
+    long = device.type == "cuda" and epochs * (len(data) // batch) >= _WORTH_COMPILING
     recipe = Recipe(
-        epochs=config.epochs or defaults.epochs,
-        lr=config.lr or defaults.rate(batch),
-        decay=defaults.decay if config.weight_decay is None else config.weight_decay,
+        epochs=epochs,
+        lr=config.lr or lr,
+        decay=decay if config.weight_decay is None else config.weight_decay,
         warmup=config.warmup,
         amp=config.amp,
+        optimiser=config.optimiser,
+        sgd_lr=sgd_lr,
+        sgd_decay=sgd_decay,
+        accumulate=config.accumulate,
+        clip=config.clip,
+        ema=config.ema,
+        compile=had.get("compile", long) if config.compile is None else config.compile,
     )
     partner = _learning_teacher(cache, config, data, loss, recipe, device) if isinstance(loss, BDKD) else None
     loader: CachedLoader | OnlineLoader | BetonLoader
@@ -201,7 +223,9 @@ def _train(
         "loss_options": options_of(loss), "epochs": recipe.epochs, "batch_size": batch, "lr": recipe.lr,
         "weight_decay": recipe.decay, "momentum": recipe.momentum, "warmup": recipe.warmup, "seed": config.seed,
         "views": config.views, "image_size": size, "online": config.online, "fresh_views": config.fresh_views,
-        "amp": config.amp, "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
+        "amp": config.amp, "optimiser": recipe.optimiser, "sgd_lr": recipe.sgd_lr, "sgd_weight_decay": recipe.sgd_decay,
+        "accumulate": recipe.accumulate, "clip": recipe.clip, "ema": recipe.ema, "compile": recipe.compile,
+        "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
         "cache_path": str(cache.path.absolute()), "ranks": ranks.world(), "sync_bn": config.sync_bn,
     }  # fmt: skip
     ready = _prepared(loss, cache, model, size, config.online, say)
@@ -221,7 +245,10 @@ def _train(
     }  # fmt: skip
     beside = (partner.model, partner.input_size) if partner else None
     started = time.monotonic()
-    history = fit(model, ready, loader, recipe, lambda m: judge(m, recipe.dtype, beside), folder, notes, say, partner)
+    history = fit(
+        model, ready, loader, recipe, lambda m: judge(m, recipe.dtype, beside), folder, notes, say, partner,
+        config.save_every,
+    )  # fmt: skip
     last = history[-1]
     summary = {
         **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
