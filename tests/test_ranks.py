@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kdcache.cache import KdcacheError, encode
-from kdcache.cache.errors import InputError
+from kdcache.cache.errors import RANK_ENDED, InputError
 from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.networks import build_network
 from kdcache.train import ranks
@@ -277,7 +277,8 @@ def test_a_rank_that_dies_ends_the_others_and_one_process_goes_on(home, whole):
     _, said = started.communicate(timeout=60)
     assert started.returncode != 0 and time.monotonic() - at < 20
     assert not any(Path(f"/proc/{pid}").exists() for pid in both)
-    assert said.count("Error: ") == said.count("Error: another rank of this training has ended")
+    # torchrun says which one died; the other may have had the time to notice.
+    assert {line for line in said.splitlines() if line.startswith("Error: ")} <= {f"Error: {RANK_ENDED}"}
     train(settings(home, "dead", epochs=EPOCHS, resume=True), lambda _: None)
     require_same_weights(whole, home / "dead")
 
@@ -286,7 +287,8 @@ def test_what_all_ranks_refuse_is_said_once(home):
     started = torchrun(home, "refused", "--loss", "kd", "--batch-size", "2", "--epochs", "1", count=3)
     _, said = started.communicate(timeout=120)
     assert started.returncode != 0
-    assert said.count("Error: a batch of 2 cannot be split over 3 ranks") == said.count("Error: ") == 1
+    lines = [line for line in said.splitlines() if line.startswith("Error: ")]
+    assert lines == ["Error: a batch of 2 cannot be split over 3 ranks"]
     assert not (home / "refused").exists()
 
 

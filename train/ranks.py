@@ -81,7 +81,11 @@ def joined(device: str | None) -> Iterator[torch.device]:
         torch.cuda.set_device(mine)
     # gloo also beside nccl: for what is on the CPU, such as evaluations and short messages.
     backend = "gloo" if mine.type == "cpu" else "cpu:gloo,cuda:nccl"
-    dist.init_process_group(backend, timeout=_PATIENCE)
+    store, own, all_ = next(dist.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]
+    # torchrun may keep one store for all its restarts, with the addresses of processes that have died.
+    prefix = f"kdcache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
+    fresh = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
+    dist.init_process_group(backend, store=fresh, rank=own, world_size=all_, timeout=_PATIENCE)
     yield mine
     # After an error not: it would wait for ranks that are in the middle of something. The process's end closes all.
     dist.destroy_process_group()
