@@ -92,17 +92,21 @@ def take_turns(cache: Path, rounds: int) -> dict[str, list[float]]:
             process.stdout.readline()  # it is ready
     for _ in range(rounds):
         for processes in started.values():
-            for process in processes:
-                process.stdin.write("go\n")
-                process.stdin.flush()
+            go(processes)
             for process in processes:
                 process.stdout.readline()
     seconds = {}
     for kind, processes in started.items():
-        seconds[kind] = json.loads(processes[0].communicate()[0])
-        for process in processes[1:]:
-            process.communicate()
+        go(processes)
+        ends = [process.communicate()[0] for process in processes]
+        seconds[kind] = json.loads(ends[0])
     return seconds
+
+
+def go(processes: list[Any]) -> None:
+    for process in processes:
+        process.stdin.write("go\n")
+        process.stdin.flush()
 
 
 def start(cache: Path, rounds: int, world: int, threads: int) -> list[Any]:

@@ -210,7 +210,7 @@ def torchrun(home, out, *flags, count=RANKS, restarts=0):
 def require_same_weights(one, other):
     one, other = (load_file(path / "last.safetensors") for path in (one, other))
     for name, weight in one.items():
-        torch.testing.assert_close(other[name], weight, rtol=1e-4, atol=1e-6)
+        assert float((other[name] - weight).abs().max() / weight.abs().max()) < 3e-5, name
 
 
 def test_ranks_train_what_one_process_trains(home):
