@@ -83,7 +83,7 @@ def pick_device(name: str | None) -> torch.device:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         torch.zeros(1, device=device).item()  # meta makes tensors, but holds nothing
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise InputError(f"device {name!r} cannot be used here: {_first_sentence(e)}") from e
+        raise InputError(f"device {name!r} cannot be used here: {_first_sentence(e)}; take cpu, cuda or cuda:N") from e
     return device
 
 

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdcache import __version__
-from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError, UnreadableError
 from kdcache.cache.home import list_caches, open_cache
 from kdcache.cache.records import Records, encode
 from kdcache.cache.store import Cache
@@ -245,10 +245,15 @@ def _train(
     }  # fmt: skip
     beside = (partner.model, partner.input_size) if partner else None
     started = time.monotonic()
-    history = fit(
-        model, ready, loader, recipe, lambda m: judge(m, recipe.dtype, beside), folder, notes, say, partner,
-        config.save_every,
-    )  # fmt: skip
+    try:
+        history = fit(
+            model, ready, loader, recipe, lambda m: judge(m, recipe.dtype, beside), folder, notes, say, partner,
+            config.save_every,
+        )  # fmt: skip
+    except KdcacheError as e:
+        if cache.path.exists():
+            raise
+        raise UnreadableError(f"{cache.path} has gone: bring the disk or folder back, and go on with --resume") from e
     last = history[-1]
     summary = {
         **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
