@@ -9,7 +9,6 @@ import math
 import os
 import sys
 import threading
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
@@ -23,7 +22,6 @@ if TYPE_CHECKING:
     from kdcache.pipeline.settings import Setting
 
 INTERRUPTED = 130
-_AFTER_RANK_0 = 5.0  # seconds
 
 
 class _Failure(click.ClickException):
@@ -31,6 +29,15 @@ class _Failure(click.ClickException):
 
     def __init__(self, message: str) -> None:
         super().__init__(" ".join(message.splitlines()))
+
+
+def _once(e: click.ClickException) -> click.ClickException | SystemExit:
+    """Of torchrun's ranks that fail alike, one prints it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return e
+    from kdcache.train.ranks import first_to_say
+
+    return e if first_to_say(e.format_message()) else SystemExit(e.exit_code)
 
 
 class _Main(click.Group):
@@ -41,11 +48,8 @@ class _Main(click.Group):
         sys.unraisablehook = lambda unraisable: _unraisable(unraisable, before)
         try:
             return self._invoke(ctx)
-        except click.ClickException:
-            if _later_rank():
-                # Rank 0 most often fails alike and says so, upon which torchrun ends this process.
-                time.sleep(_AFTER_RANK_0)
-            raise
+        except click.ClickException as e:
+            raise _once(e) from e
         except KeyboardInterrupt:
             # What is half made, such as a loader with its worker processes, complains as the process ends.
             before = _silent
@@ -141,9 +145,9 @@ def _say(text: str) -> None:
 
 def _later_rank() -> bool:
     """Whether this is one of torchrun's processes that leave it to rank 0 to talk."""
-    from kdcache.pipeline.ranks import ranks
+    from kdcache.pipeline.ranks import this_rank
 
-    return ranks().rank > 0
+    return this_rank().rank > 0
 
 
 class _Number(click.FloatRange):
@@ -313,7 +317,7 @@ def build(
     """
     from kdcache.pipeline.build import BuildConfig
     from kdcache.pipeline.pack import pack as run_pack
-    from kdcache.pipeline.ranks import ranks
+    from kdcache.pipeline.ranks import this_rank
     from kdcache.train.teach import build_and_teach, unreadable_files
 
     if list_unreadable:
@@ -323,7 +327,7 @@ def build(
     if teacher is None:
         raise click.UsageError("Missing option '--teacher'.")
     result = build_and_teach(BuildConfig(teacher, **options), _say)
-    if store == "zarr" or ranks().rank:
+    if store == "zarr" or this_rank().rank:
         _print(vars(result), as_json, str(result.path))
     else:
         packed = run_pack(result.path, store, data=options["data"], say=_say)
@@ -388,6 +392,7 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
 )
 @click.option("--fresh-views", is_flag=True, help="With --online: a new view every epoch.")
 @click.option("--allow-renderer", is_flag=True, help="Train on image files in a .beton as FFCV resizes them.")
+@click.option("--sync-bn", is_flag=True, help="Of torchrun's ranks, on GPUs: batch norm over the whole batch.")
 @click.option("--teacher", metavar="NAME", help="Take a cache of this teacher.")
 @_weights
 @click.option(
@@ -422,6 +427,7 @@ def train(as_json: bool, **options: Any) -> None:
              kdcache train --loss nkd --student resnet20 --data cifar10 --epochs 60
              kdcache train --loss ce --loss nkd --loss dkd:beta=2 --seed 0 --seed 1 --seed 2
              kdcache train --loss nkd --data cifar10 --cache cifar10.beton     (by FFCV's loader)
+             torchrun --nproc-per-node 4 -m kdcache.cli train --loss nkd       (by 4 processes, each a GPU of its own)
     """
     from kdcache.train.run import TrainConfig
     from kdcache.train.run import train as run

@@ -30,7 +30,7 @@ from kdcache.pipeline.classmap import map_labels
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for, stored_classes
 from kdcache.pipeline.progress import Progress, duration, size
-from kdcache.pipeline.ranks import ranks
+from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import RENDERER, Renderer
 from kdcache.pipeline.spool import SPOOL_SECONDS, WAITING_SECONDS, Spool, Writer, clear, spool_folder
 from kdcache.pipeline.teachers import Teacher, load_teacher, pick_device
@@ -224,7 +224,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
         )
         if batch / rate > _LOST_AT_MOST - SPOOL_SECONDS - WAITING_SECONDS:
             say(f"note: a build that is killed loses up to a batch, here {duration(batch / rate)}: lower --batch-size")
-        if (world := ranks().world) > len(todo):
+        if (world := this_rank().world) > len(todo):
             say(f"note: {world} processes for {len(todo)} shards: {world - len(todo)} of them have nothing to compute")
         source = _compiled(source, config, batch, images / rate / world, say)
     path.mkdir(parents=True, exist_ok=True)
@@ -404,7 +404,7 @@ class _Builder:
                 continue
             if not taken and self._data(shard)[0].images is None:
                 alike = sum((s.store, s.rows) == (shard.store, shard.rows) for s in self._todo)
-                builders = max(ranks().world, 1 + len(self.leases.others()))
+                builders = max(this_rank().world, 1 + len(self.leases.others()))
                 most = min(self.config.views_per_decode, -(-alike // builders))
             taken.append(shard)
             self._todo.remove(shard)

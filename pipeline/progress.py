@@ -7,7 +7,7 @@ import sys
 import time
 from typing import TextIO
 
-from kdcache.pipeline.ranks import ranks
+from kdcache.pipeline.ranks import this_rank
 
 
 class Progress:
@@ -17,14 +17,14 @@ class Progress:
         self.title, self.total, self.unit, self.done = title, total, unit, 0
         self._stream = stream or sys.stderr
         self._tty = self._stream.isatty()
-        self._every = math.inf if ranks().rank else 0.2 if self._tty else 15.0
+        self._every = math.inf if this_rank().rank else 0.2 if self._tty else 15.0
         self._start = self._shown = time.monotonic()
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._tty and self.done and not ranks().rank:
+        if self._tty and self.done and not this_rank().rank:
             self._stream.write("\r\033[K")
             self._stream.flush()
 

@@ -25,7 +25,7 @@ from kdcache.cache.home import home
 from kdcache.cache.identity import TeacherIdentity
 from kdcache.pipeline.datasets import Dataset
 from kdcache.pipeline.networks import build_network, small_stem
-from kdcache.pipeline.ranks import ranks
+from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import normalised
 
 RGB = tuple[float, float, float]
@@ -109,8 +109,8 @@ def pick_device(name: str | None) -> torch.device:
     """The device of that name, or cuda where there is one, else cpu; of torchrun's ranks, each takes its own GPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
-        if device == torch.device("cuda") and ranks().local_world > 1:
-            device = torch.device("cuda", ranks().local_rank)
+        if device == torch.device("cuda") and this_rank().local_world > 1:
+            device = torch.device("cuda", this_rank().local_rank)
         torch.zeros(1, device=device).item()  # meta makes tensors, but holds nothing
     except (RuntimeError, AssertionError, ImportError) as e:
         raise InputError(f"device {name or 'cuda'!r} cannot be used here: {_first_sentence(e)}; {_instead()}") from e
@@ -121,7 +121,7 @@ def pick_device(name: str | None) -> torch.device:
 
 def _instead() -> str:
     """What to ask for, where torchrun started more ranks than there are GPUs too."""
-    here, gpus = ranks().local_world, torch.cuda.device_count()
+    here, gpus = this_rank().local_world, torch.cuda.device_count()
     if here > gpus > 0:
         return f"{here} ranks were started here and there are {gpus} GPUs: --nproc-per-node {gpus}"
     return "take cpu, cuda or cuda:N"

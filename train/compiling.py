@@ -6,13 +6,12 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from kdcache.cache.errors import UnservedError
-from kdcache.pipeline.teachers import Classifier
 
 
-def compiled(model: Classifier) -> Callable[[Tensor], Tensor]:
+def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
     """The same forward pass, compiled when it is first called; `model` itself, and its names, stay as they are."""
     forward: Callable[[Tensor], Tensor] = torch.compile(model)
     return forward

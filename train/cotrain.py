@@ -8,6 +8,7 @@ import torch
 from torch import Tensor
 
 from kdcache.pipeline.teachers import Classifier
+from kdcache.train import ranks
 from kdcache.train.losses import BDKD
 from kdcache.train.optimisers import Recipe, Updater
 
@@ -23,6 +24,7 @@ class LearningTeacher:
         self._loss, self._dtype = loss, recipe.dtype
         self._updater = Updater(model.parameters(), recipe, self.device)
         self._answer: Tensor | None = None
+        self._weighted = ranks.Weighted()
 
     @property
     def device(self) -> torch.device:
@@ -38,13 +40,14 @@ class LearningTeacher:
     def learn(self, student: Tensor, labels: Tensor, batches: int) -> Tensor:
         """Add the gradients of the last answer, one of so many batches a step; the loss. student: its logits [B, C]."""
         assert self._answer is not None
-        value = self._loss.of_teacher(self._answer, labels, student)
+        value = self._weighted(self._loss.of_teacher(self._answer, labels, student), len(student))
         self._answer = None
         self._updater.backward(value, batches)
         return value.detach()
 
     def update(self, step: int, steps_per_epoch: int) -> None:
         """New weights."""
+        ranks.average_gradients(self.model.parameters())
         self._updater.update(step, steps_per_epoch)
 
     def state_dict(self) -> dict[str, Any]:

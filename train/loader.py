@@ -185,12 +185,14 @@ class OnlineLoader:
         image_size: int | None = None,
         views: int | None = None,
         workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if not fresh_views and not cache.views:
             raise NotFoundError(f"{cache.path} has no complete view; --fresh-views needs none")
         self._cache, self._data, self._teacher = cache, data, teacher
         self._views = None if fresh_views else cache.views[:views]
-        self._order = _Order(len(data), batch_size, 0, 1, seed)
+        self._order = _Order(len(data), batch_size, rank, world, seed)
         self._student_images = _renderer(cache, data, image_size, teacher.device, workers)
         self._teacher_images = _renderer(cache, data, teacher.input_size, teacher.device, workers)
         self._labels = _labels(cache, teacher.device)
@@ -240,9 +242,11 @@ class PlainLoader:
         seed: int,
         device: torch.device,
         workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self._data, self._policy, self._seed = data, policy, seed
-        self._order = _Order(len(data), batch_size, 0, 1, seed)
+        self._order = _Order(len(data), batch_size, rank, world, seed)
         self._renderer = Renderer(data, size, device, policy, workers)
         self._labels = torch.from_numpy(data.labels[:, 0]).to(device)
 

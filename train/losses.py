@@ -11,6 +11,9 @@ in float32, differentiable in the student only. What a loss needs of a cache it 
 the weighted sum in every term that is a cross-entropy to the labels; other terms with a label say what they take.
 A loss that has `set_epoch(epoch)` is told the epoch, counted from 1, before each; one that has `prepare(records)` gets
 the training records of view 0 once. Until then a warm-up counts as over, so that other loops need not know of it.
+Under several ranks (ranks.py) a loss is the mean over the rank's own rows, and what it takes of the batch as a whole it
+takes of all ranks' rows: all of them have to call it. Weighted by the ranks' shares of the batch (ranks.weight), the
+gradients that DDP averages are then those of one process.
 The table of names, options and presets is in presets.py.
 """
 
@@ -28,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdcache.cache.errors import InputError, UnservedError
 from kdcache.cache.records import Records, Softened, Tail
+from kdcache.train import ranks
 
 DenseTail = Literal["prior", "uniform", "renorm", "drop"]  # those with a probability for every class
 SpreadTail = Literal["prior", "uniform"]  # those with a positive one
@@ -687,7 +691,7 @@ def _own_target(log_q: Tensor, labels: Tensor, weights: Tensor | None, power: in
         y = y.gather(1, order)
     log_q_y = log_q.gather(1, y)
     q_y = log_q_y.detach().exp() ** power
-    target = torch.where(v > 0, q_y + v - q_y.mean(0), 0.0)
+    target = torch.where(v > 0, q_y + v - ranks.mean(q_y), 0.0)
     loss: Tensor = -(target * log_q_y).sum(1)
     return loss
 
@@ -725,33 +729,37 @@ def _centred(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
 
 
-def _has_shape(x: Tensor, centred: Tensor, dim: int) -> Tensor:
-    """Whether the values along dim differ by more than float32's rounding."""
-    spread, size = (v.detach().abs().amax(dim, keepdim=True) for v in (centred, x))
-    return spread > 1e-6 * size
-
-
 def _standardised(x: Tensor) -> Tensor:
     """(x - mean) / (1e-7 + unbiased std) by row; 0 without gradient for a row of equal values."""
     centred = _centred(x)
-    safe = torch.where(_has_shape(x, centred, 1), centred, 0.0)
+    safe = torch.where(_varies(x, centred, 1)[0], centred, 0.0)
     squares = (safe**2).sum(1, keepdim=True) / (x.shape[1] - 1)
     return safe / (1e-7 + torch.where(squares > 0, squares, 1.0).sqrt())
 
 
 def _pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """Correlation of x and y along dim; 0 without gradient where one of them does not vary."""
+    """Correlation of x and y along dim (0: over all ranks' rows); 0 without gradient where one of them is constant."""
     units = []
     for v in (x, y):
-        centred = v - v.mean(dim, keepdim=True)
-        centred = torch.where(_has_shape(v, centred, dim), centred, 0.0)
+        centred = v - (ranks.mean(v) if dim == 0 else v.mean(dim, keepdim=True))
+        varies, spread = _varies(v, centred, dim)
         # Scaled first: the square of a small probability would underflow.
-        scale = centred.detach().abs().amax(dim, keepdim=True)
-        centred = centred / torch.where(scale > 0, scale, 1.0)
-        squares = (centred**2).sum(dim, keepdim=True)
+        centred = torch.where(varies, centred, 0.0) / torch.where(varies, spread, 1.0)
+        squares = _sum(centred**2, dim, keepdim=True)
         units.append(centred / torch.where(squares > 0, squares, 1.0).sqrt())
-    correlation: Tensor = (units[0] * units[1]).sum(dim)
-    return correlation
+    return _sum(units[0] * units[1], dim)
+
+
+def _varies(x: Tensor, centred: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Whether the values along dim differ by more than float32's rounding, and their largest distance from the mean."""
+    extremes = torch.stack([v.detach().abs().amax(dim, keepdim=True) for v in (centred, x)])
+    spread, size = ranks.largest(extremes) if dim == 0 else extremes
+    return spread > 1e-6 * size, spread
+
+
+def _sum(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    out = x.sum(dim, keepdim=keepdim)
+    return ranks.total(out) if dim == 0 else out
 
 
 def _ramp(epoch: int | None, warmup: int) -> float:

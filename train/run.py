@@ -31,6 +31,7 @@ from kdcache.pipeline.teachers import (
     read_weights,
     try_out,
 )
+from kdcache.train import ranks
 from kdcache.train.beton import BetonLoader
 from kdcache.train.cotrain import LearningTeacher
 from kdcache.train.evaluate import metrics, predict
@@ -71,6 +72,7 @@ class TrainConfig:
     amp: Amp | None = None
     workers: int | None = None
     allow_renderer: bool = False
+    sync_bn: bool = False
     optimiser: Optimiser = "sgd"
     accumulate: int = 1
     clip: float | None = None
@@ -116,21 +118,41 @@ def find_cache(data: str, teacher: str | None = None) -> Cache:
 
 
 def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished: bool = False) -> dict[str, Any]:
-    """Train a student; the summary, which also stands in the run folder. keep_finished: of a finished run, that one."""
-    device = pick_device(config.device)
+    """Train a student; the summary, which also stands in the run folder. keep_finished: of a finished run, that one.
+
+    Under torchrun all ranks train it together, each with its part of every batch. Started again by torchrun after one
+    of them died, they go on with the run.
+    """
+    with ranks.joined(config.device) as device:
+        config = replace(config, resume=config.resume or _restarted(config.out))
+        return _train(config, device, ranks.said_once(say), keep_finished)
+
+
+def _restarted(out: str | Path | None) -> bool:
+    """Whether torchrun has started this run before."""
+    return ranks.restarted() and out is not None and (Path(out) / "config.json").exists()
+
+
+def _train(
+    config: TrainConfig, device: torch.device, say: Callable[[str], None], keep_finished: bool
+) -> dict[str, Any]:
+    if config.sync_bn and (ranks.world() == 1 or device.type != "cuda"):
+        raise InputError(f"--sync-bn is for ranks on GPUs (torchrun), not for {ranks.world()} on {device.type}")
     require_autocast(device, config.amp)
     if config.fresh_views and not config.online:
         raise InputError("--fresh-views needs the live teacher: give --online too")
     if config.weights and not config.online:
         raise InputError("--weights are those of the live teacher: give --online too")
-    cache, had = cache_of(config), _resumed(config)
+    with ranks.one_first():
+        cache, had = cache_of(config), _resumed(config)
     # Pinned, for a cache may have got more views by the time that the run is resumed.
     used = None if config.fresh_views else config.views or had.get("views") or len(cache.views) or None
     config = replace(config, views=used)
     if config.online and isinstance(cache, Beton):
         raise InputError(f"--online renders as the cache was built: give the cache itself, not {cache.path}")
     record = cache.identity.record
-    data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
+    with ranks.one_first():
+        data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
     require_data(cache, data)
     require_data(cache, evaluation)
     defaults = defaults_for(data)
@@ -164,8 +186,8 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
     loader: CachedLoader | OnlineLoader | BetonLoader
     if isinstance(cache, Beton):
         loader = BetonLoader(
-            cache, batch, seed=config.seed, device=device, image_size=size, views=config.views,
-            workers=config.workers, allow_renderer=config.allow_renderer,
+            cache, batch, ranks.rank(), ranks.world(), seed=config.seed, device=device, image_size=size,
+            views=config.views, workers=config.workers, allow_renderer=config.allow_renderer,
         )  # fmt: skip
         if config.allow_renderer and not cache.raw:
             say(
@@ -178,18 +200,21 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         teacher = _same_teacher(cache, config, data, device) if partner is None else partner
         loader = OnlineLoader(
             cache, data, teacher, batch, fresh_views=config.fresh_views, seed=config.seed, image_size=size,
-            views=config.views, workers=config.workers,
+            views=config.views, workers=config.workers, rank=ranks.rank(), world=ranks.world(),
         )  # fmt: skip
     else:
         loader = CachedLoader(
-            cache, data, batch, seed=config.seed, device=device, image_size=size, views=config.views,
-            workers=config.workers,
+            cache, data, batch, ranks.rank(), ranks.world(), seed=config.seed, device=device, image_size=size,
+            views=config.views, workers=config.workers,
         )  # fmt: skip
     network = seeded(config.seed, lambda: build_network(student, record.classes, size))
     model = Classifier(network, data.mean, data.std).to(device)
     model.to(memory_format=torch.channels_last)
     if (answers := try_out(model, student, size)) != record.classes:
         raise InputError(f"{student} answers for {answers} classes, the teacher for {record.classes}")
+    if config.sync_bn:  # in place
+        for one in (model, partner.model) if partner else (model,):
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(one)  # type: ignore[no-untyped-call]
     judge = Judge(cache, evaluation, size, device, config.workers)
     name = f"{data.name.replace(':', '-')}-{student.replace('/', '-')}-{loss.name}-seed{config.seed}"
     path = Path(config.out or f"runs/{name}{'-online' if config.online else ''}")
@@ -201,10 +226,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         "amp": config.amp, "optimiser": recipe.optimiser, "sgd_lr": recipe.sgd_lr, "sgd_weight_decay": recipe.sgd_decay,
         "accumulate": recipe.accumulate, "clip": recipe.clip, "ema": recipe.ema, "compile": recipe.compile,
         "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
-        "cache_path": str(cache.path.absolute()),
+        "cache_path": str(cache.path.absolute()), "ranks": ranks.world(), "sync_bn": config.sync_bn,
     }  # fmt: skip
     ready = prepared(loss, cache, model, size, config.online, say)
-    folder = RunFolder(path, settings, config.resume)
+    folder = ranks.from_first(lambda: RunFolder(path, settings, config.resume or _restarted(path)))
     if keep_finished and (finished := folder.read_summary()):
         say(f"{path} is finished already")
         return finished
@@ -240,8 +265,10 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         "kdcache": __version__,
         "torch": str(torch.__version__),
         "device": str(device),
+        "ranks": ranks.world(),
     }
-    folder.finish(summary)
+    if ranks.rank() == 0:
+        folder.finish(summary)
     return summary
 
 
@@ -281,12 +308,15 @@ class Judge:
     def __call__(
         self, model: Classifier, dtype: torch.dtype | None = None, beside: tuple[Classifier, int] | None = None
     ) -> dict[str, float]:
-        records, theirs = self._records, {}
-        if beside is not None:
-            answers = self._predict(*beside, dtype)
-            records = encode(answers, None, precision="float32")
-            theirs = {f"{PARTNER}_{name}": value for name, value in metrics(answers, self._labels).items()}
-        return {**metrics(self._predict(model, self._size, dtype), self._labels, records), **theirs}
+        logits = self._predict(model, self._size, dtype)
+        answers = None if beside is None else self._predict(*beside, dtype)
+        return ranks.from_first(lambda: self._metrics(logits, answers))
+
+    def _metrics(self, logits: Tensor, answers: Tensor | None) -> dict[str, float]:
+        if answers is None:
+            return metrics(logits, self._labels, self._records)
+        theirs = {f"{PARTNER}_{name}": value for name, value in metrics(answers, self._labels).items()}
+        return {**metrics(logits, self._labels, encode(answers, None, precision="float32")), **theirs}
 
     def _predict(self, model: Classifier, size: int, dtype: torch.dtype | None) -> Tensor:
         if size not in self._renderers:

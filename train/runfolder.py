@@ -55,8 +55,8 @@ class RunFolder:
     def _require_same(self, config: dict[str, Any]) -> None:
         had = read_config(self.path)
         wanted = json.loads(_json(config))
-        # The cache may have been moved: its key says what it is.
-        names = [k for k in {**had, **wanted} if had.get(k) != wanted.get(k) and k != "cache_path"]
+        # The cache may have been moved: its key says what it is. Ranks see the same batches, however many there are.
+        names = [k for k in {**had, **wanted} if had.get(k) != wanted.get(k) and k not in ("cache_path", "ranks")]
         if names:
             found = "; ".join(f"{k}: the run has {had.get(k)}, asked for {wanted.get(k)}" for k in names)
             raise InputError(f"{self.path} is another run and is not resumed: {found}")

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import time
 from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
@@ -14,6 +15,7 @@ from kdcache.cache.errors import CorruptError, KdcacheError
 from kdcache.cache.records import Records
 from kdcache.pipeline.progress import Progress
 from kdcache.pipeline.teachers import Classifier
+from kdcache.train import ranks
 from kdcache.train.compiling import compiled, one_line
 from kdcache.train.ema import WeightAverage
 from kdcache.train.interrupts import Interrupts
@@ -86,8 +88,10 @@ class Training:
         self.seconds = 0.0
         self._batches, self._steps = batches, math.ceil(batches / recipe.accumulate)  # an epoch
         self._device = next(model.parameters()).device
-        self._forward = compiled(model) if recipe.compile else model
         learnt = list(loss.parameters()) if isinstance(loss, Learnt) else []
+        self._averaged, self._weighted = ranks.averaged(model, learnt), ranks.Weighted()
+        self._forward = compiled(self._averaged) if recipe.compile else self._averaged
+        ranks.draw_apart()
         self._updater = Updater([*model.parameters(), *learnt], recipe, self._device)
         self._average = WeightAverage(model, recipe.ema) if recipe.ema is not None else None
         self._sums = torch.zeros((2,), device=self._device)  # of the epoch's losses: the student's, the partner's
@@ -102,10 +106,12 @@ class Training:
         # Of a step's batches the mean counts, also where an epoch ends with fewer.
         first = self.batch - self.batch % self.recipe.accumulate
         together = min(self.recipe.accumulate, self._batches - first)
-        with torch.autocast(self._device.type, self.recipe.dtype, enabled=self.recipe.dtype is not None):
-            logits = self._forward(images)
-        value = self.loss(logits, labels, records)
-        self._updater.backward(value, together)
+        more = self.batch + 1 < first + together
+        with ranks.gradients_stay(self._averaged) if more else nullcontext():
+            with torch.autocast(self._device.type, self.recipe.dtype, enabled=self.recipe.dtype is not None):
+                logits = self._forward(images)
+            value = self._weighted(self.loss(logits, labels, records), len(images))
+            self._updater.backward(value, together)
         self._sums[0] += value.detach()
         if self.partner is not None:
             self._sums[1] += self.partner.learn(logits.detach(), labels, together)
@@ -126,27 +132,36 @@ class Training:
 
     def losses(self) -> dict[str, float]:
         """The mean loss of the epoch's batches, and that of the partner."""
-        sums = self._sums.tolist()
+        sums = self._sums_of_ranks().tolist()
         names = ["loss"] if self.partner is None else ["loss", f"{PARTNER}_loss"]
         return {name: total / self._batches for name, total in zip(names, sums, strict=False)}
+
+    def _sums_of_ranks(self) -> Tensor:
+        return ranks.total(self._sums) / ranks.world()
+
+    def average_statistics(self) -> None:
+        """Of all ranks, in all networks, before they are evaluated or kept."""
+        average, partner = self._average, self.partner
+        ranks.average_statistics(self.model, *(other.model for other in (average, partner) if other is not None))
 
     def end_epoch(self) -> None:
         self._sums.zero_()
         self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, generators included; between two steps alone."""
+        """Everything, generators included; between two steps alone, and on all ranks together."""
+        self.average_statistics()
         return {
             "epoch": self.epoch,
             "batch": self.batch,
             "seconds": self.seconds,
-            "sums": self._sums,
+            "sums": self._sums_of_ranks(),
             "model": self.model.state_dict(),
             "average": self._average.state_dict() if self._average is not None else {},
             "updater": self._updater.state_dict(),
             "loss": self.loss.state_dict() if isinstance(self.loss, Learnt) else {},
             PARTNER: self.partner.state_dict() if self.partner is not None else {},
-            "random": _random_state(self._device),
+            "random": ranks.everyones(_random_state(self._device)),
         }
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
@@ -160,7 +175,8 @@ class Training:
             self.loss.load_state_dict(state["loss"])
         if self.partner is not None:
             self.partner.load_state_dict(state[PARTNER])
-        _restore_random(state["random"], self._device)
+        if ranks.rank() < len(state["random"]):
+            _restore_random(state["random"][ranks.rank()], self._device)
 
 
 def fit(
@@ -183,24 +199,32 @@ def fit(
     """
     training = Training(model, loss, recipe, len(loader), partner)
     history = _resume(training, folder, say) if folder else []
+    # All ranks take part in what is kept, and the first one writes it.
+    keeps, folder = folder is not None, None if ranks.rank() else folder
 
     def save() -> None:
-        if folder:
-            folder.save_state(history, training.state_dict())
+        if keeps:
+            state = training.state_dict()
+            if folder:
+                folder.save_state(history, state)
 
     events = _events(folder, len(history), say) if folder else None
+    wishes = ranks.Wishes()
     with Interrupts() as interrupts:
         while training.epoch < recipe.epochs:
-            _train_epoch(training, loader, interrupts, save, save_every)
+            _train_epoch(training, loader, interrupts, wishes, save, save_every)
+            training.average_statistics()
             losses = training.losses()
             if not all(map(math.isfinite, losses.values())):
                 at = f"in epoch {training.epoch + 1}"
                 raise KdcacheError(f"the loss is not finite {at}: lower --lr (now {recipe.lr:g})")
             try:
-                with interrupts.at_once():
+                # Ranks evaluate together: none leaves on its own.
+                with interrupts.at_once() if ranks.world() == 1 else nullcontext():
                     measured = evaluate(training.evaluated)
             except KeyboardInterrupt:
-                save()
+                if ranks.world() == 1:
+                    save()
                 raise
             line: dict[str, Any] = {"epoch": training.epoch + 1, **losses, "seconds": training.seconds, **measured}
             training.end_epoch()
@@ -217,6 +241,7 @@ def fit(
                     folder.save_weights(partner.model, partner.notes, theirs, of=f"{PARTNER}-")
                 folder.save_metrics(history)
             save()
+            interrupts.asked = ranks.anyones(interrupts.asked)
             interrupts.check()
     if events is not None:
         events.close()
@@ -225,7 +250,7 @@ def fit(
 
 def _resume(training: Training, folder: RunFolder, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """The lines of the epochs that are done, and the training as it was."""
-    state = folder.load_state()
+    state = ranks.from_first(folder.load_state)
     if state is None:
         return []
     try:
@@ -239,7 +264,12 @@ def _resume(training: Training, folder: RunFolder, say: Callable[[str], None]) -
 
 
 def _train_epoch(
-    training: Training, loader: Loader, interrupts: Interrupts, save: Callable[[], None], save_every: float
+    training: Training,
+    loader: Loader,
+    interrupts: Interrupts,
+    wishes: ranks.Wishes,
+    save: Callable[[], None],
+    save_every: float,
 ) -> None:
     """The rest of the epoch that the training is in."""
     loader.set_epoch(training.epoch)
@@ -260,11 +290,15 @@ def _train_epoch(
             interrupts.waiting = True  # not in the first step, which may compile for minutes
             now = time.monotonic()
             training.seconds = now - began
-            if interrupts.asked or now - saved > save_every:
+            stop, keep = wishes(interrupts.asked, now - saved > save_every)
+            if stop:
+                break  # which ends the loader's threads and processes
+            if keep:
                 save()
                 saved = time.monotonic()
-            if interrupts.asked:
-                break  # which ends the loader's threads and processes
+    interrupts.asked = ranks.anyones(interrupts.asked)
+    if interrupts.asked:
+        save()
     interrupts.check()
 
 
