@@ -29,7 +29,7 @@ from kdcache.train.features import FeatureTap
 from kdcache.train.loader import CachedLoader, OnlineLoader, epoch_batches
 from kdcache.train.optimisers import Recipe
 from kdcache.train.presets import LOSSES, make_loss
-from kdcache.train.run import TrainConfig, _prepared, evaluate_run, train
+from kdcache.train.run import TrainConfig, evaluate_run, prepared, train
 from kdcache.train.teach import TeachConfig, teach
 from kdcache.train.trainer import Training, fit, seeded
 
@@ -428,7 +428,7 @@ def test_no_step_brings_a_value_to_the_host(home, data, name):
     loaders["online"] = OnlineLoader(caches["default"], data, partner or teacher_of(home).teacher, BATCH)
     for kind, loader in loaders.items():
         model, beside = student(), partner if kind == "online" else None
-        loss = _prepared(make_loss(name, 8), caches.get(kind, caches["default"]), model, 8, kind == "online", quiet)
+        loss = prepared(make_loss(name, 8), caches.get(kind, caches["default"]), model, 8, kind == "online", quiet)
         training = Training(model, loss, recipes[kind], len(loader), beside)
         model.train()
         steps = loader.steps()
