@@ -24,14 +24,13 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cifar10 import machine
-
 from kdcache.cache import open_cache
 from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.datasets import open_data
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.teachers import Classifier
 from kdcache.train import ranks
+from kdcache.train.bench import machine
 from kdcache.train.loader import CachedLoader
 from kdcache.train.optimisers import Recipe
 from kdcache.train.presets import make_loss
