@@ -158,8 +158,9 @@ class Renderer:
         elif self.size == self._pixels.size and (parameters.boxes[:, 2:] == self.size).all():
             boxes = torch.from_numpy(parameters.boxes).to(self.device)
             flips = torch.from_numpy(parameters.flips).to(self.device)
-            for batch in batches:
-                index = torch.from_numpy(batch).to(self.device)
+            # All indices at once: a copy by batch would have the device wait each time.
+            every = torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(self.device)
+            for index in every.split([len(batch) for batch in batches]):
                 yield self._pixels.crops(index, boxes[index - first], flips[index - first])
         else:
             views = _FileViews(self.data, self.size)
