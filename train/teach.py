@@ -134,6 +134,7 @@ def build_and_teach(config: BuildConfig, say: Callable[[str], None] = print) -> 
             taught = taught_file(config.teacher, data)
             if not taught.exists():
                 check_options(config, len(data.class_names))
+                build_network(config.teacher, len(data.class_names), data.image_size or IMAGENET_SIZE)  # a known name?
                 _teach_once(config, taught, say)
             config = replace(config, weights=str(taught))  # also where --unlabelled makes it other data
     return build(config, say)
