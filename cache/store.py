@@ -412,24 +412,27 @@ class SplitStore:
             )
         return labels
 
-    def read(self, view: int, prior: torch.Tensor | None) -> Records:
-        """All records of a view, checked; they lie in memory as stored."""
+    def read(self, view: int, prior: torch.Tensor | None, out: Records | None = None) -> Records:
+        """All records of a view, checked; they lie in memory as stored, in that of `out` where given."""
         missing = set(range(self.parts)) - self.committed().get(view, set())
         if missing:
             raise NotFoundError(
                 f"view {view} is not complete in {self.root} ({len(missing)} of {self.parts} parts missing): "
                 + self._place.more(view)
             )
-        specs = arrays.record_arrays(self._record, self.samples, self.part)
-        # The slab only when a shard has been found to be of the sizes that the identity claims.
-        slab = self.check_shard(view, 0)
-        if self.parts > 1:
-            first, slab = slab, {spec.name: np.empty(spec.shape, spec.dtype) for spec in specs}
+        slab = {} if out is None else arrays.as_arrays(out)
+        first = self.check_shard(view, 0, slab)
+        if not slab and self.parts == 1:
+            slab = first
+        elif not slab:
+            # Only now, when a shard has been found to be of the sizes that the identity claims.
+            specs = arrays.record_arrays(self._record, self.samples, self.part)
+            slab = {spec.name: np.empty(spec.shape, spec.dtype) for spec in specs}
             for name, rows in slab.items():
                 rows[: self.part] = first[name]
-            del first
-            with ThreadPoolExecutor(_READERS, thread_name_prefix="kdcache-read") as threads:
-                list(threads.map(lambda part: self.check_shard(view, part, slab), range(1, self.parts)))
+        del first
+        with ThreadPoolExecutor(_READERS, thread_name_prefix="kdcache-read") as threads:
+            list(threads.map(lambda part: self.check_shard(view, part, slab), range(1, self.parts)))
         return arrays.as_records(self._record, slab, self.labels, prior)
 
     def carries_tail_sums(self, view: int) -> bool:
@@ -504,9 +507,12 @@ class Cache:
         complete = self.train.complete_views()
         return complete if self.identity.record.dense or self.train.has("prior") or 0 not in complete else ()
 
-    def read(self, view: int) -> Records:
-        """All records of one view; NotFoundError if it is not complete, CorruptError if bytes are damaged."""
-        return self.train.read(view, self.prior)
+    def read(self, view: int, out: Records | None = None) -> Records:
+        """All records of one view; NotFoundError if it is not complete, CorruptError if bytes are damaged.
+
+        out: another view's, on the CPU and no longer needed: its memory is taken, as new memory costs much of the time.
+        """
+        return self.train.read(view, self.prior, out)
 
     def read_evaluation(self) -> Records:
         """The records of the unaugmented evaluation split."""

@@ -93,6 +93,39 @@ def test_records_belong_to_the_pixels_beside_them(home, data):
             torch.testing.assert_close(records.dense(1.0), want, rtol=1e-4, atol=1e-6)
 
 
+def test_memory_of_a_slab_is_used_again_but_not_under_an_iterator(home, data):
+    cache = open_cache(home / "exact")
+    loader, memory = CachedLoader(cache, data, BATCH), set()
+    for epoch in range(7):
+        loader.set_epoch(epoch)
+        assert all(records.gaps.shape == (BATCH, 10) for *_, records in loader.steps())
+        memory |= {slab.result()[0].gaps.data_ptr() for slab in loader._slabs.values()}
+    assert len(memory) == 2
+    loader.set_epoch(7)
+    early = loader.steps()
+    found = [next(early)]
+    for epoch in range(8, 12):
+        loader.set_epoch(epoch)
+        list(loader.steps())
+    found += early
+    fresh = CachedLoader(cache, data, BATCH)
+    fresh.set_epoch(7)
+    for (_, labels, records), (_, want_labels, want) in zip(found, fresh.steps(), strict=True):
+        assert torch.equal(labels, want_labels) and torch.equal(records.gaps, want.gaps)
+
+
+def test_a_view_that_could_not_be_read_is_read_again(home, data, tmp_path):
+    place = tmp_path / "cache"
+    shutil.copytree(home / "default", place)
+    loader = CachedLoader(open_cache(place), data, BATCH)
+    views = place / "views"
+    views.rename(tmp_path / "elsewhere")
+    with pytest.raises(KdcacheError, match="missing"):
+        list(loader.steps())
+    (tmp_path / "elsewhere").rename(views)
+    assert len(list(loader.steps())) == len(loader)
+
+
 def test_iterating_gives_normalised_images(home, data):
     loader = CachedLoader(open_cache(home / "default"), "digits", BATCH)
     images, labels, records = next(iter(loader))
@@ -181,7 +214,7 @@ class SlabsFromTheTeacher:
         self._inner._read = self._read
         self._source = source
 
-    def _read(self, view):
+    def _read(self, view, spare):
         rows = range(len(self._source.train))
         batches = record_batches(self._source, self._source.train, self._source.train_labels, view, rows, 256, 0)
         parts = [records for records, _ in batches]

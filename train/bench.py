@@ -507,7 +507,8 @@ def table(found: Mapping[str, Any]) -> str:
     section(f"a build, batches of {setup['build_batch_size']}", "images/s", built, found["build_images_per_second"])
     read = {
         "slab": "a view's slab",
-        "shuffled epoch": "the slab, and from it shuffled batches",
+        "first epoch": "the slab, and from it shuffled batches",
+        "shuffled epoch": "  the same in memory used before",
         "one seek a record": "one seek a record (TinyViT)",
         "one file an image": "one file an image (FKD)",
     }

@@ -5,6 +5,7 @@ The epoch's records are one slab on the device, gathered by index; the next epoc
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Iterator, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from typing import Protocol
@@ -53,19 +54,17 @@ def epoch_batches(
     return [np.array_split(b, world)[rank] for b in np.split(order[: count * batch_size], count)]
 
 
-def gathered(
-    records: Records, labels: Tensor, batches: Sequence[NDArray[np.int64]]
-) -> Iterator[tuple[Tensor, Records]]:
-    """Labels and records of each batch, given those of all samples: many batches' are gathered at once."""
+def gathered(records: Records, batches: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Tensor, Records]]:
+    """Labels and records of each batch, given the records of all samples: many batches' are gathered at once."""
     a_batch = max((len(b) for b in batches), default=1) * records.nbytes // len(records)
     at_once = max(1, _GATHERED // a_batch)
     for start in range(0, len(batches), at_once):
         several = batches[start : start + at_once]
-        at = torch.from_numpy(np.concatenate(several)).to(labels.device)
-        their_labels, answers, stop = labels.index_select(0, at), records[at], 0
+        answers = records[torch.from_numpy(np.concatenate(several)).to(records.gaps.device)]
+        labels, stop = _squeezed(answers.labels.long()), 0
         for batch in several:
             rows = slice(stop, stop := stop + len(batch))
-            yield their_labels[rows], answers[rows]
+            yield labels[rows], answers[rows]
 
 
 def require_data(cache: Cache | Beton, data: Dataset) -> None:
@@ -133,12 +132,12 @@ class CachedLoader:
         self._order = _Order(len(self.data), batch_size, rank, world, seed)
         self._device = torch.device(device)
         self._renderer = _renderer(cache, self.data, image_size, self._device, workers)
-        self._labels = _labels(cache, self._device)
         self._mean, self._std = (
             torch.tensor(v, device=self._device).view(1, 3, 1, 1) * 255 for v in (self.data.mean, self.data.std)
         )
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdcache-slab")
         self._slabs: dict[int, Future[tuple[Records, ViewParameters]]] = {}
+        self._in_use = Counter[int]()
 
     def set_epoch(self, epoch: int) -> None:
         """Choose the epoch, counted from 0: its view and its order."""
@@ -154,19 +153,35 @@ class CachedLoader:
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """The same with the images as rendered: uint8. start: leave out so many batches, unrendered."""
         now, after = (self._views[(self._order.epoch + i) % len(self._views)] for i in (0, 1))
-        wanted = {now, after}
-        self._slabs = {v: f for v, f in self._slabs.items() if v in wanted}
+        spare = self._drop_others(now, after)
         for view in (now, after):
             if view not in self._slabs:
-                self._slabs[view] = self._thread.submit(self._read, view)
+                self._slabs[view] = self._thread.submit(self._read, view, spare)
+                spare = None
         records, parameters = self._slabs[now].result()
         batches = self._order.batches()[start:]
-        rendered, answered = self._renderer.batches(parameters, batches), gathered(records, self._labels, batches)
-        for images, (labels, answers) in zip(rendered, answered, strict=True):
-            yield images, labels, answers
+        rendered = self._renderer.batches(parameters, batches)
+        self._in_use[now] += 1
+        try:
+            for images, (labels, answers) in zip(rendered, gathered(records, batches), strict=True):
+                yield images, labels, answers
+        finally:
+            self._in_use[now] -= 1
 
-    def _read(self, view: int) -> tuple[Records, ViewParameters]:
-        return self.cache.read(view).to(self._device), stored_view(self.cache, self.data, view)
+    def _drop_others(self, *wanted: int) -> Records | None:
+        """Forget other views' slabs and those that could not be read; one of them that can be written over, or None."""
+        spare = None
+        for view, slab in list(self._slabs.items()):
+            sound = slab.done() and slab.exception() is None
+            if view not in wanted or (slab.done() and not sound):
+                del self._slabs[view]
+                # Not while an earlier iterator, which may go on, takes batches from it.
+                if sound and self._device.type == "cpu" and not self._in_use[view]:
+                    spare = slab.result()[0]
+        return spare
+
+    def _read(self, view: int, spare: Records | None) -> tuple[Records, ViewParameters]:
+        return self.cache.read(view, spare).to(self._device), stored_view(self.cache, self.data, view)
 
 
 class OnlineLoader:
@@ -292,5 +307,9 @@ def _renderer(
 
 
 def _labels(cache: Cache, device: torch.device) -> Tensor:
-    labels = torch.from_numpy(cache.train.labels.astype(np.int64)).to(device)
+    return _squeezed(torch.from_numpy(cache.train.labels.astype(np.int64)).to(device))
+
+
+def _squeezed(labels: Tensor) -> Tensor:
+    """[B] from [B, 1]; other [B, L] as they are."""
     return labels[:, 0] if labels.shape[1] == 1 else labels
