@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from threading import Lock
 from typing import Any, Literal, TypeVar
@@ -50,6 +50,7 @@ from kdcache.cache.records import NO_TAIL, Records, class_prior
 
 T = TypeVar("T")
 _SHARD = re.compile(r"v([0-9]{5,9})-p([0-9]{4,9})\.json")
+_COMMIT = re.compile(r"[a-z0-9-]+\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = re.compile(r"(views/v[0-9]{5,9}/)?[a-z_]+/c(/[0-9]+)+")
 _READERS = 4  # parts at once: hashing and decompressing need no lock of Python's
@@ -69,6 +70,16 @@ class Commit(Strict):
     parameters: str | None
     files: dict[str, StoredFile]
     writer: dict[str, str]
+
+    def content(self) -> tuple[str | None, dict[str, str]]:
+        """What it says of parameters and rows, whatever the bytes that hold them."""
+        return self.parameters, {file: stored.rows for file, stored in self.files.items()}
+
+
+def metadata_files(folder: str, spec: ArraySpec) -> list[tuple[str, Callable[[], bytes]]]:
+    """The zarr.json of an array, and of its view's group, by their names from the split's folder."""
+    group = [(f"{folder}/zarr.json", arrays.group_metadata)] if folder else []
+    return [*group, (_join(folder, f"{spec.name}/zarr.json"), partial(arrays.array_metadata, spec))]
 
 
 def shard_name(view: int, part: int) -> str:
@@ -172,20 +183,31 @@ class SplitStore:
         stored: dict[str, StoredFile] = {}
         contents: dict[str, bytes] = {}
         for folder, spec, part, rows in data:
-            base = self.root / folder
-            if folder:
-                self._metadata(base / "zarr.json", arrays.group_metadata)
-            self._metadata(base / spec.name / "zarr.json", lambda s=spec: arrays.array_metadata(s))  # type: ignore[misc]
+            self._describe(folder, spec)
             content = arrays.encode_part(spec, part, rows)
             file = StoredFile(size=len(content), sha256=files.sha256(content), rows=arrays.rows_digest(spec, rows))
             stored[_join(folder, spec.chunk_file(part))] = file
             contents[file.sha256] = content
         commit = Commit(key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer))
         contents["commit.json"] = canonical(commit)
+        self._publish(name, contents)
+        return self.commit(name).files == stored
+
+    def adopt(
+        self, name: str, commit: bytes, wanted: Sequence[tuple[str, ArraySpec, int]], data: Sequence[bytes]
+    ) -> None:
+        """Publish what another copy of this cache has committed as `name`, unless there is such a commit already.
+
+        commit, data: the bytes of its commit and of the files that it names, in the order of `wanted`, checked.
+        """
+        for folder, spec, _ in wanted:
+            self._describe(folder, spec)
+        self._publish(name, {"commit.json": commit, **{files.sha256(content): content for content in data}})
+
+    def _publish(self, name: str, contents: Mapping[str, bytes]) -> None:
         while not self.has(name):
             self._decide(name, contents)
             self.finish(name)
-        return self.commit(name).files == stored
 
     def _decide(self, name: str, contents: Mapping[str, bytes]) -> None:
         folder = self._scratch / secrets.token_hex(8)
@@ -253,10 +275,15 @@ class SplitStore:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
 
-    def _metadata(self, path: Path, content: Callable[[], bytes]) -> None:
+    def _describe(self, folder: str, spec: ArraySpec) -> None:
         # For people with plain zarr; kdcache reads none of it, so a later zarr may word it otherwise.
-        if not path.exists():
-            files.publish(path, content(), self._scratch, replace=True)
+        for file, content in metadata_files(folder, spec):
+            if not (self.root / file).exists():
+                files.publish(self.root / file, content(), self._scratch, replace=True)
+
+    def files_of(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> list[bytes]:
+        """The committed files of parts of arrays as they lie in a folder, checked against the commit."""
+        return self._each(name, wanted, self._place.content)
 
     def load(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> list[NDArray[Any]]:
         """The committed parts of arrays, their bytes checked against the commit before they are decoded."""
@@ -446,11 +473,14 @@ class SplitStore:
 
 
 class Cache:
-    """A cache in a folder or a packed file. `identity` says what it is; `train` and `evaluation` hold the records."""
+    """A cache in a folder or a packed file. `identity` says what it is; `train` and `evaluation` hold the records.
 
-    def __init__(self, path: Path) -> None:
+    place: where it is read from, if elsewhere than in that folder or file.
+    """
+
+    def __init__(self, path: Path, place: Place | None = None) -> None:
         self.path = path
-        self._place: Place = Folder(path) if path.is_dir() or not path.exists() else PackedFile(path)
+        self._place = place or (Folder(path) if path.is_dir() or not path.exists() else PackedFile(path))
         if not self._place.has("identity.json"):
             raise NotFoundError(f"{path} is not a kdcache cache: it has no identity.json")
         content = self._place.read("identity.json", MAX_JSON_BYTES)
@@ -569,8 +599,17 @@ class Cache:
 
     @property
     def packed(self) -> bool:
-        """Whether it is one file, which cannot be built into."""
+        """Whether it is one file."""
         return isinstance(self._place, PackedFile)
+
+    @property
+    def writable(self) -> bool:
+        """Whether it can be built into and repaired: a folder of one's own."""
+        return self._place.writable
+
+    def fresh(self) -> Cache:
+        """The same with nothing in memory that was read before."""
+        return Cache(self.path, self._place.fresh())
 
     def check_rest(self) -> None:
         """CorruptError where bytes are damaged that no record is read from, as far as the store can tell."""
@@ -580,6 +619,13 @@ class Cache:
     def prior_arrays(self) -> list[tuple[str, ArraySpec, int]]:
         """What the prior's commit names; nothing for dense records."""
         return [] if self.identity.record.dense else [("", self._prior_array, 0)]
+
+    def commits(self) -> list[str]:
+        """The files of all commits, sorted."""
+        folders = ("commits", "eval/commits")
+        return sorted(
+            f"{folder}/{name}" for folder in folders for name in self._place.names(folder) if _COMMIT.fullmatch(name)
+        )
 
     def contents(self, views: Sequence[int]) -> Iterator[tuple[SplitStore, str, list[tuple[str, ArraySpec, int]]]]:
         """The commits that make up a cache of these views, in the order to make them: split, name, parts of arrays."""

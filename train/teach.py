@@ -10,11 +10,12 @@ from pathlib import Path
 import torch
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.build import BuildConfig, BuildResult, build, check_options
+from kdcache.pipeline.build import BuildConfig, BuildResult, check_options
 from kdcache.pipeline.datasets import list_unreadable, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.render import Renderer
+from kdcache.pipeline.share import build_shared
 from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, file_classifier, pick_device, taught_file, try_out
 from kdcache.pipeline.views import check_policy
 from kdcache.train.evaluate import metrics, predict
@@ -102,8 +103,13 @@ def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path
     return path, history[-1]["top1"]
 
 
-def build_and_teach(config: BuildConfig, say: Callable[[str], None] = print) -> BuildResult:
-    """Build; on the embedded digits a teacher that is not there is taught first, so that the short form works."""
+def build_and_teach(
+    config: BuildConfig, say: Callable[[str], None] = print, registry: str | None = None, publish: bool = False
+) -> BuildResult:
+    """Build what the registry lacks.
+
+    On the embedded digits a teacher that is not there is taught first, so that the short form works.
+    """
     if config.data == DATA:
         say(f"data: {DATA}, scikit-learn's 8x8 images, to try things out; --data names your own")
         if ":" not in config.teacher and config.weights is None:
@@ -114,7 +120,7 @@ def build_and_teach(config: BuildConfig, say: Callable[[str], None] = print) -> 
                 say(f"no {config.teacher} has been taught on {DATA} yet: teaching one first")
                 teach(TeachConfig(config.teacher, device=config.device), say)
             config = replace(config, weights=str(taught))  # also where --unlabelled makes it other data
-    return build(config, say)
+    return build_shared(config, registry, publish, say)
 
 
 def unreadable_files(data: str, unlabelled: bool, say: Callable[[str], None]) -> list[str]:
