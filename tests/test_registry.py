@@ -1,4 +1,4 @@
-"""A shared registry in a folder, in a bucket and on a web server: what is published is found, whole, and believed late."""
+"""A shared registry in a folder, in a bucket and on a web server: what is published is found, whole, and checked."""
 
 import contextlib
 import functools
@@ -17,19 +17,16 @@ import torch
 from click.testing import CliRunner
 from moto.server import ThreadedMotoServer
 
-from kdcache.cache import Cache, KdcacheError, files, objects, open_cache
+from kdcache.cache import Cache, KdcacheError, objects, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import caches_folder, open_registry
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical
 from kdcache.cache.objects import NetworkObjects, open_objects
-from kdcache.cache.remote import LocalStore
 from kdcache.cache.store import SplitStore
-from kdcache.cache.transfer import into_bucket, into_folder
 from kdcache.cli import main
-from kdcache.pipeline import share
 from kdcache.pipeline.share import pull, push
 from kdcache.pipeline.verify import verify
-from kdcache.tests.test_store import WRITER, Filled, identity, same
+from kdcache.tests.test_store import Filled, identity, same
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -51,7 +48,7 @@ def _home(tmp_path, monkeypatch):
 
 
 @contextlib.contextmanager
-def s3_server(buckets=("b",)):
+def s3_server(buckets=("shared",)):
     """moto's server, an S3 peer on loopback; its address."""
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
@@ -72,6 +69,7 @@ def s3_server(buckets=("b",)):
             yield address
         finally:
             server.stop()
+            server._server.server_close()
             objects._store.cache_clear()
 
 
@@ -117,14 +115,14 @@ def web_server(folder, handler=Files):
 
 @pytest.fixture(scope="module")
 def s3():
-    with s3_server([f"b{i}" for i in range(40)]) as address:
+    with s3_server([f"bucket{i}" for i in range(40)]) as address:
         yield address
 
 
 @pytest.fixture
 def bucket(s3, count=iter(range(40))):  # noqa: B008  one each
     """An empty bucket's address."""
-    return f"s3://b{next(count)}/team/kd"
+    return f"s3://bucket{next(count)}/team/kd"
 
 
 @pytest.fixture(params=["folder", "bucket"])
@@ -164,9 +162,7 @@ def content(folder):
 def stored(root):
     """Everything in a registry by its path."""
     there = open_objects(root)
-    return {path: there.read(path, 1 << 20) for path in there.sizes("caches")} if False else {
-        f"caches/{path}": there.read(f"caches/{path}", 1 << 20) for path in there.sizes("caches")
-    }  # fmt: skip
+    return {f"caches/{path}": there.read(f"caches/{path}", 1 << 20) for path in there.sizes("caches")}
 
 
 # ---- push and pull ----
@@ -221,7 +217,7 @@ def test_a_push_that_was_stopped_goes_on_and_is_seen_whole_at_all_times(toy, roo
     class Stop(Exception):
         pass
 
-    left = 0
+    left, step = 0, 7 if "://" in root else 2
 
     def stopping(write):
         def wrapped(*args, **options):
@@ -238,7 +234,7 @@ def test_a_push_that_was_stopped_goes_on_and_is_seen_whole_at_all_times(toy, roo
     monkeypatch.setattr("kdcache.cache.transfer._THREADS", 1)
     seen, writes = set(), 0
     while True:
-        left = writes = writes + 7
+        left = writes = writes + step
         with contextlib.suppress(Stop):
             push(toy.cache.path, root, say=quiet)
             break
@@ -249,21 +245,24 @@ def test_a_push_that_was_stopped_goes_on_and_is_seen_whole_at_all_times(toy, roo
             seen.add(cache.views)
             assert all(same(cache.read(view), toy.cache.read(view)) for view in cache.views)
     assert {(), (0,)} <= seen
+    left = 10**9
     pull(toy.cache.key, root, say=quiet)
     assert content(caches_folder() / toy.cache.key) == content(toy.cache.path)
 
 
-def another(tmp_path, name="another", seed=1):
-    """A cache of the same identity and labels whose records differ, as another machine's do."""
-    first = Filled(tmp_path / f"{name}-one", identity(), seed=seed)
-    path = tmp_path / name
-    shutil.copytree(first.cache.path, path)
-    return Cache(path)
+def another(path, share=0.9):
+    """A cache of the same identity and labels whose records differ, as another machine's do (here by far more)."""
+
+    class Another(Filled):
+        def draw(self, store):
+            return share * super().draw(store)
+
+    return Another(path, identity()).cache
 
 
 def test_of_two_publishers_the_first_commit_wins_and_the_other_is_told(tmp_path, root):
     mine = Filled(tmp_path / "mine", identity()).cache
-    theirs = another(tmp_path)
+    theirs = another(tmp_path / "theirs")
     assert mine.key == theirs.key
     push(mine.path, root, say=quiet)
     before = stored(root)
@@ -277,7 +276,7 @@ def test_of_two_publishers_the_first_commit_wins_and_the_other_is_told(tmp_path,
 
 def test_publishers_at_once_never_mix(tmp_path, root):
     """Each shard is wholly one publisher's."""
-    ours = [Filled(tmp_path / "0", identity()).cache, another(tmp_path, "1", 1), another(tmp_path, "2", 2)]
+    ours = [Filled(tmp_path / "0", identity()).cache, another(tmp_path / "1"), another(tmp_path / "2", 0.8)]
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(lambda cache: push(cache.path, root, say=quiet), ours))
     found = open_registry(root).cache(ours[0].key)
@@ -290,7 +289,7 @@ def test_publishers_at_once_never_mix(tmp_path, root):
 
 def test_bytes_of_a_publisher_who_died_do_not_stand_in_the_way(tmp_path, bucket, monkeypatch):
     """What was put and never committed stays, and is never read."""
-    mine, dead = Filled(tmp_path / "mine", identity()).cache, another(tmp_path)
+    mine, dead = Filled(tmp_path / "mine", identity()).cache, another(tmp_path / "dead")
     real = NetworkObjects.create
     monkeypatch.setattr(NetworkObjects, "create", lambda o, path, data: "commits/v0" in path or real(o, path, data))
     push(dead.path, bucket, say=quiet)
@@ -363,7 +362,8 @@ def test_names_move_on_purpose_alone(tmp_path, toy, root):
 def test_ls_says_what_is_shared_and_by_whom(toy, root):
     push(toy.cache.path, root, name="toy-v1", say=quiet)
     text = run(f"ls --registry {root}").output
-    for word in (toy.cache.key[:12], "toy:teacher on toy", "3 views", "top 4 of 12", "teacher's top-1", "toy-v1", " by "):
+    about = ("toy:teacher on toy", "3 views", "top 4 of 12", "teacher's top-1", "toy-v1", " by ")
+    for word in (toy.cache.key[:12], *about):
         assert word in text, text
     (found,) = json.loads(run(f"ls --json --registry {root}").output)
     assert found["names"] == ["toy-v1"] and found["published"]["views"] == 3 and found["registry"] == root
@@ -385,7 +385,8 @@ def test_settings_name_the_registry(tmp_path, toy, root):
 
 
 @pytest.mark.parametrize("handler", [Files, Ranges])
-def test_a_plain_web_server_is_read_without_a_listing(tmp_path, toy, handler):
+def test_a_plain_web_server_is_read_without_a_listing(tmp_path, toy, handler, monkeypatch):
+    monkeypatch.setattr("kdcache.cache.remote._AT_ONCE", 8)
     shared, key = tmp_path / "shared", toy.cache.key
     push(toy.cache.path, str(shared), name="toy-v1", say=quiet)
     with web_server(shared, handler) as address:
@@ -399,16 +400,16 @@ def test_a_plain_web_server_is_read_without_a_listing(tmp_path, toy, handler):
         refused(f"pull {key[:8]} --registry {address}", "cannot be listed")
         info = json.loads(run(f"info {address}/caches/{key} --json").output)
         assert info["views"] == 3 and info["path"] == f"{address}/caches/{key}" and info["bytes"] > 1000
-        assert verify(open_cache(f"{address}/caches/{key}")).passed
 
 
 def test_many_views_of_several_parts_are_probed(tmp_path, monkeypatch):
     """More than are asked for at once."""
-    monkeypatch.setattr("kdcache.cache.remote._AT_ONCE", 8)
-    written = Filled(tmp_path / "c", identity(part=8), views=7)
+    monkeypatch.setattr("kdcache.cache.remote._AT_ONCE", 4)
+    written = Filled(tmp_path / "c", identity(part=12), views=5)
     push(written.cache.path, str(tmp_path / "shared"), say=quiet)
     with web_server(tmp_path / "shared") as address:
-        assert open_cache(f"{address}/caches/{written.cache.key}").views == tuple(range(7))
+        cache = open_cache(f"{address}/caches/{written.cache.key}")
+        assert cache.views == tuple(range(5)) and verify(cache).passed
 
 
 # ---- what others may have put there ----
@@ -445,7 +446,7 @@ def test_a_swapped_shard_with_a_valid_shape_is_refused(toy, shared):
     shutil.copy(folder / "views/v00001/gaps/c/0/0", folder / "views/v00000/gaps/c/0/0")
     assert "v00000-p0000" in refused(line, "not what was committed")
     here = Cache(caches_folder() / toy.cache.key)
-    assert here.views == ()  # nothing of it became visible
+    assert 0 not in here.views
 
 
 def test_a_swapped_shard_in_a_bucket_is_refused(toy, bucket):
@@ -484,7 +485,9 @@ def test_a_name_that_points_out_of_the_registry_is_refused(shared):
 
 def test_control_characters_are_shown_not_obeyed(tmp_path):
     about = identity()
-    about = about.model_copy(update={"teacher": about.teacher.model_copy(update={"architecture": "\x1b]0;x\x07\x1b[2J"})})
+    about = about.model_copy(
+        update={"teacher": about.teacher.model_copy(update={"architecture": "\x1b]0;x\x07\x1b[2J"})}
+    )
     cache = Filled(tmp_path / "c", about).cache
     root = tmp_path / "shared"
     push(cache.path, str(root), say=quiet)
@@ -527,7 +530,7 @@ def test_no_such_place(tmp_path, toy, s3):
 
 
 def test_readers_need_no_right_to_write(toy, shared, tmp_path):
-    root, folder, line = shared
+    root, _, line = shared
     everything = [root, *root.rglob("*")]
     for path in everything:
         path.chmod(0o555 if path.is_dir() else 0o444)
