@@ -35,11 +35,11 @@ from kdcache.train.run import TrainConfig, train
 IMAGES, CLASSES, VIEWS = 240, 10, 2
 
 
-def make_folder(folder: Path) -> None:
-    """IMAGES JPEG files in train/ and a quarter as many in val/, the same ones every time."""
+def make_folder(folder: Path, images: int = IMAGES) -> None:
+    """So many JPEG files in train/ and a quarter as many in val/, the same ones every time."""
     photographs = load_sample_images().images
     rng = np.random.default_rng(0)
-    for split, count in (("train", IMAGES), ("val", IMAGES // 4)):
+    for split, count in (("train", images), ("val", images // 4)):
         for i in range(count):
             path = folder / split / f"class{i % CLASSES}" / f"{i:04d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)

@@ -34,7 +34,7 @@ from kdcache.cache.records import TEMPERATURES, tail_distribution
 from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.datasets import open_data
 from kdcache.pipeline.progress import Progress
-from kdcache.train.loader import CachedLoader
+from kdcache.train.loader import CachedLoader, epoch_batches, gathered
 from kdcache.train.teach import TeachConfig, teach
 
 SAMPLES, CLASSES, K, PART, BATCH = 1_281_167, 1000, 20, 262_144, 1024
@@ -133,8 +133,9 @@ def reading(work: Path, cache: Cache, rounds: int) -> dict[str, Any]:
 
     def epoch() -> None:
         records = Cache(cache.path).read(0)
-        for index in torch.from_numpy(rng.permutation(SAMPLES)).split(BATCH):
-            records[index]
+        batches = epoch_batches(SAMPLES, BATCH, 0, int(rng.integers(1000)))
+        for _ in gathered(records, records.labels, batches):
+            pass
 
     def one_seek_a_record() -> None:
         size = 4 + 4 * K

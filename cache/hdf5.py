@@ -115,7 +115,9 @@ class PackedFile:
     def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
         raise InputError(f"{self.path} is packed, its chunks are others than a folder's: kdcache unpack it first")
 
-    def rows(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
+    def rows(
+        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
         where = f"{self.path}/{file}"
         content = self.read(file, spec.max_file_bytes)
         if spec.chunk_bytes > min(arrays.MAX_CHUNK_BYTES, len(content) * _DEFLATE_MOST):
@@ -131,7 +133,7 @@ class PackedFile:
         rows = _unshuffled(shuffled, spec)[: interval.stop - interval.start]
         if arrays.rows_digest(spec, rows) != stored.rows:
             raise CorruptError(f"{where} is not what was committed")
-        return rows
+        return arrays.filled(out, rows)
 
     def remedy(self, file: str) -> str:
         return f"copy {self.path} anew, or remove it and pack the cache again"

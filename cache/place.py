@@ -55,8 +55,10 @@ class Place(Protocol):
     def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
         """The bytes of a committed chunk as in a folder; CorruptError unless they are what was committed."""
 
-    def rows(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
-        """The rows of a committed chunk; CorruptError unless they are what was committed."""
+    def rows(
+        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        """The rows of a committed chunk, in `out` if given; CorruptError unless they are what was committed."""
 
     def remedy(self, file: str) -> str:
         """What people do about a damaged commit, or about what it commits."""
@@ -114,9 +116,12 @@ class Folder:
             raise CorruptError(f"{self.path / file} is not what was committed")
         return content
 
-    def rows(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
+    def rows(
+        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
         # The file's digest covers its rows too, so that those are not hashed again.
-        return arrays.decode_part(spec, part, self.content(file, stored, spec, part), str(self.path / file))
+        content = self.content(file, stored, spec, part)
+        return arrays.decode_part(spec, part, content, str(self.path / file), out)
 
     def remedy(self, file: str) -> str:
         return f"remove {self.path / file} and run kdcache build again to make that shard anew"

@@ -39,7 +39,7 @@ def class_dtype(classes: int) -> torch.dtype:
 
 @dataclass(frozen=True, eq=False)
 class Records:
-    """Records of B (view, sample) pairs; indexing with a tensor of B' positions gathers records.
+    """Records of B (view, sample) pairs; indexing with a tensor of B' positions gathers records, a slice shares them.
 
     classes [B, K] ids by decreasing logit (None: dense, all C classes in order); gaps [B, K-1] z_1 - z_(j),
     j = 2..K, or dense [B, C]; target_gap [B, L] z_1 - z_y; tail [B, T] log of the unstored classes' summed
@@ -61,8 +61,14 @@ class Records:
     def __len__(self) -> int:
         return self.gaps.shape[0]
 
-    def __getitem__(self, index: Tensor) -> Records:
-        return self._map(lambda t: t.index_select(0, index))
+    @property
+    def nbytes(self) -> int:
+        """Of the records; the prior is no part of them."""
+        fields = (self.classes, self.gaps, self.target_gap, self.tail, self.tail_std, self.labels)
+        return sum(t.nbytes for t in fields if t is not None)
+
+    def __getitem__(self, index: Tensor | slice) -> Records:
+        return self._map(lambda t: t[index] if isinstance(index, slice) else t.index_select(0, index))
 
     def to(self, device: torch.device | str) -> Records:
         moved = self._map(lambda t: t.to(device, non_blocking=True))

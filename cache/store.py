@@ -25,7 +25,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
-from threading import Lock
+from types import MappingProxyType
 from typing import Any, Literal, TypeVar
 
 import numpy as np
@@ -285,9 +285,22 @@ class SplitStore:
         """The committed files of parts of arrays as they lie in a folder, checked against the commit."""
         return self._each(name, wanted, self._place.content)
 
-    def load(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> list[NDArray[Any]]:
-        """The committed parts of arrays, their bytes checked against the commit before they are decoded."""
-        return self._each(name, wanted, self._place.rows)
+    def load(
+        self,
+        name: str,
+        wanted: Sequence[tuple[str, ArraySpec, int]],
+        out: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    ) -> list[NDArray[Any]]:
+        """The committed parts of arrays, their bytes checked against the commit before they are decoded.
+
+        out: whole arrays by name, in which the parts are to lie.
+        """
+
+        def rows(file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
+            there = out[spec.name][spec.interval(part)] if spec.name in out else None
+            return self._place.rows(file, stored, spec, part, there)
+
+        return self._each(name, wanted, rows)
 
     def require(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> None:
         """CorruptError unless the commit is sound and its files are there, unread."""
@@ -353,12 +366,18 @@ class SplitStore:
         shape = (self.parts, self._record.tails, self._record.classes)
         return ArraySpec("tail_sums", shape, 1, "float64", ("part", "temperature", "class"))
 
-    def read_shard(self, view: int, part: int, with_tail_sums: bool = False) -> dict[str, NDArray[Any]]:
-        """The arrays of a shard by name."""
+    def read_shard(
+        self,
+        view: int,
+        part: int,
+        with_tail_sums: bool = False,
+        out: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+    ) -> dict[str, NDArray[Any]]:
+        """The arrays of a shard by name; in those of the whole view that are given in `out`."""
         wanted = self.shard_arrays(view, part, with_tail_sums)
         return {
             spec.name: rows
-            for (_, spec, _), rows in zip(wanted, self.load(shard_name(view, part), wanted), strict=True)
+            for (_, spec, _), rows in zip(wanted, self.load(shard_name(view, part), wanted, out), strict=True)
         }
 
     def write_labels(self, labels: NDArray[Any], writer: Mapping[str, str]) -> None:
@@ -429,31 +448,29 @@ class SplitStore:
                 + self._place.more(view)
             )
         specs = arrays.record_arrays(self._record, self.samples, self.part)
-        slabs: dict[str, NDArray[Any]] = {}
-        first = Lock()
-
-        def load(part: int) -> None:
-            shard = self.check_shard(view, part)
-            with first:
-                if not slabs:  # only now, when a shard has been found to be of the sizes that the identity claims
-                    slabs.update({spec.name: np.empty(spec.shape, spec.dtype) for spec in specs})
-            for spec in specs:
-                slabs[spec.name][spec.interval(part)] = shard[spec.name]
-
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="kdcache-read") as threads:
-            list(threads.map(load, range(self.parts)))
-        return arrays.as_records(self._record, slabs, self.labels, prior)
+        # The slab only when a shard has been found to be of the sizes that the identity claims.
+        slab = self.check_shard(view, 0)
+        if self.parts > 1:
+            first, slab = slab, {spec.name: np.empty(spec.shape, spec.dtype) for spec in specs}
+            for name, rows in slab.items():
+                rows[: self.part] = first[name]
+            del first
+            with ThreadPoolExecutor(_READERS, thread_name_prefix="kdcache-read") as threads:
+                list(threads.map(lambda part: self.check_shard(view, part, slab), range(1, self.parts)))
+        return arrays.as_records(self._record, slab, self.labels, prior)
 
     def carries_tail_sums(self, view: int) -> bool:
         """Whether the commits of a view also name the part's share of the prior."""
         return view == 0 and not self._record.dense and self.split == "train"
 
-    def check_shard(self, view: int, part: int) -> dict[str, NDArray[Any]]:
-        """The arrays of a shard by name; CorruptError unless bytes and values are sound."""
+    def check_shard(
+        self, view: int, part: int, out: Mapping[str, NDArray[Any]] = MappingProxyType({})
+    ) -> dict[str, NDArray[Any]]:
+        """The arrays of a shard by name, as `read_shard`; CorruptError unless bytes and values are sound."""
         if part >= self.parts:
             commit = self.root / "commits" / f"{shard_name(view, part)}.json"
             raise CorruptError(f"{commit}: there is no part {part}, the last one is {self.parts - 1}; remove it")
-        shard = self.read_shard(view, part, with_tail_sums=self.carries_tail_sums(view))
+        shard = self.read_shard(view, part, self.carries_tail_sums(view), out)
         for name, rows in shard.items():
             if problem := self._unsound(name, rows):
                 again = self._again(shard_name(view, part))

@@ -46,6 +46,13 @@ def render(image: Tensor, box: Sequence[int], flip: bool, size: tuple[int, int])
     return inside.flip(2) if flip else inside
 
 
+def normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
+    """(images - mean) / std in float32, in the layout of images uint8 [B, 3, H, W]; mean and std [1, 3, 1, 1]."""
+    # As whole planes in that layout too: broadcast over channels that lie innermost, it is ten times slower on a CPU.
+    plane = torch.empty_like(images[:1], dtype=torch.float32)
+    return images.to(torch.float32, copy=True).sub_(plane.copy_(mean)).div_(plane.clone().copy_(std))
+
+
 class _Pixels:
     """In-memory images on a device, padded once, so that a batch of crops is one flat gather."""
 
@@ -59,10 +66,20 @@ class _Pixels:
         self._flat = padded.view(-1, channels)
         self._rows = torch.arange(height, device=device).unsqueeze(1) * self._padded_width
         self._columns = torch.arange(width, device=device)
+        self._windows = None
+        if device.type == "cpu":  # rows of a crop, one from each pixel on
+            shape, strides = (len(self._flat) - width + 1, width * channels), (channels, 1)
+            self._windows = np.lib.stride_tricks.as_strided(padded.numpy(), shape, strides, writeable=False)
+            self._mirrored = np.arange(width * channels).reshape(width, channels)[::-1].reshape(-1)
 
     def crops(self, index: Tensor, boxes: Tensor, flips: Tensor) -> Tensor:
         """[B, 3, H, W] (channels_last) for samples [B], boxes [B, 4] of the images' own size, flips [B]."""
         first = index * self._area + (boxes[:, 0] + self._pad) * self._padded_width + boxes[:, 1] + self._pad
+        if self._windows is not None:  # copied by row, twice as fast as by pixel
+            rows = self._windows[first.view(-1, 1).add(self._rows.view(-1)).numpy()]
+            chosen = flips.numpy()
+            rows[chosen] = rows[chosen].take(self._mirrored, 2)
+            return torch.from_numpy(rows).view(len(rows), *self.size, -1).permute(0, 3, 1, 2)
         columns = torch.where(flips.unsqueeze(1), self._columns.flip(0), self._columns)
         at = first.view(-1, 1, 1) + self._rows + columns.unsqueeze(1)
         pixels = self._flat.index_select(0, at.view(-1))

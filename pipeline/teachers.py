@@ -24,6 +24,7 @@ from kdcache.cache.home import home
 from kdcache.cache.identity import TeacherIdentity
 from kdcache.pipeline.datasets import Dataset
 from kdcache.pipeline.networks import build_network, small_stem
+from kdcache.pipeline.render import normalised
 
 RGB = tuple[float, float, float]
 IMAGENET_SIZE = 224
@@ -43,7 +44,7 @@ class Classifier(nn.Module):
 
     def normalise(self, images: Tensor) -> Tensor:
         """float32 of the same shape and memory format, zero mean and unit variance over the dataset."""
-        return (images - self.mean) / self.std
+        return normalised(images, self.mean, self.std)
 
     def forward(self, images: Tensor) -> Tensor:
         logits: Tensor = self.network(self.normalise(images))

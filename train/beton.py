@@ -16,7 +16,7 @@ from kdcache.cache.arrays import as_records
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError, UnservedError
 from kdcache.cache.records import Records
 from kdcache.pipeline.beton import Beton
-from kdcache.pipeline.render import render
+from kdcache.pipeline.render import normalised, render
 from kdcache.pipeline.views import ViewParameters
 from kdcache.train.loader import _Order
 
@@ -85,7 +85,7 @@ class BetonLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
         for images, labels, records in self.steps():
-            yield (images - self._mean) / self._std, labels, records
+            yield normalised(images, self._mean, self._std), labels, records
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """The same with the images as rendered: uint8. CorruptError names a sample whose bytes are damaged."""

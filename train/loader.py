@@ -20,8 +20,10 @@ from kdcache.cache.store import Cache, shard_name
 from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.build import describe_data
 from kdcache.pipeline.datasets import Dataset, open_data
-from kdcache.pipeline.render import RENDERER, Renderer
+from kdcache.pipeline.render import RENDERER, Renderer, normalised
 from kdcache.pipeline.views import ViewParameters, draw
+
+_GATHERED = 1 << 22  # bytes: far fewer calls than by batch, and still in the processor's caches
 
 
 class LiveTeacher(Protocol):
@@ -47,6 +49,21 @@ def epoch_batches(
     order = np.argsort(words.random_raw(samples), kind="stable").astype(np.int64)
     count = samples // batch_size
     return [np.array_split(b, world)[rank] for b in np.split(order[: count * batch_size], count)]
+
+
+def gathered(
+    records: Records, labels: Tensor, batches: Sequence[NDArray[np.int64]]
+) -> Iterator[tuple[Tensor, Records]]:
+    """Labels and records of each batch, given those of all samples: many batches' are gathered at once."""
+    a_batch = max(len(b) for b in batches) * records.nbytes // len(records)
+    at_once = max(1, _GATHERED // a_batch)
+    for start in range(0, len(batches), at_once):
+        several = batches[start : start + at_once]
+        at = torch.from_numpy(np.concatenate(several)).to(labels.device)
+        their_labels, answers, stop = labels.index_select(0, at), records[at], 0
+        for batch in several:
+            rows = slice(stop, stop := stop + len(batch))
+            yield their_labels[rows], answers[rows]
 
 
 def require_data(cache: Cache | Beton, data: Dataset) -> None:
@@ -130,7 +147,7 @@ class CachedLoader:
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
         for images, labels, records in self.steps():
-            yield (images - self._mean) / self._std, labels, records
+            yield normalised(images, self._mean, self._std), labels, records
 
     def steps(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """The same with the images as rendered: uint8."""
@@ -142,9 +159,9 @@ class CachedLoader:
                 self._slabs[view] = self._thread.submit(self._read, view)
         records, parameters = self._slabs[now].result()
         batches = self._order.batches()
-        for index, images in zip(batches, self._renderer.batches(parameters, batches), strict=True):
-            at = torch.from_numpy(index).to(self._device)
-            yield images, self._labels[at], records[at]
+        rendered, answered = self._renderer.batches(parameters, batches), gathered(records, self._labels, batches)
+        for images, (labels, answers) in zip(rendered, answered, strict=True):
+            yield images, labels, answers
 
     def _read(self, view: int) -> tuple[Records, ViewParameters]:
         return self.cache.read(view).to(self._device), stored_view(self.cache, self.data, view)
