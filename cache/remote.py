@@ -195,8 +195,11 @@ class Remote:
             except NotFoundError:
                 raise e from None
 
-    def rows(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
-        return arrays.decode_part(spec, part, self.content(file, stored, spec, part), str(self.path / file))
+    def rows(
+        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        content = self.content(file, stored, spec, part)
+        return arrays.decode_part(spec, part, content, str(self.path / file), out)
 
     def remedy(self, file: str) -> str:
         return (
