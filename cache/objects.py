@@ -107,7 +107,7 @@ class FolderObjects:
 
 
 class NetworkObjects:
-    """Objects in a bucket, or, read only, on a web server, which cannot be listed. May cross a fork or be pickled.
+    """Objects in a bucket, or, read only, on a web server, which cannot be listed. May be pickled.
 
     Every method raises UnreadableError once it was tried for long enough.
     """
@@ -207,7 +207,13 @@ class NetworkObjects:
 
     @property
     def _store(self) -> ObjectStore:
-        return _store(self.url, os.getpid())
+        if (first := _process()) != os.getpid():
+            # obstore's threads have not come along: every request would wait for ever.
+            raise UnreadableError(
+                f"{self.url} cannot be read in a process forked off one (process {first}) that has read over a "
+                "network: start it by spawn, as multiprocessing.get_context('spawn') does"
+            )
+        return _store(self.url)
 
     def _try(self, path: str, request: Callable[[], T]) -> T:
         where, started, wait, tries = f"{self.url}/{path}", time.monotonic(), 0.1, 0
@@ -237,8 +243,13 @@ class NetworkObjects:
 
 
 @cache
-def _store(url: str, process: int) -> ObjectStore:
-    """One a process: its threads do not survive a fork."""
+def _process() -> int:
+    """The process that was the first to ask."""
+    return os.getpid()
+
+
+@cache
+def _store(url: str) -> ObjectStore:
     options: dict[str, Any] = {"client_options": _CLIENT, "retry_config": {"max_retries": 0}}
     if url.startswith("s3://"):
         options |= _profile()

@@ -74,7 +74,10 @@ class Registry:
 
     def keys(self) -> list[str]:
         """Of all caches, sorted; InputError for a web server."""
-        return [name for name in self._folders("caches") if KEY.fullmatch(name)]
+        found = [name for name in self._folders("caches") if KEY.fullmatch(name)]
+        if isinstance(self.objects, FolderObjects):  # where one that is being made has a folder first
+            found = [key for key in found if (self.objects.root / "caches" / key / "identity.json").exists()]
+        return found
 
     def _folders(self, folder: str) -> list[str]:
         if not self.objects.listable:

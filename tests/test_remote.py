@@ -20,6 +20,7 @@ import pytest
 import torch
 
 from kdcache.cache import Cache, files, objects, open_cache
+from kdcache.cache import errors as e
 from kdcache.cache.home import caches_folder, home, open_registry
 from kdcache.cache.place import StoredFile
 from kdcache.cache.remote import LocalStore
@@ -269,6 +270,17 @@ def test_a_remote_cache_crosses_a_process_boundary(toy, bucket):
     cache.read(0)
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as processes:
         assert same(processes.submit(cache.read, 1).result(), toy.cache.read(1))
+
+
+def test_a_forked_process_is_told_that_it_cannot_read_over_a_network(toy, bucket):
+    """It would wait for ever."""
+    push(toy.cache.path, bucket, say=quiet)
+    cache = open_registry(bucket).cache(toy.cache.key)
+    with (
+        ProcessPoolExecutor(1, multiprocessing.get_context("fork")) as processes,
+        pytest.raises(e.UnreadableError, match="by spawn"),
+    ):
+        processes.submit(cache.read, 1).result()
 
 
 @pytest.fixture
