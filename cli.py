@@ -460,16 +460,17 @@ def list_command(as_json: bool, registry: str | None) -> None:
              kdcache ls --registry s3://bucket/kd
     """
     from kdcache.cache.home import list_caches, open_registry
-    from kdcache.pipeline.info import one_line, shared_line, shared_summary, summary
+    from kdcache.pipeline.info import one_line, shared_summaries, summary
 
     good, bad = list_caches()
     found, lines = [summary(c) for c in good], [*map(one_line, good)]
     if registry is not None:
+        if lines and not as_json:  # whatever the network does
+            _print([], False, "\n".join(lines))
         shared = open_registry(registry)
-        theirs, also_bad = shared.caches()
-        about = [shared_summary(c, shared) for c in theirs]
+        about, lines, also_bad = shared_summaries(shared)
         found += about
-        lines += [f"in {shared.url}:", *map(shared_line, theirs, about)]
+        lines = [f"in {shared.url}:", *(lines or ["no caches: see kdcache push --help"])]
         bad += also_bad
     _print(found, as_json, "\n".join(lines) or "no caches: see kdcache build --help")
     for line in bad:

@@ -221,14 +221,16 @@ class NetworkObjects:
             tries += 1
             try:
                 found = request()
-            except FileNotFoundError:
+            except FileNotFoundError as e:
                 self._reached = True
+                if "NoSuchBucket" in str(e):
+                    raise NotFoundError(f"{self.url}: there is no such bucket") from e
                 raise NotFoundError(f"{where} is missing") from None
             except (oe.PermissionDeniedError, oe.UnauthenticatedError) as e:
                 raise UnreadableError(f"{where}: {_reason(e)}: these credentials may not do this") from e
             except (oe.BaseError, ValueError, OSError) as e:
                 if _final(e):
-                    raise UnreadableError(f"{where}: {_reason(e)}") from e
+                    raise UnreadableError(f"{self.url}: no credentials were found (see docs/sharing.md)") from e
                 passed = time.monotonic() - started
                 if passed + wait > (PATIENCE if self._reached else AT_FIRST):
                     raise UnreadableError(
@@ -273,8 +275,8 @@ def _profile() -> dict[str, Any]:
 
 
 def _final(e: Exception) -> bool:
-    """Whether trying again is of no use: no address, no credentials, no such bucket."""
-    return any(word in str(e) for word in ("NoSuchBucket", "metadata/instance", "169.254.", "BucketNotFound"))
+    """Whether trying again is of no use: no credentials were found, so that a cloud machine's own were asked for."""
+    return "169.254." in str(e)
 
 
 def _reason(e: Exception) -> str:

@@ -45,8 +45,23 @@ def one_line(cache: Cache) -> str:
     return ", ".join(parts)
 
 
-def shared_summary(cache: Cache, registry: Registry) -> dict[str, Any]:
-    """The same of a cache in a registry, with its names there and who pushed it last."""
+def shared_summaries(registry: Registry) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """The same of the caches in a registry, with their names there and who pushed them last; lines of them for ls.
+
+    And a line for what lies among them and is none.
+    """
+    found, lines = [], []
+    caches, bad = registry.caches()
+    for cache in caches:
+        try:
+            found.append(_shared(cache, registry))
+            lines.append(_shared_line(cache, found[-1]))
+        except KdcacheError as e:
+            bad.append(str(e))
+    return found, lines, bad
+
+
+def _shared(cache: Cache, registry: Registry) -> dict[str, Any]:
     published = registry.published(cache.key)
     return {
         **summary(cache),
@@ -56,7 +71,7 @@ def shared_summary(cache: Cache, registry: Registry) -> dict[str, Any]:
     }
 
 
-def shared_line(cache: Cache, found: dict[str, Any]) -> str:
+def _shared_line(cache: Cache, found: dict[str, Any]) -> str:
     """For ls: the cache, the teacher's top-1 as its publisher found it, the names, and who published it when."""
     parts, published = [one_line(cache)], found["published"]
     if published:

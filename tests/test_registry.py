@@ -371,6 +371,19 @@ def test_ls_says_what_is_shared_and_by_whom(toy, root):
     assert run("ls", KDCACHE_REGISTRY=root).output == text
 
 
+def test_ls_names_what_is_damaged_and_shows_the_rest(toy, shared):
+    root, folder, _ = shared
+    (damaged,) = (folder / "published").iterdir()
+    good = Filled(root.parent / "good", identity(k=5)).cache
+    push(good.path, str(root), say=quiet)
+    damaged.write_text("{")
+    (root / "caches" / ("e" * 64)).mkdir()
+    (root / "caches" / ("e" * 64) / "identity.json").write_text("{")
+    result = run(f"ls --registry {root}")
+    assert result.exit_code == 0 and good.key[:12] in result.output
+    assert result.output.count("not a cache") == 2 and damaged.name in result.output
+
+
 def test_settings_name_the_registry(tmp_path, toy, root):
     Path("kdcache.toml").write_text(f'registry = "{root}"\n')
     assert run(f"push {toy.cache.path} --name toy-v1").exit_code == 0
@@ -526,7 +539,7 @@ def test_an_address_with_a_secret_is_refused_and_not_repeated(url):
 def test_no_such_place(tmp_path, toy, s3):
     refused(f"push {toy.cache.path} --registry ftp://x/y", "no place for a registry")
     refused(f"push {toy.cache.path} --registry {tmp_path}/not/mounted", "is it mounted?")
-    assert "s3cr3t" not in refused(f"push {toy.cache.path} --registry s3://no-such-bucket/kd", "no-such-bucket")
+    assert "s3cr3t" not in refused(f"push {toy.cache.path} --registry s3://no-such-bucket/kd", "no such bucket")
 
 
 def test_readers_need_no_right_to_write(toy, shared, tmp_path):
