@@ -120,21 +120,22 @@ class NetworkObjects:
         """The object's bytes; NotFoundError; CorruptError where there are more than `limit`, or of another digest."""
         wrong = 0
         while True:
-            content, whole = self._try(path, lambda: self._get(path, limit))
-            if sha256 is None and not whole and not self.url.startswith("https://"):
-                # Nothing covers these bytes on the way: two answers must agree.
-                again, _ = self._try(path, lambda: self._get(path, limit))
-                right = content == again
+            content, tag = self._try(path, lambda: self._get(path, limit))
+            if sha256 is not None:
+                right = files.sha256(content) == sha256
             else:
-                right = sha256 is None or files.sha256(content) == sha256
+                # Of most buckets the tag is the content's MD5; where it is something else, it does not agree by chance.
+                right = self.url.startswith("https://") or (tag is not None and tag[1] == _md5(content))
+                # Or nothing covers these bytes on the way: two answers must agree.
+                right = right or content == self._try(path, lambda: self._get(path, limit))[0]
             if right:
                 return content
             wrong += 1
             if wrong == _WRONG_AT_MOST:
                 raise CorruptError(f"{self.url}/{path} is not what was committed")
 
-    def _get(self, path: str, limit: int) -> tuple[bytes, bool]:
-        """The object, and whether a digest says that it came whole."""
+    def _get(self, path: str, limit: int) -> tuple[bytes, re.Match[str] | None]:
+        """The object, and its tag where that may be an MD5."""
         found = obstore.get(self._store, path)
         size, tag = found.meta["size"], _MD5.fullmatch(found.meta["e_tag"] or "")
         if size > limit:
@@ -142,8 +143,7 @@ class NetworkObjects:
         content = found.bytes().to_bytes()
         if len(content) != size:
             raise oe.GenericError(f"{len(content)} of {size} bytes came")
-        # Of most buckets the tag is the content's MD5; where it is something else, it does not agree by chance.
-        return content, tag is not None and tag[1] == _md5(content)
+        return content, tag
 
     def size(self, path: str) -> int | None:
         """Bytes of the object; None where there is none."""

@@ -194,23 +194,27 @@ class SplitStore:
         return self.commit(name).files == stored
 
     def adopt(
-        self, name: str, commit: bytes, wanted: Sequence[tuple[str, ArraySpec, int]], data: Sequence[bytes]
+        self,
+        name: str,
+        commit: bytes,
+        wanted: Sequence[tuple[str, ArraySpec, int]],
+        contents: Mapping[str, bytes],
     ) -> None:
         """Publish what another copy of this cache has committed as `name`, unless there is such a commit already.
 
-        commit, data: the bytes of its commit and of the files that it names, in the order of `wanted`, checked.
+        commit: its bytes. contents: the files that it names, by their sha256, as `files_of` gives them.
         """
         for folder, spec, _ in wanted:
             self._describe(folder, spec)
-        self._publish(name, {"commit.json": commit, **{files.sha256(content): content for content in data}})
+        self._publish(name, {"commit.json": commit, **contents})
 
     def _publish(self, name: str, contents: Mapping[str, bytes]) -> None:
         while not self.has(name):
-            self._decide(name, contents)
-            self.finish(name)
+            self.finish(name, self._decide(name, contents))
 
-    def _decide(self, name: str, contents: Mapping[str, bytes]) -> None:
-        folder = self._scratch / secrets.token_hex(8)
+    def _decide(self, name: str, contents: Mapping[str, bytes]) -> bool:
+        """Whether it is decided so, by this call."""
+        decided, folder = False, self._scratch / secrets.token_hex(8)
         with suppress(FileNotFoundError):  # another builder took this one, stopped for long, for dead: once more
             folder.mkdir(parents=True)
             for file, content in contents.items():
@@ -219,14 +223,18 @@ class SplitStore:
             self._decided.mkdir(parents=True, exist_ok=True)
             try:
                 folder.rename(self._decided / name)
+                decided = True
             except OSError as e:
                 if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
             files.sync_folder(self._decided)
         shutil.rmtree(folder, ignore_errors=True)
+        return decided
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, just_written: bool = False) -> None:
         """Put what is decided for `name` in its place and commit it; nothing if nothing is decided.
+
+        just_written: by this process, so that nothing of it needs to be read again.
 
         Any number of builders may write one name at once, and stop, wake up or die at any step, because
         - a builder syncs its files and its commit in a folder, and decides by renaming that to scratch/decided/NAME,
@@ -252,12 +260,13 @@ class SplitStore:
             ):
                 raise CorruptError(f"{decided} holds no commit of {name}; {advice}")
             for file, stored in commit.files.items():
-                path = self.root / file
-                if not _is(path, stored):
+                path, sound = self.root / file, False
+                if just_written or not _is(path, stored):
                     # Not found where another builder is done with it, and has removed it.
                     with suppress(FileNotFoundError):
                         files.link_file(path, decided / stored.sha256, self._scratch)
-                if not _is(path, stored) and not self.has(name):
+                        sound = just_written
+                if not sound and not _is(path, stored) and not self.has(name):
                     raise CorruptError(f"{decided} does not hold the bytes of {file} that were decided; {advice}")
             for folder in {(self.root / file).parent for file in commit.files}:
                 files.sync_folder(folder)  # what another builder put there it may not have synced
@@ -281,9 +290,13 @@ class SplitStore:
             if not (self.root / file).exists():
                 files.publish(self.root / file, content(), self._scratch, replace=True)
 
-    def files_of(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> list[bytes]:
-        """The committed files of parts of arrays as they lie in a folder, checked against the commit."""
-        return self._each(name, wanted, self._place.content)
+    def files_of(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> dict[str, bytes]:
+        """The committed files of parts of arrays as they lie in a folder, checked against the commit; by sha256."""
+
+        def content(file: str, stored: StoredFile, spec: ArraySpec, part: int) -> tuple[str, bytes]:
+            return stored.sha256, self._place.content(file, stored, spec, part)
+
+        return dict(self._each(name, wanted, content))
 
     def load(
         self,

@@ -56,9 +56,9 @@ def into_folder(source: Cache, folder: Path, views: Sequence[int], advance: Adva
         into = target.train if store.split == "train" else target.evaluation
         if into.has(name):
             return _compared(into.commit(name), store, name)
-        data = store.files_of(name, wanted)
-        into.adopt(name, store.commit_bytes(name), wanted, data)
-        return Moved(sum(map(len, data)), 1)
+        contents = store.files_of(name, wanted)
+        into.adopt(name, store.commit_bytes(name), wanted, contents)
+        return Moved(sum(map(len, contents.values())), 1)
 
     with target.writing():
         return _all(source, views, move, advance)
@@ -82,20 +82,21 @@ def into_bucket(
         split = "" if store.split == "train" else "eval/"
         commit = f"{split}commits/{name}.json"
         if commit not in there:
-            mine, data = store.commit(name), store.files_of(name, wanted)
-            for (folder, spec, part), content in zip(wanted, data, strict=True):
+            mine, contents = store.commit(name), store.files_of(name, wanted)
+            for folder, spec, part in wanted:
                 for file, metadata in metadata_files(folder, spec):
                     if split + file not in there:
                         put(split + file, metadata())  # another zarr's is as good
                 file = f"{folder}/{spec.chunk_file(part)}" if folder else spec.chunk_file(part)
                 # Where another publisher's bytes are, which are not committed, ours go elsewhere: neither may change.
                 stored = mine.files[file]
+                content = contents[stored.sha256]
                 if not put(split + file, content) and not put(other(stored), content):
                     raise CorruptError(
                         f"{objects.url}/{prefix}/{other(stored)} does not have the digest that it is named by"
                     )
             if put(commit, store.commit_bytes(name)):
-                return Moved(sum(map(len, data)), 1)
+                return Moved(sum(map(len, contents.values())), 1)
         where = f"{objects.url}/{prefix}/{commit}"
         theirs = objects.read(f"{prefix}/{commit}", MAX_JSON_BYTES)
         return _compared(parse(Commit, theirs, where, "ask who keeps the registry to remove it"), store, name)

@@ -406,10 +406,10 @@ def test_a_plain_web_server_is_read_without_a_listing(tmp_path, toy, handler, mo
         for what in (f"{address}/names/toy-v1", f"{address}/caches/{key}"):
             cache = open_cache(what)
             assert cache.views == (0, 1, 2) and same(cache.read(2), toy.cache.read(2))
+        refused(f"ls --registry {address}", "cannot be listed")
         pulled = pull("toy-v1", address, views=range(2), say=quiet)
         assert pulled.views == 2 and Cache(Path(pulled.where)).views == (0, 1)
         refused(f"push {toy.cache.path} --registry {address}", "only read from")
-        refused(f"ls --registry {address}", "cannot be listed")
         refused(f"pull {key[:8]} --registry {address}", "cannot be listed")
         info = json.loads(run(f"info {address}/caches/{key} --json").output)
         assert info["views"] == 3 and info["path"] == f"{address}/caches/{key}" and info["bytes"] > 1000
