@@ -168,9 +168,9 @@ def stored(root):
 # ---- push and pull ----
 
 
-@pytest.mark.parametrize("k", [None, 4])
-def test_what_is_pulled_is_what_was_pushed_byte_for_byte(tmp_path, root, k):
-    written = Filled(tmp_path / "c", identity(k=k))
+@pytest.mark.parametrize("record", [{"k": None}, {"k": 4, "labels": 2, "tail_std": True}, {"k": 1, "labels": 0}])
+def test_what_is_pulled_is_what_was_pushed_byte_for_byte(tmp_path, root, record):
+    written = Filled(tmp_path / "c", identity(**record))
     pushed = push(written.cache.path, root, say=quiet)
     assert (pushed.views, pushed.there, pushed.kept) == (2, 0, [])
     pulled = pull(written.cache.key, root, say=quiet)
@@ -540,6 +540,21 @@ def test_no_such_place(tmp_path, toy, s3):
     refused(f"push {toy.cache.path} --registry ftp://x/y", "no place for a registry")
     refused(f"push {toy.cache.path} --registry {tmp_path}/not/mounted", "is it mounted?")
     assert "s3cr3t" not in refused(f"push {toy.cache.path} --registry s3://no-such-bucket/kd", "no such bucket")
+
+
+def test_what_is_pushed_into_a_shared_folder_is_the_groups_too(tmp_path, toy):
+    """As docs/sharing.md sets it up: setgid, umask 002."""
+    root = tmp_path / "shared"
+    root.mkdir()
+    root.chmod(0o2775)
+    before = os.umask(0o002)
+    try:
+        push(toy.cache.path, str(root), name="toy-v1", say=quiet)
+    finally:
+        os.umask(before)
+    modes = {path: path.stat().st_mode & 0o7777 for path in root.rglob("*")}
+    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o2775}
+    assert {mode for path, mode in modes.items() if path.is_file()} == {0o664}
 
 
 def test_readers_need_no_right_to_write(toy, shared, tmp_path):
