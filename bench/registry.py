@@ -53,7 +53,7 @@ from kdcache.tests.test_remote import Faulty
 from kdcache.tests.test_store import WRITER, Filled, identity, same
 from kdcache.train.loader import CachedLoader
 
-TRIALS, THREADS, READERS, FAULTS = 5, 16, 16, 500
+TRIALS, THREADS, READERS, FAULTS = 9, 16, 16, 500
 IMAGES = """
 import numpy as np, torch
 from torch import nn

@@ -131,10 +131,15 @@ def root(request, tmp_path):
     return str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
 
 
+def about(**record):
+    """Two parts a view, one of the evaluation split."""
+    return identity(part=12, **record)
+
+
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A cache with 3 views: not to be changed."""
-    return Filled(tmp_path_factory.mktemp("toy") / "c", identity(), views=3)
+    return Filled(tmp_path_factory.mktemp("toy") / "c", about(), views=3)
 
 
 def quiet(line):
@@ -170,7 +175,7 @@ def stored(root):
 
 @pytest.mark.parametrize("record", [{"k": None}, {"k": 4, "labels": 2, "tail_std": True}, {"k": 1, "labels": 0}])
 def test_what_is_pulled_is_what_was_pushed_byte_for_byte(tmp_path, root, record):
-    written = Filled(tmp_path / "c", identity(**record))
+    written = Filled(tmp_path / "c", about(**record))
     pushed = push(written.cache.path, root, say=quiet)
     assert (pushed.views, pushed.there, pushed.kept) == (2, 0, [])
     pulled = pull(written.cache.key, root, say=quiet)
@@ -217,7 +222,7 @@ def test_a_push_that_was_stopped_goes_on_and_is_seen_whole_at_all_times(toy, roo
     class Stop(Exception):
         pass
 
-    left, step = 0, 7 if "://" in root else 2
+    left, step = 0, 7 if "://" in root else 1
 
     def stopping(write):
         def wrapped(*args, **options):
@@ -244,7 +249,7 @@ def test_a_push_that_was_stopped_goes_on_and_is_seen_whole_at_all_times(toy, roo
             cache = registry.cache(toy.cache.key)
             seen.add(cache.views)
             assert all(same(cache.read(view), toy.cache.read(view)) for view in cache.views)
-    assert {(), (0,)} <= seen
+    assert () in seen and len(seen) > 1
     left = 10**9
     pull(toy.cache.key, root, say=quiet)
     assert content(caches_folder() / toy.cache.key) == content(toy.cache.path)
@@ -257,11 +262,11 @@ def another(path, share=0.9):
         def draw(self, store):
             return share * super().draw(store)
 
-    return Another(path, identity()).cache
+    return Another(path, about()).cache
 
 
 def test_of_two_publishers_the_first_commit_wins_and_the_other_is_told(tmp_path, root):
-    mine = Filled(tmp_path / "mine", identity()).cache
+    mine = Filled(tmp_path / "mine", about()).cache
     theirs = another(tmp_path / "theirs")
     assert mine.key == theirs.key
     push(mine.path, root, say=quiet)
@@ -276,7 +281,7 @@ def test_of_two_publishers_the_first_commit_wins_and_the_other_is_told(tmp_path,
 
 def test_publishers_at_once_never_mix(tmp_path, root):
     """Each shard is wholly one publisher's."""
-    ours = [Filled(tmp_path / "0", identity()).cache, another(tmp_path / "1"), another(tmp_path / "2", 0.8)]
+    ours = [Filled(tmp_path / "0", about()).cache, another(tmp_path / "1"), another(tmp_path / "2", 0.8)]
     with ThreadPoolExecutor(3) as threads:
         list(threads.map(lambda cache: push(cache.path, root, say=quiet), ours))
     found = open_registry(root).cache(ours[0].key)
@@ -289,7 +294,7 @@ def test_publishers_at_once_never_mix(tmp_path, root):
 
 def test_bytes_of_a_publisher_who_died_do_not_stand_in_the_way(tmp_path, bucket, monkeypatch):
     """What was put and never committed stays, and is never read."""
-    mine, dead = Filled(tmp_path / "mine", identity()).cache, another(tmp_path / "dead")
+    mine, dead = Filled(tmp_path / "mine", about()).cache, another(tmp_path / "dead")
     real = NetworkObjects.create
     monkeypatch.setattr(NetworkObjects, "create", lambda o, path, data: "commits/v0" in path or real(o, path, data))
     push(dead.path, bucket, say=quiet)
@@ -306,7 +311,7 @@ def test_bytes_of_a_publisher_who_died_do_not_stand_in_the_way(tmp_path, bucket,
 
 
 def test_damage_here_is_not_published(tmp_path, root):
-    cache = Filled(tmp_path / "c", identity()).cache
+    cache = Filled(tmp_path / "c", about()).cache
     chunk = cache.path / "views/v00001/gaps/c/0/0"
     chunk.write_bytes(chunk.read_bytes()[:-1] + b"x")
     with pytest.raises(e.CorruptError, match="v00001"):
@@ -346,7 +351,7 @@ def test_digits_of_a_key_and_addresses_are_found(toy, root):
 
 
 def test_names_move_on_purpose_alone(tmp_path, toy, root):
-    newer = Filled(tmp_path / "n", identity(k=5)).cache
+    newer = Filled(tmp_path / "n", about(k=5)).cache
     push(toy.cache.path, root, name="best", say=quiet)
     push(toy.cache.path, root, name="best", say=quiet)
     with pytest.raises(e.InputError, match="--move"):
@@ -362,8 +367,8 @@ def test_names_move_on_purpose_alone(tmp_path, toy, root):
 def test_ls_says_what_is_shared_and_by_whom(toy, root):
     push(toy.cache.path, root, name="toy-v1", say=quiet)
     text = run(f"ls --registry {root}").output
-    about = ("toy:teacher on toy", "3 views", "top 4 of 12", "teacher's top-1", "toy-v1", " by ")
-    for word in (toy.cache.key[:12], *about):
+    words = ("toy:teacher on toy", "3 views", "top 4 of 12", "teacher's top-1", "toy-v1", " by ")
+    for word in (toy.cache.key[:12], *words):
         assert word in text, text
     (found,) = json.loads(run(f"ls --json --registry {root}").output)
     assert found["names"] == ["toy-v1"] and found["published"]["views"] == 3 and found["registry"] == root
@@ -374,7 +379,7 @@ def test_ls_says_what_is_shared_and_by_whom(toy, root):
 def test_ls_names_what_is_damaged_and_shows_the_rest(toy, shared):
     root, folder, _ = shared
     (damaged,) = (folder / "published").iterdir()
-    good = Filled(root.parent / "good", identity(k=5)).cache
+    good = Filled(root.parent / "good", about(k=5)).cache
     push(good.path, str(root), say=quiet)
     damaged.write_text("{")
     (root / "caches" / ("e" * 64)).mkdir()
@@ -438,7 +443,7 @@ def shared(tmp_path, toy):
 
 def test_an_identity_that_is_not_of_its_key_is_refused(shared):
     _, folder, line = shared
-    (folder / "identity.json").write_bytes(canonical(identity(k=5)))
+    (folder / "identity.json").write_bytes(canonical(about(k=5)))
     refused(line, "tampered")
 
 
@@ -497,11 +502,9 @@ def test_a_name_that_points_out_of_the_registry_is_refused(shared):
 
 
 def test_control_characters_are_shown_not_obeyed(tmp_path):
-    about = identity()
-    about = about.model_copy(
-        update={"teacher": about.teacher.model_copy(update={"architecture": "\x1b]0;x\x07\x1b[2J"})}
-    )
-    cache = Filled(tmp_path / "c", about).cache
+    usual = about()
+    teacher = usual.teacher.model_copy(update={"architecture": "\x1b]0;x\x07\x1b[2J"})
+    cache = Filled(tmp_path / "c", usual.model_copy(update={"teacher": teacher})).cache
     root = tmp_path / "shared"
     push(cache.path, str(root), say=quiet)
     (root / "caches/\x1b[31m").mkdir()

@@ -3,6 +3,7 @@
 import contextlib
 import http.client
 import http.server
+import itertools
 import json
 import multiprocessing
 import os
@@ -28,8 +29,8 @@ from kdcache.pipeline import build as build_module
 from kdcache.pipeline.share import build_shared, pull, push
 from kdcache.pipeline.teachers import Teacher
 from kdcache.tests.test_build import TOY, settings
-from kdcache.tests.test_registry import content, quiet, refused, run, s3_server, stored, web_server
-from kdcache.tests.test_store import Filled, identity, same
+from kdcache.tests.test_registry import about, content, quiet, refused, run, s3_server, stored, web_server
+from kdcache.tests.test_store import Filled, same
 from kdcache.train.run import TrainConfig, train
 
 
@@ -73,7 +74,7 @@ def root(request, tmp_path):
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
-    return Filled(tmp_path_factory.mktemp("toy") / "c", identity(), views=3)
+    return Filled(tmp_path_factory.mktemp("toy") / "c", about(), views=3)
 
 
 warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
@@ -339,6 +340,7 @@ class Faulty:
     def __init__(self, target, share, seed=0):
         self.kinds: dict[str, int] = {}
         self._target, self._share = urlsplit(target).netloc, share
+        self._turns = itertools.count(), itertools.count()
         self._rng, self._lock = random.Random(seed), threading.Lock()
         proxy = self
 
@@ -368,7 +370,8 @@ class Faulty:
                 return None
             # A changed upload is the server's to refuse: the signature has its digest, which moto does not look at.
             kinds = ["reset", "busy", "lost"] + (["short", "wrong", "slow"] if method == "GET" else [])
-            kind = self._rng.choice(kinds)
+            turn = self._turns[method == "GET"]
+            kind = kinds[next(turn) % len(kinds)]
             self.kinds[kind] = self.kinds.get(kind, 0) + 1
             return kind
 
@@ -446,9 +449,9 @@ def test_wrong_bytes_of_a_plain_web_server_are_not_believed(tmp_path, toy, monke
     """Nothing but another answer says that a commit came whole."""
     monkeypatch.setattr("kdcache.cache.remote._AT_ONCE", 8)
     push(toy.cache.path, str(tmp_path / "shared"), say=quiet)
-    with web_server(tmp_path / "shared") as address, faulty(address, seed=1) as proxy:
+    with web_server(tmp_path / "shared") as address, faulty(address, share=0.5) as proxy:
         pull(toy.cache.key, proxy.address, say=quiet)
-        assert proxy.kinds["wrong"] > 2
+        assert proxy.kinds["wrong"] > 0
     assert content(caches_folder() / toy.cache.key) == content(toy.cache.path)
 
 
