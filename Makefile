@@ -31,7 +31,8 @@ lint: $(READY)
 	bash tests/lint.sh
 
 bench: $(READY)
-	@$(BIN)/python bench/run.py
+	@cd bench && ../$(BIN)/kdcache bench --data pixels:noise --teacher resnet56 --student resnet20 --batch-size 256 \
+	    --out results/bench.json
 
 clean:
 	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

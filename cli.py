@@ -32,6 +32,15 @@ class _Failure(click.ClickException):
         super().__init__(_safe(" ".join(message.splitlines())))
 
 
+def _once(e: click.ClickException) -> click.ClickException | SystemExit:
+    """Of torchrun's ranks that fail alike, one prints it."""
+    if os.environ.get("WORLD_SIZE", "1") == "1":
+        return e
+    from kdcache.train.ranks import first_to_say
+
+    return e if first_to_say(e.format_message()) else SystemExit(e.exit_code)
+
+
 class _Main(click.Group):
     """Every mistake is one clear line; settings come from flags, the environment, then kdcache.toml."""
 
@@ -40,10 +49,12 @@ class _Main(click.Group):
         sys.unraisablehook = lambda unraisable: _unraisable(unraisable, before)
         try:
             return self._invoke(ctx)
+        except click.ClickException as e:
+            raise _once(e) from e
         except KeyboardInterrupt:
             # What is half made, such as a loader with its worker processes, complains as the process ends.
             before = _silent
-            click.echo("stopped; nothing is lost: the same command (train: with --resume) goes on", err=True)
+            _say("stopped; nothing is lost: the same command (train: with --resume) goes on")
             sys.exit(INTERRUPTED)
         finally:
             sys.unraisablehook = before
@@ -51,8 +62,10 @@ class _Main(click.Group):
     def _invoke(self, ctx: click.Context) -> Any:
         # Only here, because it takes seconds in which people press Ctrl-C.
         from kdcache.cache.errors import KdcacheError, machine_error
+        from kdcache.pipeline.ranks import share_cores
         from kdcache.pipeline.settings import FILE, load_settings
 
+        share_cores()
         flags = {name: _flags(command) for name, command in self.commands.items()}
         found: dict[str, dict[str, Setting]] = {}
         try:
@@ -122,11 +135,20 @@ def _system_error(e: OSError) -> str:
 
 
 def _print(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
-    click.echo(json.dumps(facts, indent=2, default=str) if as_json else _safe(text))
+    if not _later_rank():
+        click.echo(json.dumps(facts, indent=2, default=str) if as_json else _safe(text))
 
 
 def _say(text: str) -> None:
-    click.echo(_safe(text), err=True)
+    if not _later_rank():
+        click.echo(_safe(text), err=True)
+
+
+def _later_rank() -> bool:
+    """Whether this is one of torchrun's processes that leave it to rank 0 to talk."""
+    from kdcache.pipeline.ranks import this_rank
+
+    return this_rank().rank > 0
 
 
 def _safe(text: str) -> str:
@@ -199,6 +221,9 @@ _data = click.option(
 _device = click.option("--device", help="cuda, cuda:1, cpu, ...; the GPU where there is one.")
 _workers = click.option("--workers", type=click.IntRange(0), help="Processes that decode image files [the cores].")
 _amp = click.option("--amp", type=click.Choice(["bf16"]), help="Run the network in bfloat16.")
+_compile = click.option(
+    "--compile/--no-compile", default=None, help="torch.compile the network [on CUDA where it pays; not on CPU]."
+)
 _json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 # One image has no statistics for a batch norm.
 _batch = click.option("--batch-size", type=click.IntRange(2), help="Images a step [by dataset].")
@@ -289,6 +314,12 @@ def teach(as_json: bool, **options: Any) -> None:
 @_device
 @_amp
 @_workers
+@click.option(
+    "--views-per-decode", type=click.IntRange(1), default=4, show_default=True,
+    help="Views cut from an image file each time it is decoded: 4 take about half the time of 1 each, more gain "
+    "little and take memory. Records are the same.",
+)  # fmt: skip
+@_compile
 @click.option("--full-fingerprint", is_flag=True, help="Hash every file's contents, not 4,096 of them.")
 @click.option("--allow-low-accuracy", is_flag=True, help="Build although the teacher is near chance.")
 @click.option("--list-unreadable", is_flag=True, help="Name every image file that cannot be read, and stop.")
@@ -317,6 +348,7 @@ def build(
     """
     from kdcache.pipeline.build import BuildConfig
     from kdcache.pipeline.pack import pack as run_pack
+    from kdcache.pipeline.ranks import this_rank
     from kdcache.train.teach import build_and_teach, unreadable_files
 
     if list_unreadable:
@@ -326,7 +358,7 @@ def build(
     if teacher is None:
         raise click.UsageError("Missing option '--teacher'.")
     result = build_and_teach(BuildConfig(teacher, **options), _say, registry, publish)
-    if store == "zarr":
+    if store == "zarr" or this_rank().rank:
         _print(vars(result), as_json, str(result.path))
     else:
         packed = run_pack(result.path, store, data=options["data"], say=_say)
@@ -381,7 +413,7 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
 @click.option("--student", metavar="NAME", help="A network's name [by dataset].")
 @_epochs
 @click.option("--out", metavar="DIR", help="The run's folder, or that of several runs [runs/...].")
-@click.option("--resume", is_flag=True, help="Go on after the last whole epoch of what is in --out.")
+@click.option("--resume", is_flag=True, help="Go on with what is in --out.")
 @_batch
 @_lr
 @_decay
@@ -393,14 +425,31 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
 )
 @click.option("--fresh-views", is_flag=True, help="With --online: a new view every epoch.")
 @click.option("--allow-renderer", is_flag=True, help="Train on image files in a .beton as FFCV resizes them.")
+@click.option("--sync-bn", is_flag=True, help="Of torchrun's ranks, on GPUs: batch norm over the whole batch.")
 @click.option("--teacher", metavar="NAME", help="Take a cache of this teacher.")
 @_weights
 @click.option(
     "--seed", multiple=True, default=["0"], show_default=True, callback=_seeds, metavar="INTEGER",
     help="Of everything drawn at random. Given several times: every loss is trained with each.",
 )  # fmt: skip
+@click.option(
+    "--optimiser", type=click.Choice(["sgd", "adamw", "muon"]), default="sgd", show_default=True,
+    help="sgd: Nesterov's, rates by dataset; adamw: lr 0.001, decay 0.05; muon: lr 0.02, decay 0.01, of the weights of "
+    "two dimensions, all others by sgd at the dataset's rates. In proportion to the batch (sgd) or to its root.",
+)  # fmt: skip
+@click.option("--accumulate", type=click.IntRange(1), default=1, show_default=True, help="Batches an update.")
+@click.option("--clip", type=_Number(0, min_open=True), help="Largest norm of an update's gradient.")
+@click.option(
+    "--ema", type=_Number(0, 1, min_open=True, max_open=True), metavar="DECAY",
+    help="Average the weights, 0.9999 for one; the average is what is evaluated and filed.",
+)  # fmt: skip
+@click.option("--compile/--no-compile", default=None, help="torch.compile [on a GPU, for 10,000 batches or more].")
+@click.option(
+    "--save-every", type=_Number(0), default=300.0, show_default=True, metavar="SECONDS",
+    help="How often the state is kept within an epoch.",
+)  # fmt: skip
 @_device
-@_amp
+@click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Run the network in half precision.")
 @_workers
 @_json
 def train(as_json: bool, **options: Any) -> None:
@@ -412,6 +461,7 @@ def train(as_json: bool, **options: Any) -> None:
              kdcache train --loss ce --loss nkd --loss dkd:beta=2 --seed 0 --seed 1 --seed 2
              kdcache train --loss nkd --data cifar10 --cache cifar10.beton     (by FFCV's loader)
              kdcache train --loss nkd --registry s3://bucket/kd --cache r34-imagenet-v1
+             torchrun --nproc-per-node 4 -m kdcache.cli train --loss nkd       (by 4 processes, each a GPU of its own)
     """
     from kdcache.train.run import TrainConfig
     from kdcache.train.run import train as run
@@ -591,6 +641,44 @@ def demo(as_json: bool, out: str | None) -> None:
     found = run(out, _say if as_json else click.echo)
     if as_json:
         _print(found, True, "")
+
+
+@main.command()
+@click.option("--teacher", metavar="NAME", help="A network's name [resnet56, for image files resnet34].")
+@click.option("--student", metavar="NAME", help="A network's name [by dataset].")
+@_data
+@click.option("--loss", default="nkd", show_default=True, metavar="NAME[:KEY=VALUE,...]", help="See docs/losses.md.")
+@_batch
+@click.option("--image-size", type=click.IntRange(8), help="The student's input size in pixels.")
+@click.option("--samples", type=click.IntRange(4), help="Images that stand for all [8 batches, on a GPU 64].")
+@click.option("--rounds", type=click.IntRange(2), help="How often each thing is measured [as time allows].")
+@click.option("--views", type=click.IntRange(1), help="Of the cache, for the break-even [by dataset].")
+@click.option("--epochs", type=click.IntRange(1), help="Of a student, for the break-even [by dataset].")
+@_device
+@_amp
+@click.option("--compile", is_flag=True, help="Compile teacher and student.")
+@_workers
+@click.option("--out", metavar="FILE", help="Write the figures as JSON.")
+@_json
+def bench(as_json: bool, out: str | None, **options: Any) -> None:
+    """Measure what a teacher costs here: in every step, in a build, and after how many students a cache has paid.
+
+    The teacher is untrained and a part of the data stands for all of them: time depends on neither.
+
+    \b
+    Example: kdcache bench
+             kdcache bench --data cifar10 --teacher resnet56 --student resnet20 --batch-size 256 --out bench.json
+    """
+    from kdcache.cache.files import replace_file
+    from kdcache.train.bench import BenchConfig, table
+    from kdcache.train.bench import bench as run
+
+    if out and Path(out).is_dir():
+        raise click.BadParameter(f"{out} is a folder, not a file", param_hint="--out")
+    found = run(BenchConfig(**options), _say)
+    if out:
+        replace_file(Path(out), (json.dumps(found, indent=2) + "\n").encode())
+    _print(found, as_json, table(found))
 
 
 if __name__ == "__main__":

@@ -11,41 +11,25 @@ from __future__ import annotations
 import argparse
 import json
 import os
-import platform
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from kdcache import __version__
 from kdcache.cache import open_cache
 from kdcache.pipeline.build import BuildConfig, BuildResult, build
 from kdcache.pipeline.datasets import open_data
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.teachers import Classifier, load_teacher, read_weights, taught_file
+from kdcache.train.bench import machine
 from kdcache.train.loader import CachedLoader, OnlineLoader
+from kdcache.train.optimisers import Recipe
 from kdcache.train.presets import make_loss
 from kdcache.train.run import TrainConfig, train
 from kdcache.train.teach import TeachConfig, teach
-from kdcache.train.trainer import Recipe, seeded
+from kdcache.train.trainer import seeded
 
 TEACHER, STUDENT, LOSSES, BATCH = "resnet56", "resnet20", ("ce", "kd", "nkd"), 128
-
-
-def machine() -> dict[str, Any]:
-    """Hardware and versions."""
-    model = next(
-        (line.split(":")[1].strip() for line in Path("/proc/cpuinfo").read_text().splitlines() if "model name" in line),
-        platform.processor(),
-    )
-    return {
-        "processor": model,
-        "cores": os.cpu_count(),
-        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "torch": str(torch.__version__),
-        "kdcache": __version__,
-        "python": platform.python_version(),
-    }
 
 
 def gradient(model: Classifier, loss: torch.Tensor) -> torch.Tensor:

@@ -17,11 +17,11 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from cifar10 import machine
 
 from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.datasets import open_data
 from kdcache.pipeline.teachers import read_weights, taught_file
+from kdcache.train.bench import machine
 from kdcache.train.presets import LOSSES, make_loss
 from kdcache.train.run import TrainConfig
 from kdcache.train.sweep import sweep

@@ -22,7 +22,6 @@ from typing import Any, get_args
 
 import numpy as np
 import torch
-from cifar10 import machine
 from matplotlib import pyplot
 from numcodecs import Blosc, Zstd
 from numpy.typing import NDArray
@@ -31,6 +30,7 @@ from torch import Tensor
 from kdcache.cache import Records, arrays, encode
 from kdcache.cache.identity import RecordIdentity
 from kdcache.cache.records import STEP, TEMPERATURES, Tail, class_prior, tail_distribution
+from kdcache.train.bench import machine
 
 KEPT = (5, 10, 15, 20, 30, 50)
 MEASURED = (1.0, 4.0)

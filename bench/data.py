@@ -35,7 +35,6 @@ from torchvision.io import decode_image
 from torchvision.transforms.v2 import functional as tv
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cifar10 import machine
 from files import make_folder
 
 from kdcache.cache import Cache, Identity
@@ -46,6 +45,7 @@ from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.render import RENDERER, Renderer
 from kdcache.pipeline.views import ViewParameters, draw
 from kdcache.train import CachedLoader
+from kdcache.train.bench import machine
 from kdcache.train.beton import BetonLoader
 
 BATCH, VIEWS, CLASSES, SIDE = 256, 2, 10, 32

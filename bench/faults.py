@@ -30,21 +30,22 @@ from safetensors.torch import save_file
 
 sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
 import test_leases
-from cifar10 import machine
 
 from kdcache.cache import Cache, leases
 from kdcache.cache.store import shard_name
 from kdcache.pipeline import build as module
+from kdcache.pipeline import spool
 from kdcache.pipeline.build import BuildConfig, Source, build, open_source
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.teachers import Classifier
 from kdcache.pipeline.verify import verify
+from kdcache.train.bench import machine
 
 SEED, VIEWS, PART, BATCH = 0, 4, 512, 64
 KILLED_BUILDS, ROUNDS, BUILDERS = 100, 20, 8
 # So short that they matter in builds of seconds; a batch of the crowds takes as long as on a GPU.
 SHORT_SPOOL, SHORT_EXPIRY, SHORT_BATCH = 0.05, 2.0, 0.03
-SPOOL = module._SPOOL_SECONDS
+SPOOL = spool.SPOOL_SECONDS
 
 
 class Bench:
@@ -80,20 +81,20 @@ class Bench:
             return child
         code = 1
         try:
-            batches = module.record_batches
+            answers = module.answers
             with (place / f"{who}.log").open("a", buffering=1) as log:
 
                 def timed(*args: Any) -> Iterator[Any]:
-                    found = batches(*args)
+                    found = answers(*args)
                     while True:
                         log.write(f"{time.monotonic()}\n")
                         time.sleep(batch_seconds)
                         if (item := next(found, None)) is None:
                             return log.write("end of shard\n")
-                        log.write(f"{time.monotonic()} {len(item[0])}\n")
+                        log.write(f"{time.monotonic()} {len(item[1])}\n")
                         yield item
 
-                module.record_batches = timed
+                module.answers = timed
                 result = build(replace(self.config, out=str(place / "cache")), lambda line: None, self.source)
             (place / who).write_text(str(result.teacher_images))
             code = 0
@@ -181,7 +182,7 @@ def ended(child: int) -> int:
 
 def kills(bench: Bench) -> dict[str, Any]:
     """Builds SIGKILLed one to three times at random moments and then completed."""
-    rng, module._SPOOL_SECONDS = random.Random(SEED), SHORT_SPOOL
+    rng, spool.SPOOL_SECONDS = random.Random(SEED), SHORT_SPOOL
     place, lost, sound, as_saved = bench.work / "kills", [], 0, 0
     for _ in range(KILLED_BUILDS):
         kills_before = len(lost)
@@ -207,7 +208,7 @@ def kills(bench: Bench) -> dict[str, Any]:
 
 def minute(bench: Bench) -> dict[str, Any]:
     """As `kills`, with the spool as it is and teachers so slow that it matters: all at once, for they only sleep."""
-    rng, module._SPOOL_SECONDS = random.Random(SEED), SPOOL
+    rng, spool.SPOOL_SECONDS = random.Random(SEED), SPOOL
     moments = [(seconds, rng.uniform(45, 110)) for seconds in (0.5, 2, 5, 10, 15, 19, 25, 35, 45, 55)]
     with ThreadPoolExecutor(len(moments)) as threads:  # only to wait: the children are forked one after the other
         lost = []
@@ -238,7 +239,7 @@ def stops(bench: Bench) -> dict[str, Any]:
 
 
 def crowd(bench: Bench, name: str, disturbed: bool) -> dict[str, Any]:
-    rng, module._SPOOL_SECONDS = random.Random(SEED), SPOOL
+    rng, spool.SPOOL_SECONDS = random.Random(SEED), SPOOL
     place, rounds, sound = bench.work / name, [], 0
     for _ in range(ROUNDS):
         shutil.rmtree(place, ignore_errors=True)

@@ -2,9 +2,10 @@
 
     python bench/files.py --work FOLDER
 
-The images are seeded cut-outs of the two photographs that scikit-learn carries, at sizes from 256 to 400 pixels, in
-ten class folders; the teacher is a resnet34 with random weights, so the accuracies mean nothing: this measures the
-path, not the method. Writes JSON.
+The build is measured beside the slower of what it consists of: decoding once for several views, and the bare teacher;
+all take turns. The images are seeded cut-outs of the two photographs that scikit-learn carries, at sizes from 256 to
+400 pixels, in ten class folders; the teacher is a resnet34 with random weights, so the accuracies mean nothing: this
+measures the path, not the method. Writes JSON.
 """
 
 from __future__ import annotations
@@ -12,27 +13,29 @@ from __future__ import annotations
 import argparse
 import json
 import os
+import statistics
 import time
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 import torch
-from cifar10 import machine
 from PIL import Image
 from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from kdcache.cache import open_cache
-from kdcache.pipeline.build import BuildConfig, build, open_source
+from kdcache.pipeline.build import BuildConfig, Source, build, open_source
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.teachers import Classifier
 from kdcache.pipeline.verify import verify
-from kdcache.pipeline.views import draw
+from kdcache.pipeline.views import ViewParameters, draw
+from kdcache.train.bench import machine
 from kdcache.train.run import TrainConfig, train
 
-IMAGES, CLASSES, VIEWS = 240, 10, 2
+IMAGES, CLASSES, VIEWS, BATCH, ROUNDS = 240, 10, 8, 32, 3
 
 
 def make_folder(folder: Path, images: int = IMAGES) -> None:
@@ -49,11 +52,39 @@ def make_folder(folder: Path, images: int = IMAGES) -> None:
             Image.fromarray(photograph[top : top + height, left : left + width]).save(path, quality=90)
 
 
-def rate(renderer: Renderer, batches: list[np.ndarray], parameters: Any) -> float:
-    """Images/s of decoding and cutting alone."""
+def rate(renderer: Renderer, batches: list[np.ndarray], parameters: list[ViewParameters]) -> float:
+    """Views/s of decoding and cutting alone, each image decoded once for all of them."""
+    places = range(len(parameters))
     start = time.perf_counter()
-    count = sum(len(images) for images in renderer.batches(parameters, batches))
+    count = sum(len(images) for *_, images in renderer.views(parameters, [(batch, places) for batch in batches]))
     return count / (time.perf_counter() - start)
+
+
+def in_turns(source: Source, config: BuildConfig, work: Path) -> dict[str, Any]:
+    """Medians of images/s: decoding by views a decode, the bare teacher, and builds by views a decode."""
+    batches = np.split(np.arange(IMAGES), range(BATCH, IMAGES, BATCH))
+    parameters = [draw("rrc,flip", 0, view, range(IMAGES), source.train.sizes) for view in range(VIEWS)]
+    renderer = Renderer(source.train, 224, torch.device("cpu"))
+    pixels = next(iter(renderer.batches(parameters[0], batches[:1])))
+    source.teacher.logits(pixels)
+    together = (1, 2, 4, VIEWS)
+    found: dict[str, list[float]] = {}
+    for turn in range(ROUNDS):
+        for n in together:
+            found.setdefault(f"decoded once for {n}", []).append(rate(renderer, batches, parameters[:n]))
+        start = time.perf_counter()
+        for _ in range(3):
+            source.teacher.logits(pixels)
+        found.setdefault("bare teacher", []).append(3 * len(pixels) / (time.perf_counter() - start))
+        for n in (1, config.views_per_decode):
+            out = str(work / f"built-{turn}-{n}")
+            built = build(replace(config, out=out, views_per_decode=n), source=source)
+            found.setdefault(f"built with {n} views a decode", []).append(built.teacher_images / built.seconds)
+    medians = {name: statistics.median(rates) for name, rates in found.items()}
+    n = config.views_per_decode
+    slower = [min(pair) for pair in zip(found[f"decoded once for {n}"], found["bare teacher"], strict=True)]
+    ratios = [a / b for a, b in zip(found[f"built with {n} views a decode"], slower, strict=True)]
+    return {"images_per_second": medians, "build_over_the_slower": statistics.median(ratios), "of_each_round": ratios}
 
 
 def main() -> None:
@@ -70,18 +101,10 @@ def main() -> None:
     classes.write_text(json.dumps({f"class{i}": 97 * i for i in range(CLASSES)}))
     config = BuildConfig(
         "resnet34", str(weights), f"imagefolder:{folder}", views=VIEWS, class_map=str(classes), allow_low_accuracy=True,
-        batch_size=32,
+        batch_size=BATCH,
     )  # fmt: skip
     source = open_source(config)
-    batches = np.split(np.arange(IMAGES), range(32, IMAGES, 32))
-    parameters = draw("rrc,flip", 0, 0, range(IMAGES), source.train.sizes)
-    decoding = rate(Renderer(source.train, 224, torch.device("cpu")), batches, parameters)
-    pixels = next(iter(Renderer(source.train, 224, torch.device("cpu")).batches(parameters, batches[:1])))
-    source.teacher.logits(pixels)
-    start = time.perf_counter()
-    for _ in range(3):
-        source.teacher.logits(pixels)
-    bare = 3 * len(pixels) / (time.perf_counter() - start)
+    measured = in_turns(source, config, a.work)
     built = build(config, source=source)
     report = verify(open_cache(built.path), source, replay=64)
     summary = train(
@@ -96,9 +119,8 @@ def main() -> None:
         "images": IMAGES,
         "evaluation_images": IMAGES // 4,
         "views": VIEWS,
-        "decode_and_cut_images_per_second": decoding,
-        "bare_teacher_images_per_second": bare,
-        "build_images_per_second": built.teacher_images / built.seconds,
+        "rounds": ROUNDS,
+        **measured,
         "records": {"k": 20, "bytes_of_the_whole_cache": built.bytes, "bytes_a_record": built.bytes / (IMAGES * VIEWS)},
         "verify": {"passed": report.passed, "total_variation": report.total_variation, "replayed": report.replayed},
         "student_seconds_an_epoch": summary["seconds_an_epoch"],

@@ -34,6 +34,7 @@ from kdcache.cache import Cache, Identity, KdcacheError, arrays, open_cache
 from kdcache.cache.pack import pack_hdf5
 from kdcache.cache.records import tail_distribution
 from kdcache.pipeline.verify import verify
+from kdcache.train.bench import machine
 
 SECONDS, MEGABYTES = 20, 512
 BATCH = 100  # cases a process
@@ -337,8 +338,6 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0)
     parser.add_argument("--out", type=Path, default=Path("bench/results/fuzz.json"))
     a = parser.parse_args()
-    from cifar10 import machine
-
     torch.set_num_threads(1)
     result: dict[str, Any] = {
         "machine": machine(),

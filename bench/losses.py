@@ -21,12 +21,12 @@ from typing import Any
 
 import numpy as np
 import torch
-from cifar10 import machine
 from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from kdcache.cache import Records, encode
 from kdcache.cache.records import class_prior, tail_distribution
+from kdcache.train.bench import machine
 from kdcache.train.losses import IKL, USKD, Loss
 from kdcache.train.presets import LOSSES, make_loss, options_of
 

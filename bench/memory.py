@@ -22,10 +22,10 @@ from typing import Any
 import torch
 
 sys.path.insert(0, str(Path(__file__).parent))
-from cifar10 import machine
 from data import filled, pixels
 
 from kdcache.pipeline.datasets import Dataset
+from kdcache.train.bench import machine
 from kdcache.train.run import TrainConfig, train
 
 CLASSES, SIDE, BATCH = 1000, 8, 512

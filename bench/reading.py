@@ -3,10 +3,9 @@
     python bench/reading.py --logits PATH/imagenet-logits.npz --work FOLDER
 
 A cache of one view of 1,281,167 records (K = 20 of 1,000 classes) is made once in FOLDER, from real logits with noise
-of one nat, so that no two rows are equal. Peers' layouts are written from their descriptions: TinyViT's one file of
-4 + 4 K bytes a record, read by one seek a record and stacked to batches; FKD's one torch file an image with the top 5
-of all its crops, of which an epoch uses one. All are read in shuffled order, in turns, from files that the system has
-in memory; torch computes on one thread, kdcache reads parts in several.
+of one nat, so that no two rows are equal. Peers' layouts (kdcache.train.layouts) hold its records too. All are read in
+shuffled order, in turns, from files that the system has in memory; torch computes on one thread, kdcache reads parts in
+several.
 """
 
 from __future__ import annotations
@@ -24,21 +23,22 @@ from typing import Any
 import numpy as np
 import torch
 import torchvision
-from cifar10 import machine
 from torch import Tensor
 
 from kdcache.cache import Cache, Identity, arrays, encode
 from kdcache.cache.identity import DataIdentity, RecordIdentity, TeacherIdentity, ViewsIdentity
 from kdcache.cache.pack import pack_hdf5
-from kdcache.cache.records import TEMPERATURES, tail_distribution
+from kdcache.cache.records import TEMPERATURES
 from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.datasets import open_data
 from kdcache.pipeline.progress import Progress
-from kdcache.train.loader import CachedLoader, epoch_batches, gathered
+from kdcache.train.bench import machine
+from kdcache.train.layouts import noise_cache, reading_cases
+from kdcache.train.loader import CachedLoader
 from kdcache.train.teach import TeachConfig, teach
 
 SAMPLES, CLASSES, K, PART, BATCH = 1_281_167, 1000, 20, 262_144, 1024
-PEER_RECORDS, FKD_IMAGES, FKD_CROPS = 200_000, 4_000, 12
+PEER_RECORDS, FKD_IMAGES = 200_000, 4_000
 
 
 def imagenet_sized(path: Path, logits: Tensor) -> Cache:
@@ -60,52 +60,8 @@ def imagenet_sized(path: Path, logits: Tensor) -> Cache:
         class_map=None,
         part=PART,
     )
-    cache = Cache.create(path, identity)
-    generator = torch.Generator().manual_seed(0)
-    labels = torch.randint(0, CLASSES, (SAMPLES, 1), generator=generator)
-    writer = {"host": "bench"}
-    cache.train.write_labels(labels.numpy().astype(arrays.id_dtype(CLASSES)), writer)
-    # One sample stands for the evaluation split, without which a cache is not complete.
-    cache.evaluation.write_labels(labels[:1].numpy().astype(arrays.id_dtype(CLASSES)), writer)
-    one = arrays.as_arrays(arrays.encode_as(record, logits[:1], labels[:1]))
-    cache.evaluation.write_shard(0, 0, one, "0" * 64, writer)
     with Progress("make", SAMPLES, "records") as progress:
-        for part in range(cache.train.parts):
-            rows, blocks = cache.train.rows(part), []
-            sums = torch.zeros(len(TEMPERATURES), CLASSES, dtype=torch.float64)
-            if part in cache.train.committed().get(0, set()):
-                progress.advance(len(rows))
-                continue
-            for start in range(rows.start, rows.stop, 4096):
-                y = labels[start : min(start + 4096, rows.stop)]
-                base = logits[torch.randint(0, len(logits), (len(y),), generator=generator)]
-                z = base + torch.randn(base.shape, generator=generator)
-                records = arrays.encode_as(record, z, y)
-                sums += tail_distribution(z[:64], records[torch.arange(64)])  # enough for a prior
-                blocks.append(arrays.as_arrays(records))
-                progress.advance(len(y))
-            shard = {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
-            cache.train.write_shard(0, part, shard, "0" * 64, writer, sums.numpy())
-    cache.write_prior(writer)
-    return cache
-
-
-def tinyvit_file(path: Path, records: Any) -> None:
-    """PEER_RECORDS records of a seed, K fp16 probabilities and K int16 ids."""
-    some = records[torch.arange(PEER_RECORDS)]
-    rows = np.empty(PEER_RECORDS, [("seed", "<i4"), ("p", "<f2", (K,)), ("ids", "<i2", (K,))])
-    rows["seed"] = np.arange(PEER_RECORDS)
-    rows["p"] = some.softened(1.0, "uniform").ranked()[1].numpy()
-    rows["ids"] = some.classes.numpy()
-    rows.tofile(path)
-
-
-def fkd_files(folder: Path) -> None:
-    folder.mkdir(parents=True, exist_ok=True)
-    for image in range(FKD_IMAGES):
-        crops = (torch.rand(FKD_CROPS, 4), torch.rand(FKD_CROPS) < 0.5)
-        labels = [(torch.rand(5).half(), torch.randint(0, CLASSES, (5,)).short()) for _ in range(FKD_CROPS)]
-        torch.save((*crops, labels), folder / f"{image}.tar")
+        return noise_cache(path, identity, logits, progress.advance)
 
 
 def timed(work: Callable[[], object]) -> float:
@@ -115,49 +71,15 @@ def timed(work: Callable[[], object]) -> float:
 
 
 def reading(work: Path, cache: Cache, rounds: int) -> dict[str, Any]:
-    tinyvit, fkd = work / "tinyvit.bin", work / "fkd"
-    if not tinyvit.exists():
-        tinyvit_file(tinyvit, cache.read(0))
-    if not (fkd / f"{FKD_IMAGES - 1}.tar").exists():
-        fkd_files(fkd)
-    rng = np.random.default_rng(0)
     packed = work / "imagenet.h5"
     packed.unlink(missing_ok=True)
     packing = timed(lambda: pack_hdf5(cache, packed, cache.views))
 
-    def slab() -> None:
-        Cache(cache.path).read(0)
-
     def packed_slab() -> None:
         Cache(packed).read(0)
 
-    def epoch() -> None:
-        records = Cache(cache.path).read(0)
-        batches = epoch_batches(SAMPLES, BATCH, 0, int(rng.integers(1000)))
-        for _ in gathered(records, records.labels, batches):
-            pass
-
-    def one_seek_a_record() -> None:
-        size = 4 + 4 * K
-        with tinyvit.open("rb") as f:
-            for batch in np.array_split(rng.permutation(PEER_RECORDS), PEER_RECORDS // BATCH):
-                probabilities, ids = [], []
-                for i in batch.tolist():
-                    f.seek(i * size)
-                    row = f.read(size)
-                    probabilities.append(np.frombuffer(row, "<f2", K, 4))
-                    ids.append(np.frombuffer(row, "<i2", K, 4 + 2 * K))
-                torch.from_numpy(np.stack(probabilities)), torch.from_numpy(np.stack(ids))
-
-    def one_file_an_image() -> None:
-        for i in rng.permutation(FKD_IMAGES).tolist():
-            _, _, labels = torch.load(fkd / f"{i}.tar", weights_only=True)
-            labels[int(rng.integers(FKD_CROPS))]
-
-    cases = {
-        "slab": (slab, SAMPLES), "slab, hdf5": (packed_slab, SAMPLES), "shuffled epoch": (epoch, SAMPLES),
-        "one seek a record": (one_seek_a_record, PEER_RECORDS), "one file an image": (one_file_an_image, FKD_IMAGES),
-    }  # fmt: skip
+    cases = reading_cases(cache, work, BATCH, PEER_RECORDS, FKD_IMAGES)
+    cases["slab, hdf5"] = (packed_slab, SAMPLES)
     taken: dict[str, list[float]] = {name: [] for name in cases}
     for _ in range(rounds):
         for name, (case, _) in cases.items():

@@ -105,19 +105,24 @@ def _notes(name: str, record: RecordIdentity) -> tuple[tuple[str, Any], ...]:
     return ()
 
 
-def encode_as(record: RecordIdentity, logits: torch.Tensor, labels: torch.Tensor) -> Records:
-    """Logits [B, C] and labels [B, L] as a cache stores them."""
-    return encode(logits, labels, record.k, record.temperatures, record.precision, record.tail_std)
+def encode_as(record: RecordIdentity, logits: torch.Tensor, labels: torch.Tensor, check: bool = True) -> Records:
+    """Logits [B, C] and labels [B, L] as a cache stores them; check: as in `encode`."""
+    return encode(logits, labels, record.k, record.temperatures, record.precision, record.tail_std, check)
 
 
-def as_arrays(records: Records) -> dict[str, NDArray[Any]]:
+def as_tensors(records: Records) -> dict[str, torch.Tensor]:
     """The fields of records by the name of the array that stores them."""
     fields = {"gaps": records.gaps, "target_gap": records.target_gap, "tail": records.tail}
     if records.classes is not None:
         fields["classes"] = records.classes
     if records.tail_std is not None:
         fields["tail_std"] = records.tail_std
-    return {name: tensor.cpu().numpy() for name, tensor in fields.items()}
+    return fields
+
+
+def as_arrays(records: Records) -> dict[str, NDArray[Any]]:
+    """as_tensors, in NumPy."""
+    return {name: tensor.cpu().numpy() for name, tensor in as_tensors(records).items()}
 
 
 def as_records(

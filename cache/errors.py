@@ -33,11 +33,18 @@ class UnservedError(KdcacheError):
     """A loss needs what the cache does not hold."""
 
 
+RANK_ENDED = "another rank of this training has ended or does not answer: its own message, or torchrun's, says why"
+
+
 def machine_error(e: Exception) -> str | None:
     """What to do where the machine is too small for what was asked; None for other errors."""
     first = (str(e).splitlines() or [""])[0]
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
         return f"out of memory ({first[:200]}): lower --batch-size or --image-size"
+    if type(e).__name__.startswith("Dist") or "gloo" in first or "NCCL" in first:  # torch.distributed's errors
+        return RANK_ENDED
+    if first.startswith("Expected to have finished reduction"):
+        return "the student has weights that take no part in its answers, which several ranks cannot train: freeze them"
     if first.startswith("DataLoader worker"):
         return f"{first.split('. ')[0]}: often too little memory, or too small a /dev/shm; lower --workers"
     return None

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import os
 import re
+from collections.abc import Iterator
+from contextlib import contextmanager
 from pathlib import Path
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
@@ -15,6 +17,20 @@ from kdcache.cache.store import Cache
 def home() -> Path:
     """KDCACHE_HOME, or ~/.cache/kdcache."""
     return Path(os.environ.get("KDCACHE_HOME") or Path.home() / ".cache" / "kdcache")
+
+
+@contextmanager
+def home_at(folder: Path) -> Iterator[None]:
+    """KDCACHE_HOME is `folder` for a while."""
+    before = os.environ.get("KDCACHE_HOME")
+    os.environ["KDCACHE_HOME"] = str(folder)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["KDCACHE_HOME"]
+        else:
+            os.environ["KDCACHE_HOME"] = before
 
 
 def caches_folder() -> Path:

@@ -153,12 +153,14 @@ def encode(
     temperatures: tuple[float, ...] = TEMPERATURES,
     precision: Precision | None = None,
     tail_std: bool = False,
+    check: bool = True,
 ) -> Records:
     """Records of the logits [B, C] with labels [B], [B, L] or None, on the logits' device.
 
     k: classes to store; None or C: dense, exact at every temperature. precision: of gaps and tail; uint8 for top-k
     records and float16 for dense ones unless told. tail_std: store what logit standardisation needs (dense records have
-    it anyway). InputError for k > C, labels out of range, uint8 dense, and logits that are not finite.
+    it anyway). InputError for k > C, labels out of range, uint8 dense, and logits that are not finite. check: off, the
+    caller sees to labels and logits: on a GPU, to look at them here is to wait for them.
     """
     z = logits.detach().float()
     count, classes = z.shape
@@ -168,11 +170,11 @@ def encode(
     precision = precision or default_precision(k == classes)
     if k == classes and precision == "uint8":
         raise InputError("uint8 is for top-k records: dense ones are exact, in float16 or float32")
-    if not bool(torch.isfinite(z).all()):
+    if check and not bool(torch.isfinite(z).all()):
         row = int((~torch.isfinite(z)).any(1).nonzero()[0])
         raise InputError(f"the teacher's logits are not finite (row {row} of the batch)")
     y = z.new_empty((count, 0), dtype=torch.long) if labels is None else labels.long().reshape(count, -1)
-    if y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
+    if check and y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
         raise InputError(f"labels reach from {int(y.min())} to {int(y.max())}, the teacher has {classes} classes")
     top = z.amax(1, keepdim=True)
     dtype = class_dtype(classes)
@@ -194,7 +196,7 @@ def encode(
     if precision == "uint8":
         coded = torch.diff(torch.round(gaps / STEP), dim=1, prepend=torch.zeros_like(gaps[:, :1]))
         gaps = coded.clamp(max=255).to(torch.uint8)
-        last = gaps.sum(1, dtype=torch.float32, keepdim=True) * STEP / z.new_tensor(temperatures)
+        last = torch.stack([gaps.sum(1, dtype=torch.float32) * STEP / t for t in temperatures], 1)
         below = torch.round((math.log(classes - k) - last - tail) / STEP).clamp(0, NO_TAIL - 1)
         tail = below.masked_fill(torch.isneginf(tail), NO_TAIL).to(torch.uint8)
     else:
@@ -256,14 +258,15 @@ class Softened:
             raise InputError(f"unknown tail model {tail!r}: take one of {', '.join(get_args(Tail))}")
         self._model, self._classes = tail, records.num_classes
         self._labels = labels = records.labels.long()
-        self._label_log = -records.target_gap.float() / temperature
+        # Logarithms of probabilities from here on. log_softmax is one kernel where logsumexp is ten, and a GPU that
+        # trains a small student waits for launches.
         if records.classes is None:
             # Dense: every class is stored, in order.
             self._ids = None
-            self._log = -records.decoded_gaps() / temperature
+            self._log = torch.log_softmax(records.decoded_gaps() / -temperature, 1)
             self._label_log = self._log.gather(1, labels)
-            self._tail_log = self._log.new_full((len(records),), -torch.inf)
         else:
+            label_log = records.target_gap.float() / -temperature
             if isinstance(temperature, Tensor):
                 assert records.tail_std is not None
                 at, tail_log = len(records.temperatures), records.tail_std[:, 1].float()
@@ -272,48 +275,48 @@ class Softened:
                 tail_log = records.decoded_tail(at)
             head = records.classes.long()
             gaps = records.decoded_gaps()
-            log = torch.cat([gaps.new_zeros(len(gaps), 1), -gaps / temperature], 1)
+            log = torch.cat([gaps.new_zeros(len(gaps), 1), gaps / -temperature], 1)
             if records.gaps.dtype == torch.uint8:
                 for j in range(labels.shape[1]):
-                    log = torch.where(head == labels[:, j : j + 1], self._label_log[:, j : j + 1], log)
+                    log = torch.where(head == labels[:, j : j + 1], label_log[:, j : j + 1], log)
             # A label among the stored classes, or named twice, must not count twice.
             outside = (labels.unsqueeze(2) != head.unsqueeze(1)).all(2)
             for j in range(1, labels.shape[1]):
                 outside[:, j] &= (labels[:, :j] != labels[:, j : j + 1]).all(1)
-            extra = self._label_log.masked_fill(~outside, -torch.inf)
+            extra = label_log.masked_fill(~outside, -torch.inf)
             self._ids = torch.cat([head, labels], 1)
-            self._log = torch.cat([log, extra], 1)
             self._counted = torch.cat([torch.ones_like(head, dtype=torch.bool), outside], 1)
-            self._tail_log = torch.full_like(tail_log, -torch.inf) if tail == "renorm" else tail_log
+            tail_log = torch.full_like(tail_log, -torch.inf) if tail == "renorm" else tail_log
+            whole = torch.log_softmax(torch.cat([log, extra, tail_log.unsqueeze(1)], 1), 1)
+            self._log, self._tail_log = whole[:, :-1], whole[:, -1]
+            self._label_log = label_log + whole[:, :1]  # the most probable class was at 0
             self._prior = records.prior[at].float() if tail == "prior" and records.prior is not None else None
-        self._norm = _logsumexp(self._log, self._tail_log)
 
     @property
     def head_mass(self) -> Tensor:
         """[B] probability of the stored classes and labels together."""
-        return (self._log - self._norm).exp().sum(1)
+        return self._log.exp().sum(1)
 
     def target(self) -> Tensor:
         """[B, L] probability of each label: exact also where the label is not among the stored classes."""
-        return (self._label_log - self._norm).exp()
+        return self._label_log.exp()
 
     def log_target(self) -> Tensor:
         """[B, L] logarithm of target(), finite also where that underflows."""
-        return self._label_log - self._norm
+        return self._label_log
 
     def rest(self, which: Tensor | None = None) -> Tensor:
         """[B] probability of all classes but the label: 1 - target(), as a sum of positive terms."""
-        masses = torch.cat([self._others(which), self._tail_log.unsqueeze(1)], 1)
-        return (torch.logsumexp(masses, 1) - self._norm[:, 0]).exp()
+        return self._with_tail(self._others(which)).exp().sum(1)
 
     def ranked(self) -> tuple[Tensor, Tensor, Tensor]:
         """[B, K] ids and probabilities of the stored classes, the most probable first; [B] that of all others."""
-        p = (self._log - self._norm).exp()
+        p = self._log.exp()
         if self._ids is None:
             ordered = torch.sort(p, dim=1, descending=True, stable=True)
             return ordered.indices, ordered.values, torch.zeros_like(p[:, 0])
         k = self._ids.shape[1] - self._labels.shape[1]
-        below = p[:, k:].sum(1) + (self._tail_log - self._norm[:, 0]).exp()
+        below = p[:, k:].sum(1) + self._tail_log.exp()
         return self._ids[:, :k], p[:, :k], below
 
     def cross(self, logq: Tensor) -> Tensor:
@@ -332,16 +335,14 @@ class Softened:
 
         Linear in q, so the dense teacher is not needed: with a tail spread as w, log p_c = log tail + log w_c - log W.
         """
-        q = q.float()
-        log = self._log - self._norm
+        q, log = q.float(), self._log
         if self._ids is None:
             return (q * log).sum(1)
         if not self._spreads:
             raise InputError(f"the {self._model} tail has no density over the unstored classes: take prior or uniform")
         stored = (q.gather(1, self._ids) * torch.where(self._counted, log, 0.0)).sum(1)
         unstored = q.scatter(1, self._ids, 0.0)
-        tail_log = self._tail_log - self._norm[:, 0]
-        tail_log = torch.where(torch.isinf(tail_log), 0.0, tail_log)  # no class is left there
+        tail_log = torch.where(torch.isinf(self._tail_log), 0.0, self._tail_log)  # no class is left there
         if self._prior is None:
             return stored + unstored.sum(1) * (tail_log - self._rest_count().log())
         with torch.autocast(q.device.type, enabled=False):
@@ -375,11 +376,18 @@ class Softened:
             return self._log.scatter(1, y, -torch.inf)
         return self._log.masked_fill(self._ids == y, -torch.inf)
 
+    def _with_tail(self, log: Tensor) -> Tensor:
+        return log if self._ids is None else torch.cat([log, self._tail_log.unsqueeze(1)], 1)
+
     def _normalised(self, log: Tensor) -> tuple[Tensor, Tensor]:
-        """[B, K+L] and [B]: probabilities of the stored classes and of the tail."""
+        """[B, K+L] and [B]: probabilities of the stored classes and of the tail; all 0 where `log` leaves nothing."""
         # By way of logarithms: next to a label with p_y -> 1 all other masses can be below float32's smallest.
-        norm = _logsumexp(log, self._tail_log)
-        return (log - norm).exp(), (self._tail_log - norm[:, 0]).exp()
+        masses = self._with_tail(log)
+        p = torch.softmax(masses, 1)
+        if self._ids is None and self._classes > 1:
+            return p, p.new_zeros(())
+        p = p.masked_fill(torch.isneginf(masses).all(1, keepdim=True), 0.0)
+        return (p, p.new_zeros(())) if self._ids is None else (p[:, :-1], p[:, -1])
 
     def _cross(self, logq: Tensor, log: Tensor) -> Tensor:
         logq = logq.float()
@@ -438,9 +446,3 @@ def _position(temperature: float, stored: tuple[float, ...]) -> int:
             f"build with --temperatures {have},{temperature:g}, or dense records"
         )
     return stored.index(temperature)
-
-
-def _logsumexp(log: Tensor, tail_log: Tensor) -> Tensor:
-    """[B, 1] log of all mass; 0 where there is none, so that what is divided by it stays 0."""
-    norm = torch.logsumexp(torch.cat([log, tail_log.unsqueeze(1)], 1), 1, keepdim=True)
-    return torch.where(torch.isinf(norm), 0.0, norm)

@@ -9,8 +9,8 @@
     eval/                         labels, views and commits of the evaluation split
     leases/, scratch/             of builders at work, without files otherwise
 
-Readers go by the commits alone: what no commit names does not exist. They read a folder, a packed file (hdf5.py) and what is
-far away (remote.py) alike; writing is for folders.
+Readers go by the commits alone: what no commit names does not exist. They read a folder, a packed file (hdf5.py) and
+what is far away (remote.py) alike; writing is for folders.
 """
 
 from __future__ import annotations

@@ -2,29 +2,26 @@
 
 from __future__ import annotations
 
-import io
-import itertools
 import os
-import shutil
 import socket
 import sys
 import time
-from collections.abc import Callable, Iterator, Mapping
-from contextlib import suppress
-from dataclasses import dataclass
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
-from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from kdcache import __version__
 from kdcache.cache import arrays
 from kdcache.cache.errors import InputError
-from kdcache.cache.files import names, replace_file, sha256
-from kdcache.cache.home import caches_folder, home
+from kdcache.cache.files import sha256
+from kdcache.cache.home import caches_folder
 from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
 from kdcache.cache.leases import Leases
 from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, tail_distribution
@@ -33,18 +30,40 @@ from kdcache.pipeline.classmap import map_labels
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for, stored_classes
 from kdcache.pipeline.progress import Progress, duration, size
+from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import RENDERER, Renderer
+from kdcache.pipeline.spool import SPOOL_SECONDS, WAITING_SECONDS, Spool, Writer, clear, spool_folder
 from kdcache.pipeline.teachers import Teacher, load_teacher, pick_device
 from kdcache.pipeline.views import ViewParameters, check_policy, draw, evaluation_view
 
 PART = 262_144
-_PROBE = 512
-_SPOOL_SECONDS = 20.0
+VIEWS_PER_DECODE = 4
+_PROBE = 128, 512
 _LOST_AT_MOST = 60.0
 _POLL_SECONDS = 0.5
+_LOOK_SECONDS = 5.0
+_AHEAD = 8  # batches that the GPU has still to do
+_WORTH_COMPILING = 300.0  # seconds of teacher time
 
 
-Shard = tuple[SplitStore, int, range]  # of a view, the rows of a part
+class Shard(NamedTuple):
+    """The rows of a part in one view."""
+
+    store: SplitStore
+    view: int
+    rows: range
+
+    @property
+    def part(self) -> int:
+        return self.rows.start // self.store.part
+
+    @property
+    def name(self) -> str:
+        return shard_name(self.view, self.part)
+
+    @property
+    def lease(self) -> str:
+        return ("eval-" if self.store.split == "eval" else "") + self.name
 
 
 @dataclass(frozen=True)
@@ -70,6 +89,8 @@ class BuildConfig:
     workers: int | None = None
     allow_low_accuracy: bool = False
     full_fingerprint: bool = False
+    views_per_decode: int = VIEWS_PER_DECODE
+    compile: bool | None = None
     part: int = PART
 
 
@@ -162,7 +183,11 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
 
     Any number of builds of one cache, on machines that share its folder, share the work; each returns when all of it
     is done. Killed at any moment, a later one goes on where it was; on the same machine it loses no more teacher time
-    than `_SPOOL_SECONDS` and a batch.
+    than `SPOOL_SECONDS` and a batch, and `WAITING_SECONDS` while the disk does not keep up.
+
+    Memory does not depend on how many samples and views there are: beside the dataset and the teacher, it is the
+    records of one part (twice, while they are compressed) for each view under way, one for in-memory data and
+    `views_per_decode` for files, `WAITING_JOBS` batches of records, and the pixels that `Renderer` states.
     """
     start = time.monotonic()
     source = source or open_source(config, say)
@@ -171,35 +196,41 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
         raise InputError(f"--views {views}: at least one view is needed")
     key = source.identity.key
     path = Path(config.out) if config.out else caches_folder() / key
-    spool = _spool_folder(path, key)
+    spool = spool_folder(path, key)
     todo = _missing(path, source, views)
     if not todo and (cache := Cache(path)).finished:
         for store, data, labels in _splits(cache, source):
             store.require_labels(labels)
             store.require_sizes(data.sizes)
-        _clear(spool, cache)
+        clear(spool, cache)
         cache.tidy()
         say(f"cache {key[:12]} has all of {views} views already: nothing to compute ({path})")
         return BuildResult(path, key, views, cache.size(), 0, time.monotonic() - start, teacher_top1(cache))
     _require_place(path)
-    batch = config.batch_size or defaults_for(source.train).build_batch
-    images = sum(len(rows) for _, _, rows in todo)
+    batch = config.batch_size or min(defaults_for(source.train).build_batch, len(source.train))
+    if batch > len(source.train):
+        raise InputError(f"--batch-size {batch} is larger than the data, {len(source.train):,} images: lower it")
+    images = sum(len(shard.rows) for shard in todo)
     say(
         f"cache {key[:12]}: {source.identity.teacher.architecture} on {source.identity.data.name}, "
         f"{source.identity.views.policy}, {views} views of {len(source.train):,} samples"
     )
+    renderer = teacher_renderer(source.train, source, config.workers)
     if images:
-        rate, record_bytes = _probe(source, config, batch)
+        rate, record_bytes = _probe(source, config, batch, images, renderer)
         say(
             f"to compute: {images:,} records on {source.teacher.device}, about {duration(images / rate)} at "
             f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {path}"
         )
-        if batch / rate > _LOST_AT_MOST - _SPOOL_SECONDS:
+        if batch / rate > _LOST_AT_MOST - SPOOL_SECONDS - WAITING_SECONDS:
             say(f"note: a build that is killed loses up to a batch, here {duration(batch / rate)}: lower --batch-size")
+        if (world := this_rank().world) > len(todo):
+            say(f"note: {world} processes for {len(todo)} shards: {world - len(todo)} of them have nothing to compute")
+        source = _compiled(source, config, batch, images / rate / world, say)
     path.mkdir(parents=True, exist_ok=True)
     cache = Cache.create(path, source.identity)
     # From here on in the stores whose scratch folder the lease is for.
-    todo = [(cache.train if store.split == "train" else cache.evaluation, view, rows) for store, view, rows in todo]
+    todo = [s._replace(store=cache.train if s.store.split == "train" else cache.evaluation) for s in todo]
     writer = _writer(source.teacher)
     with cache.writing(say) as leases:
         if others := leases.others():
@@ -208,8 +239,9 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
             store.write_labels(labels.astype(arrays.id_dtype(source.teacher.classes)), writer)
             store.write_sizes(data.sizes, writer)
         with Progress("build", images, "images") as progress:
-            computed = _build_shards(source, config, cache, leases, todo, batch, spool, writer, progress, say)
-    _clear(spool, cache)
+            builder = _Builder(source, config, cache, leases, batch, spool, writer, progress, say, {"train": renderer})
+            computed = builder.build(todo)
+    clear(spool, cache)
     top1 = teacher_top1(cache)
     seconds = time.monotonic() - start
     share = f", {computed:,} of {images:,} images by this build" if computed < images else ""
@@ -246,18 +278,42 @@ def record_batches(
 ) -> Iterator[tuple[Records, torch.Tensor]]:
     """The live teacher's records and logits [B, C] for rows of a view, in the batches that a build takes.
 
-    `rows` starts on a batch boundary of its shard; a short last batch is filled up, because logits of small
-    batches can differ in the last bit.
+    `rows` starts on a batch boundary of its shard.
     """
-    record, teacher = source.identity.record, source.teacher
     parameters = view_parameters(data, source.identity, view, rows)
     renderer = teacher_renderer(data, source, workers)
-    batches = [np.arange(i, min(i + batch, rows.stop)) for i in range(rows.start, rows.stop, batch)]
-    full = [np.pad(b, (0, batch - len(b)), mode="edge") for b in batches]
-    for index, images in zip(batches, renderer.batches(parameters, full, first=rows.start), strict=True):
-        logits = teacher.logits(images)[: len(index)]
-        y = torch.from_numpy(labels[index]).to(logits.device)
-        yield arrays.encode_as(record, logits, y), logits
+    for _, _, records, logits in answers(source, renderer, labels, [parameters], [rows.start], rows, batch):
+        yield records, logits
+
+
+def answers(
+    source: Source,
+    renderer: Renderer,
+    labels: NDArray[np.int64],
+    views: Sequence[ViewParameters],
+    starts: Sequence[int],
+    rows: range,
+    batch: int,
+    skip: Callable[[int], bool] = lambda _: False,
+) -> Iterator[tuple[int, range, Records, torch.Tensor]]:
+    """The teacher's answers for rows of several views, each from its own start, which is a batch boundary, on.
+
+    The place in `views`, the rows of the batch, their records and logits [B, C], unchecked. skip: whether a view, by
+    its place, is no longer wanted. A short last batch is filled up, because logits of small batches can differ in the
+    last bit.
+    """
+    bounds = [range(i, min(i + batch, rows.stop)) for i in range(rows.start, rows.stop, batch)]
+    bounds = bounds[(min(starts) - rows.start) // batch :]
+    filled = [np.pad(np.arange(b.start, b.stop), (0, batch - len(b)), mode="edge") for b in bounds]
+    wanted = [[place for place, start in enumerate(starts) if start <= b.start] for b in bounds]
+    y = torch.from_numpy(labels[rows.start : rows.stop]).to(source.teacher.device)
+    for number, place, images in renderer.views(views, list(zip(filled, wanted, strict=True)), rows.start):
+        if skip(place):
+            continue
+        at = bounds[number]
+        logits = source.teacher.logits(images)[: len(at)]
+        of = y[at.start - rows.start : at.stop - rows.start]
+        yield place, at, arrays.encode_as(source.identity.record, logits, of, check=False), logits
 
 
 def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) -> Renderer:
@@ -266,195 +322,205 @@ def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) 
     return Renderer(data, identity.teacher.input_size, source.teacher.device, identity.views.policy, workers)
 
 
-def _build_shards(
-    source: Source,
-    config: BuildConfig,
-    cache: Cache,
-    leases: Leases,
-    todo: list[Shard],
-    batch: int,
-    spools: Path,
-    writer: Mapping[str, str],
-    progress: Progress,
-    say: Callable[[str], None],
-) -> int:
-    """See to it that all shards are committed: compute those that nobody else does, then wait for the others.
+@dataclass(eq=False)
+class _Lot:
+    """A shard under way: where it is spooled, its view parameters, and whether another build has committed it."""
 
-    How many images the teacher answered for here.
-    """
-    computed, told = 0, ""
-    while True:
+    shard: Shard
+    spool: Spool
+    start: int
+    parameters: ViewParameters
+    gone: bool = False
+
+
+@dataclass(eq=False)
+class _Builder:
+    """One build at work: the teacher here, and a thread that writes what it has answered."""
+
+    source: Source
+    config: BuildConfig
+    cache: Cache
+    leases: Leases
+    batch: int
+    spools: Path
+    writer: Mapping[str, str]
+    progress: Progress
+    say: Callable[[str], None]
+    renderers: dict[str, Renderer]
+    computed: int = 0
+    _todo: list[Shard] = field(default_factory=list)  # neither committed nor under way here
+    _open: set[Spool] = field(default_factory=set)
+    _looked: float = -_LOOK_SECONDS
+
+    def build(self, todo: list[Shard]) -> int:
+        """See to it that all shards are committed: compute those that nobody else does, then wait for the others.
+
+        How many images the teacher answered for here.
+        """
+        self._todo, told = todo, ""
+        try:
+            with Writer() as thread:
+                while True:
+                    self._look()
+                    if not self._todo:
+                        thread.finish()
+                        self._look()
+                        self.cache.write_prior(self.writer)
+                        return self.computed
+                    if shards := self._take():
+                        self._compute(shards, thread)
+                        continue
+                    thread.finish()  # also because an error of its would else be told only at the end
+                    if (now := self._waiting()) not in (told, ""):
+                        told = now
+                        self.say(told)
+                    time.sleep(_POLL_SECONDS)
+        finally:
+            for spool in self._open:
+                spool.close()
+
+    def _look(self) -> None:
+        """Strike off what other builds have committed."""
+        self._looked = time.monotonic()
         committed = {}
-        for store in (cache.train, cache.evaluation):
+        for store in (self.cache.train, self.cache.evaluation):
             store.refresh()
             committed[store.split] = store.committed()
-        left = [(s, v, rows) for s, v, rows in todo if rows.start // s.part not in committed[s.split].get(v, ())]
-        progress.advance(sum(len(rows) for _, _, rows in todo) - sum(len(rows) for _, _, rows in left))
-        todo = left
-        cache.write_prior(writer)
-        if not todo:
-            return computed
-        shard = next((s for s in todo if leases.take(_lease(*s))), None)
-        if shard is None:
-            if (now := _waiting(leases, todo)) not in (told, ""):
-                told = now
-                say(told)
-            time.sleep(_POLL_SECONDS)
-            continue
-        store, view, rows = shard
-        name = shard_name(view, rows.start // store.part)
-        try:
-            store.finish(name)  # decided by a builder that died before it was committed
-            if not store.has(name):
-                computed += _build_shard(source, config, store, view, rows, batch, spools, writer, progress, leases)
-                todo.remove(shard)
-        finally:
-            leases.release(_lease(*shard))
+        left = [s for s in self._todo if s.part not in committed[s.store.split].get(s.view, ())]
+        self.progress.advance(sum(len(s.rows) for s in self._todo) - sum(len(s.rows) for s in left))
+        self._todo = left
 
+    def _take(self) -> list[Shard]:
+        """Lease the first shard that can be, and of image files the same part of as many views as are cut together.
 
-def _lease(store: SplitStore, view: int, rows: range) -> str:
-    return ("eval-" if store.split == "eval" else "") + shard_name(view, rows.start // store.part)
-
-
-def _waiting(leases: Leases, todo: list[Shard]) -> str:
-    holders = {str(holder) for shard in todo if (holder := leases.holder(_lease(*shard)))}
-    return f"waiting for the last {len(todo)} shards, at {', '.join(sorted(holders))}" if holders else ""
-
-
-def _build_shard(
-    source: Source,
-    config: BuildConfig,
-    store: SplitStore,
-    view: int,
-    rows: range,
-    batch: int,
-    spools: Path,
-    writer: Mapping[str, str],
-    progress: Progress,
-    leases: Leases,
-) -> int:
-    """Compute and commit one shard; how many images the teacher answered for."""
-    data, labels = (
-        (source.evaluation, source.evaluation_labels) if store.split == "eval" else (source.train, source.train_labels)
-    )
-    part = rows.start // store.part
-    lease, name = _lease(store, view, rows), shard_name(view, part)
-    keeps_sums = store.carries_tail_sums(view)
-    with Spool(spools / f"{lease}-b{batch}", len(rows)) as spool:
-        first = at = rows.start + spool.rows
-        progress.advance(spool.rows)
-        for records, logits in record_batches(
-            source, data, labels, view, range(first, rows.stop), batch, config.workers
-        ):
-            sums = tail_distribution(logits, records).cpu().numpy() if keeps_sums else None
-            spool.add(arrays.as_arrays(records), sums)
-            at += len(records)
-            progress.advance(len(records), f"(view {view}, {data.split})")
-            if leases.lost(lease) and store.has(name):
+        But leave the other builders as much of it.
+        """
+        taken: list[Shard] = []
+        most = 1
+        for shard in list(self._todo):
+            if taken and (shard.store, shard.rows) != (taken[0].store, taken[0].rows):
+                continue
+            if not self.leases.take(shard.lease):
+                continue
+            if not taken and self._data(shard)[0].images is None:
+                alike = sum((s.store, s.rows) == (shard.store, shard.rows) for s in self._todo)
+                builders = max(this_rank().world, 1 + len(self.leases.others()))
+                most = min(self.config.views_per_decode, -(-alike // builders))
+            taken.append(shard)
+            self._todo.remove(shard)
+            if len(taken) == most:
                 break
-        if store.has(name):
-            progress.advance(rows.stop - at)  # by the build that took over the lease
-        else:
-            digest = view_parameters(data, source.identity, view, rows).digest()
-            store.write_shard(view, part, spool.arrays(), digest, writer, spool.sums)
+        return taken
+
+    def _waiting(self) -> str:
+        holders = {str(holder) for shard in self._todo if (holder := self.leases.holder(shard.lease))}
+        return f"waiting for the last {len(self._todo)} shards, at {', '.join(sorted(holders))}" if holders else ""
+
+    def _data(self, shard: Shard) -> tuple[Dataset, NDArray[np.int64]]:
+        if shard.store.split == "eval":
+            return self.source.evaluation, self.source.evaluation_labels
+        return self.source.train, self.source.train_labels
+
+    def _renderer(self, data: Dataset) -> Renderer:
+        if data.split == "train":
+            self.renderers.pop("eval", None)  # and its worker processes
+        if data.split not in self.renderers:
+            self.renderers[data.split] = teacher_renderer(data, self.source, self.config.workers)
+        return self.renderers[data.split]
+
+    def _compute(self, shards: list[Shard], thread: Writer) -> None:
+        """Have the teacher answer for shards of one part, and the thread write them."""
+        data, labels = self._data(shards[0])
+        lots = [lot for shard in shards if (lot := self._begin(shard, data))]
+        if not lots:
+            return
+        under_way: deque[_Copy] = deque()
+        for place, at, records, logits in answers(
+            self.source, self._renderer(data), labels, [lot.parameters for lot in lots], [lot.start for lot in lots],
+            shards[0].rows, self.batch, lambda place: lots[place].gone,
+        ):  # fmt: skip
+            lot = lots[place]
+            sums = lot.shard.store.carries_tail_sums(lot.shard.view)
+            copy = _Copy(records, logits, tail_distribution(logits, records) if sums else None)
+            under_way.append(copy)
+            if len(under_way) > _AHEAD:
+                under_way.popleft().wait()
+            thread.do(partial(self._spool, lot, at, copy))
+            self.computed += len(at)
+            self.progress.advance(len(at), f"(view {lot.shard.view}, {data.split})")
+            if self.leases.lost(lot.shard.lease) and lot.shard.store.has(lot.shard.name):
+                lot.gone = True
+                self.progress.advance(lot.shard.rows.stop - at.stop)  # by the build that took over the lease
+                if all(lot.gone for lot in lots):
+                    break
+            if time.monotonic() - self._looked > _LOOK_SECONDS:
+                self._look()
+        for lot in lots:
+            thread.do(partial(self._commit, lot))
+
+    def _begin(self, shard: Shard, data: Dataset) -> _Lot | None:
+        """Open its spool; None where it is committed."""
+        shard.store.finish(shard.name)  # decided by a builder that died before it was committed
+        if shard.store.has(shard.name):
+            self.leases.release(shard.lease)
+            self.progress.advance(len(shard.rows))
+            return None
+        spool = Spool(self.spools / f"{shard.lease}-b{self.batch}", len(shard.rows))
+        self._open.add(spool)
+        self.progress.advance(spool.rows)
+        parameters = view_parameters(data, self.source.identity, shard.view, shard.rows)
+        return _Lot(shard, spool, shard.rows.start + spool.rows, parameters)
+
+    def _spool(self, lot: _Lot, at: range, copy: _Copy) -> None:
+        found = copy.arrays()
+        finite, sums = found.pop(_FINITE), found.pop(_SUMS, None)
+        if not finite.all():
+            split, sample = lot.shard.store.split, at[int(finite.argmin())]
+            raise InputError(f"the teacher's logits are not finite: view {lot.shard.view}, sample {sample} of {split}")
+        lot.spool.add(found, sums)
+
+    def _commit(self, lot: _Lot) -> None:
+        shard, spool = lot.shard, lot.spool
+        if not shard.store.has(shard.name):
+            digest = lot.parameters.digest()
+            shard.store.write_shard(shard.view, shard.part, spool.arrays(), digest, self.writer, spool.sums)
+        self.cache.write_prior(self.writer)
         spool.remove()
-    return at - first
+        spool.close()
+        self._open.remove(spool)
+        self.leases.release(shard.lease)
 
 
-class Spool:
-    """Encoded batches of one shard under way, synced to local disk now and then until the shard is committed.
+_FINITE, _SUMS = "_finite", "_sums"
 
-    Of several builders of one shard (one was stopped and woke up), each has a folder of its own. A builder that is
-    killed leaves its lock, and with it its folder, to the next. Use with `with`.
-    """
 
-    def __init__(self, folder: Path, total: int) -> None:
-        self._total = total
-        for slot in itertools.count():
-            self._folder = folder.with_name(f"{folder.name}-{slot}")
-            with suppress(Timeout):
-                self._lock = _locked(self._folder)
-                break
-        self._blocks: list[dict[str, NDArray[Any]]] = []
-        self._unsynced: list[dict[str, NDArray[Any]]] = []
-        self._synced_at = time.monotonic()
-        self.sums: NDArray[np.float64] | None = None
-        self.rows = 0
-        self._load()
+class _Copy:
+    """A batch's answers on their way to the host: only records cross the bus, and nobody waits for them yet."""
 
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self._lock.release()
-
-    def add(self, block: dict[str, NDArray[Any]], sums: NDArray[np.float64] | None) -> None:
-        """Append a batch's arrays by name, and its tail sums [T, C]."""
-        self._unsynced.append(block)
-        # Summed batch by batch, so that where the spool was cut does not change a bit.
+    def __init__(self, records: Records, logits: torch.Tensor, sums: torch.Tensor | None) -> None:
+        found = {**arrays.as_tensors(records), _FINITE: torch.isfinite(logits).all(1)}
         if sums is not None:
-            self.sums = sums if self.sums is None else self.sums + sums
-        if time.monotonic() - self._synced_at > _SPOOL_SECONDS:
-            self._sync()
+            found[_SUMS] = sums
+        self._event = torch.cuda.Event() if logits.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._event is None:
+            self._host = {name: tensor.cpu() for name, tensor in found.items()}
+        else:
+            self._host = {
+                name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+                for name, tensor in found.items()
+            }
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until it is there."""
+        if self._event is not None:
+            self._event.synchronize()
 
     def arrays(self) -> dict[str, NDArray[Any]]:
-        """All rows by array name."""
-        blocks = self._blocks + self._unsynced
-        return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
-
-    def remove(self) -> None:
-        shutil.rmtree(self._folder, ignore_errors=True)
-
-    def _sync(self) -> None:
-        block = {name: np.concatenate([b[name] for b in self._unsynced]) for name in self._unsynced[0]}
-        stop = self.rows + len(block["gaps"])
-        content = io.BytesIO()
-        extra = {} if self.sums is None else {"_sums": self.sums}
-        np.savez(content, allow_pickle=False, **block, **extra)
-        data = content.getvalue()
-        replace_file(self._folder / f"{self.rows:012d}-{stop:012d}.block", sha256(data).encode() + data)
-        self._blocks.append(block)
-        self._unsynced, self.rows, self._synced_at = [], stop, time.monotonic()
-
-    def _load(self) -> None:
-        for path in sorted(self._folder.glob(f"{'[0-9]' * 12}-{'[0-9]' * 12}.block")):
-            start, stop = map(int, path.stem.split("-"))
-            content = path.read_bytes()
-            digest, data = content[:64], content[64:]
-            # Damaged, or beyond a damaged one: these rows are computed again.
-            if start != self.rows or stop > self._total or sha256(data).encode() != digest:
-                continue
-            with np.load(io.BytesIO(data), allow_pickle=False) as f:
-                block = {name: f[name] for name in f.files}
-            self.sums = block.pop("_sums", self.sums)
-            self._blocks.append(block)
-            self.rows = stop
-
-
-def _locked(folder: Path) -> FileLock:
-    """A lock on a folder that is there, or Timeout."""
-    while True:
-        with suppress(FileNotFoundError):  # another builder has just cleared the folder away
-            folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / "lock", timeout=0)
-            lock.acquire()
-            return lock
-
-
-def _spool_folder(path: Path, key: str) -> Path:
-    """For builds of this cache in this place: one of the same key can go on elsewhere."""
-    return home() / "spool" / f"{key[:16]}-{sha256(os.fsencode(path.resolve()))[:16]}"
-
-
-def _clear(spool: Path, cache: Cache) -> None:
-    """Remove what builds have left in the spool for shards that are committed, unless one is at work on them."""
-    for name in names(spool):
-        store = cache.evaluation if name.startswith("eval-") else cache.train
-        if store.has(name.removeprefix("eval-").rpartition("-b")[0]):
-            with suppress(Timeout, FileNotFoundError), FileLock(spool / name / "lock", timeout=0):
-                shutil.rmtree(spool / name, ignore_errors=True)
-    with suppress(OSError):  # missing, or not empty
-        spool.rmdir()
+        """By name, once it is there."""
+        self.wait()
+        # Pinned memory is for the way only.
+        return {name: t.numpy() if self._event is None else t.numpy().copy() for name, t in self._host.items()}
 
 
 def _require_place(path: Path) -> None:
@@ -486,22 +552,39 @@ def _missing(path: Path, source: Source, views: int) -> list[Shard]:
     for store, count in ((evaluation, 1), (train, views)):
         done = store.committed()
         todo += [
-            (store, v, store.rows(p)) for v in range(count) for p in range(store.parts) if p not in done.get(v, ())
+            Shard(store, v, store.rows(p)) for v in range(count) for p in range(store.parts) if p not in done.get(v, ())
         ]
     return todo
 
 
-def _probe(source: Source, config: BuildConfig, batch: int) -> tuple[float, float]:
-    """The teacher's images/s and bytes a record, from up to 512 seeded random images without augmentation.
+def _compiled(source: Source, config: BuildConfig, batch: int, seconds: float, say: Callable[[str], None]) -> Source:
+    """With a compiled teacher where that was asked for, or on CUDA where so many seconds of work make up for it."""
+    if config.compile is False or not (
+        config.compile or (source.teacher.device.type == "cuda" and seconds > _WORTH_COMPILING)
+    ):
+        return source
+    say(f"compiling {source.identity.teacher.architecture}")
+    try:
+        return replace(source, teacher=source.teacher.compile(batch))
+    except InputError as e:
+        if config.compile:
+            raise
+        say(f"note: {e}")
+        return source
 
-    InputError where its accuracy on them is near chance: classes in another order are the commonest silent error.
+
+def _probe(source: Source, config: BuildConfig, batch: int, images: int, renderer: Renderer) -> tuple[float, float]:
+    """The teacher's images/s and bytes a record, from seeded random images without augmentation.
+
+    A hundredth of the images that are to be computed, at least 128 and up to 512. InputError where its accuracy on them
+    is near chance: classes in another order are the commonest silent error.
     """
     data, identity = source.train, source.identity
     shuffled = np.argsort(np.random.Philox(key=7).random_raw(len(data)), kind="stable")
-    index = np.sort(shuffled[:_PROBE]).astype(np.int64)
+    index = np.sort(shuffled[: min(max(_PROBE[0], images // 100), _PROBE[1])]).astype(np.int64)
     batches = [index[i : i + batch] for i in range(0, len(index), batch)]
     parameters = evaluation_view(data.sizes, whole=data.images is not None)
-    rendered = list(teacher_renderer(data, source, config.workers).batches(parameters, batches))
+    rendered = list(renderer.batches(parameters, batches))
     source.teacher.logits(rendered[0][:2])
     start = time.monotonic()
     logits = torch.cat([source.teacher.logits(images) for images in rendered]).cpu()

@@ -2,26 +2,29 @@
 
 from __future__ import annotations
 
+import math
 import sys
 import time
 from typing import TextIO
 
+from kdcache.pipeline.ranks import this_rank
+
 
 class Progress:
-    """Counts towards `total` units; shows rate and time left. Use with `with`."""
+    """Counts towards `total` units; shows rate and time left, on torchrun's first rank. Use with `with`."""
 
     def __init__(self, title: str, total: int, unit: str, stream: TextIO | None = None) -> None:
         self.title, self.total, self.unit, self.done = title, total, unit, 0
         self._stream = stream or sys.stderr
         self._tty = self._stream.isatty()
-        self._every = 0.2 if self._tty else 15.0
+        self._every = math.inf if this_rank().rank else 0.2 if self._tty else 15.0
         self._start = self._shown = time.monotonic()
 
     def __enter__(self) -> Progress:
         return self
 
     def __exit__(self, *exc: object) -> None:
-        if self._tty and self.done:
+        if self._tty and self.done and not this_rank().rank:
             self._stream.write("\r\033[K")
             self._stream.flush()
 

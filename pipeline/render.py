@@ -6,7 +6,6 @@ train on the same renderer and CPU class, with any number of workers.
 
 from __future__ import annotations
 
-import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -17,15 +16,17 @@ import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader
+from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import functional as tv
 
 from kdcache.cache.errors import InputError, KdcacheError
 from kdcache.pipeline.datasets import Dataset
+from kdcache.pipeline.ranks import cores
 from kdcache.pipeline.views import ViewParameters, padding
 
 RENDERER = "torch-uint8-1"
+_CUTS = 32  # that a worker process makes at once
 
 
 def render(image: Tensor, box: Sequence[int], flip: bool, size: tuple[int, int]) -> Tensor:
@@ -86,27 +87,51 @@ class _Pixels:
         return pixels.view(*at.shape, -1).permute(0, 3, 1, 2)
 
 
+@dataclass(frozen=True)
+class _Task:
+    """Samples [b] and their boxes [b, n, 4] and flips [b, n] in n views."""
+
+    samples: NDArray[np.int64]
+    boxes: NDArray[np.int32]
+    flips: NDArray[np.bool_]
+
+
 @dataclass
 class _FileViews(TorchDataset[Tensor | str]):
-    """What a worker process does for one sample; an error travels as its text, so that it stays one line."""
+    """What a worker process does: uint8 [b, n, *size, 3] of a task, each image decoded once for all of its views.
+
+    An error travels as its text, so that it stays one line.
+    """
 
     data: Dataset
-    parameters: ViewParameters
-    first: int
     size: tuple[int, int]
 
-    def __getitem__(self, index: int) -> Tensor | str:
-        try:
-            box, flip = self.parameters.boxes[index - self.first], self.parameters.flips[index - self.first]
-            return render(self.data.decode(index), box.tolist(), bool(flip), self.size)
-        except KdcacheError as e:
-            return str(e)
+    def __getitem__(self, task: _Task) -> Tensor | str:
+        cuts: list[Tensor] = []
+        views = task.boxes.shape[1]
+        for i, sample in enumerate(task.samples.tolist()):
+            if i and sample == task.samples[i - 1]:  # a short batch is filled up with its last sample
+                cuts += cuts[-views:]
+                continue
+            try:
+                image = self.data.decode(sample)
+            except KdcacheError as e:
+                return str(e)
+            drawn = zip(task.boxes[i].tolist(), task.flips[i].tolist(), strict=True)
+            cuts += [render(image, box, flip, self.size).permute(1, 2, 0) for box, flip in drawn]
+        stacked: Tensor = default_collate(cuts)  # in a worker straight into memory that is shared
+        return stacked.view(len(task.samples), views, *self.size, 3)
+
+
+Batch = tuple[NDArray[np.int64], Sequence[int]]  # samples, and in which views
 
 
 class Renderer:
     """Rendered batches of a dataset in views of `policy`, at `size` pixels (None: the images' own), on `device`.
 
-    In-memory images are rendered on the device in batches, files in `workers` processes.
+    In-memory images are rendered on the device in batches. Files are in `workers` processes, which live on from one
+    call to the next; of their pixels no more wait than two batches in each of the views that are cut together, or two
+    tasks of 32 cuts a worker where that is more.
     """
 
     def __init__(
@@ -114,8 +139,9 @@ class Renderer:
     ) -> None:
         self.data, self.device = data, device
         pad = padding(policy, *map(int, data.sizes[0]))
-        self.workers = (os.cpu_count() or 1) if workers is None else workers
+        self.workers = cores() if workers is None else workers
         self._pixels = None if data.images is None else _Pixels(data.images, pad, device)
+        self._idle: _Loader | None = None
         if size is not None:
             self.size = (size, size)
         elif self._pixels is not None:
@@ -127,37 +153,95 @@ class Renderer:
         self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]], first: int = 0
     ) -> Iterator[Tensor]:
         """uint8 [B, 3, H, W] for each batch of sample indices; parameters are those of samples first, first+1, ..."""
-        views = _FileViews(self.data, parameters, first, self.size)
         if self._pixels is None:
-            yield from self._from_files(views, batches)
+            yield from (images for *_, images in self._from_files([parameters], [(b, (0,)) for b in batches], first))
         elif self.size == self._pixels.size and (parameters.boxes[:, 2:] == self.size).all():
             boxes = torch.from_numpy(parameters.boxes).to(self.device)
             flips = torch.from_numpy(parameters.flips).to(self.device)
-            for batch in batches:
-                index = torch.from_numpy(batch).to(self.device)
+            # All indices at once: a copy by batch would have the device wait each time.
+            every = torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(self.device)
+            for index in every.split([len(batch) for batch in batches]):
                 yield self._pixels.crops(index, boxes[index - first], flips[index - first])
         else:
+            views = _FileViews(self.data, self.size)
             for batch in batches:
-                yield self._ready(_stack_or_error([views[int(i)] for i in batch]))
+                yield self._ready(views[_task(batch, [parameters], first)])[:, 0].permute(0, 3, 1, 2)
 
-    def _from_files(self, views: _FileViews, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
-        loader: DataLoader[Tensor] = DataLoader(
-            views,  # type: ignore[arg-type]
-            batch_sampler=[b.tolist() for b in batches],
-            num_workers=min(self.workers, len(batches)),
-            collate_fn=_stack_or_error,
+    def views(
+        self, parameters: Sequence[ViewParameters], batches: Sequence[Batch], first: int = 0
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        """Every batch in each of its views: the places of both, and the pixels as `batches` gives them.
+
+        Files are decoded once for all views of a batch, so batch by batch; in-memory images come view by view.
+        """
+        if self._pixels is None:
+            yield from self._from_files(parameters, batches, first)
+            return
+        for place, drawn in enumerate(parameters):
+            wanted = [number for number, (_, places) in enumerate(batches) if place in places]
+            rendered = self.batches(drawn, [batches[number][0] for number in wanted], first)
+            yield from ((number, place, images) for number, images in zip(wanted, rendered, strict=True))
+
+    def _from_files(
+        self, parameters: Sequence[ViewParameters], batches: Sequence[Batch], first: int
+    ) -> Iterator[tuple[int, int, Tensor]]:
+        tasks: list[_Task] = []
+        counts = []
+        for samples, places in batches:
+            step = max(1, _CUTS // len(places))
+            chosen = [parameters[place] for place in places]
+            new = [_task(samples[i : i + step], chosen, first) for i in range(0, len(samples), step)]
+            tasks += new
+            counts.append(len(new))
+        workers, ahead = min(self.workers, len(tasks)), 2 * max(counts, default=0)
+        if (loader := self._idle) is None or not loader.serves(workers, ahead):
+            loader = _Loader(_FileViews(self.data, self.size), workers, ahead, self.device.type == "cuda")
+        # Not for another call before this one is through.
+        self._idle = None
+        done = loader.run(tasks)
+        for number, (_, places) in enumerate(batches):
+            cuts = [self._ready(next(done)) for _ in range(counts[number])]
+            for j, place in enumerate(places):
+                yield number, place, torch.cat([cut[:, j] for cut in cuts]).permute(0, 3, 1, 2)
+        self._idle = loader
+
+    def _ready(self, pixels: Tensor | str) -> Tensor:
+        if isinstance(pixels, str):
+            raise InputError(pixels)
+        return pixels.to(self.device, non_blocking=True)
+
+
+class _Loader:
+    """Worker processes that wait for tasks between the runs; with 0 of them this process does the work."""
+
+    def __init__(self, views: _FileViews, workers: int, ahead: int, pin: bool) -> None:
+        self._workers, self._tasks = workers, list[_Task]()
+        self._each = max(2, -(-ahead // workers)) if workers else None  # tasks that a worker has or has done
+        self._loader: DataLoader[Tensor | str] = DataLoader(
+            views,
+            batch_size=None,
+            sampler=self._tasks,
+            num_workers=workers,
+            prefetch_factor=self._each,
+            persistent_workers=workers > 0,
             worker_init_fn=_one_thread,
-            pin_memory=self.device.type == "cuda",
+            pin_memory=pin,
+            generator=torch.Generator(),  # the workers' seeds, of which they have no use: not from the run's own
         )
-        with _uninterrupted():
-            started = iter(loader)
-        for batch in started:
-            yield self._ready(batch)
 
-    def _ready(self, batch: Tensor | str) -> Tensor:
-        if isinstance(batch, str):
-            raise InputError(batch)
-        return batch.to(self.device, non_blocking=True).contiguous(memory_format=torch.channels_last)
+    def serves(self, workers: int, ahead: int) -> bool:
+        """Whether it has that many workers, and lets so many tasks be ahead."""
+        return self._workers >= workers and (self._each is None or self._each * self._workers >= ahead)
+
+    def run(self, tasks: list[_Task]) -> Iterator[Tensor | str]:
+        self._tasks[:] = tasks
+        with _uninterrupted():
+            return iter(self._loader)
+
+
+def _task(samples: NDArray[np.int64], views: Sequence[ViewParameters], first: int) -> _Task:
+    drawn = [view[samples - first] for view in views]
+    return _Task(samples, np.stack([d.boxes for d in drawn], 1), np.stack([d.flips for d in drawn], 1))
 
 
 @contextmanager
@@ -172,8 +256,3 @@ def _uninterrupted() -> Iterator[None]:
 
 def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
-
-
-def _stack_or_error(samples: list[Tensor | str]) -> Tensor | str:
-    errors = [s for s in samples if isinstance(s, str)]
-    return errors[0] if errors else torch.stack([s for s in samples if isinstance(s, Tensor)])

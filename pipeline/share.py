@@ -7,9 +7,11 @@ from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
+from filelock import FileLock
+
 from kdcache import __version__
 from kdcache.cache.errors import InputError
-from kdcache.cache.home import caches_folder, open_cache, open_registry
+from kdcache.cache.home import caches_folder, home, open_cache, open_registry
 from kdcache.cache.objects import FolderObjects
 from kdcache.cache.pack import choose_views
 from kdcache.cache.registry import Registry, check_name, split_url
@@ -18,6 +20,7 @@ from kdcache.cache.transfer import Moved, count, into_bucket, into_folder, requi
 from kdcache.pipeline.build import BuildConfig, BuildResult, Source, build, open_source, teacher_top1
 from kdcache.pipeline.defaults import defaults_for
 from kdcache.pipeline.progress import Progress, duration, size
+from kdcache.pipeline.ranks import this_rank
 
 Say = Callable[[str], None]
 
@@ -148,14 +151,14 @@ def build_shared(
         if _is_cache(own):
             _fetch(Cache(own), path, views, say)
         result = build(replace(config, out=str(path)), say, source)
-        if result.teacher_images:
+        if result.teacher_images and this_rank().rank == 0:
             shared.record(Cache(path), __version__, result.teacher_top1)
         return result
     path = Path(config.out) if config.out else own
     if not set(range(views)) <= _complete(path) and shared.has(key):
         _fetch(shared.cache(key), path, views, say)
     result = build(replace(config, out=str(path)), say, source)
-    if publish:
+    if publish and this_rank().rank == 0:  # each returns when all of it is done
         cache = Cache(path)
         _publish(cache, shared, [v for v in cache.views if v < views], say)
     return result
@@ -165,10 +168,12 @@ def _fetch(theirs: Cache, path: Path, views: int, say: Say) -> None:
     """Copy what is complete of the first `views` there and not here."""
     if not theirs.finished or 0 not in theirs.evaluation.complete_views():
         return
-    wanted = sorted({v for v in theirs.views if v < views} - _complete(path))
-    if wanted:
-        say(f"{len(wanted)} of {views} views of cache {theirs.key[:12]} are in {theirs.path}")
-        _pull(theirs, path, wanted)
+    (home() / "remote").mkdir(parents=True, exist_ok=True)
+    with FileLock(home() / "remote" / f"{theirs.key}.lock"):  # of several processes one pulls
+        wanted = sorted({v for v in theirs.views if v < views} - _complete(path))
+        if wanted:
+            say(f"{len(wanted)} of {views} views of cache {theirs.key[:12]} are in {theirs.path}")
+            _pull(theirs, path, wanted)
 
 
 def _as_published(source: Source, config: BuildConfig, shared: Registry, views: int, say: Say) -> Source:

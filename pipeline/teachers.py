@@ -6,7 +6,8 @@ import hashlib
 import json
 import re
 import warnings
-from dataclasses import dataclass
+from collections.abc import Callable
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -24,6 +25,7 @@ from kdcache.cache.home import home
 from kdcache.cache.identity import TeacherIdentity
 from kdcache.pipeline.datasets import Dataset
 from kdcache.pipeline.networks import build_network, small_stem
+from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import normalised
 
 RGB = tuple[float, float, float]
@@ -53,13 +55,14 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A network that only answers. class_names: by class id where known; accuracy: as filed by teach, 0..1."""
+    """A network that only answers. class_names: by class id where known; compiled: the model, where it is."""
 
     identity: TeacherIdentity
     model: Classifier
     classes: int
     class_names: tuple[str, ...] | None
     device: torch.device
+    compiled: Callable[[Tensor], Tensor] | None = None
 
     @property
     def input_size(self) -> int:
@@ -75,17 +78,53 @@ class Teacher:
             torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False),
             torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
         ):
-            return self.model(images).float()  # type: ignore[no-any-return]
+            if self.compiled is None:
+                return self.model(images).float()  # type: ignore[no-any-return]
+            # What a CUDA graph gives is overwritten by the next answer.
+            return self.compiled(images).float().clone()
+
+    def compile(self, batch: int) -> Teacher:
+        """The same teacher, compiled for batches of so many images; logits equal to rounding. InputError if it fails.
+
+        On CUDA the whole network becomes one CUDA graph.
+        """
+        mode = "reduce-overhead" if self.device.type == "cuda" else "default"
+        found = replace(self, compiled=torch.compile(self.model, mode=mode, dynamic=False))
+        size = (batch, 3, self.input_size, self.input_size)
+        images = torch.zeros(size, dtype=torch.uint8, device=self.device).to(memory_format=torch.channels_last)
+        try:
+            for _ in range(3):  # to compile, to record, to replay
+                found.logits(images)
+        except torch.OutOfMemoryError:
+            raise
+        except Exception as e:  # of the network, the compiler, or for want of one
+            network = self.identity.architecture
+            raise InputError(
+                f"{network} cannot be compiled here: {_first_sentence(e)}; --no-compile does without"
+            ) from e
+        return found
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or cuda where there is one, else cpu."""
+    """The device of that name, or cuda where there is one, else cpu; of torchrun's ranks, each takes its own GPU."""
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
+        if device == torch.device("cuda") and this_rank().local_world > 1:
+            device = torch.device("cuda", this_rank().local_rank)
         torch.zeros(1, device=device).item()  # meta makes tensors, but holds nothing
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise InputError(f"device {name!r} cannot be used here: {_first_sentence(e)}") from e
+        raise InputError(f"device {name or 'cuda'!r} cannot be used here: {_first_sentence(e)}; {_instead()}") from e
+    if device.index is not None and device.type == "cuda":
+        torch.cuda.set_device(device)  # for streams and events, which are made without naming one
     return device
+
+
+def _instead() -> str:
+    """What to ask for, where torchrun started more ranks than there are GPUs too."""
+    here, gpus = this_rank().local_world, torch.cuda.device_count()
+    if here > gpus > 0:
+        return f"{here} ranks were started here and there are {gpus} GPUs: --nproc-per-node {gpus}"
+    return "take cpu, cuda or cuda:N"
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:

@@ -30,8 +30,10 @@ from kdcache.cache import errors as e
 from kdcache.cache.home import list_caches
 from kdcache.cache.store import SplitStore, shard_name
 from kdcache.pipeline import build as build_module
+from kdcache.pipeline import spool as spool_module
 from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build import BuildConfig, build, open_source, record_batches
+from kdcache.pipeline.datasets import Dataset
 from kdcache.pipeline.info import describe, facts, one_line
 from kdcache.pipeline.render import _Pixels
 from kdcache.pipeline.teachers import Teacher
@@ -241,6 +243,44 @@ def test_unlabelled_and_single_class_records_are_built(tmp_path):
     assert build(config, quiet).teacher_images == 0
 
 
+def test_logits_that_are_not_finite_are_an_error_that_names_the_sample(tmp_path, source, monkeypatch):
+    answer = Teacher.logits
+
+    def nan(self, images):
+        logits = answer(self, images).clone()
+        logits[5] = torch.nan
+        return logits
+
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    build(settings(views=1, out=str(tmp_path / "c")), quiet, source)
+    monkeypatch.setattr(Teacher, "logits", nan)
+    with pytest.raises(e.InputError, match=r"logits are not finite: view 1, sample 5 of train"):
+        build(settings(out=str(tmp_path / "c")), quiet, source)
+    assert open_cache(tmp_path / "c").views == (0,)
+
+
+def test_a_batch_larger_than_the_data_is_refused(tmp_path, source):
+    with pytest.raises(e.InputError, match=r"--batch-size 151 is larger than the data, 150 images"):
+        build(settings(batch_size=151, out=str(tmp_path / "c")), quiet, source)
+    assert not (tmp_path / "c").exists()
+
+
+def test_a_compiled_teacher_answers_alike_and_one_that_cannot_be_compiled_is_one_line(tmp_path, source, monkeypatch):
+    compiled = torch.compile
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: compiled(*a, **{**k, "mode": None, "backend": "aot_eager"}))
+    asked = []
+    answer = source.teacher.compile(BATCH).compiled
+    assert answer is not None
+    monkeypatch.setattr(Teacher, "compile", lambda self, batch: asked.append(batch) or replace(self, compiled=answer))
+    build(settings(compile=True, views=1, out=str(tmp_path / "c")), quiet, source)
+    assert asked == [BATCH] and verify(open_cache(tmp_path / "c"), source).passed
+    monkeypatch.undo()
+    monkeypatch.setattr(torch, "compile", lambda *a, **k: lambda images: images.no_such_method())
+    with pytest.raises(e.InputError, match=r"kd_toy:net cannot be compiled here: .*--no-compile") as caught:
+        build(settings(compile=True, out=str(tmp_path / "d")), quiet, source)
+    assert "\n" not in str(caught.value)
+
+
 # ---- again, and more ----
 
 
@@ -343,8 +383,9 @@ torch.set_num_threads(1)
 from pathlib import Path
 from kdcache.cache import store
 from kdcache.pipeline import build as module
+from kdcache.pipeline import spool
 from kdcache.pipeline.teachers import Teacher
-module._SPOOL_SECONDS = 0.0
+spool.SPOOL_SECONDS = 0.0
 module._POLL_SECONDS = 0.01
 quiet = lambda line: None
 config = module.BuildConfig(**json.loads(sys.argv[1]) | {"temperatures": (1.0, 4.0)})
@@ -482,7 +523,7 @@ for n in [*first, -1, -2, -3]:
 
 @pytest.mark.parametrize(("how", "saved"), [("half", 32), ("empty", 32), ("a bit", 0), ("gap", 16), ("whole", 48)])
 def test_a_damaged_spool_costs_time_only(tmp_path, reference, source, monkeypatch, how, saved):
-    monkeypatch.setattr(build_module, "_SPOOL_SECONDS", -1.0)
+    monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
     monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
     path, answers, answer = tmp_path / "c", [], Teacher.logits
 
@@ -513,7 +554,7 @@ def test_a_damaged_spool_costs_time_only(tmp_path, reference, source, monkeypatc
 
 
 def test_builds_of_one_key_in_two_places_do_not_share_a_spool(tmp_path, reference, source, monkeypatch):
-    monkeypatch.setattr(build_module, "_SPOOL_SECONDS", -1.0)
+    monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
     write, other = SplitStore.write_shard, iter([tmp_path / "b"])
 
     def interrupted(self, *args):
@@ -530,7 +571,7 @@ def test_builds_of_one_key_in_two_places_do_not_share_a_spool(tmp_path, referenc
 def test_leavings_of_a_build_killed_at_its_very_end_go_with_the_next(tmp_path, reference, source):
     shutil.copytree(reference, tmp_path / "c")
     block = (
-        build_module._spool_folder(tmp_path / "c", source.identity.key)
+        spool_module.spool_folder(tmp_path / "c", source.identity.key)
         / "v00001-p0002-b16-0"
         / "000000000000-000000000016.block"
     )
@@ -628,7 +669,7 @@ def test_a_build_that_is_interrupted_gives_its_leases_back(tmp_path, source, mon
     def interrupted(self, images):
         answers.append(len(images))
         if len(answers) == 8:
-            assert sorted(p.name.split(".")[1] for p in (path / "leases").iterdir()) == ["0", "json"]
+            assert {p.name.split(".")[1] for p in (path / "leases").iterdir()} == {"0", "json"}
             raise KeyboardInterrupt
         return answer(self, images)
 
@@ -668,6 +709,8 @@ def test_a_lease_lost_under_way_ends_in_what_the_other_committed(tmp_path, refer
     def overtaken(self, images):
         answers.append(len(images))
         if len(answers) == 6:  # in the first shard of view 0: stopped here, while another builds all
+            while not (path / "eval" / "commits" / "v00000-p0000.json").exists():
+                time.sleep(0.01)
             monkeypatch.setattr(Teacher, "logits", answer)
             for file in (path / "leases").iterdir():
                 file.unlink()
@@ -690,20 +733,20 @@ def test_a_lease_lost_under_way_ends_in_what_the_other_committed(tmp_path, refer
 
 
 def test_each_builder_of_a_shard_has_its_own_spool_and_the_next_takes_over_what_is_left(tmp_path, monkeypatch):
-    monkeypatch.setattr(build_module, "_SPOOL_SECONDS", -1.0)
+    monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
 
     def block(value):
         return {"gaps": np.full((4, 2), value)}
 
-    with build_module.Spool(tmp_path / "s", 12) as first:
+    with spool_module.Spool(tmp_path / "s", 12) as first:
         first.add(block(1), None)
-        with build_module.Spool(tmp_path / "s", 12) as second:
+        with spool_module.Spool(tmp_path / "s", 12) as second:
             assert second.rows == 0
             second.add(block(2), None)
             second.add(block(2), None)
             second.remove()
         first.add(block(1), None)
-    with build_module.Spool(tmp_path / "s", 12) as third:
+    with spool_module.Spool(tmp_path / "s", 12) as third:
         assert third.rows == 8 and (third.arrays()["gaps"] == 1).all()
         third.remove()
     assert list(tmp_path.iterdir()) == []
@@ -717,9 +760,9 @@ def test_no_more_than_a_minute_of_the_teachers_time_is_ever_at_risk(tmp_path_fac
     """Killed at the end of a batch, which is when most is lost."""
     now, saved = [0.0], [0.0]
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module.time, "monotonic", lambda: now[0])
-        patch.setattr(build_module, "replace_file", lambda *a: saved.append(now[0]))
-        with build_module.Spool(tmp_path_factory.mktemp("spool") / "s", 100) as spool:
+        patch.setattr(spool_module.time, "monotonic", lambda: now[0])
+        patch.setattr(spool_module, "replace_file", lambda *a: saved.append(now[0]))
+        with spool_module.Spool(tmp_path_factory.mktemp("spool") / "s", 100) as spool:
             for seconds in durations:
                 now[0] += seconds
                 assert now[0] - saved[-1] <= 60
@@ -763,7 +806,7 @@ def little_room(kind, folder, size):
 def test_a_full_disk_is_an_error_that_names_it_and_the_build_goes_on(
     tmp_path, reference, source, monkeypatch, kind, size, spool
 ):
-    monkeypatch.setattr(build_module, "_SPOOL_SECONDS", -1.0)
+    monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
     monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
     small = tmp_path / "small"
     small.mkdir()
@@ -1116,6 +1159,44 @@ def test_image_files_are_built_alike_with_any_number_of_workers(toy, photos, tmp
         want = replace(encode(logits, labels, 20, (1.0, 4.0), "uint8"), prior=cache.prior)
         assert equal(records[torch.from_numpy(rows)], want)
     assert verify(cache, source).passed
+
+
+def test_the_bytes_are_the_same_however_many_views_are_cut_from_a_decode(toy, photos, tmp_path, monkeypatch):
+    """Also where views go on from different rows; and an image is decoded once for all of them."""
+    config = settings(
+        teacher="kd_toy:thousand", data=f"imagefolder:{photos}", augment="rrc,flip", views=5, topk=3, batch_size=4,
+        class_map=str(photos / "map.csv"), part=10, workers=0,
+    )  # fmt: skip
+    source = open_source(config, quiet)
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    decoded, decode = [], Dataset.decode
+    monkeypatch.setattr(Dataset, "decode", lambda self, i: decoded.append(i) or decode(self, i))
+    counts = {}
+    for together in (1, 3, 5):
+        decoded.clear()
+        build(replace(config, views_per_decode=together, out=str(tmp_path / str(together))), quiet, source)
+        counts[together] = len(decoded)
+    assert counts == {1: 8 + 5 * 24, 3: 8 + 2 * 24, 5: 8 + 24}
+    monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
+    answers, answer = [], Teacher.logits
+
+    def stop(self, images):
+        answers.append(len(images))
+        if len(answers) == stop.at:
+            raise ZeroDivisionError
+        return answer(self, images)
+
+    monkeypatch.setattr(Teacher, "logits", stop)
+    resumed = replace(config, out=str(tmp_path / "resumed"))
+    for stop.at, together in ((4, 1), (3, 5), (15, 3)):
+        answers.clear()
+        with pytest.raises(ZeroDivisionError):
+            build(replace(resumed, views_per_decode=together), quiet, source)
+    assert len({len(list(p.glob("*.block"))) for p in (tmp_path / "home" / "spool").glob("*/v*")}) > 1
+    build(replace(resumed, views_per_decode=5), quiet, source)
+    want = content(tmp_path / "1")
+    assert all(content(tmp_path / name) == want for name in ("3", "5", "resumed"))
+    assert spooled(tmp_path) == []
 
 
 def test_an_image_that_cannot_be_decoded_stops_the_build_which_then_goes_on(toy, photos, tmp_path):

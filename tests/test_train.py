@@ -3,15 +3,18 @@
 import json
 import math
 import re
+import shutil
 import signal
 import subprocess
 import sys
 import time
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.cache import KdcacheError, open_cache
 from kdcache.cache.records import Records
@@ -20,13 +23,15 @@ from kdcache.pipeline.build import BuildConfig, build, open_source, record_batch
 from kdcache.pipeline.datasets import open_data
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.teachers import Classifier, read_weights
+from kdcache.train.cotrain import LearningTeacher
 from kdcache.train.evaluate import metrics
 from kdcache.train.features import FeatureTap
 from kdcache.train.loader import CachedLoader, OnlineLoader, epoch_batches
+from kdcache.train.optimisers import Recipe
 from kdcache.train.presets import LOSSES, make_loss
-from kdcache.train.run import TrainConfig, evaluate_run, train
+from kdcache.train.run import TrainConfig, evaluate_run, prepared, train
 from kdcache.train.teach import TeachConfig, teach
-from kdcache.train.trainer import Recipe, fit, seeded
+from kdcache.train.trainer import Training, fit, seeded
 
 BATCH = 128
 
@@ -192,8 +197,8 @@ class SlabsFromTheTeacher:
     def __len__(self):
         return len(self._inner)
 
-    def steps(self):
-        return self._inner.steps()
+    def steps(self, start=0):
+        return self._inner.steps(start)
 
 
 def test_a_run_from_the_cache_is_bit_equal_to_one_from_the_same_encode(home):
@@ -352,7 +357,7 @@ def test_a_head_of_the_losss_own_is_trained_and_resumed(home, tmp_path):
     whole = train(TrainConfig("uskd", out=str(tmp_path / "whole"), **config), quiet)
     train(TrainConfig("uskd", out=str(tmp_path / "part"), **config), quiet)
     state = torch.load(tmp_path / "part" / "state.pt", weights_only=True)
-    assert set(state["loss"]) == {"weight", "bias"} and len(state["optimiser"]["state"]) > 0
+    assert set(state["training"]["loss"]) == {"weight", "bias"}
     again = train(TrainConfig("uskd", out=str(tmp_path / "part"), resume=True, **config), quiet)
     assert again["loss"] == whole["loss"]
 
@@ -367,37 +372,120 @@ def test_features_come_from_the_stage_before_the_last(name, size, channels):
     assert tap.channels == channels and tap.features.shape == (2, channels)
 
 
-@pytest.mark.parametrize(("epochs", "loss"), [(8, ("nkd",)), (5, ("bdkd", "--online"))])
-def test_killed_and_resumed_equals_uninterrupted(home, tmp_path, epochs, loss):
+AVERAGED = ("--ema", "0.9", "--accumulate", "2", "--optimiser", "adamw")
+
+
+@pytest.mark.parametrize(("epochs", "loss"), [(3, ("nkd", *AVERAGED)), (2, ("bdkd", "--online"))])
+def test_killed_within_an_epoch_and_resumed_equals_uninterrupted(home, tmp_path, epochs, loss):
     command = [
         *(sys.executable, "-m", "kdcache.cli", "train", "--cache", str(home / "default"), "--loss", *loss),
         *("--epochs", str(epochs), "--out"),
     ]
     subprocess.run([*command, str(tmp_path / "whole")], check=True, capture_output=True)
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, str(killed)], stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
-    deadline = time.monotonic() + 120
-    while not (killed / "state.pt").exists() and time.monotonic() < deadline:
-        time.sleep(0.01)
-    time.sleep(0.4)
-    process.send_signal(signal.SIGKILL)
+    process = subprocess.Popen([*command, str(killed), "--save-every", "0"], stderr=subprocess.DEVNULL)
+    while (at := stopped_at(process, killed))["epoch"] < 1 or at["batch"] == 0:
+        process.send_signal(signal.SIGCONT)
+        time.sleep(0.02)
+    process.kill()
     process.wait()
-    done = len((killed / "metrics.jsonl").read_text().splitlines())
-    assert 1 <= done < epochs
-    subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True)
+    assert len((killed / "metrics.jsonl").read_text().splitlines()) == at["epoch"] < epochs
+    resumed = subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True, text=True)
+    assert f"after epoch {at['epoch']} and {at['batch']} batches of {epochs}" in resumed.stderr
     a, b = (metrics_of(folder) for folder in (killed, tmp_path / "whole"))
     assert len(a) == epochs and a == b
     files = {p.name for p in (tmp_path / "whole").glob("*.safetensors")}
-    assert len(files) == 2 * len(loss) and files == {p.name for p in killed.glob("*.safetensors")}
+    assert len(files) == (4 if "bdkd" in loss else 2) and files == {p.name for p in killed.glob("*.safetensors")}
     for file in files:
         weights, whole = (read_weights(f / file)[0] for f in (killed, tmp_path / "whole"))
         assert all(torch.equal(weights[name], whole[name]) for name in whole), file
+
+
+def stopped_at(process, folder):
+    """How far a run had come when it was last kept; it is held still meanwhile."""
+    assert process.poll() is None
+    process.send_signal(signal.SIGSTOP)
+    file = folder / "state.pt"
+    return torch.load(file, weights_only=True)["training"] if file.exists() else {"epoch": 0, "batch": 0}
 
 
 def metrics_of(folder):
     """What must be equal of a run: everything but times."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_no_step_brings_a_value_to_the_host(home, data, name):
+    """Nor does a loader after its first step: a GPU would be waited for."""
+    caches = {kind: open_cache(home / kind) for kind in ("default", "top3")}
+    if make_loss(name, 8).needs.dense:
+        del caches["top3"]
+    loaders = {kind: CachedLoader(cache, data, BATCH) for kind, cache in caches.items()}
+    recipes = {kind: Recipe(1, 0.01, optimiser=o, **ALL) for kind, o in zip(loaders, ("sgd", "adamw"), strict=False)}
+    recipes["online"] = Recipe(1, 0.01, optimiser="muon", **ALL)
+    partner = LearningTeacher(student(1), 8, make_loss(name, 8), recipes["online"], {}) if name == "bdkd" else None
+    loaders["online"] = OnlineLoader(caches["default"], data, partner or teacher_of(home).teacher, BATCH)
+    for kind, loader in loaders.items():
+        model, beside = student(), partner if kind == "online" else None
+        loss = prepared(make_loss(name, 8), caches.get(kind, caches["default"]), model, 8, kind == "online", quiet)
+        training = Training(model, loss, recipes[kind], len(loader), beside)
+        model.train()
+        steps = loader.steps()
+        training.learn(*next(steps))
+        training.update()
+        with NoHost():
+            training.learn(*next(steps))
+            training.update()
+
+
+ALL = {"amp": "bf16", "clip": 1.0, "ema": 0.9}
+
+
+class NoHost(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        name = func.overloadpacket.__name__
+        assert name not in ("_local_scalar_dense", "nonzero", "masked_select", "equal", "is_nonzero"), name
+        return func(*args, **(kwargs or {}))
+
+
+def test_a_cache_that_goes_away_is_one_line_and_the_run_goes_on_once_it_is_back(home, tmp_path):
+    config = TrainConfig("nkd", cache=str(tmp_path / "cache"), epochs=4, out=str(tmp_path / "run"), batch_size=256)
+    whole = train(replace(config, cache=str(home / "exact"), out=str(tmp_path / "whole")), quiet)
+    shutil.copytree(home / "exact", tmp_path / "cache")
+
+    def say(text):
+        if text.startswith("epoch 1/"):
+            (tmp_path / "cache").rename(tmp_path / "aside")
+
+    with pytest.raises(KdcacheError, match="cache has gone: bring the disk or folder back, and go on with --resume"):
+        train(config, say)
+    (tmp_path / "aside").rename(tmp_path / "cache")
+    for file in (tmp_path / "cache" / "views" / "v00002").rglob("c/0/*"):
+        shutil.rmtree(file) if file.is_dir() else file.unlink()
+    resumed = replace(config, resume=True)
+    with pytest.raises(KdcacheError, match=r"v00002/.* is missing .* run kdcache build again"):
+        train(resumed, quiet)
+    shutil.copytree(home / "exact", tmp_path / "cache", dirs_exist_ok=True)
+    again = train(resumed, quiet)
+    assert {k: v for k, v in again.items() if "second" not in k and k != "run"} == {
+        k: v for k, v in whole.items() if "second" not in k and k != "run"
+    }
+
+
+def test_a_run_is_not_resumed_with_other_settings(home, tmp_path):
+    config = TrainConfig("ce", cache=str(home / "default"), epochs=1, out=str(tmp_path / "run"), batch_size=512)
+    train(config, quiet)
+    others = {"optimiser": "adamw", "amp": "fp16", "accumulate": 2, "clip": 1.0, "ema": 0.9, "compile": True}
+    for name, value in others.items():
+        with pytest.raises(KdcacheError, match=rf"is another run and is not resumed: .*{name}: the run has"):
+            train(replace(config, resume=True, **{name: value}), quiet)
+
+
+def test_devices_that_are_not_there():
+    for name in ("cuda:7", "gpu"):
+        with pytest.raises(KdcacheError, match=rf"device '{name}' cannot be used here: .*; take cpu, cuda or cuda:N"):
+            train(TrainConfig("ce", device=name), quiet)
 
 
 def test_a_loss_that_is_not_finite_stops_the_run(home, tmp_path):

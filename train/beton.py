@@ -87,14 +87,14 @@ class BetonLoader:
         for images, labels, records in self.steps():
             yield normalised(images, self._mean, self._std), labels, records
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """The same with the images as rendered: uint8. CorruptError names a sample whose bytes are damaged."""
         now, after = (self._views[(self._order.epoch + i) % len(self._views)] for i in (0, 1))
         self._drawn = {v: f for v, f in self._drawn.items() if v in (now, after)}
         for view in (now, after):
             if view not in self._drawn:
                 self._drawn[view] = self._thread.submit(self.beton.parameters, view)
-        batches = self._order.batches()
+        batches = self._order.batches()[start:]
         epoch = self._start(now, self._drawn[now].result(), np.concatenate(batches))
         try:
             for index, ((pixels, decoded), (rows, whole)) in zip(batches, epoch, strict=True):

@@ -7,10 +7,10 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from kdcache.cache.errors import KdcacheError
 from kdcache.pipeline.teachers import Classifier
+from kdcache.train import ranks
 from kdcache.train.losses import BDKD
-from kdcache.train.trainer import Recipe, make_optimiser
+from kdcache.train.optimisers import Recipe, Updater
 
 
 class LearningTeacher:
@@ -21,9 +21,10 @@ class LearningTeacher:
 
     def __init__(self, model: Classifier, input_size: int, loss: BDKD, recipe: Recipe, notes: dict[str, Any]) -> None:
         self.model, self.input_size, self.notes = model, input_size, notes
-        self._loss, self._amp = loss, recipe.amp
-        self._optimiser = make_optimiser(model.parameters(), recipe, self.device)
+        self._loss, self._dtype = loss, recipe.dtype
+        self._updater = Updater(model.parameters(), recipe, self.device)
         self._answer: Tensor | None = None
+        self._weighted = ranks.Weighted()
 
     @property
     def device(self) -> torch.device:
@@ -32,27 +33,26 @@ class LearningTeacher:
     def logits(self, images: Tensor) -> Tensor:
         """float32 [B, C] in training mode, without gradient; learn() goes back through this answer."""
         self.model.train()
-        with torch.autocast(self.device.type, torch.bfloat16, enabled=self._amp):
+        with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
             self._answer = self.model(images).float()
-        if not bool(torch.isfinite(self._answer).all()):
-            raise KdcacheError("the learning teacher's logits are not finite: lower --lr")
         return self._answer.detach()
 
-    def learn(self, student: Tensor, labels: Tensor, rate: float) -> Tensor:
-        """One step on the batch of the last answer, beside the student's logits [B, C]; the loss."""
+    def learn(self, student: Tensor, labels: Tensor, batches: int) -> Tensor:
+        """Add the gradients of the last answer, one of so many batches a step; the loss. student: its logits [B, C]."""
         assert self._answer is not None
-        value = self._loss.of_teacher(self._answer, labels, student)
+        value = self._weighted(self._loss.of_teacher(self._answer, labels, student), len(student))
         self._answer = None
-        for group in self._optimiser.param_groups:
-            group["lr"] = rate
-        self._optimiser.zero_grad(set_to_none=True)
-        value.backward()  # type: ignore[no-untyped-call]
-        self._optimiser.step()
+        self._updater.backward(value, batches)
         return value.detach()
 
+    def update(self, step: int, steps_per_epoch: int) -> None:
+        """New weights."""
+        ranks.average_gradients(self.model.parameters())
+        self._updater.update(step, steps_per_epoch)
+
     def state_dict(self) -> dict[str, Any]:
-        return {"model": self.model.state_dict(), "optimiser": self._optimiser.state_dict()}
+        return {"model": self.model.state_dict(), "updater": self._updater.state_dict()}
 
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.model.load_state_dict(state["model"])
-        self._optimiser.load_state_dict(state["optimiser"])
+        self._updater.load_state_dict(state["updater"])

@@ -28,6 +28,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache.errors import KdcacheError
 from kdcache.pipeline.beton import CRC_BYTES, CRC_TABLE, JPEG, Beton, checksum_seed
+from kdcache.pipeline.ranks import cores
 
 # What an epoch's decoders read: the file's bytes, the images' lengths [N], boxes [N, 4], flips [N], the view and its
 # slot in the file.
@@ -241,7 +242,7 @@ def make_loader(beton: Beton, batch_size: int, size: tuple[int, int] | None, wor
         return Loader(
             str(beton.path),
             batch_size,
-            num_workers=most if workers is None else min(max(workers, 1), most),
+            num_workers=min(cores() if workers is None else max(workers, 1), most),
             os_cache=False,  # FFCV's mapped reader changes numba's shared array types; ours is set by each epoch
             pipelines={
                 "image": [CropDecoder() if size is None else AreaDecoder(size)],

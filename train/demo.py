@@ -13,6 +13,7 @@ from typing import Any
 import torch
 
 from kdcache.cache.errors import InputError
+from kdcache.cache.home import home_at
 from kdcache.cache.store import Cache
 from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.progress import duration, size
@@ -39,15 +40,8 @@ def demo(out: str | None, say: Callable[[str], None] = print) -> dict[str, Any]:
 
 def _demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     # The demo's own home: it starts from nothing and leaves the user's caches alone.
-    before = os.environ.get("KDCACHE_HOME")
-    os.environ["KDCACHE_HOME"] = str(folder / "home")
-    try:
+    with home_at(folder / "home"):
         return _run(folder, say)
-    finally:
-        if before is None:
-            del os.environ["KDCACHE_HOME"]
-        else:
-            os.environ["KDCACHE_HOME"] = before
 
 
 def _run(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:

@@ -12,22 +12,28 @@ from kdcache.pipeline.datasets import Dataset
 from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.teachers import Classifier
 from kdcache.pipeline.views import evaluation_view
+from kdcache.train import ranks
 
 _BATCH = 500
 _ECE_BINS = 15
 
 
 @torch.no_grad()
-def predict(model: Classifier, data: Dataset, renderer: Renderer, amp: bool = False) -> Tensor:
-    """float32 logits [N, C] on the CPU for the unaugmented images; leaves the model in eval()."""
+def predict(model: Classifier, data: Dataset, renderer: Renderer, dtype: torch.dtype | None = None) -> Tensor:
+    """float32 logits [N, C] on the CPU for the unaugmented images, autocast to dtype; leaves the model in eval().
+
+    Ranks share the images: all of them have to call this, and the first one gets all logits, the others their own.
+    """
     model.eval()
     batches = np.split(np.arange(len(data)), range(_BATCH, len(data), _BATCH))
     parameters = evaluation_view(data.sizes, whole=data.images is not None)
+    shares = [[batches[i] for i in share] for share in np.array_split(np.arange(len(batches)), ranks.world())]
     out = []
-    for images in renderer.batches(parameters, batches):
-        with torch.autocast(renderer.device.type, torch.bfloat16, enabled=amp):
+    for images in renderer.batches(parameters, shares[ranks.rank()]):
+        with torch.autocast(renderer.device.type, dtype, enabled=dtype is not None):
             out.append(model(images).float().cpu())
-    return torch.cat(out)
+    rows = [sum(map(len, share)) for share in shares]
+    return ranks.rows_of_all(torch.cat(out) if out else torch.empty(0), rows)
 
 
 def metrics(logits: Tensor, labels: Tensor, teacher: Records | None = None) -> dict[str, float]:

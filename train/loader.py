@@ -14,7 +14,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.records import Records, encode
 from kdcache.cache.store import Cache, shard_name
 from kdcache.pipeline.beton import Beton
@@ -55,7 +55,7 @@ def gathered(
     records: Records, labels: Tensor, batches: Sequence[NDArray[np.int64]]
 ) -> Iterator[tuple[Tensor, Records]]:
     """Labels and records of each batch, given those of all samples: many batches' are gathered at once."""
-    a_batch = max(len(b) for b in batches) * records.nbytes // len(records)
+    a_batch = max((len(b) for b in batches), default=1) * records.nbytes // len(records)
     at_once = max(1, _GATHERED // a_batch)
     for start in range(0, len(batches), at_once):
         several = batches[start : start + at_once]
@@ -149,8 +149,8 @@ class CachedLoader:
         for images, labels, records in self.steps():
             yield normalised(images, self._mean, self._std), labels, records
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
-        """The same with the images as rendered: uint8."""
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
+        """The same with the images as rendered: uint8. start: leave out so many batches, unrendered."""
         now, after = (self._views[(self._order.epoch + i) % len(self._views)] for i in (0, 1))
         wanted = {now, after}
         self._slabs = {v: f for v, f in self._slabs.items() if v in wanted}
@@ -158,7 +158,7 @@ class CachedLoader:
             if view not in self._slabs:
                 self._slabs[view] = self._thread.submit(self._read, view)
         records, parameters = self._slabs[now].result()
-        batches = self._order.batches()
+        batches = self._order.batches()[start:]
         rendered, answered = self._renderer.batches(parameters, batches), gathered(records, self._labels, batches)
         for images, (labels, answers) in zip(rendered, answered, strict=True):
             yield images, labels, answers
@@ -185,12 +185,14 @@ class OnlineLoader:
         image_size: int | None = None,
         views: int | None = None,
         workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         if not fresh_views and not cache.views:
             raise NotFoundError(f"{cache.path} has no complete view; --fresh-views needs none")
         self._cache, self._data, self._teacher = cache, data, teacher
         self._views = None if fresh_views else cache.views[:views]
-        self._order = _Order(len(data), batch_size, 0, 1, seed)
+        self._order = _Order(len(data), batch_size, rank, world, seed)
         self._student_images = _renderer(cache, data, image_size, teacher.device, workers)
         self._teacher_images = _renderer(cache, data, teacher.input_size, teacher.device, workers)
         self._labels = _labels(cache, teacher.device)
@@ -201,16 +203,21 @@ class OnlineLoader:
     def __len__(self) -> int:
         return len(self._order)
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """(images uint8 [B, 3, S, S], labels, dense float32 records of the live teacher)."""
         epoch, views = self._order.epoch, self._cache.identity.views
         view = epoch if self._views is None else self._views[epoch % len(self._views)]
         parameters = draw(views.policy, views.seed, view, range(len(self._data)), self._data.sizes)
-        batches = self._order.batches()
+        batches = self._order.batches()[start:]
+        finite = torch.ones((), dtype=torch.bool, device=self._teacher.device)
         for index, (images, seen) in zip(batches, self._images(parameters, batches), strict=True):
             labels = self._labels[torch.from_numpy(index).to(self._teacher.device)]
             y = labels if labels.numel() else None
-            yield images, labels, encode(self._teacher.logits(seen), y, precision="float32")
+            answers = self._teacher.logits(seen)
+            finite &= torch.isfinite(answers).all()  # looked at in the end, so that no step waits for the device
+            yield images, labels, encode(answers, y, precision="float32", check=False)
+        if not finite:
+            raise KdcacheError("the teacher's logits are not finite: lower --lr where it learns, or check its weights")
 
     def _images(
         self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
@@ -235,9 +242,11 @@ class PlainLoader:
         seed: int,
         device: torch.device,
         workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
     ) -> None:
         self._data, self._policy, self._seed = data, policy, seed
-        self._order = _Order(len(data), batch_size, 0, 1, seed)
+        self._order = _Order(len(data), batch_size, rank, world, seed)
         self._renderer = Renderer(data, size, device, policy, workers)
         self._labels = torch.from_numpy(data.labels[:, 0]).to(device)
 
@@ -247,9 +256,9 @@ class PlainLoader:
     def __len__(self) -> int:
         return len(self._order)
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor, None]]:
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, None]]:
         parameters = draw(self._policy, self._seed, self._order.epoch, range(len(self._data)), self._data.sizes)
-        batches = self._order.batches()
+        batches = self._order.batches()[start:]
         for index, images in zip(batches, self._renderer.batches(parameters, batches), strict=True):
             yield images, self._labels[torch.from_numpy(index).to(self._labels.device)], None
 

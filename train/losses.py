@@ -11,6 +11,9 @@ in float32, differentiable in the student only. What a loss needs of a cache it 
 the weighted sum in every term that is a cross-entropy to the labels; other terms with a label say what they take.
 A loss that has `set_epoch(epoch)` is told the epoch, counted from 1, before each; one that has `prepare(records)` gets
 the training records of view 0 once. Until then a warm-up counts as over, so that other loops need not know of it.
+Under several ranks (ranks.py) a loss is the mean over the rank's own rows, and what it takes of the batch as a whole it
+takes of all ranks' rows: all of them have to call it. Weighted by the ranks' shares of the batch (ranks.weight), the
+gradients that DDP averages are then those of one process.
 The table of names, options and presets is in presets.py.
 """
 
@@ -28,6 +31,7 @@ from torch.utils.checkpoint import checkpoint
 
 from kdcache.cache.errors import InputError, UnservedError
 from kdcache.cache.records import Records, Softened, Tail
+from kdcache.train import ranks
 
 DenseTail = Literal["prior", "uniform", "renorm", "drop"]  # those with a probability for every class
 SpreadTail = Literal["prior", "uniform"]  # those with a positive one
@@ -130,13 +134,13 @@ class NKD:
         soft = records.softened(self.temperature, self.tail)
         p = (soft if self.temperature == 1 else records.softened(1.0, self.tail)).target()
         log_q = F.log_softmax(logits, 1)
-        loss = _label_ce(log_q, labels, weights)
+        loss = ce = _label_ce(log_q, labels, weights)
         scaled = logits / self.temperature
         for y, which, weight in self._targets(labels, weights):
             p_y = p.gather(1, which.unsqueeze(1)).squeeze(1) if which is not None else p[:, 0]
-            log_q_y = log_q.gather(1, y.unsqueeze(1)).squeeze(1)
+            ce_y = ce if which is None else _label_ce(log_q, y, None)
             others = soft.cross_others(_log_others(scaled, y), which)
-            loss = loss - weight * (p_y * log_q_y + self.gamma * self.temperature**2 * others)
+            loss = loss + weight * (p_y * ce_y - self.gamma * self.temperature**2 * others)
         return loss.mean()
 
     def _targets(
@@ -669,7 +673,7 @@ def _columns(labels: Tensor, weights: Tensor | None) -> tuple[Tensor, Tensor]:
 def _label_ce(log_q: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
     """[B] -log q_y, or the weighted sum of it over the labels."""
     if labels.dim() == 1:
-        return -log_q.gather(1, labels.unsqueeze(1)).squeeze(1)
+        return F.nll_loss(log_q, labels, reduction="none")
     log_q_y: Tensor = (_weights(labels, weights) * log_q.gather(1, labels)).sum(1)
     return -log_q_y
 
@@ -687,15 +691,15 @@ def _own_target(log_q: Tensor, labels: Tensor, weights: Tensor | None, power: in
         y = y.gather(1, order)
     log_q_y = log_q.gather(1, y)
     q_y = log_q_y.detach().exp() ** power
-    target = torch.where(v > 0, q_y + v - q_y.mean(0), 0.0)
+    target = torch.where(v > 0, q_y + v - ranks.mean(q_y), 0.0)
     loss: Tensor = -(target * log_q_y).sum(1)
     return loss
 
 
 def _log_others(scaled: Tensor, y: Tensor) -> Tensor:
     """[B, C] log-softmax over the classes other than y [B]; y's own entry is finite and not meant to be read."""
-    others = scaled.scatter(1, y.unsqueeze(1), -torch.inf)
-    return scaled - torch.logsumexp(others, 1, keepdim=True)
+    at = y.unsqueeze(1)
+    return F.log_softmax(scaled.scatter(1, at, -torch.inf), 1).scatter(1, at, 0.0)
 
 
 def _decoupled(soft: Softened, scaled: Tensor, y: Tensor, alpha: float, beta: float) -> Tensor:
@@ -725,33 +729,37 @@ def _centred(x: Tensor) -> Tensor:
     return x - x.mean(1, keepdim=True)
 
 
-def _has_shape(x: Tensor, centred: Tensor, dim: int) -> Tensor:
-    """Whether the values along dim differ by more than float32's rounding."""
-    spread, size = (v.detach().abs().amax(dim, keepdim=True) for v in (centred, x))
-    return spread > 1e-6 * size
-
-
 def _standardised(x: Tensor) -> Tensor:
     """(x - mean) / (1e-7 + unbiased std) by row; 0 without gradient for a row of equal values."""
     centred = _centred(x)
-    safe = torch.where(_has_shape(x, centred, 1), centred, 0.0)
+    safe = torch.where(_varies(x, centred, 1)[0], centred, 0.0)
     squares = (safe**2).sum(1, keepdim=True) / (x.shape[1] - 1)
     return safe / (1e-7 + torch.where(squares > 0, squares, 1.0).sqrt())
 
 
 def _pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """Correlation of x and y along dim; 0 without gradient where one of them does not vary."""
+    """Correlation of x and y along dim (0: over all ranks' rows); 0 without gradient where one of them is constant."""
     units = []
     for v in (x, y):
-        centred = v - v.mean(dim, keepdim=True)
-        centred = torch.where(_has_shape(v, centred, dim), centred, 0.0)
+        centred = v - (ranks.mean(v) if dim == 0 else v.mean(dim, keepdim=True))
+        varies, spread = _varies(v, centred, dim)
         # Scaled first: the square of a small probability would underflow.
-        scale = centred.detach().abs().amax(dim, keepdim=True)
-        centred = centred / torch.where(scale > 0, scale, 1.0)
-        squares = (centred**2).sum(dim, keepdim=True)
+        centred = torch.where(varies, centred, 0.0) / torch.where(varies, spread, 1.0)
+        squares = _sum(centred**2, dim, keepdim=True)
         units.append(centred / torch.where(squares > 0, squares, 1.0).sqrt())
-    correlation: Tensor = (units[0] * units[1]).sum(dim)
-    return correlation
+    return _sum(units[0] * units[1], dim)
+
+
+def _varies(x: Tensor, centred: Tensor, dim: int) -> tuple[Tensor, Tensor]:
+    """Whether the values along dim differ by more than float32's rounding, and their largest distance from the mean."""
+    extremes = torch.stack([v.detach().abs().amax(dim, keepdim=True) for v in (centred, x)])
+    spread, size = ranks.largest(extremes) if dim == 0 else extremes
+    return spread > 1e-6 * size, spread
+
+
+def _sum(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
+    out = x.sum(dim, keepdim=keepdim)
+    return ranks.total(out) if dim == 0 else out
 
 
 def _ramp(epoch: int | None, warmup: int) -> float:

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor
 
 from kdcache import __version__
-from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError, UnreadableError
 from kdcache.cache.home import list_caches, open_cache, open_registry
 from kdcache.cache.records import Records, encode
 from kdcache.cache.registry import Registry
@@ -32,14 +32,19 @@ from kdcache.pipeline.teachers import (
     read_weights,
     try_out,
 )
+from kdcache.train import ranks
 from kdcache.train.beton import BetonLoader
 from kdcache.train.cotrain import LearningTeacher
 from kdcache.train.evaluate import metrics, predict
 from kdcache.train.features import FeatureLoss
 from kdcache.train.loader import CachedLoader, OnlineLoader, require_data
 from kdcache.train.losses import BDKD, IKL, USKD, Loss
+from kdcache.train.optimisers import Amp, Optimiser, Recipe, default_rates, require_autocast
 from kdcache.train.presets import head_mass_warning, make_loss, options_of, require_served
-from kdcache.train.trainer import PARTNER, Recipe, RunFolder, fit, read_config, seeded
+from kdcache.train.runfolder import RunFolder, read_config
+from kdcache.train.trainer import PARTNER, SAVE_EVERY, fit, seeded
+
+_WORTH_COMPILING = 10_000  # batches in a run
 
 
 @dataclass(frozen=True)
@@ -65,9 +70,16 @@ class TrainConfig:
     teacher: str | None = None
     weights: str | None = None
     device: str | None = None
-    amp: str | None = None
+    amp: Amp | None = None
     workers: int | None = None
     allow_renderer: bool = False
+    sync_bn: bool = False
+    optimiser: Optimiser = "sgd"
+    accumulate: int = 1
+    clip: float | None = None
+    ema: float | None = None
+    compile: bool | None = None
+    save_every: float = SAVE_EVERY
     registry: str | None = None
     local_store_size: int | None = None
 
@@ -110,20 +122,41 @@ def find_cache(data: str, teacher: str | None = None, registry: Registry | None 
 
 
 def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished: bool = False) -> dict[str, Any]:
-    """Train a student; the summary, which also stands in the run folder. keep_finished: of a finished run, that one."""
-    device = pick_device(config.device)
+    """Train a student; the summary, which also stands in the run folder. keep_finished: of a finished run, that one.
+
+    Under torchrun all ranks train it together, each with its part of every batch. Started again by torchrun after one
+    of them died, they go on with the run.
+    """
+    with ranks.joined(config.device) as device:
+        config = replace(config, resume=config.resume or _restarted(config.out))
+        return _train(config, device, ranks.said_once(say), keep_finished)
+
+
+def _restarted(out: str | Path | None) -> bool:
+    """Whether torchrun has started this run before."""
+    return ranks.restarted() and out is not None and (Path(out) / "config.json").exists()
+
+
+def _train(
+    config: TrainConfig, device: torch.device, say: Callable[[str], None], keep_finished: bool
+) -> dict[str, Any]:
+    if config.sync_bn and (ranks.world() == 1 or device.type != "cuda"):
+        raise InputError(f"--sync-bn is for ranks on GPUs (torchrun), not for {ranks.world()} on {device.type}")
+    require_autocast(device, config.amp)
     if config.fresh_views and not config.online:
         raise InputError("--fresh-views needs the live teacher: give --online too")
     if config.weights and not config.online:
         raise InputError("--weights are those of the live teacher: give --online too")
-    cache, had = cache_of(config), _resumed(config)
+    with ranks.one_first():
+        cache, had = cache_of(config), _resumed(config)
     # Pinned, for a cache may have got more views by the time that the run is resumed.
     used = None if config.fresh_views else config.views or had.get("views") or len(cache.views) or None
     config = replace(config, views=used)
     if config.online and isinstance(cache, Beton):
         raise InputError(f"--online renders as the cache was built: give the cache itself, not {cache.path}")
     record = cache.identity.record
-    data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
+    with ranks.one_first():
+        data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
     require_data(cache, data)
     require_data(cache, evaluation)
     defaults = defaults_for(data)
@@ -133,19 +166,32 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
     require_served(loss, record.model_copy(update={"k": None}) if config.online else record)
     student = config.student or defaults.student
     batch = config.batch_size or min(defaults.train_batch, len(data))
+    together = batch * config.accumulate
+    lr, decay = default_rates(config.optimiser, defaults, together)
+    sgd_lr, sgd_decay = default_rates("sgd", defaults, together) if config.optimiser == "muon" else (None, None)
+    epochs = config.epochs or defaults.epochs
+    # A compiler takes a minute, and the digits do not.
+    long = device.type == "cuda" and epochs * (len(data) // batch) >= _WORTH_COMPILING
     recipe = Recipe(
-        epochs=config.epochs or defaults.epochs,
-        lr=config.lr or defaults.rate(batch),
-        decay=defaults.decay if config.weight_decay is None else config.weight_decay,
+        epochs=epochs,
+        lr=config.lr or lr,
+        decay=decay if config.weight_decay is None else config.weight_decay,
         warmup=config.warmup,
-        amp=config.amp == "bf16",
+        amp=config.amp,
+        optimiser=config.optimiser,
+        sgd_lr=sgd_lr,
+        sgd_decay=sgd_decay,
+        accumulate=config.accumulate,
+        clip=config.clip,
+        ema=config.ema,
+        compile=had.get("compile", long) if config.compile is None else config.compile,
     )
     partner = _learning_teacher(cache, config, data, loss, recipe, device) if isinstance(loss, BDKD) else None
     loader: CachedLoader | OnlineLoader | BetonLoader
     if isinstance(cache, Beton):
         loader = BetonLoader(
-            cache, batch, seed=config.seed, device=device, image_size=size, views=config.views,
-            workers=config.workers, allow_renderer=config.allow_renderer,
+            cache, batch, ranks.rank(), ranks.world(), seed=config.seed, device=device, image_size=size,
+            views=config.views, workers=config.workers, allow_renderer=config.allow_renderer,
         )  # fmt: skip
         if config.allow_renderer and not cache.raw:
             say(
@@ -158,18 +204,21 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         teacher = _same_teacher(cache, config, data, device) if partner is None else partner
         loader = OnlineLoader(
             cache, data, teacher, batch, fresh_views=config.fresh_views, seed=config.seed, image_size=size,
-            views=config.views, workers=config.workers,
+            views=config.views, workers=config.workers, rank=ranks.rank(), world=ranks.world(),
         )  # fmt: skip
     else:
         loader = CachedLoader(
-            cache, data, batch, seed=config.seed, device=device, image_size=size, views=config.views,
-            workers=config.workers,
+            cache, data, batch, ranks.rank(), ranks.world(), seed=config.seed, device=device, image_size=size,
+            views=config.views, workers=config.workers,
         )  # fmt: skip
     network = seeded(config.seed, lambda: build_network(student, record.classes, size))
     model = Classifier(network, data.mean, data.std).to(device)
     model.to(memory_format=torch.channels_last)
     if (answers := try_out(model, student, size)) != record.classes:
         raise InputError(f"{student} answers for {answers} classes, the teacher for {record.classes}")
+    if config.sync_bn:  # in place
+        for one in (model, partner.model) if partner else (model,):
+            torch.nn.SyncBatchNorm.convert_sync_batchnorm(one)  # type: ignore[no-untyped-call]
     judge = Judge(cache, evaluation, size, device, config.workers)
     name = f"{data.name.replace(':', '-')}-{student.replace('/', '-')}-{loss.name}-seed{config.seed}"
     path = Path(config.out or f"runs/{name}{'-online' if config.online else ''}")
@@ -178,11 +227,13 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         "loss_options": options_of(loss), "epochs": recipe.epochs, "batch_size": batch, "lr": recipe.lr,
         "weight_decay": recipe.decay, "momentum": recipe.momentum, "warmup": recipe.warmup, "seed": config.seed,
         "views": config.views, "image_size": size, "online": config.online, "fresh_views": config.fresh_views,
-        "amp": config.amp, "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
-        "cache_path": str(cache.path.absolute()),
+        "amp": config.amp, "optimiser": recipe.optimiser, "sgd_lr": recipe.sgd_lr, "sgd_weight_decay": recipe.sgd_decay,
+        "accumulate": recipe.accumulate, "clip": recipe.clip, "ema": recipe.ema, "compile": recipe.compile,
+        "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
+        "cache_path": str(cache.path.absolute()), "ranks": ranks.world(), "sync_bn": config.sync_bn,
     }  # fmt: skip
-    ready = _prepared(loss, cache, model, size, config.online, say)
-    folder = RunFolder(path, settings, config.resume)
+    ready = prepared(loss, cache, model, size, config.online, say)
+    folder = ranks.from_first(lambda: RunFolder(path, settings, config.resume or _restarted(path)))
     if keep_finished and (finished := folder.read_summary()):
         say(f"{path} is finished already")
         return finished
@@ -198,7 +249,15 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
     }  # fmt: skip
     beside = (partner.model, partner.input_size) if partner else None
     started = time.monotonic()
-    history = fit(model, ready, loader, recipe, lambda m: judge(m, recipe.amp, beside), folder, notes, say, partner)
+    try:
+        history = fit(
+            model, ready, loader, recipe, lambda m: judge(m, recipe.dtype, beside), folder, notes, say, partner,
+            config.save_every,
+        )  # fmt: skip
+    except KdcacheError as e:
+        if cache.path.exists():
+            raise
+        raise UnreadableError(f"{cache.path} has gone: bring the disk or folder back, and go on with --resume") from e
     last = history[-1]
     summary = {
         **{k: v for k, v in last.items() if k not in ("epoch", "seconds")},
@@ -210,12 +269,14 @@ def train(config: TrainConfig, say: Callable[[str], None] = print, keep_finished
         "kdcache": __version__,
         "torch": str(torch.__version__),
         "device": str(device),
+        "ranks": ranks.world(),
     }
-    folder.finish(summary)
+    if ranks.rank() == 0:
+        folder.finish(summary)
     return summary
 
 
-def _prepared(
+def prepared(
     loss: Loss, cache: Cache | Beton, model: Classifier, size: int, online: bool, say: Callable[[str], None]
 ) -> Loss:
     """The loss with all that it takes from view 0 and from the student; a warning where the tail is most of it."""
@@ -249,19 +310,22 @@ class Judge:
         self._labels = torch.from_numpy(labels[:, 0] if labels.shape[1] else labels.reshape(-1))
 
     def __call__(
-        self, model: Classifier, amp: bool = False, beside: tuple[Classifier, int] | None = None
+        self, model: Classifier, dtype: torch.dtype | None = None, beside: tuple[Classifier, int] | None = None
     ) -> dict[str, float]:
-        records, theirs = self._records, {}
-        if beside is not None:
-            answers = self._predict(*beside, amp)
-            records = encode(answers, None, precision="float32")
-            theirs = {f"{PARTNER}_{name}": value for name, value in metrics(answers, self._labels).items()}
-        return {**metrics(self._predict(model, self._size, amp), self._labels, records), **theirs}
+        logits = self._predict(model, self._size, dtype)
+        answers = None if beside is None else self._predict(*beside, dtype)
+        return ranks.from_first(lambda: self._metrics(logits, answers))
 
-    def _predict(self, model: Classifier, size: int, amp: bool) -> Tensor:
+    def _metrics(self, logits: Tensor, answers: Tensor | None) -> dict[str, float]:
+        if answers is None:
+            return metrics(logits, self._labels, self._records)
+        theirs = {f"{PARTNER}_{name}": value for name, value in metrics(answers, self._labels).items()}
+        return {**metrics(logits, self._labels, encode(answers, None, precision="float32")), **theirs}
+
+    def _predict(self, model: Classifier, size: int, dtype: torch.dtype | None) -> Tensor:
         if size not in self._renderers:
             self._renderers[size] = Renderer(self._data, size, self._device, workers=self._workers)
-        return predict(model, self._data, self._renderers[size], amp)
+        return predict(model, self._data, self._renderers[size], dtype)
 
 
 def evaluate_run(

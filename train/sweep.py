@@ -11,6 +11,7 @@ from typing import Any
 
 from kdcache.cache.errors import InputError, KdcacheError, machine_error
 from kdcache.cache.files import replace_file
+from kdcache.train import ranks
 from kdcache.train.presets import SMALL_IMAGES, make_loss
 from kdcache.train.run import TrainConfig, cache_of, train
 
@@ -30,18 +31,27 @@ def sweep(
 
     config: of all runs; its `out` is the folder of their folders, its `resume` keeps the finished ones and goes on with
     the others. A run that fails is noted and the next one starts; a wrong loss or no cache is raised before the first.
+    Under torchrun all ranks train each student together.
     """
+    with ranks.joined(config.device):
+        return _sweep(config, losses, seeds, ranks.said_once(say))
+
+
+def _sweep(
+    config: TrainConfig, losses: Sequence[str], seeds: Sequence[int], say: Callable[[str], None]
+) -> dict[str, Any]:
     for spec in losses:
         make_loss(spec, SMALL_IMAGES)
     if len(set(losses)) < len(losses) or len(set(seeds)) < len(seeds):
         raise InputError("a loss or a seed is given twice")
     out = Path(config.out or _OUT)
     folders = {(spec, seed): out / f"{_name(spec)}-seed{seed}" for spec in losses for seed in seeds}
-    started = [path for path in folders.values() if (path / "config.json").exists()]
-    if started and not config.resume:
+    started = ranks.from_first(lambda: [path for path in folders.values() if (path / "config.json").exists()])
+    if started and not config.resume and not ranks.restarted():
         raise InputError(f"{started[0]} holds a run already: give --resume to go on with the sweep, or another --out")
     # Found once, and pinned by the runs that are there.
-    cache = cache_of(replace(config, out=str(started[0]) if started else None))
+    with ranks.one_first():
+        cache = cache_of(replace(config, out=str(started[0]) if started else None))
     runs = []
     for (spec, seed), path in folders.items():
         one = replace(config, loss=spec, seed=seed, out=str(path), resume=path in started, cache=str(cache.path))
@@ -49,16 +59,18 @@ def sweep(
         try:
             run["summary"] = train(one, say, keep_finished=True)
         except KdcacheError as e:
+            ranks.require_alike(e, str(path))
             run["error"] = str(e)
         except (MemoryError, RuntimeError) as e:
-            if (reason := machine_error(e)) is None:
+            if ranks.world() > 1 or (reason := machine_error(e)) is None:
                 raise
             run["error"] = reason
         if "error" in run:
             say(f"{spec}, seed {seed} failed: {run['error']}")
         runs.append(run)
         result = {"cache": cache.key, "runs": runs, "losses": [_compared(runs, spec) for spec in losses]}
-        replace_file(out / FILE, (json.dumps(result, indent=2) + "\n").encode())
+        if ranks.rank() == 0:
+            replace_file(out / FILE, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 

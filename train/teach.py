@@ -3,25 +3,34 @@
 from __future__ import annotations
 
 import shutil
+import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 
 import torch
+from filelock import FileLock
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.build import BuildConfig, BuildResult, check_options
 from kdcache.pipeline.datasets import list_unreadable, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.share import build_shared
 from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, file_classifier, pick_device, taught_file, try_out
 from kdcache.pipeline.views import check_policy
+from kdcache.train import ranks
 from kdcache.train.evaluate import metrics, predict
 from kdcache.train.loader import PlainLoader
 from kdcache.train.losses import CE
-from kdcache.train.trainer import Recipe, RunFolder, fit, seeded
+from kdcache.train.optimisers import Amp, Recipe
+from kdcache.train.runfolder import RunFolder
+from kdcache.train.trainer import fit, seeded
+
+_POLL_SECONDS = 0.5
 
 
 @dataclass(frozen=True)
@@ -37,7 +46,7 @@ class TeachConfig:
     weight_decay: float | None = None
     seed: int = 0
     device: str | None = None
-    amp: str | None = None
+    amp: Amp | None = None
     workers: int | None = None
     force: bool = False
 
@@ -45,10 +54,15 @@ class TeachConfig:
 def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path, float]:
     """Train the teacher and file it; its weights' file and top-1 (0..1) on the evaluation split.
 
-    Stopped, it resumes after the last whole epoch. One that is filed already is kept, unless `force`.
+    Stopped, it resumes where it was. One that is filed already is kept, unless `force`. Under torchrun by all ranks.
     """
-    device = pick_device(config.device)
-    data, evaluation = open_data(config.data, "train"), open_data(config.data, "eval")
+    with ranks.joined(config.device) as device:
+        return _teach(config, device, ranks.said_once(say))
+
+
+def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]) -> tuple[Path, float]:
+    with ranks.one_first():
+        data, evaluation = open_data(config.data, "train"), open_data(config.data, "eval")
     if not data.labels.shape[1] or len(data.class_names) < 2:
         raise InputError(f"{config.data} has {len(data.class_names)} classes: a teacher is taught two or more")
     path = taught_file(config.teacher, data)
@@ -67,20 +81,27 @@ def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path
         epochs=config.epochs or defaults.epochs,
         lr=config.lr or defaults.rate(batch),
         decay=defaults.decay if config.weight_decay is None else config.weight_decay,
-        amp=config.amp == "bf16",
+        amp=config.amp,
     )
     settings = {
         "teacher": config.teacher, "data": data.fingerprint(), "augment": policy, "epochs": recipe.epochs,
         "batch_size": batch, "lr": recipe.lr, "weight_decay": recipe.decay, "seed": config.seed, "amp": config.amp,
     }  # fmt: skip
-    loader = PlainLoader(data, policy, batch, size, seed=config.seed, device=device, workers=config.workers)
+    loader = PlainLoader(
+        data, policy, batch, size, seed=config.seed, device=device, workers=config.workers,
+        rank=ranks.rank(), world=ranks.world(),
+    )  # fmt: skip
     work = path.with_suffix(".run")
-    if config.force:
-        shutil.rmtree(work, ignore_errors=True)
-    try:
-        folder = RunFolder(work, settings, resume=work.exists())
-    except InputError as e:
-        raise InputError(f"{e} (--force teaches it from the start)") from e
+
+    def open_folder() -> RunFolder:
+        if config.force and not ranks.restarted():
+            shutil.rmtree(work, ignore_errors=True)
+        try:
+            return RunFolder(work, settings, resume=work.exists())
+        except InputError as e:
+            raise InputError(f"{e} (--force teaches it from the start)") from e
+
+    folder = ranks.from_first(open_folder)
     notes = {
         "input_size": size, "mean": list(data.mean), "std": list(data.std), "class_names": list(data.class_names),
     }  # fmt: skip
@@ -92,13 +113,15 @@ def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path
         CE(),
         loader,
         recipe,
-        lambda m: metrics(predict(m, evaluation, renderer, recipe.amp), labels),
+        lambda m: ranks.from_first(partial(metrics, predict(m, evaluation, renderer, recipe.dtype), labels)),
         folder,
         notes,
         say,
     )
-    file_classifier(path, model, {**notes, "metrics": history[-1]})
-    shutil.rmtree(work)
+    if ranks.rank() == 0:
+        file_classifier(path, model, {**notes, "metrics": history[-1]})
+        shutil.rmtree(work)
+    ranks.wait()  # for the file
     say(f"{config.teacher} has top-1 {100 * history[-1]['top1']:.2f} on {data.name}'s evaluation split: {path}")
     return path, history[-1]["top1"]
 
@@ -117,10 +140,21 @@ def build_and_teach(
             taught = taught_file(config.teacher, data)
             if not taught.exists():
                 check_options(config, len(data.class_names))
-                say(f"no {config.teacher} has been taught on {DATA} yet: teaching one first")
-                teach(TeachConfig(config.teacher, device=config.device), say)
+                build_network(config.teacher, len(data.class_names), data.image_size or IMAGENET_SIZE)  # a known name?
+                _teach_once(config, taught, say)
             config = replace(config, weights=str(taught))  # also where --unlabelled makes it other data
     return build_shared(config, registry, publish, say)
+
+
+def _teach_once(config: BuildConfig, taught: Path, say: Callable[[str], None]) -> None:
+    """In one of the processes that start together, while the others wait."""
+    while this_rank().local_rank and not taught.exists():
+        time.sleep(_POLL_SECONDS)
+    taught.parent.mkdir(parents=True, exist_ok=True)
+    with FileLock(taught.with_suffix(".lock")):
+        if not taught.exists():
+            say(f"no {config.teacher} has been taught on {DATA} yet: teaching one first")
+            _teach(TeachConfig(config.teacher), pick_device(config.device), say)  # without the other ranks
 
 
 def unreadable_files(data: str, unlabelled: bool, say: Callable[[str], None]) -> list[str]:

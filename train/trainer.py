@@ -2,56 +2,39 @@
 
 from __future__ import annotations
 
-import io
-import json
 import math
 import time
-from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
-from pathlib import Path
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
 from typing import Any, Protocol, runtime_checkable
 
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.errors import CorruptError, InputError, KdcacheError, NotFoundError
-from kdcache.cache.files import replace_file
+from kdcache.cache.errors import CorruptError, KdcacheError
 from kdcache.cache.records import Records
 from kdcache.pipeline.progress import Progress
-from kdcache.pipeline.teachers import Classifier, file_classifier
+from kdcache.pipeline.teachers import Classifier
+from kdcache.train import ranks
+from kdcache.train.compiling import compiled, one_line
+from kdcache.train.ema import WeightAverage
+from kdcache.train.interrupts import Interrupts
 from kdcache.train.losses import Loss
+from kdcache.train.optimisers import Recipe, Updater
+from kdcache.train.runfolder import ANEW, RunFolder
+
+SAVE_EVERY = 300.0  # seconds
+PARTNER = "teacher"  # in the names of its metrics and files
 
 
 class Loader(Protocol):
-    """What the trainer iterates over: an epoch of (images uint8, labels, records)."""
+    """What the trainer iterates over: an epoch of (images uint8, labels, records), or what is left after `start`."""
 
     def set_epoch(self, epoch: int) -> None: ...
 
     def __len__(self) -> int: ...
 
-    def steps(self) -> Iterator[tuple[Tensor, Tensor, Records | None]]: ...
-
-
-@dataclass(frozen=True)
-class Recipe:
-    """SGD with Nesterov momentum, linear warm-up over `warmup` epochs, then cosine to zero, step by step.
-
-    lr: peak learning rate at this batch size; decay: weight decay; amp: bfloat16 autocast.
-    """
-
-    epochs: int
-    lr: float
-    decay: float = 5e-4
-    momentum: float = 0.9
-    warmup: float = 1.0
-    amp: bool = False
-
-    def rate(self, step: int, steps_per_epoch: int) -> float:
-        """The learning rate of a step, counted from 0 over the whole run."""
-        total, warm = self.epochs * steps_per_epoch, round(self.warmup * steps_per_epoch)
-        if step < warm:
-            return self.lr * (step + 1) / warm
-        return self.lr * 0.5 * (1 + math.cos(math.pi * (step - warm) / max(1, total - warm)))
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records | None]]: ...
 
 
 @runtime_checkable
@@ -73,7 +56,7 @@ class Paced(Protocol):
 
 
 class Partner(Protocol):
-    """A second network that learns beside the student (bdkd's teacher), and sees to its own optimiser.
+    """A second network that learns beside the student (bdkd's teacher), by the same recipe.
 
     Its metrics stand in those of an evaluation with `teacher_` before their names. notes: for its weights' files.
     """
@@ -81,121 +64,119 @@ class Partner(Protocol):
     model: Classifier
     notes: dict[str, Any]
 
-    def learn(self, student: Tensor, labels: Tensor, rate: float) -> Tensor: ...
+    def learn(self, student: Tensor, labels: Tensor, batches: int) -> Tensor: ...
+
+    def update(self, step: int, steps_per_epoch: int) -> None: ...
 
     def state_dict(self) -> dict[str, Any]: ...
 
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
-PARTNER = "teacher"  # in the names of its metrics and files
+class Training:
+    """All that changes while a student learns. learn() takes a batch, update() ends a step of `recipe.accumulate`.
 
-_STATE = {"history", "model", "optimiser", "random", "loss", PARTNER}
-_ANEW = "remove it to start the run anew"
-
-
-def read_config(path: Path) -> dict[str, Any]:
-    """The settings of the run in a folder."""
-    file = path / "config.json"
-    try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
-        raise NotFoundError(f"{path} is no run folder: it has no config.json") from None
-    except ValueError as e:  # also where it is no text
-        raise CorruptError(f"{file} is not valid JSON ({e}): give another --out") from e
-    if not isinstance(config, dict):
-        raise CorruptError(f"{file} is not what kdcache writes: give another --out")
-    return config
-
-
-class RunFolder:
-    """config.json, metrics.jsonl, summary.json, last and best weights, TensorBoard events, and the state to resume.
-
-    Where the teacher learns too, its weights are teacher-last and teacher-best.
+    epoch, batch: how far it has come, from 0. evaluated: the network that is evaluated and filed, which is the average
+    of the weights where the recipe has one.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], resume: bool) -> None:
-        self.path = path
-        file = path / "config.json"
-        if any((path / name).exists() for name in ("metrics.jsonl", "state.pt", "summary.json")):
-            if not resume:
-                raise InputError(f"{path} holds a run already: give --resume to go on with it, or another --out")
-            self._require_same(config)
-        elif file.exists():
-            replace_file(file, _json(config))  # it ended before its first whole epoch: nothing to keep
-        elif resume:
-            raise InputError(f"{path} holds no run to resume: leave --resume out to start one")
-        elif path.exists() and any(path.iterdir()):
-            raise InputError(f"{path} is not empty and no run: give another --out")
-        else:
-            replace_file(file, _json(config))
+    def __init__(
+        self, model: Classifier, loss: Loss, recipe: Recipe, batches: int, partner: Partner | None = None
+    ) -> None:
+        self.model, self.loss, self.recipe, self.partner = model, loss, recipe, partner
+        self.epoch = self.batch = 0
+        self.seconds = 0.0
+        self._batches, self._steps = batches, math.ceil(batches / recipe.accumulate)  # an epoch
+        self._device = next(model.parameters()).device
+        learnt = list(loss.parameters()) if isinstance(loss, Learnt) else []
+        self._averaged, self._weighted = ranks.averaged(model, learnt), ranks.Weighted()
+        self._forward = compiled(self._averaged) if recipe.compile else self._averaged
+        ranks.draw_apart()
+        self._updater = Updater([*model.parameters(), *learnt], recipe, self._device)
+        self._average = WeightAverage(model, recipe.ema) if recipe.ema is not None else None
+        self._sums = torch.zeros((2,), device=self._device)  # of the epoch's losses: the student's, the partner's
 
-    def _require_same(self, config: dict[str, Any]) -> None:
-        had = read_config(self.path)
-        wanted = json.loads(_json(config))
-        # The cache may have been moved: its key says what it is.
-        names = [k for k in {**had, **wanted} if had.get(k) != wanted.get(k) and k != "cache_path"]
-        if names:
-            found = "; ".join(f"{k}: the run has {had.get(k)}, asked for {wanted.get(k)}" for k in names)
-            raise InputError(f"{self.path} is another run and is not resumed: {found}")
+    @property
+    def evaluated(self) -> Classifier:
+        return self.model if self._average is None else self._average.model
 
-    def load_state(self) -> dict[str, Any] | None:
-        """The state after the last whole epoch, or None."""
-        file = self.path / "state.pt"
-        if not file.exists():
-            return None
-        try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except OSError:
-            raise
-        except Exception as e:  # bytes that are no pickle raise whatever comes first
-            raise CorruptError(f"{file} cannot be read ({type(e).__name__}): {_ANEW}") from e
-        if not isinstance(state, dict) or state.keys() != _STATE:
-            raise CorruptError(f"{file} is not what kdcache writes: {_ANEW}")
-        return state
+    @one_line()
+    def learn(self, images: Tensor, labels: Tensor, records: Records | None) -> None:
+        """One batch: its gradient, and nothing that waits for the device."""
+        # Of a step's batches the mean counts, also where an epoch ends with fewer.
+        first = self.batch - self.batch % self.recipe.accumulate
+        together = min(self.recipe.accumulate, self._batches - first)
+        more = self.batch + 1 < first + together
+        with ranks.gradients_stay(self._averaged) if more else nullcontext():
+            with torch.autocast(self._device.type, self.recipe.dtype, enabled=self.recipe.dtype is not None):
+                logits = self._forward(images)
+            value = self._weighted(self.loss(logits, labels, records), len(images))
+            self._updater.backward(value, together)
+        self._sums[0] += value.detach()
+        if self.partner is not None:
+            self._sums[1] += self.partner.learn(logits.detach(), labels, together)
+        self.batch += 1
 
-    def save_weights(self, model: Classifier, notes: dict[str, Any], history: list[dict[str, Any]], of: str) -> None:
-        """The last weights, and the best where the history's last line is; `of` stands before the files' names."""
-        scores = [_score(line) for line in history]
-        notes = {**notes, "metrics": history[-1]}
-        file_classifier(self.path / f"{of}last.safetensors", model, notes)
-        if scores[-1] >= max(scores):
-            file_classifier(self.path / f"{of}best.safetensors", model, notes)
+    @property
+    def step_is_whole(self) -> bool:
+        return self.batch % self.recipe.accumulate == 0 or self.batch == self._batches
 
-    def save_state(self, state: dict[str, Any]) -> None:
-        """After the weights of a whole epoch, so that a kill in between repeats the epoch."""
-        history = state["history"]
-        replace_file(self.path / "metrics.jsonl", b"".join(_json(line, indent=None) for line in history))
-        content = io.BytesIO()
-        torch.save(state, content)
-        replace_file(self.path / "state.pt", content.getvalue())
+    def update(self) -> None:
+        """New weights, from the gradients since the last ones."""
+        step = self.epoch * self._steps + math.ceil(self.batch / self.recipe.accumulate) - 1
+        self._updater.update(step, self._steps)
+        if self._average is not None:
+            self._average.update(step)
+        if self.partner is not None:
+            self.partner.update(step, self._steps)
 
-    def finish(self, summary: dict[str, Any]) -> None:
-        replace_file(self.path / "summary.json", _json(summary))
+    def losses(self) -> dict[str, float]:
+        """The mean loss of the epoch's batches, and that of the partner."""
+        sums = self._sums_of_ranks().tolist()
+        names = ["loss"] if self.partner is None else ["loss", f"{PARTNER}_loss"]
+        return {name: total / self._batches for name, total in zip(names, sums, strict=False)}
 
-    def read_summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run; None before that."""
-        file = self.path / "summary.json"
-        if not file.exists():
-            return None
-        try:
-            summary = json.loads(file.read_text())
-        except ValueError:  # also where it is no text
-            summary = None
-        if not isinstance(summary, dict):
-            raise CorruptError(f"{file} is not what kdcache writes: remove it, and --resume writes it again")
-        return summary
+    def _sums_of_ranks(self) -> Tensor:
+        return ranks.total(self._sums) / ranks.world()
 
+    def average_statistics(self) -> None:
+        """Of all ranks, in all networks, before they are evaluated or kept."""
+        average, partner = self._average, self.partner
+        ranks.average_statistics(self.model, *(other.model for other in (average, partner) if other is not None))
 
-def make_optimiser(parameters: Iterable[nn.Parameter], recipe: Recipe, device: torch.device) -> torch.optim.SGD:
-    return torch.optim.SGD(
-        parameters,
-        lr=recipe.lr,
-        momentum=recipe.momentum,
-        weight_decay=recipe.decay,
-        nesterov=recipe.momentum > 0,
-        fused=device.type in ("cpu", "cuda"),
-    )
+    def end_epoch(self) -> None:
+        self._sums.zero_()
+        self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, generators included; between two steps alone, and on all ranks together."""
+        self.average_statistics()
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "sums": self._sums_of_ranks(),
+            "model": self.model.state_dict(),
+            "average": self._average.state_dict() if self._average is not None else {},
+            "updater": self._updater.state_dict(),
+            "loss": self.loss.state_dict() if isinstance(self.loss, Learnt) else {},
+            PARTNER: self.partner.state_dict() if self.partner is not None else {},
+            "random": ranks.everyones(_random_state(self._device)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
+        self._sums.copy_(state["sums"])
+        self.model.load_state_dict(state["model"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        self._updater.load_state_dict(state["updater"])
+        if isinstance(self.loss, Learnt):
+            self.loss.load_state_dict(state["loss"])
+        if self.partner is not None:
+            self.partner.load_state_dict(state[PARTNER])
+        if ranks.rank() < len(state["random"]):
+            _restore_random(state["random"][ranks.rank()], self._device)
 
 
 def fit(
@@ -208,109 +189,123 @@ def fit(
     notes: dict[str, Any] | None = None,
     say: Callable[[str], None] = print,
     partner: Partner | None = None,
+    save_every: float = SAVE_EVERY,
 ) -> list[dict[str, Any]]:
-    """Train in place; one line of metrics an epoch. With a folder, goes on after the last whole epoch there.
+    """Train in place; one line of metrics an epoch. With a folder, goes on from the state there.
 
-    `notes` go into the weights' files. partner: learns in the same steps. KdcacheError when a loss is no longer finite.
+    The state is kept after every epoch, within one every so many seconds, and where Ctrl-C or SIGTERM asks to stop:
+    then KeyboardInterrupt, once the step is whole. `notes` go into the weights' files. partner: learns in the same
+    steps. KdcacheError when a loss is no longer finite.
     """
-    device = next(model.parameters()).device
-    learnt = list(loss.parameters()) if isinstance(loss, Learnt) else []
-    optimiser = make_optimiser([*model.parameters(), *learnt], recipe, device)
-    history: list[dict[str, Any]] = []
-    if folder and (state := folder.load_state()):
-        history = state["history"]
-        try:
-            model.load_state_dict(state["model"])
-            optimiser.load_state_dict(state["optimiser"])
-            if isinstance(loss, Learnt):
-                loss.load_state_dict(state["loss"])
-            if partner is not None:
-                partner.load_state_dict(state[PARTNER])
-        except (KeyError, RuntimeError, TypeError, ValueError) as e:
-            raise CorruptError(f"{folder.path / 'state.pt'} is not of this network: {_ANEW}") from e
-        _restore_random(state["random"], device)
-        say(f"resuming {folder.path} after epoch {len(history)} of {recipe.epochs}")
+    training = Training(model, loss, recipe, len(loader), partner)
+    history = _resume(training, folder, say) if folder else []
+    # All ranks take part in what is kept, and the first one writes it.
+    keeps, folder = folder is not None, None if ranks.rank() else folder
+
+    def save() -> None:
+        if keeps:
+            state = training.state_dict()
+            if folder:
+                folder.save_state(history, state)
+
     events = _events(folder, len(history), say) if folder else None
-    for epoch in range(len(history), recipe.epochs):
-        loader.set_epoch(epoch)
-        if isinstance(loss, Paced):
-            loss.set_epoch(epoch + 1)
-        started = time.monotonic()
-        losses = _train_epoch(model, loss, loader, optimiser, recipe, epoch, partner)
-        seconds = time.monotonic() - started
-        if not all(map(math.isfinite, losses.values())):
-            raise KdcacheError(f"the loss is not finite in epoch {epoch + 1}: lower --lr (now {recipe.lr:g})")
-        line: dict[str, Any] = {"epoch": epoch + 1, **losses, "seconds": seconds, **evaluate(model)}
-        history.append(line)
-        say(_describe(line, recipe.epochs))
-        if events is not None:
-            for name, value in line.items():
-                events.add_scalar(name, value, epoch + 1)
-            events.flush()
-        if folder:
-            folder.save_weights(model, notes or {}, history, of="")
-            if partner is not None:
-                theirs = [_of_partner(past) for past in history]
-                folder.save_weights(partner.model, partner.notes, theirs, of=f"{PARTNER}-")
-            folder.save_state(
-                {
-                    "history": history,
-                    "model": model.state_dict(),
-                    "optimiser": optimiser.state_dict(),
-                    "loss": loss.state_dict() if isinstance(loss, Learnt) else {},
-                    PARTNER: partner.state_dict() if partner is not None else {},
-                    "random": _random_state(device),
-                }
-            )
+    wishes = ranks.Wishes()
+    with Interrupts() as interrupts:
+        while training.epoch < recipe.epochs:
+            _train_epoch(training, loader, interrupts, wishes, save, save_every)
+            training.average_statistics()
+            losses = training.losses()
+            if not all(map(math.isfinite, losses.values())):
+                at = f"in epoch {training.epoch + 1}"
+                raise KdcacheError(f"the loss is not finite {at}: lower --lr (now {recipe.lr:g})")
+            try:
+                # Ranks evaluate together: none leaves on its own.
+                with interrupts.at_once() if ranks.world() == 1 else nullcontext():
+                    measured = evaluate(training.evaluated)
+            except KeyboardInterrupt:
+                if ranks.world() == 1:
+                    save()
+                raise
+            line: dict[str, Any] = {"epoch": training.epoch + 1, **losses, "seconds": training.seconds, **measured}
+            training.end_epoch()
+            history.append(line)
+            say(_describe(line, recipe.epochs))
+            if events is not None:
+                for name, value in line.items():
+                    events.add_scalar(name, value, training.epoch)
+                events.flush()
+            if folder:
+                folder.save_weights(training.evaluated, notes or {}, history, of="")
+                if partner is not None:
+                    theirs = [_of_partner(past) for past in history]
+                    folder.save_weights(partner.model, partner.notes, theirs, of=f"{PARTNER}-")
+                folder.save_metrics(history)
+            save()
+            interrupts.asked = ranks.anyones(interrupts.asked)
+            interrupts.check()
     if events is not None:
         events.close()
     return history
 
 
+def _resume(training: Training, folder: RunFolder, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The lines of the epochs that are done, and the training as it was."""
+    state = ranks.from_first(folder.load_state)
+    if state is None:
+        return []
+    try:
+        training.load_state_dict(state["training"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise CorruptError(f"{folder.path / 'state.pt'} is not of this network: {ANEW}") from e
+    within = f" and {training.batch} batches" if training.batch else ""
+    say(f"resuming {folder.path} after epoch {training.epoch}{within} of {training.recipe.epochs}")
+    history: list[dict[str, Any]] = state["history"]
+    return history
+
+
 def _train_epoch(
-    model: Classifier,
-    loss: Loss,
+    training: Training,
     loader: Loader,
-    optimiser: torch.optim.Optimizer,
-    recipe: Recipe,
-    epoch: int,
-    partner: Partner | None,
-) -> dict[str, float]:
-    """The mean loss, and that of the partner."""
-    model.train()
-    device = next(model.parameters()).device
-    total, total_partner = torch.zeros((2,), device=device)
-    first = epoch * len(loader)
-    with Progress(f"epoch {epoch + 1}/{recipe.epochs}", len(loader), "steps") as progress:
-        for i, (images, labels, records) in enumerate(loader.steps()):
-            rate = recipe.rate(first + i, len(loader))
-            for group in optimiser.param_groups:
-                group["lr"] = rate
-            with torch.autocast(device.type, torch.bfloat16, enabled=recipe.amp):
-                logits = model(images)
-            value = loss(logits, labels, records)
-            optimiser.zero_grad(set_to_none=True)
-            value.backward()  # type: ignore[no-untyped-call]
-            optimiser.step()
-            total += value.detach()
-            if partner is not None:
-                total_partner += partner.learn(logits.detach(), labels, rate)
+    interrupts: Interrupts,
+    wishes: ranks.Wishes,
+    save: Callable[[], None],
+    save_every: float,
+) -> None:
+    """The rest of the epoch that the training is in."""
+    loader.set_epoch(training.epoch)
+    if isinstance(training.loss, Paced):
+        training.loss.set_epoch(training.epoch + 1)
+    training.model.train()
+    left = len(loader) - training.batch
+    if not left:  # stopped in the evaluation
+        return
+    began, saved = time.monotonic() - training.seconds, time.monotonic()
+    with Progress(f"epoch {training.epoch + 1}/{training.recipe.epochs}", left, "steps") as progress:
+        for images, labels, records in loader.steps(training.batch):
+            training.learn(images, labels, records)
             progress.advance(1)
-    means = {"loss": float(total) / len(loader)}
-    if partner is not None:
-        means[f"{PARTNER}_loss"] = float(total_partner) / len(loader)
-    return means
+            if not training.step_is_whole:
+                continue
+            training.update()
+            interrupts.waiting = True  # not in the first step, which may compile for minutes
+            now = time.monotonic()
+            training.seconds = now - began
+            stop, keep = wishes(interrupts.asked, now - saved > save_every)
+            if stop:
+                break  # which ends the loader's threads and processes
+            if keep:
+                save()
+                saved = time.monotonic()
+    interrupts.asked = ranks.anyones(interrupts.asked)
+    if interrupts.asked:
+        save()
+    interrupts.check()
 
 
 def _of_partner(line: dict[str, Any]) -> dict[str, Any]:
     """The partner's part of a line of metrics, under the names that a student's has."""
     mark = f"{PARTNER}_"
     return {k.removeprefix(mark): v for k, v in line.items() if k.startswith(mark)}
-
-
-def _score(line: dict[str, Any]) -> float:
-    """What the best weights are best at: top-1, or agreement where there are no labels."""
-    return float(line.get("top1", line.get("agreement", -line["loss"])))
 
 
 def _describe(line: dict[str, Any], epochs: int) -> str:
@@ -346,10 +341,6 @@ def _restore_random(state: dict[str, Tensor], device: torch.device) -> None:
     torch.set_rng_state(state["cpu"])
     if device.type == "cuda" and "cuda" in state:
         torch.cuda.set_rng_state(state["cuda"], device)
-
-
-def _json(value: dict[str, Any], indent: int | None = 2) -> bytes:
-    return (json.dumps(value, indent=indent, sort_keys=indent is not None) + "\n").encode()
 
 
 def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:

@@ -1,0 +1,141 @@
+"""Building beside the bare teacher on as many images, and two processes beside one. Writes JSON.
+
+    python bench/build.py [--out FILE]
+
+32x32 noise in memory, for times do not depend on the pixels. A whole build (its probe, start and end included) and the
+bare teacher, which gets the same rendered batches, take turns; then the same build by one process of one thread and by
+two such under torchrun, whose start is not counted. Medians; some 4 minutes on 2 cores.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import os
+import statistics
+import subprocess
+import sys
+import tempfile
+import time
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+from safetensors.torch import save_file
+
+from kdcache.pipeline.build import BuildConfig, build, open_source, teacher_renderer, view_parameters
+from kdcache.pipeline.networks import build_network
+from kdcache.train.bench import machine
+
+BATCH, ROUNDS = 128, 3
+# Samples, classes, stored classes (None: all) and views.
+ALONE = {"resnet20": (5120, 100, 20, 2), "resnet56": (5120, 10, None, 2)}
+TOGETHER = ("resnet20", 640, 10, 16)
+
+
+def noise(samples: int, classes: int, split: str) -> tuple[Any, Any]:
+    rng = np.random.default_rng(len(split))
+    count = samples if split == "train" else samples // 10
+    return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % classes
+
+
+def of_resnet20(split: str) -> tuple[Any, Any]:
+    """Datasets by module:function."""
+    return noise(*ALONE["resnet20"][:2], split)
+
+
+def of_resnet56(split: str) -> tuple[Any, Any]:
+    return noise(*ALONE["resnet56"][:2], split)
+
+
+def of_both(split: str) -> tuple[Any, Any]:
+    return noise(*TOGETHER[1:3], split)
+
+
+def weights(work: Path, network: str, classes: int) -> Path:
+    torch.manual_seed(0)
+    save_file(build_network(network, classes, 32).state_dict(), work / f"{network}-{classes}.safetensors")
+    return work / f"{network}-{classes}.safetensors"
+
+
+def beside_the_bare_teacher(work: Path, network: str) -> dict[str, Any]:
+    samples, classes, k, views = ALONE[network]
+    config = BuildConfig(
+        network, str(weights(work, network, classes)), f"build:of_{network}", views=views, topk=k, batch_size=BATCH,
+        allow_low_accuracy=True, device="cpu",
+    )  # fmt: skip
+    source = open_source(config)
+    parameters = view_parameters(source.train, source.identity, 0, range(samples))
+    index = np.split(np.arange(samples), samples // BATCH)
+    pixels = list(teacher_renderer(source.train, source).batches(parameters, index))
+    rates: dict[str, list[float]] = {"build": [], "bare": []}
+    for turn in range(ROUNDS + 1):
+        built = build(replace(config, out=str(work / f"{network}-{turn}")), lambda line: None, source)
+        start, done = time.perf_counter(), 0
+        while done < built.teacher_images:
+            done += len(source.teacher.logits(pixels[done // BATCH % len(pixels)]))
+        bare = done / (time.perf_counter() - start)
+        if turn:  # the first warms up
+            rates["build"].append(built.teacher_images / built.seconds)
+            rates["bare"].append(bare)
+    ratios = [a / b for a, b in zip(rates["build"], rates["bare"], strict=True)]
+    return {
+        "images": built.teacher_images,
+        "threads": torch.get_num_threads(),
+        "images_per_second": {name: statistics.median(found) for name, found in rates.items()},
+        "build_over_bare": statistics.median(ratios),
+        "of_each_round": ratios,
+    }
+
+
+def by_two_processes(work: Path) -> dict[str, Any]:
+    network, _, classes, views = TOGETHER
+    path = weights(work, network, classes)
+    launchers = {
+        "one": [sys.executable],
+        "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
+    }
+    seconds: dict[str, list[float]] = {name: [] for name in launchers}
+    for turn in range(ROUNDS):
+        for name, launcher in launchers.items():
+            line = (
+                f"-m kdcache.cli build --teacher {network} --weights {path} --data build:of_both --views {views} "
+                f"--batch-size {BATCH} --device cpu --allow-low-accuracy --json --out {work / f'{name}-{turn}'}"
+            )
+            done = subprocess.run(
+                [*launcher, *line.split()], check=True, capture_output=True, text=True,
+                env={**os.environ, "OMP_NUM_THREADS": "1", "PYTHONPATH": os.pathsep.join(filter(None, sys.path))},
+            )  # fmt: skip
+            seconds[name].append(json.loads(done.stdout)["seconds"])
+    ratios = [a / b for a, b in zip(seconds["one"], seconds["two"], strict=True)]
+    return {
+        "seconds": {name: statistics.median(found) for name, found in seconds.items()},
+        "times_faster": statistics.median(ratios),
+        "of_each_round": ratios,
+    }
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--out", type=Path, default=Path("bench/results/build.json"))
+    a = parser.parse_args()
+    with tempfile.TemporaryDirectory() as folder:
+        work = Path(folder)
+        os.environ["KDCACHE_HOME"] = str(work / "home")
+        result = {
+            "machine": machine(),
+            "command": "python bench/build.py",
+            "batch": BATCH,
+            "rounds": ROUNDS,
+            "beside_the_bare_teacher": {network: beside_the_bare_teacher(work, network) for network in ALONE},
+            "two_processes_of_one_thread": by_two_processes(work),
+        }
+    a.out.parent.mkdir(parents=True, exist_ok=True)
+    a.out.write_text(json.dumps(result, indent=2) + "\n")
+    print(json.dumps(result, indent=2))
+
+
+if __name__ == "__main__":
+    main()

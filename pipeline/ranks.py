@@ -1,0 +1,38 @@
+"""The processes that torchrun starts for one command: which of them this one is, and its share of the machine."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Rank:
+    """rank of world processes in all, local_rank of local_world on this machine; one process alone is rank 0 of 1."""
+
+    rank: int = 0
+    world: int = 1
+    local_rank: int = 0
+    local_world: int = 1
+
+
+def this_rank() -> Rank:
+    """This process's place, as torchrun tells it in the environment."""
+    names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
+    if not all(os.environ.get(name, "").isdecimal() for name in names):
+        return Rank()
+    return Rank(*(int(os.environ[name]) for name in names))
+
+
+def cores() -> int:
+    """Cores for this process: those that the system grants it, shared with the other local ranks."""
+    granted = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    return max(1, granted // this_rank().local_world)
+
+
+def share_cores() -> None:
+    """Let torch compute with this rank's share of the cores, where torchrun's own 1 is all that was said of it."""
+    import torch
+
+    if this_rank().local_world > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        torch.set_num_threads(cores())

@@ -1,0 +1,297 @@
+"""Several processes train one student: the same as one does, and what happens when one of them dies."""
+
+import json
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+from torch import nn
+
+from kdcache.cache import KdcacheError, encode
+from kdcache.cache.errors import RANK_ENDED, InputError
+from kdcache.pipeline.build import BuildConfig, build
+from kdcache.pipeline.networks import build_network
+from kdcache.train import ranks
+from kdcache.train.presets import LOSSES, make_loss
+from kdcache.train.run import TrainConfig, train
+from kdcache.train.sweep import sweep
+
+RANKS = 2
+
+# Losses
+
+
+TRUE_FLOAT = torch.Tensor.float, torch.float32
+
+
+def in_float64():
+    """The losses compute in float32, whose rounding would hide mistakes."""
+    torch.Tensor.float, torch.float32 = torch.Tensor.double, torch.float64
+
+
+def value_and_gradients(loss, rows, batch):
+    """The loss of some rows, weighted by their share, its gradient for their logits, and those of uskd's head."""
+    logits, labels, records, weights, features = batch
+    s = logits[rows].clone().requires_grad_()
+    more = {"features": features[rows]} if loss.needs.features else {}
+    value = loss(s, labels[rows], records[rows], None if weights is None else weights[rows], **more)
+    value = value * ranks.weight(len(rows), len(logits))
+    head = list(loss.parameters()) if loss.needs.features else []
+    gradient, *of_head = torch.autograd.grad(value, [s, *head])
+    return value.detach(), gradient, of_head
+
+
+def loss_cases():
+    """Of every loss, with one label and with two: the loss and its arguments, in float64."""
+    in_float64()
+    torch.manual_seed(0)
+    count, classes = 12, 10
+    logits, teacher = 3 * torch.randn(2, count, classes, dtype=torch.float64)
+    features = torch.randn(count, 6, dtype=torch.float64)
+    y = torch.randint(0, classes, (count, 2))
+    share = torch.rand(count, 1, dtype=torch.float64)
+    share = torch.cat([share, 1 - share], 1)
+    cases = {}
+    for name in LOSSES:
+        for labels, weights in ((y[:, 0], None), (y, share)):
+            loss = make_loss(name, 32)
+            if weights is not None and not loss.needs.mixed:
+                continue
+            if loss.needs.features:
+                loss.make_head(6, classes)
+                loss.head.double()
+            records = encode(teacher, labels, precision="float32")
+            cases[f"{name}, {labels.dim()}"] = loss, (logits, labels, records, weights, features)
+    return cases
+
+
+def loss_errors(cases, alone):
+    """For every case and split, how far value and gradients are from one process's, relative to the largest."""
+    found = {}
+    for first in (6, 9):
+        for case, (loss, batch) in cases.items():
+            mine = torch.arange(12).split([first, 12 - first])[ranks.rank()]
+            value, gradient, of_head = value_and_gradients(loss, mine, batch)
+            want, want_gradient, want_of_head = alone[case]
+            # As DDP does: the mean over ranks.
+            pairs = [(ranks.total(value) / RANKS, want), (gradient / RANKS, want_gradient[mine])]
+            pairs += [(ranks.total(g) / RANKS, w) for g, w in zip(of_head, want_of_head, strict=True)]
+            errors = [float((g - w).abs().max() / w.abs().max()) for g, w in pairs]
+            found[f"{case}, {first}"] = max(max(e) for e in ranks.everyones(errors))
+    return found
+
+
+def test_losses_of_ranks_are_those_of_the_whole_batch(joined):
+    found = joined["losses"]
+    assert {case.split(",")[0] for case in found} == set(LOSSES)
+    assert {case: error for case, error in found.items() if not error < 1e-12} == {}
+
+
+# What ranks tell each other
+
+
+def messages():
+    rank = ranks.rank()
+    norm = nn.BatchNorm1d(2)
+    norm.running_mean.fill_(rank)
+    ranks.average_statistics(norm)
+    wishes = ranks.Wishes()
+    heard = [wishes(rank == 1 and step == 1, False) for step in range(4)]
+    rows = ranks.rows_of_all(torch.full((3 * (1 - rank), 2), rank), [3, 0]).tolist()
+    more = ranks.rows_of_all(torch.full((1 + rank, 1), rank), [1, 2]).tolist()
+
+    def refuse():
+        assert ranks.rank() == 0
+        raise InputError("no")
+
+    with pytest.raises(KdcacheError, match="no"):
+        ranks.from_first(refuse)
+    with ranks.one_first():
+        pass
+    said = {"mean": norm.running_mean.tolist(), "heard": heard, "rows": rows, "more": more}
+    return ranks.everyones({**said, "any": ranks.anyones(rank == 1)})
+
+
+def test_messages_reach_all_ranks(joined):
+    first, second = joined["messages"]
+    for rank in (first, second):
+        assert rank["mean"] == [0.5, 0.5] and rank["any"]
+        assert rank["heard"] == [[False, False], [False, False], [True, False], [False, False]]
+    assert first["rows"] == [[0, 0]] * 3 and first["more"] == [[0], [1], [1]]
+
+
+def in_ranks(out):
+    """Runs in processes of its own."""
+    cases = loss_cases()
+    everything = torch.arange(12)
+    alone = {case: value_and_gradients(loss, everything, batch) for case, (loss, batch) in cases.items()}
+    torch.Tensor.float, torch.float32 = TRUE_FLOAT
+    with ranks.joined("cpu"):
+        found = {"messages": messages()}
+        in_float64()
+        found["losses"] = loss_errors(cases, alone)
+        if ranks.rank() == 0:
+            Path(out).write_text(json.dumps(found))
+
+
+@pytest.fixture(scope="module")
+def joined(tmp_path_factory):
+    """What in_ranks found."""
+    out = tmp_path_factory.mktemp("joined") / "found.json"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    known = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(RANKS))
+    known |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
+    started = [
+        subprocess.Popen(
+            [sys.executable, __file__, str(out)],
+            env={**os.environ, **known, "RANK": str(rank), "LOCAL_RANK": str(rank)},
+        )
+        for rank in range(RANKS)
+    ]
+    assert [one.wait(timeout=120) for one in started] == [0] * RANKS
+    return json.loads(out.read_text())
+
+
+# torchrun
+
+NETWORK = """
+from torch import nn
+
+def small():  # without batch norm, whose statistics are each rank's own
+    layers = nn.Conv2d(3, 8, 3, padding=1), nn.GELU(), nn.Conv2d(8, 8, 3, 2, 1), nn.GELU(), nn.Flatten()
+    return nn.Sequential(*layers, nn.Linear(128, 10))
+"""
+EPOCHS = 6
+
+
+@pytest.fixture(scope="module")
+def home(tmp_path_factory):
+    """A folder to work in, with a network, its weights as a teacher's, and a cache."""
+    folder = tmp_path_factory.mktemp("ranks")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        patch.setenv("KDCACHE_HOME", str(folder))
+        (folder / "rankstudent.py").write_text(NETWORK)
+        torch.manual_seed(0)
+        # Large enough that its answers vary: a correlation with what hardly does is mostly rounding.
+        state = {name: 4 * weight for name, weight in build_network("rankstudent:small", 10, 8).state_dict().items()}
+        save_file(state, folder / "teacher.safetensors")
+        weights = str(folder / "teacher.safetensors")
+        config = BuildConfig("rankstudent:small", weights, views=2, allow_low_accuracy=True, out=str(folder / "cache"))
+        build(config, lambda _: None)
+        yield folder
+
+
+def settings(home, out, **more):
+    """15 unequal batches an epoch, so that each rank has its own count of rows."""
+    of = {"cache": str(home / "cache"), "student": "rankstudent:small", "out": str(home / out)}
+    return TrainConfig("dist", batch_size=95, lr=0.01, **of, **more)
+
+
+def torchrun(home, out, *flags, count=RANKS, restarts=0):
+    """A training as `settings` says."""
+    command = [
+        sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--max-restarts", str(restarts),
+        "-m", "kdcache.cli", "train", "--cache", str(home / "cache"), "--student", "rankstudent:small",
+        "--batch-size", "95", "--lr", "0.01", "--out", str(home / out), *flags,
+    ]  # fmt: skip
+    env = {**os.environ, "OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+
+
+def require_same_weights(one, other):
+    one, other = (load_file(path / "last.safetensors") for path in (one, other))
+    for name, weight in one.items():
+        assert float((other[name] - weight).abs().max() / weight.abs().max()) < 3e-5, name
+
+
+def test_ranks_train_what_one_process_trains(home):
+    """From the live teacher, which learns too in one of them; and as a sweep."""
+    losses = "dist", "uskd", "bdkd:start=taught"
+    weights = str(home / "teacher.safetensors")
+    flags = [f for loss in losses for f in ("--loss", loss)]
+    started = torchrun(home, "two", *flags, "--epochs", "2", "--online", "--weights", weights)
+    alone = sweep(settings(home, "one", epochs=2, online=True, weights=weights), losses, [0], lambda _: None)
+    output, said = started.communicate(timeout=120)
+    assert started.returncode == 0, said
+    together = json.loads((home / "two" / "sweep.json").read_text())
+    for one, two in zip(alone["runs"], together["runs"], strict=True):
+        assert two["summary"]["ranks"] == RANKS
+        assert two["summary"]["loss"] == pytest.approx(one["summary"]["loss"], 1e-5)
+        require_same_weights(Path(one["run"]), Path(two["run"]))
+    assert said.count("epoch 2/2") == len(losses) and output.count("agreement") == 1
+
+
+def rank_process(started, rank):
+    """The pid of a rank of torchrun's, once it is there."""
+    while started.poll() is None:
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parent = stat.read_text().rpartition(")")[2].split()[1]
+                mine = parent == str(started.pid) and f"\0RANK={rank}\0" in stat.with_name("environ").read_text()
+            except OSError:  # it ended meanwhile
+                continue
+            if mine:
+                return int(stat.parent.name)
+        time.sleep(0.05)
+    raise AssertionError(started.communicate()[1])
+
+
+def kill_rank(home, out, started):
+    """Rank 1, within the training; the pids of both."""
+    both = [rank_process(started, rank) for rank in range(RANKS)]
+    while not (home / out / "state.pt").exists() and started.poll() is None:
+        time.sleep(0.01)
+    os.kill(both[1], signal.SIGKILL)
+    return both
+
+
+@pytest.fixture(scope="module")
+def whole(home):
+    """One process, uninterrupted."""
+    train(settings(home, "whole", epochs=EPOCHS), lambda _: None)
+    return home / "whole"
+
+
+def test_ranks_that_torchrun_restarts_go_on(home, whole):
+    started = torchrun(home, "restarted", "--loss", "dist", "--epochs", str(EPOCHS), restarts=1)
+    kill_rank(home, "restarted", started)
+    _, said = started.communicate(timeout=120)
+    assert started.returncode == 0, said
+    assert said.count("resuming ") == 1
+    require_same_weights(whole, home / "restarted")
+
+
+def test_a_rank_that_dies_ends_the_others_and_one_process_goes_on(home, whole):
+    started = torchrun(home, "dead", "--loss", "dist", "--epochs", str(EPOCHS))
+    both = kill_rank(home, "dead", started)
+    at = time.monotonic()
+    _, said = started.communicate(timeout=60)
+    assert started.returncode != 0 and time.monotonic() - at < 20
+    assert not any(Path(f"/proc/{pid}").exists() for pid in both)
+    # torchrun says which one died; the other may have had the time to notice.
+    assert {line for line in said.splitlines() if line.startswith("Error: ")} <= {f"Error: {RANK_ENDED}"}
+    train(settings(home, "dead", epochs=EPOCHS, resume=True), lambda _: None)
+    require_same_weights(whole, home / "dead")
+
+
+def test_what_all_ranks_refuse_is_said_once(home):
+    started = torchrun(home, "refused", "--loss", "kd", "--batch-size", "2", "--epochs", "1", count=3)
+    _, said = started.communicate(timeout=120)
+    assert started.returncode != 0
+    lines = [line for line in said.splitlines() if line.startswith("Error: ")]
+    assert lines == ["Error: a batch of 2 cannot be split over 3 ranks"]
+    assert not (home / "refused").exists()
+
+
+if __name__ == "__main__":
+    in_ranks(*sys.argv[1:])
