@@ -255,7 +255,7 @@ def _train(
             config.save_every,
         )  # fmt: skip
     except KdcacheError as e:
-        if cache.path.exists():
+        if _exists(str(cache.path)):
             raise
         raise UnreadableError(f"{cache.path} has gone: bring the disk or folder back, and go on with --resume") from e
     last = history[-1]
