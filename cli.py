@@ -7,6 +7,7 @@ import errno
 import json
 import math
 import os
+import re
 import sys
 import threading
 from collections.abc import Callable
@@ -28,7 +29,7 @@ class _Failure(click.ClickException):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(" ".join(message.splitlines()))
+        super().__init__(_safe(" ".join(message.splitlines())))
 
 
 def _once(e: click.ClickException) -> click.ClickException | SystemExit:
@@ -135,12 +136,12 @@ def _system_error(e: OSError) -> str:
 
 def _print(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
     if not _later_rank():
-        click.echo(json.dumps(facts, indent=2, default=str) if as_json else text)
+        click.echo(json.dumps(facts, indent=2, default=str) if as_json else _safe(text))
 
 
 def _say(text: str) -> None:
     if not _later_rank():
-        click.echo(text, err=True)
+        click.echo(_safe(text), err=True)
 
 
 def _later_rank() -> bool:
@@ -148,6 +149,23 @@ def _later_rank() -> bool:
     from kdcache.pipeline.ranks import this_rank
 
     return this_rank().rank > 0
+
+
+def _safe(text: str) -> str:
+    """What a terminal shows and does not obey: others write the names that are printed here."""
+    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
+
+
+class _Bytes(click.ParamType[int]):
+    """A size such as 20GB, or a number of bytes."""
+
+    name = "size"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> int:
+        found = re.fullmatch(r"([0-9]+(?:\.[0-9]+)?) *(|k|M|G|T)B?", str(value))
+        if found is None:
+            self.fail(f"{value} is no size such as 500MB or 20GB.", param, ctx)
+        return int(float(found[1]) * 1000 ** ("", "k", "M", "G", "T").index(found[2]))
 
 
 class _Number(click.FloatRange):
@@ -213,6 +231,12 @@ _weights = click.option("--weights", metavar="FILE|NAME", help="A weights file, 
 _augment = click.option("--augment", metavar="POLICY", help="crop,flip  rrc,flip  ... [by dataset].")
 _unlabelled = click.option("--unlabelled", is_flag=True, help="Build without labels (L = 0).")
 _class_map = click.option("--class-map", metavar="FILE|auto", help="Dataset's class names to the teacher's classes.")
+_registry = click.option(
+    "--registry", metavar="URL|DIR", help="A team's caches: a folder, s3://..., gs://..., az://..., https://..."
+)
+_store_size = click.option(
+    "--local-store-size", type=_Bytes(), help="To keep here of a cache in a registry that is read from there [20GB]."
+)
 _epochs = click.option("--epochs", type=click.IntRange(1), help="[by dataset]")
 _lr = click.option("--lr", type=_Number(0, min_open=True), help="Peak learning rate [by dataset].")
 _decay = click.option("--weight-decay", type=_Number(0), help="[by dataset]")
@@ -299,10 +323,14 @@ def teach(as_json: bool, **options: Any) -> None:
 @click.option("--full-fingerprint", is_flag=True, help="Hash every file's contents, not 4,096 of them.")
 @click.option("--allow-low-accuracy", is_flag=True, help="Build although the teacher is near chance.")
 @click.option("--list-unreadable", is_flag=True, help="Name every image file that cannot be read, and stop.")
+@_registry
+@click.option("--push", "publish", is_flag=True, help="Publish it in the registry.")
 @_json
 def build(
     as_json: bool,
     list_unreadable: bool,
+    registry: str | None,
+    publish: bool,
     teacher: str | None,
     store: Literal["zarr", "hdf5", "ffcv"],
     **options: Any,
@@ -313,7 +341,10 @@ def build(
     Example: kdcache build --teacher resnet34
              kdcache build --teacher resnet34 --data imagenet:/data/imagenet --views 16
              kdcache build --teacher resnet34 --store hdf5
+             kdcache build --teacher resnet34 --registry s3://bucket/kd --push
              kdcache build --data imagefolder:/data/birds --list-unreadable
+
+    With a registry, what is published there is not computed again.
     """
     from kdcache.pipeline.build import BuildConfig
     from kdcache.pipeline.pack import pack as run_pack
@@ -326,7 +357,7 @@ def build(
         sys.exit(1 if found else 0)
     if teacher is None:
         raise click.UsageError("Missing option '--teacher'.")
-    result = build_and_teach(BuildConfig(teacher, **options), _say)
+    result = build_and_teach(BuildConfig(teacher, **options), _say, registry, publish)
     if store == "zarr" or this_rank().rank:
         _print(vars(result), as_json, str(result.path))
     else:
@@ -375,7 +406,9 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
     "--loss", multiple=True, default=["nkd"], show_default=True, callback=_losses, metavar="NAME[:KEY=VALUE,...]",
     help="See docs/losses.md. Given several times: all of them are trained.",
 )  # fmt: skip
-@click.option("--cache", metavar="PATH|KEY", help="[the only one that matches]")
+@click.option("--cache", metavar="PATH|KEY|NAME|URL", help="[the only one that matches]")
+@_registry
+@_store_size
 @_data
 @click.option("--student", metavar="NAME", help="A network's name [by dataset].")
 @_epochs
@@ -427,6 +460,7 @@ def train(as_json: bool, **options: Any) -> None:
              kdcache train --loss nkd --student resnet20 --data cifar10 --epochs 60
              kdcache train --loss ce --loss nkd --loss dkd:beta=2 --seed 0 --seed 1 --seed 2
              kdcache train --loss nkd --data cifar10 --cache cifar10.beton     (by FFCV's loader)
+             kdcache train --loss nkd --registry s3://bucket/kd --cache r34-imagenet-v1
              torchrun --nproc-per-node 4 -m kdcache.cli train --loss nkd       (by 4 processes, each a GPU of its own)
     """
     from kdcache.train.run import TrainConfig
@@ -447,7 +481,8 @@ def train(as_json: bool, **options: Any) -> None:
 @main.command(name="eval")
 @click.argument("run")
 @click.option("--data", metavar="NAME[:PATH]", help="[the run's]")
-@click.option("--cache", metavar="PATH|KEY", help="[the run's]")
+@click.option("--cache", metavar="PATH|KEY|NAME|URL", help="[the run's]")
+@_registry
 @_device
 @_workers
 @_json
@@ -465,25 +500,77 @@ def evaluate(as_json: bool, run: str, **options: Any) -> None:
 
 
 @main.command(name="ls")
+@_registry
 @_json
-def list_command(as_json: bool) -> None:
-    """The caches under KDCACHE_HOME.
+def list_command(as_json: bool, registry: str | None) -> None:
+    """The caches under KDCACHE_HOME, and those in the registry.
 
+    \b
     Example: kdcache ls
+             kdcache ls --registry s3://bucket/kd
     """
-    from kdcache.cache.home import list_caches
-    from kdcache.pipeline.info import one_line, summary
+    from kdcache.cache.home import list_caches, open_registry
+    from kdcache.pipeline.info import one_line, shared_summaries, summary
 
     good, bad = list_caches()
-    _print([summary(c) for c in good], as_json, "\n".join(map(one_line, good)) or "no caches: see kdcache build --help")
+    found, lines = [summary(c) for c in good], [*map(one_line, good)]
+    if registry is not None:
+        if lines and not as_json:  # whatever the network does
+            _print([], False, "\n".join(lines))
+        shared = open_registry(registry)
+        about, lines, also_bad = shared_summaries(shared)
+        found += about
+        lines = [f"in {shared.url}:", *(lines or ["no caches: see kdcache push --help"])]
+        bad += also_bad
+    _print(found, as_json, "\n".join(lines) or "no caches: see kdcache build --help")
     for line in bad:
-        click.echo(f"not a cache: {line}", err=True)
+        _say(f"not a cache: {line}")
 
 
 @main.command()
 @click.argument("cache")
+@_registry
+@click.option("--name", help="Have this name stand for it in the registry.")
+@click.option("--move", is_flag=True, help="Also where that name stands for another cache.")
+@click.option("--views", metavar="A:B", callback=_views, help="Views A to B - 1 [all that are complete].")
 @_json
-def info(as_json: bool, cache: str) -> None:
+def push(as_json: bool, cache: str, registry: str | None, **options: Any) -> None:
+    """Publish a cache in the registry. What is there already stays; stopped, the same command goes on.
+
+    \b
+    Example: kdcache push 1f0c2a --registry s3://bucket/kd
+             kdcache push 1f0c2a --registry /mnt/team/kd --name r34-imagenet-v1
+    """
+    from kdcache.pipeline.share import push as run
+
+    result = run(cache, registry, say=_say, **options)
+    _print(vars(result), as_json, result.where)
+
+
+@main.command()
+@click.argument("cache", metavar="KEY|NAME|URL")
+@_registry
+@click.option("--views", metavar="A:B", callback=_views, help="Views A to B - 1 [all that are complete].")
+@click.option("--out", metavar="DIR", help="The cache's folder [under KDCACHE_HOME, by its key].")
+@_json
+def pull(as_json: bool, cache: str, registry: str | None, **options: Any) -> None:
+    """Copy a cache from the registry, verified. Stopped, the same command goes on.
+
+    \b
+    Example: kdcache pull r34-imagenet-v1 --registry s3://bucket/kd --views 0:50
+             kdcache pull https://example.org/kd/names/r34-imagenet-v1
+    """
+    from kdcache.pipeline.share import pull as run
+
+    result = run(cache, registry, say=_say, **options)
+    _print(vars(result), as_json, result.where)
+
+
+@main.command()
+@click.argument("cache")
+@_registry
+@_json
+def info(as_json: bool, cache: str, registry: str | None) -> None:
     """What a cache is: how large, how complete, how faithful to its teacher.
 
     Example: kdcache info 1f0c2a
@@ -491,7 +578,7 @@ def info(as_json: bool, cache: str) -> None:
     from kdcache.cache.home import open_cache
     from kdcache.pipeline.info import describe, facts
 
-    opened = open_cache(cache)
+    opened = open_cache(cache, registry)
     found = facts(opened)
     _print(found, as_json, describe(opened, found))
 
@@ -512,8 +599,11 @@ def info(as_json: bool, cache: str) -> None:
 @click.option("--numeric", type=click.Choice(["float32", "bf16"]), help="In which the teacher answers [the cache's].")
 @click.option("--repair", is_flag=True, help="Remove what is damaged, for the next build to make anew.")
 @_device
+@_registry
 @_json
-def verify(as_json: bool, cache: str, depth: str, replay: int, repair: bool, **options: Any) -> None:
+def verify(
+    as_json: bool, cache: str, depth: str, replay: int, repair: bool, registry: str | None, **options: Any
+) -> None:
     """Check that a cache is complete, undamaged, and what the live teacher answers. Exit status 1 if not.
 
     \b
@@ -525,7 +615,7 @@ def verify(as_json: bool, cache: str, depth: str, replay: int, repair: bool, **o
     from kdcache.pipeline.verify import source_of
     from kdcache.pipeline.verify import verify as run
 
-    found = open_cache(cache)
+    found = open_cache(cache, registry)
     source = source_of(found, **options) if depth == "replay" else None
     report = run(found, source, contents=depth != "commits", replay=replay, repair=repair)
     seen = "looked up" if depth == "commits" else "read"

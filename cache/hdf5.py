@@ -61,6 +61,7 @@ class PackedFile:
     """Reads a packed cache. Holds no open file, so that it may cross a fork or be sent to another process."""
 
     again = "pack the cache again"
+    writable = False
 
     def __init__(self, path: Path) -> None:
         self.path = path
@@ -82,6 +83,9 @@ class PackedFile:
             raise CorruptError(f"the index of {path} is damaged; {_MEND}")
         self._index: Mapping[str, tuple[int, int]] = parse(_Index, content, f"the index of {path}", _MEND).files
         self._sha256 = header.sha256
+
+    def fresh(self) -> PackedFile:
+        return PackedFile(self.path)
 
     def has(self, file: str) -> bool:
         return file in self._index
@@ -107,6 +111,9 @@ class PackedFile:
     def require(self, file: str, stored: StoredFile) -> None:
         if file not in self._index:  # its bytes are others than in a folder, so their size says nothing
             raise CorruptError(f"{self.path} holds no {file}")
+
+    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
+        raise InputError(f"{self.path} is packed, its chunks are others than a folder's: kdcache unpack it first")
 
     def rows(
         self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None

@@ -9,6 +9,8 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
+from kdcache.cache.registry import Registry, split_url
+from kdcache.cache.remote import LOCAL_STORE_BYTES
 from kdcache.cache.store import Cache
 
 
@@ -35,23 +37,40 @@ def caches_folder() -> Path:
     return home() / "caches"
 
 
-def open_cache(where: str | os.PathLike[str]) -> Cache:
-    """The cache in a folder or a packed file, or under KDCACHE_HOME by its key or at least six digits of it."""
+def open_registry(url: str, store_bytes: int | None = None) -> Registry:
+    """The registry in a folder or at an address. store_bytes: what may be kept here of what comes over a network."""
+    return Registry(url, home() / "remote", LOCAL_STORE_BYTES if store_bytes is None else store_bytes)
+
+
+def open_cache(where: str | os.PathLike[str], registry: str | None = None, store_bytes: int | None = None) -> Cache:
+    """The cache in a folder or a packed file, or under KDCACHE_HOME by its key or at least six digits of it.
+
+    Else in the registry, by its key or name; or at ROOT/caches/KEY or ROOT/names/NAME, where ROOT is an address.
+    """
     text = os.fspath(where)
     if text.endswith(".beton"):
         raise InputError(f"{text} is packed for training (kdcache train, eval): give the cache that it was packed from")
     if Path(text).exists():
         return Cache(Path(text))
     if "://" in text:
-        raise InputError(f"{text}: caches are read from folders; remote ones are not supported yet")
+        if (found := split_url(text)) is None:
+            raise InputError(f"{text} is no cache's address: that ends in /caches/KEY or /names/NAME")
+        shared = open_registry(found[0], store_bytes)
+        return shared.cache(shared.find(found[1]))
     if re.fullmatch(r"[0-9a-f]{6,64}", text):
-        found = [p for p in _entries() if p.name.startswith(text)]
+        local = [p for p in _entries() if p.name.startswith(text)]
         # A folder before what was packed from it.
-        folders = [p for p in found if p.is_dir()]
-        if len({p.name[:64] for p in found}) == 1 and len(folders or found) == 1:
-            return Cache((folders or found)[0])
-        if found:
-            raise InputError(f"several caches begin with {text}: {', '.join(p.name[:16] + p.name[64:] for p in found)}")
+        folders = [p for p in local if p.is_dir()]
+        if len({p.name[:64] for p in local}) == 1 and len(folders or local) == 1:
+            return Cache((folders or local)[0])
+        if local:
+            raise InputError(f"several caches begin with {text}: {', '.join(p.name[:16] + p.name[64:] for p in local)}")
+    if registry is not None and "/" not in text:
+        shared = open_registry(registry, store_bytes)
+        key = shared.find(text)
+        # A copy that was pulled, or built here, before what lies far away.
+        here = caches_folder() / key
+        return Cache(here) if (here / "identity.json").exists() else shared.cache(key)
     raise NotFoundError(f"no cache at {text}, and none with that key in {caches_folder()}: see kdcache ls")
 
 

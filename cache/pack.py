@@ -12,7 +12,7 @@ from kdcache.cache import arrays, files
 from kdcache.cache.errors import BusyError, CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.hdf5 import Packer, Target
 from kdcache.cache.identity import canonical
-from kdcache.cache.store import Cache, Commit, SplitStore
+from kdcache.cache.store import Cache, SplitStore
 
 Advance = Callable[[int], object]
 
@@ -80,16 +80,11 @@ def unpack_hdf5(cache: Cache, out: Path, advance: Advance = lambda n: None) -> i
                 into.write(
                     name, [(*at, r) for at, r in zip(wanted, rows, strict=True)], commit.writer, commit.parameters
                 )
-            elif _content(into.commit(name)) != _content(commit):
+            elif into.commit(name).content() != commit.content():
                 raise MismatchError(f"{into.root} has another {name} than {cache.path}: give another --out")
             changed += into.commit_bytes(name) != store.commit_bytes(name)
             advance(sum(spec.chunk_bytes for _, spec, _ in wanted))
     return changed
-
-
-def _content(commit: Commit) -> tuple[str | None, dict[str, str]]:
-    """What a commit says of parameters and rows, whatever the bytes that hold them."""
-    return commit.parameters, {file: stored.rows for file, stored in commit.files.items()}
 
 
 def _write(cache: Cache, views: Sequence[int], target: Target, advance: Advance) -> None:

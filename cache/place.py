@@ -30,11 +30,15 @@ class StoredFile(Strict):
 class Place(Protocol):
     """Reads a cache by the names that its files have in a folder; nothing is trusted that no digest covers.
 
-    again: what people do to get what is missing.
+    again: what people do to get what is missing. writable: whether it can be built into and repaired.
     """
 
     path: Path
     again: str
+    writable: bool
+
+    def fresh(self) -> Place:
+        """The same with nothing in memory that was read before."""
 
     def has(self, file: str) -> bool:
         """Whether there is such a file."""
@@ -47,6 +51,9 @@ class Place(Protocol):
 
     def require(self, file: str, stored: StoredFile) -> None:
         """CorruptError unless a committed chunk is there and, as far as that is known unread, of its size."""
+
+    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
+        """The bytes of a committed chunk as in a folder; CorruptError unless they are what was committed."""
 
     def rows(
         self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
@@ -70,22 +77,30 @@ class Folder:
     """A cache as it is built: a file a chunk, readable with zarr."""
 
     again = "run kdcache build again"
+    writable = True
 
     def __init__(self, path: Path) -> None:
         self.path = path
 
+    def fresh(self) -> Folder:
+        return self
+
+    def at(self, file: str) -> Path:
+        """Where a file lies."""
+        return self.path / file
+
     def has(self, file: str) -> bool:
-        return (self.path / file).exists()
+        return self.at(file).exists()
 
     def names(self, folder: str) -> list[str]:
-        found = self.path / folder
+        found = self.at(folder)
         return [p.name for p in found.iterdir()] if found.is_dir() else []
 
     def read(self, file: str, limit: int) -> bytes:
-        return files.read_bounded(self.path / file, limit)
+        return files.read_bounded(self.at(file), limit)
 
     def require(self, file: str, stored: StoredFile) -> None:
-        path = self.path / file
+        path = self.at(file)
         try:
             found = path.lstat()
         except FileNotFoundError:
@@ -95,13 +110,17 @@ class Folder:
         if not stat.S_ISREG(found.st_mode) or found.st_size != stored.size:
             raise CorruptError(f"{path} is not the file of {stored.size} bytes that was committed")
 
+    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
+        content = self.read(file, spec.max_file_bytes)
+        if len(content) != stored.size or files.sha256(content) != stored.sha256:
+            raise CorruptError(f"{self.path / file} is not what was committed")
+        return content
+
     def rows(
         self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
     ) -> NDArray[Any]:
         # The file's digest covers its rows too, so that those are not hashed again.
-        content = self.read(file, spec.max_file_bytes)
-        if len(content) != stored.size or files.sha256(content) != stored.sha256:
-            raise CorruptError(f"{self.path / file} is not what was committed")
+        content = self.content(file, stored, spec, part)
         return arrays.decode_part(spec, part, content, str(self.path / file), out)
 
     def remedy(self, file: str) -> str:

@@ -9,8 +9,8 @@
     eval/                         labels, views and commits of the evaluation split
     leases/, scratch/             of builders at work, without files otherwise
 
-Readers go by the commits alone: what no commit names does not exist. They read a folder and a packed file (hdf5.py)
-alike; writing is for folders.
+Readers go by the commits alone: what no commit names does not exist. They read a folder, a packed file (hdf5.py) and
+what is far away (remote.py) alike; writing is for folders.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ import shutil
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
 from typing import Any, Literal, TypeVar
@@ -50,6 +50,7 @@ from kdcache.cache.records import NO_TAIL, Records, class_prior
 
 T = TypeVar("T")
 _SHARD = re.compile(r"v([0-9]{5,9})-p([0-9]{4,9})\.json")
+_COMMIT = re.compile(r"[a-z0-9-]+\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = re.compile(r"(views/v[0-9]{5,9}/)?[a-z_]+/c(/[0-9]+)+")
 _READERS = 4  # parts at once: hashing and decompressing need no lock of Python's
@@ -69,6 +70,16 @@ class Commit(Strict):
     parameters: str | None
     files: dict[str, StoredFile]
     writer: dict[str, str]
+
+    def content(self) -> tuple[str | None, dict[str, str]]:
+        """What it says of parameters and rows, whatever the bytes that hold them."""
+        return self.parameters, {file: stored.rows for file, stored in self.files.items()}
+
+
+def metadata_files(folder: str, spec: ArraySpec) -> list[tuple[str, Callable[[], bytes]]]:
+    """The zarr.json of an array, and of its view's group, by their names from the split's folder."""
+    group = [(f"{folder}/zarr.json", arrays.group_metadata)] if folder else []
+    return [*group, (_join(folder, f"{spec.name}/zarr.json"), partial(arrays.array_metadata, spec))]
 
 
 def shard_name(view: int, part: int) -> str:
@@ -172,23 +183,38 @@ class SplitStore:
         stored: dict[str, StoredFile] = {}
         contents: dict[str, bytes] = {}
         for folder, spec, part, rows in data:
-            base = self.root / folder
-            if folder:
-                self._metadata(base / "zarr.json", arrays.group_metadata)
-            self._metadata(base / spec.name / "zarr.json", lambda s=spec: arrays.array_metadata(s))  # type: ignore[misc]
+            self._describe(folder, spec)
             content = arrays.encode_part(spec, part, rows)
             file = StoredFile(size=len(content), sha256=files.sha256(content), rows=arrays.rows_digest(spec, rows))
             stored[_join(folder, spec.chunk_file(part))] = file
             contents[file.sha256] = content
         commit = Commit(key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer))
         contents["commit.json"] = canonical(commit)
-        while not self.has(name):
-            self._decide(name, contents)
-            self.finish(name)
+        self._publish(name, contents)
         return self.commit(name).files == stored
 
-    def _decide(self, name: str, contents: Mapping[str, bytes]) -> None:
-        folder = self._scratch / secrets.token_hex(8)
+    def adopt(
+        self,
+        name: str,
+        commit: bytes,
+        wanted: Sequence[tuple[str, ArraySpec, int]],
+        contents: Mapping[str, bytes],
+    ) -> None:
+        """Publish what another copy of this cache has committed as `name`, unless there is such a commit already.
+
+        commit: its bytes. contents: the files that it names, by their sha256, as `files_of` gives them.
+        """
+        for folder, spec, _ in wanted:
+            self._describe(folder, spec)
+        self._publish(name, {"commit.json": commit, **contents})
+
+    def _publish(self, name: str, contents: Mapping[str, bytes]) -> None:
+        while not self.has(name):
+            self.finish(name, self._decide(name, contents))
+
+    def _decide(self, name: str, contents: Mapping[str, bytes]) -> bool:
+        """Whether it is decided so, by this call."""
+        decided, folder = False, self._scratch / secrets.token_hex(8)
         with suppress(FileNotFoundError):  # another builder took this one, stopped for long, for dead: once more
             folder.mkdir(parents=True)
             for file, content in contents.items():
@@ -197,14 +223,18 @@ class SplitStore:
             self._decided.mkdir(parents=True, exist_ok=True)
             try:
                 folder.rename(self._decided / name)
+                decided = True
             except OSError as e:
                 if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
                     raise
             files.sync_folder(self._decided)
         shutil.rmtree(folder, ignore_errors=True)
+        return decided
 
-    def finish(self, name: str) -> None:
+    def finish(self, name: str, just_written: bool = False) -> None:
         """Put what is decided for `name` in its place and commit it; nothing if nothing is decided.
+
+        just_written: by this process, so that nothing of it needs to be read again.
 
         Any number of builders may write one name at once, and stop, wake up or die at any step, because
         - a builder syncs its files and its commit in a folder, and decides by renaming that to scratch/decided/NAME,
@@ -230,12 +260,13 @@ class SplitStore:
             ):
                 raise CorruptError(f"{decided} holds no commit of {name}; {advice}")
             for file, stored in commit.files.items():
-                path = self.root / file
-                if not _is(path, stored):
+                path, sound = self.root / file, False
+                if just_written or not _is(path, stored):
                     # Not found where another builder is done with it, and has removed it.
                     with suppress(FileNotFoundError):
                         files.link_file(path, decided / stored.sha256, self._scratch)
-                if not _is(path, stored) and not self.has(name):
+                        sound = just_written
+                if not sound and not _is(path, stored) and not self.has(name):
                     raise CorruptError(f"{decided} does not hold the bytes of {file} that were decided; {advice}")
             for folder in {(self.root / file).parent for file in commit.files}:
                 files.sync_folder(folder)  # what another builder put there it may not have synced
@@ -253,10 +284,19 @@ class SplitStore:
         folder.mkdir(parents=True, exist_ok=True)
         os.utime(folder)
 
-    def _metadata(self, path: Path, content: Callable[[], bytes]) -> None:
+    def _describe(self, folder: str, spec: ArraySpec) -> None:
         # For people with plain zarr; kdcache reads none of it, so a later zarr may word it otherwise.
-        if not path.exists():
-            files.publish(path, content(), self._scratch, replace=True)
+        for file, content in metadata_files(folder, spec):
+            if not (self.root / file).exists():
+                files.publish(self.root / file, content(), self._scratch, replace=True)
+
+    def files_of(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> dict[str, bytes]:
+        """The committed files of parts of arrays as they lie in a folder, checked against the commit; by sha256."""
+
+        def content(file: str, stored: StoredFile, spec: ArraySpec, part: int) -> tuple[str, bytes]:
+            return stored.sha256, self._place.content(file, stored, spec, part)
+
+        return dict(self._each(name, wanted, content))
 
     def load(
         self,
@@ -466,11 +506,14 @@ class SplitStore:
 
 
 class Cache:
-    """A cache in a folder or a packed file. `identity` says what it is; `train` and `evaluation` hold the records."""
+    """A cache in a folder or a packed file. `identity` says what it is; `train` and `evaluation` hold the records.
 
-    def __init__(self, path: Path) -> None:
+    place: where it is read from, if elsewhere than in that folder or file.
+    """
+
+    def __init__(self, path: Path, place: Place | None = None) -> None:
         self.path = path
-        self._place: Place = Folder(path) if path.is_dir() or not path.exists() else PackedFile(path)
+        self._place = place or (Folder(path) if path.is_dir() or not path.exists() else PackedFile(path))
         if not self._place.has("identity.json"):
             raise NotFoundError(f"{path} is not a kdcache cache: it has no identity.json")
         content = self._place.read("identity.json", MAX_JSON_BYTES)
@@ -592,8 +635,17 @@ class Cache:
 
     @property
     def packed(self) -> bool:
-        """Whether it is one file, which cannot be built into."""
+        """Whether it is one file."""
         return isinstance(self._place, PackedFile)
+
+    @property
+    def writable(self) -> bool:
+        """Whether it can be built into and repaired: a folder of one's own."""
+        return self._place.writable
+
+    def fresh(self) -> Cache:
+        """The same with nothing in memory that was read before."""
+        return Cache(self.path, self._place.fresh())
 
     def check_rest(self) -> None:
         """CorruptError where bytes are damaged that no record is read from, as far as the store can tell."""
@@ -603,6 +655,13 @@ class Cache:
     def prior_arrays(self) -> list[tuple[str, ArraySpec, int]]:
         """What the prior's commit names; nothing for dense records."""
         return [] if self.identity.record.dense else [("", self._prior_array, 0)]
+
+    def commits(self) -> list[str]:
+        """The files of all commits, sorted."""
+        folders = ("commits", "eval/commits")
+        return sorted(
+            f"{folder}/{name}" for folder in folders for name in self._place.names(folder) if _COMMIT.fullmatch(name)
+        )
 
     def contents(self, views: Sequence[int]) -> Iterator[tuple[SplitStore, str, list[tuple[str, ArraySpec, int]]]]:
         """The commits that make up a cache of these views, in the order to make them: split, name, parts of arrays."""

@@ -175,7 +175,7 @@ def check_options(config: BuildConfig, classes: int) -> None:
     if config.topk is not None and not 1 <= config.topk <= classes:
         raise InputError(f"--topk {config.topk} does not fit the teacher's {classes} classes")
     if config.out and "://" in config.out:
-        raise InputError(f"--out {config.out}: caches are built in folders; remote ones are not supported yet")
+        raise InputError(f"--out {config.out}: caches are built in folders; --registry URL --push publishes them")
 
 
 def build(config: BuildConfig, say: Callable[[str], None] = print, source: Source | None = None) -> BuildResult:

@@ -7,6 +7,7 @@ from typing import Any
 import torch
 
 from kdcache.cache.errors import KdcacheError
+from kdcache.cache.registry import Registry
 from kdcache.cache.store import Cache
 from kdcache.pipeline.build import teacher_top1
 from kdcache.pipeline.progress import size
@@ -42,6 +43,42 @@ def one_line(cache: Cache) -> str:
         *(("packed",) if cache.packed else ()),
     ]
     return ", ".join(parts)
+
+
+def shared_summaries(registry: Registry) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """The same of the caches in a registry, with their names there and who pushed them last; lines of them for ls.
+
+    And a line for what lies among them and is none.
+    """
+    found, lines = [], []
+    caches, bad = registry.caches()
+    for cache in caches:
+        try:
+            found.append(_shared(cache, registry))
+            lines.append(_shared_line(cache, found[-1]))
+        except KdcacheError as e:
+            bad.append(str(e))
+    return found, lines, bad
+
+
+def _shared(cache: Cache, registry: Registry) -> dict[str, Any]:
+    published = registry.published(cache.key)
+    return {
+        **summary(cache),
+        "registry": registry.url,
+        "names": [name for name, key in registry.names.items() if key == cache.key],
+        "published": published and published.model_dump(mode="json", exclude={"format", "key"}),
+    }
+
+
+def _shared_line(cache: Cache, found: dict[str, Any]) -> str:
+    """For ls: the cache, the teacher's top-1 as its publisher found it, the names, and who published it when."""
+    parts, published = [one_line(cache)], found["published"]
+    if published:
+        if published["evaluation_top1"] is not None:
+            parts.append(f"teacher's top-1 {100 * published['evaluation_top1']:.2f}")
+        parts.append(f"by {published['by']} on {published['time'][:10]}")
+    return ", ".join([*parts, *found["names"]])
 
 
 def facts(cache: Cache) -> dict[str, Any]:

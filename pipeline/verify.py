@@ -57,11 +57,13 @@ def verify(
 
     A source is the data and a live teacher: `replay` seeded random records a split are asked for again, where all else
     is sound. repair: remove damaged shards, labels and prior, for the next build to make anew; InputError for a packed
-    file.
+    file and for what others share.
     """
-    if repair and cache.packed:
-        raise InputError(f"--repair is for folders: copy {cache.path} anew, or remove it and pack the cache again")
-    cache = Cache(cache.path)  # with nothing in memory that was read before
+    if repair and not cache.writable:
+        raise InputError(
+            f"--repair is for folders of one's own: copy {cache.path} anew, or remove it and pack it again"
+        )
+    cache = cache.fresh()
     report = Report(views=cache.views)
     if contents:
         _try(report, cache.check_rest)

@@ -13,8 +13,9 @@ from torch import Tensor
 
 from kdcache import __version__
 from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError, UnreadableError
-from kdcache.cache.home import list_caches, open_cache
+from kdcache.cache.home import list_caches, open_cache, open_registry
 from kdcache.cache.records import Records, encode
+from kdcache.cache.registry import Registry
 from kdcache.cache.store import Cache
 from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.datasets import Dataset, open_data
@@ -79,17 +80,20 @@ class TrainConfig:
     ema: float | None = None
     compile: bool | None = None
     save_every: float = SAVE_EVERY
+    registry: str | None = None
+    local_store_size: int | None = None
 
 
-def find_cache(data: str, teacher: str | None = None) -> Cache:
+def find_cache(data: str, teacher: str | None = None, registry: Registry | None = None) -> Cache:
     """The only cache under KDCACHE_HOME with complete views of this dataset (and teacher's architecture).
 
+    Where there is none, the only one in the registry.
     NotFoundError where there is none; InputError that lists them where there are several.
     """
     name, _, path = data.partition(":")
     opened: dict[bool, Dataset] = {}
     found: dict[str, Cache] = {}
-    caches, bad = list_caches()
+    caches, bad = list_caches() if registry is None else registry.caches()
     for cache in caches:
         identity = cache.identity
         if identity.data.name != (name if not path or name in ("imagenet", "imagefolder") else identity.data.name):
@@ -251,7 +255,7 @@ def _train(
             config.save_every,
         )  # fmt: skip
     except KdcacheError as e:
-        if cache.path.exists():
+        if _exists(str(cache.path)):
             raise
         raise UnreadableError(f"{cache.path} has gone: bring the disk or folder back, and go on with --resume") from e
     last = history[-1]
@@ -325,7 +329,12 @@ class Judge:
 
 
 def evaluate_run(
-    where: str, data: str | None = None, cache: str | None = None, device: str | None = None, workers: int | None = None
+    where: str,
+    data: str | None = None,
+    cache: str | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    registry: str | None = None,
 ) -> dict[str, Any]:
     """Metrics of a run folder's best weights or of a weights file that kdcache wrote."""
     path = Path(where)
@@ -346,7 +355,7 @@ def evaluate_run(
     model = Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(on)
     model.to(memory_format=torch.channels_last)
     place = notes.get("cache_path")
-    found = _open(cache or (place if place and Path(place).exists() else notes["cache"]))
+    found = _open(cache or (place if place and _exists(place) else notes["cache"]), registry)
     if cache is None and found.key != notes["cache"]:
         raise MismatchError(f"{found.path} is not the cache of this run any more: give the one to use with --cache")
     evaluation = open_data(data or notes["data"], "eval", unlabelled=found.identity.record.labels == 0)
@@ -370,18 +379,28 @@ def _beside(path: Path, notes: dict[str, Any], device: torch.device) -> tuple[Cl
     return model, theirs["input_size"]
 
 
-def _open(where: str) -> Cache | Beton:
-    return Beton(where) if where.endswith(".beton") else open_cache(where)
+def _open(where: str, registry: str | None, store_bytes: int | None = None) -> Cache | Beton:
+    return Beton(where) if where.endswith(".beton") else open_cache(where, registry, store_bytes)
+
+
+def _exists(place: str) -> bool:
+    return "://" in place or Path(place).exists()
 
 
 def cache_of(config: TrainConfig) -> Cache | Beton:
     """The cache asked for: by --cache, by the run that is resumed, or the only one that matches."""
     had = _resumed(config)
     place = had.get("cache_path")
-    where = config.cache or (place if place and Path(place).exists() else had.get("cache"))
+    where = config.cache or (place if place and _exists(place) else had.get("cache"))
     if where is None:
-        return find_cache(config.data, config.teacher)
-    cache = _open(where)
+        try:
+            return find_cache(config.data, config.teacher)
+        except NotFoundError:
+            shared = open_registry(config.registry, config.local_store_size) if config.registry else None
+            if shared is None or not shared.objects.listable:
+                raise
+            return find_cache(config.data, config.teacher, shared)
+    cache = _open(where, config.registry, config.local_store_size)
     built_by = cache.identity.teacher.network
     if config.teacher and config.teacher != built_by:
         raise MismatchError(f"{cache.path} was built by {built_by}, not by {config.teacher}")

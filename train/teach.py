@@ -13,12 +13,13 @@ import torch
 from filelock import FileLock
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.build import BuildConfig, BuildResult, build, check_options
+from kdcache.pipeline.build import BuildConfig, BuildResult, check_options
 from kdcache.pipeline.datasets import list_unreadable, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import Renderer
+from kdcache.pipeline.share import build_shared
 from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, file_classifier, pick_device, taught_file, try_out
 from kdcache.pipeline.views import check_policy
 from kdcache.train import ranks
@@ -125,8 +126,13 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
     return path, history[-1]["top1"]
 
 
-def build_and_teach(config: BuildConfig, say: Callable[[str], None] = print) -> BuildResult:
-    """Build; on the embedded digits a teacher that is not there is taught first, so that the short form works."""
+def build_and_teach(
+    config: BuildConfig, say: Callable[[str], None] = print, registry: str | None = None, publish: bool = False
+) -> BuildResult:
+    """Build what the registry lacks.
+
+    On the embedded digits a teacher that is not there is taught first, so that the short form works.
+    """
     if config.data == DATA:
         say(f"data: {DATA}, scikit-learn's 8x8 images, to try things out; --data names your own")
         if ":" not in config.teacher and config.weights is None:
@@ -137,7 +143,7 @@ def build_and_teach(config: BuildConfig, say: Callable[[str], None] = print) -> 
                 build_network(config.teacher, len(data.class_names), data.image_size or IMAGENET_SIZE)  # a known name?
                 _teach_once(config, taught, say)
             config = replace(config, weights=str(taught))  # also where --unlabelled makes it other data
-    return build(config, say)
+    return build_shared(config, registry, publish, say)
 
 
 def _teach_once(config: BuildConfig, taught: Path, say: Callable[[str], None]) -> None:

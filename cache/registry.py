@@ -1,0 +1,241 @@
+"""A place that a team shares: caches by their keys, and names for them, below one root.
+
+    caches/KEY/               as a cache's folder (store.py); other/SHA256: chunks whose place was taken
+    caches/KEY/published/     who pushed what, when: one small file a push
+    names/NAME                the key that a name stands for; the only file that may change
+
+Whatever lies there was perhaps written by somebody else's hand: keys are checked against identities, names against a
+pattern, sizes before reading.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import re
+import socket
+import time
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from kdcache.cache import files
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
+from kdcache.cache.objects import FolderObjects, open_objects, token
+from kdcache.cache.remote import LocalStore, Remote, SharedFolder
+from kdcache.cache.store import Cache
+
+KEY = re.compile(r"[0-9a-f]{64}")
+_DIGITS = re.compile(r"[0-9a-f]{6,64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_URL = re.compile(r"(?P<root>.+://.+?)/(?P<kind>caches|names)/(?P<what>[^/]+)/?")
+_MOST_SMALL_BYTES = 1 << 16
+_MOST_SEEN_BYTES = 1 << 26
+
+
+class Named(Strict):
+    """What a name stands for."""
+
+    format: Literal[1] = FORMAT
+    key: str
+    by: str
+    time: str
+
+
+class Published(Strict):
+    """One push: who, when, which views. evaluation_top1: the teacher's (0..1), as found by who pushed."""
+
+    format: Literal[1] = FORMAT
+    key: str
+    by: str
+    time: str
+    kdcache: str
+    views: int
+    evaluation_top1: float | None
+
+
+class Registry:
+    """The registry at `url`: a folder or an address. local: a folder of one's own, for what came from remote ones."""
+
+    def __init__(self, url: str, local: Path, store_bytes: int) -> None:
+        self.objects = open_objects(url)
+        self.url = self.objects.url
+        root = Path(self.url)
+        if isinstance(self.objects, FolderObjects) and not root.is_dir() and not root.absolute().parent.is_dir():
+            raise NotFoundError(f"there is no folder {root.absolute().parent} for the registry {root}: is it mounted?")
+        known = root.absolute() if isinstance(self.objects, FolderObjects) else self.url
+        self._mirror = local / "registries" / hashlib.sha256(str(known).encode()).hexdigest()[:16]
+        self._store = LocalStore(local / "chunks", store_bytes)
+
+    # Keys and names
+
+    def keys(self) -> list[str]:
+        """Of all caches, sorted; InputError for a web server."""
+        found = [name for name in self._folders("caches") if KEY.fullmatch(name)]
+        if isinstance(self.objects, FolderObjects):  # where one that is being made has a folder first
+            found = [key for key in found if (self.objects.root / "caches" / key / "identity.json").exists()]
+        return found
+
+    def _folders(self, folder: str) -> list[str]:
+        if not self.objects.listable:
+            raise InputError(f"{self.url}: a web server cannot be listed, give a name or all 64 digits of a key")
+        return self.objects.folders(folder)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The keys by name; what is no name or does not parse is left out. Nothing for a web server."""
+        found = {}
+        if self.objects.listable:
+            for name in sorted(self.objects.sizes("names")):
+                if _NAME.fullmatch(name):
+                    try:
+                        found[name] = self._named(name).key
+                    except (CorruptError, NotFoundError):
+                        continue  # said by who asks for that name
+        return found
+
+    def _named(self, name: str) -> Named:
+        path = f"names/{name}"
+        content = self.objects.read(path, _MOST_SMALL_BYTES)
+        named = parse(Named, content, f"{self.url}/{path}", "give the name anew, with --move")
+        if not KEY.fullmatch(named.key):
+            raise CorruptError(f"{self.url}/{path} names no key; give the name anew, with --move")
+        return named
+
+    def find(self, what: str) -> str:
+        """The key that is meant by a key, by at least six of its first digits, or by a name."""
+        if KEY.fullmatch(what):
+            return what
+        if _DIGITS.fullmatch(what):
+            found = [key for key in self.keys() if key.startswith(what)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                raise InputError(f"several caches in {self.url} begin with {what}: {', '.join(k[:16] for k in found)}")
+            raise NotFoundError(f"no cache in {self.url} begins with {what}: see kdcache ls")
+        check_name(what)
+        try:
+            return self._named(what).key
+        except NotFoundError:
+            raise NotFoundError(f"{self.url} has no cache named {what}: see kdcache ls") from None
+
+    def give_name(self, name: str, key: str, move: bool) -> None:
+        """Have `name` stand for a key; InputError where it stands for another one, unless `move`."""
+        check_name(name)
+        content = canonical(Named(key=key, by=_who(), time=_now()))
+        if self.objects.create(f"names/{name}", content):
+            return
+        had = self._named(name).key if not move else None
+        if had == key:
+            return
+        if had is not None:
+            raise InputError(f"{name} stands for cache {had[:12]} in {self.url}: give another --name, or --move it")
+        self.objects.replace(f"names/{name}", content)
+
+    # Caches
+
+    def has(self, key: str) -> bool:
+        return self.objects.size(f"caches/{key}/identity.json") is not None
+
+    def cache(self, key: str) -> Cache:
+        """The cache of that key, to be read; MismatchError where it is another one, or older than it was once."""
+        prefix = f"caches/{key}"
+        try:
+            content = self.objects.read(f"{prefix}/identity.json", MAX_JSON_BYTES)
+        except NotFoundError:
+            raise NotFoundError(f"{self.url} has no cache {key[:16]}: see kdcache ls") from None
+        where = f"{self.url}/{prefix}/identity.json"
+        identity = parse(Identity, content, where, "ask who keeps the registry to remove that cache")
+        if identity.key != key:
+            raise MismatchError(
+                f"{where} is that of cache {identity.key[:12]}, not of {key[:12]}: it was tampered with"
+            )
+        if isinstance(self.objects, FolderObjects):
+            cache = Cache(self.objects.root / prefix, SharedFolder(self.objects, prefix))
+        else:
+            remote = Remote(self.objects, prefix, identity, self._mirror / key, self._store)
+            cache = Cache(remote.path, remote)
+        self._require_no_older(cache)
+        return cache
+
+    def _require_no_older(self, cache: Cache) -> None:
+        """Remember what is committed, and refuse a state that lacks what was seen here before."""
+        seen = self._mirror / cache.key / "seen.json"
+        try:
+            before = set(json.loads(files.read_bounded(seen, _MOST_SEEN_BYTES)))
+        except NotFoundError:
+            before = set()
+        except (CorruptError, ValueError, TypeError) as e:
+            raise CorruptError(f"{seen} is damaged ({e}): remove it") from e
+        now = set(cache.commits())  # only now: another process may just have noted what it saw
+        if lost := sorted(before - now):
+            raise MismatchError(
+                f"{cache.path} lacks {len(lost)} commits that were there before, such as {lost[0]}: it is an older "
+                f"state, or was removed from; if that is right, remove {seen.parent}"
+            )
+        if now - before:
+            seen.parent.mkdir(parents=True, exist_ok=True)
+            files.replace_file(seen, json.dumps(sorted(now)).encode())
+
+    def caches(self) -> tuple[list[Cache], list[str]]:
+        """All caches, and a line for what lies among them and is none."""
+        good, bad = [], []
+        for key in self.keys():
+            try:
+                good.append(self.cache(key))
+            except KdcacheError as e:
+                bad.append(str(e))
+        return good, bad
+
+    # Provenance
+
+    def record(self, cache: Cache, version: str, evaluation_top1: float | None) -> None:
+        """Note that this user has published `cache`, which is here."""
+        about = Published(
+            key=cache.key,
+            by=_who(),
+            time=_now(),
+            kdcache=version,
+            views=len(cache.views),
+            evaluation_top1=evaluation_top1,
+        )
+        self.objects.create(f"caches/{cache.key}/published/{token()}.json", canonical(about))
+
+    def published(self, key: str) -> Published | None:
+        """The latest push; None where none is known."""
+        folder = f"caches/{key}/published"
+        names = sorted(self.objects.sizes(folder)) if self.objects.listable else []
+        if not names:
+            return None
+        path = f"{folder}/{names[-1]}"
+        return parse(Published, self.objects.read(path, _MOST_SMALL_BYTES), f"{self.url}/{path}", "remove it")
+
+
+def check_name(name: str) -> None:
+    """InputError for what cannot name a cache."""
+    if not _NAME.fullmatch(name) or _DIGITS.fullmatch(name):
+        raise InputError(
+            f"{name!r} is no name for a cache: up to 100 letters, digits, dots, - and _, the first a letter or digit, "
+            "and not six or more of 0-9 a-f alone, which is a key"
+        )
+
+
+def split_url(url: str) -> tuple[str, str] | None:
+    """The registry's root and the key or name in the address of a cache; None where it is none."""
+    found = _URL.fullmatch(url)
+    return (found["root"], found["what"]) if found else None
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # as in many containers
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())
