@@ -35,11 +35,16 @@ def test_cutting_is_by_pixel_and_outside_is_black(top, left, height, width, flip
     assert np.array_equal(got.numpy(), want)
 
 
-def test_resizing_is_torchvisions_antialiased_bilinear_on_uint8():
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 120), st.integers(1, 90), st.integers(1, 100), st.booleans(), st.booleans())
+def test_resizing_is_torchvisions_antialiased_bilinear_on_uint8(height, width, side, flip, as_decoded):
     source = image(1, 120, 90)
-    got = render(source, (10, 5, 80, 60), True, (48, 48))
-    want = tv.resized_crop(source, 10, 5, 80, 60, [48, 48], antialias=True).flip(2)
-    assert torch.equal(got, want)
+    if as_decoded:  # colour by colour in memory, as images come from files
+        source = source.permute(1, 2, 0).contiguous().permute(2, 0, 1)
+    top, left = (120 - height) // 2, 90 - width
+    got = render(source, (top, left, height, width), flip, (side, side))
+    want = tv.resized_crop(source.contiguous(), top, left, height, width, [side, side], antialias=True)
+    assert torch.equal(got, want.flip(2) if flip else want)
 
 
 @pytest.mark.parametrize("policy", ["none", "flip", "crop", "crop,flip"])
