@@ -1217,3 +1217,33 @@ def test_an_image_that_cannot_be_decoded_stops_the_build_which_then_goes_on(toy,
             broken.write_bytes(kept)
         assert Cache(tmp_path / "c").train.committed() == {0: {0, 1}}
         assert build(config, quiet, source).teacher_images == 4
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_training_reaches_its_workers_through_it_alone(toy, photos, tmp_path, by):
+    """SIGTERM to the whole group, as from torchrun, Slurm or systemd; and workers end with a process that is killed."""
+    config = settings(
+        teacher="kd_toy:thousand", data=f"imagefolder:{photos}", augment="rrc,flip", views=1, topk=3, batch_size=8,
+        class_map=str(photos / "map.csv"), workers=0, out=str(tmp_path / "c"),
+    )  # fmt: skip
+    build(config, quiet)
+    line = (
+        f"train --loss nkd:temperature=1 --cache {config.out} --data {config.data} --student kd_toy:thousand "
+        f"--image-size 32 --batch-size 8 --epochs 100000 --workers 2 --device cpu --out {tmp_path / 'run'}"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "kdcache.cli", *line.split()],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(toy), *filter(None, sys.path)])},
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        lines, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
+        while process.poll() is None and not lines.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        if process.poll() is None:
+            os.killpg(process.pid, by) if by == signal.SIGTERM else process.kill()
+        _, said = process.communicate(timeout=60)  # until nobody has its standard error, the workers too
+    assert lines.exists(), said
+    if by == signal.SIGTERM:
+        assert process.returncode == 130 and "Error" not in said, said
+        training = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["training"]
+        assert training["epoch"] >= 1
