@@ -182,7 +182,7 @@ class Renderer:
             flips = torch.from_numpy(parameters.flips).to(self.device)
             # All indices at once: a copy by batch would have the device wait each time.
             every = torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(self.device)
-            for index in every.split([len(batch) for batch in batches]):
+            for index in torch.split(every, [len(batch) for batch in batches]):
                 yield self._pixels.crops(index, boxes[index - first], flips[index - first])
         elif (images := self.data.images) is not None and _whole(parameters.boxes, self.data):
             for batch in batches:
