@@ -65,10 +65,10 @@ class _Main(click.Group):
         from kdcache.pipeline.ranks import share_cores
         from kdcache.pipeline.settings import FILE, load_settings
 
-        share_cores()
         flags = {name: _flags(command) for name, command in self.commands.items()}
         found: dict[str, dict[str, Setting]] = {}
         try:
+            share_cores()
             found = load_settings({name: set(known) for name, known in flags.items()}, os.environ, Path(FILE))
             ctx.default_map = {
                 command: {

@@ -2,9 +2,10 @@
 
     python bench/build.py [--out FILE]
 
-32x32 noise in memory, for times do not depend on the pixels. A whole build (its probe, start and end included) and the
-bare teacher, which gets the same rendered batches, take turns; then the same build by one process of one thread and by
-two such under torchrun, whose start is not counted. Medians; some 4 minutes on 2 cores.
+32x32 noise in memory, for times do not depend on the pixels. A whole build (its probe, start and end included; of
+`kdcache bench`, the loop alone) and the bare teacher, which gets the same rendered batches, take turns; then the same
+build by one process of one thread and by two such under torchrun, whose start is not counted. Medians; some 4 minutes
+on 2 cores.
 """
 
 from __future__ import annotations
@@ -23,6 +24,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from pixels import images
 from safetensors.torch import save_file
 
 from kdcache.pipeline.build import BuildConfig, build, open_source, teacher_renderer, view_parameters
@@ -36,9 +38,7 @@ TOGETHER = ("resnet20", 640, 10, 16)
 
 
 def noise(samples: int, classes: int, split: str) -> tuple[Any, Any]:
-    rng = np.random.default_rng(len(split))
-    count = samples if split == "train" else samples // 10
-    return rng.integers(0, 256, (count, 32, 32, 3), dtype=np.uint8), np.arange(count) % classes
+    return images(samples if split == "train" else samples // 10, classes)
 
 
 def of_resnet20(split: str) -> tuple[Any, Any]:

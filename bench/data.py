@@ -36,6 +36,7 @@ from torchvision.transforms.v2 import functional as tv
 
 sys.path.insert(0, str(Path(__file__).parent))
 from files import make_folder
+from pixels import images
 
 from kdcache.cache import Cache, Identity
 from kdcache.cache.arrays import as_arrays, encode_as, id_dtype
@@ -163,16 +164,16 @@ class Plain(TorchDataset[torch.Tensor]):
 
 
 def pixels(count: int, split: str, side: int = SIDE, classes: int = CLASSES) -> Dataset:
-    rng = np.random.default_rng(0)
+    noise, labels = images(count, classes, side)
     return Dataset(
         name="noise",
         split=split,
-        labels=rng.integers(0, classes, (count, 1)),
+        labels=labels[:, None],
         class_names=tuple(map(str, range(classes))),
         sizes=np.full((count, 2), side, np.int32),
         mean=(0.5,) * 3,
         std=(0.25,) * 3,
-        images=torch.from_numpy(rng.integers(0, 256, (count, side, side, 3), np.uint8)),
+        images=torch.from_numpy(noise),
     )
 
 

@@ -117,7 +117,7 @@ class Bench:
                     if decided.exists() or (root / "commits" / f"{name}.json").exists():
                         found += min(PART, len(data) - part * PART)
                     else:
-                        blocks = place.glob(f"home/spool/*/{prefix}{name}-b{BATCH}-0/*.block")
+                        blocks = place.glob(f"home/spool/*/{prefix}{name}-b{BATCH}-cpu-0/*.block")
                         found += max((int(b.stem.split("-")[1]) for b in blocks), default=0)
         return found
 

@@ -24,6 +24,8 @@ import torch
 from safetensors.torch import save_file
 
 sys.path.insert(0, str(Path(__file__).parent))
+from pixels import images
+
 from kdcache.cache import open_cache
 from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.datasets import open_data
@@ -45,11 +47,8 @@ KINDS = {
 
 
 def random_images(split: str) -> tuple[Any, Any]:
-    """A dataset by module:function: seeded noise in ten classes."""
-    generator = torch.Generator().manual_seed(len(split))
-    count = BATCH * STEPS if split == "train" else 256
-    pixels = torch.randint(0, 256, (count, 32, 32, 3), generator=generator, dtype=torch.uint8)
-    return pixels.numpy(), (torch.arange(count) % 10).numpy()
+    """A dataset by module:function."""
+    return images(BATCH * STEPS if split == "train" else 256)
 
 
 def main() -> None:

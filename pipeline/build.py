@@ -43,7 +43,7 @@ _LOST_AT_MOST = 60.0
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 5.0
 _AHEAD = 8  # batches that the GPU has still to do
-_WORTH_COMPILING = 300.0  # seconds of teacher time
+_WORTH_COMPILING = 1_000_000  # records of a cache
 
 
 class Shard(NamedTuple):
@@ -226,7 +226,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
             say(f"note: a build that is killed loses up to a batch, here {duration(batch / rate)}: lower --batch-size")
         if (world := this_rank().world) > len(todo):
             say(f"note: {world} processes for {len(todo)} shards: {world - len(todo)} of them have nothing to compute")
-        source = _compiled(source, config, batch, images / rate / world, say)
+        source = _compiled(source, config, batch, say)
     path.mkdir(parents=True, exist_ok=True)
     cache = Cache.create(path, source.identity)
     # From here on in the stores whose scratch folder the lease is for.
@@ -465,7 +465,8 @@ class _Builder:
             self.leases.release(shard.lease)
             self.progress.advance(len(shard.rows))
             return None
-        spool = Spool(self.spools / f"{shard.lease}-b{self.batch}", len(shard.rows))
+        # Rows that were computed otherwise would differ in their last bits.
+        spool = Spool(self.spools / f"{shard.lease}-b{self.batch}-{_way(self.source.teacher)}", len(shard.rows))
         self._open.add(spool)
         self.progress.advance(spool.rows)
         parameters = view_parameters(data, self.source.identity, shard.view, shard.rows)
@@ -557,11 +558,15 @@ def _missing(path: Path, source: Source, views: int) -> list[Shard]:
     return todo
 
 
-def _compiled(source: Source, config: BuildConfig, batch: int, seconds: float, say: Callable[[str], None]) -> Source:
-    """With a compiled teacher where that was asked for, or on CUDA where so many seconds of work make up for it."""
-    if config.compile is False or not (
-        config.compile or (source.teacher.device.type == "cuda" and seconds > _WORTH_COMPILING)
-    ):
+def _compiled(source: Source, config: BuildConfig, batch: int, say: Callable[[str], None]) -> Source:
+    """With a compiled teacher where that was asked for, or on CUDA for so many records.
+
+    Of the data's usual number of views, not of what is left: its logits differ from others in their last bits, so
+    ranks, and builds that go on with a cache, have to choose alike.
+    """
+    records = len(source.train) * defaults_for(source.train).views
+    by_default = source.teacher.device.type == "cuda" and records >= _WORTH_COMPILING
+    if not (by_default if config.compile is None else config.compile):
         return source
     say(f"compiling {source.identity.teacher.architecture}")
     try:
@@ -632,12 +637,18 @@ def describe_data(data: Dataset, full: bool) -> DataIdentity:
     )
 
 
+def _way(teacher: Teacher) -> str:
+    """How logits are computed, as far as that changes their last bits."""
+    return teacher.device.type + ("" if teacher.compiled is None else "-compiled")
+
+
 def _writer(teacher: Teacher) -> dict[str, str]:
     return {
         "kdcache": __version__,
         "torch": str(torch.__version__),
         "python": sys.version.split()[0],
         "device": str(teacher.device),
+        "compiled": "no" if teacher.compiled is None else "yes",
         "host": socket.gethostname(),
         "process": str(os.getpid()),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),

@@ -5,6 +5,8 @@ from __future__ import annotations
 import os
 from dataclasses import dataclass
 
+from kdcache.cache.errors import InputError
+
 
 @dataclass(frozen=True)
 class Rank:
@@ -17,10 +19,15 @@ class Rank:
 
 
 def this_rank() -> Rank:
-    """This process's place, as torchrun tells it in the environment."""
+    """This process's place, as torchrun tells it in the environment. InputError where that says it only in part."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
-    if not all(os.environ.get(name, "").isdecimal() for name in names):
-        return Rank()
+    if unclear := [name for name in names if not os.environ.get(name, "").isdecimal()]:
+        if os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"):
+            return Rank()
+        raise InputError(
+            f"WORLD_SIZE is {os.environ['WORLD_SIZE']}, but {unclear[0]} is {os.environ.get(unclear[0], 'not set')}: "
+            "start the ranks with torchrun, or unset WORLD_SIZE"
+        )
     return Rank(*(int(os.environ[name]) for name in names))
 
 

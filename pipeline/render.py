@@ -6,10 +6,13 @@ train on the same renderer and CPU class, with any number of workers.
 
 from __future__ import annotations
 
+import os
 import signal
+import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 import numpy as np
 import torch
@@ -64,8 +67,10 @@ class _Pixels:
         self.size = (height, width)
         self._pad, self._padded_width = pad, width + 2 * pad
         self._area = (height + 2 * pad) * self._padded_width
-        padded = torch.zeros((n, height + 2 * pad, self._padded_width, channels), dtype=torch.uint8, device=device)
-        padded[:, pad : pad + height, pad : pad + width] = images.to(device)
+        padded = images.to(device).contiguous()  # without a margin on the CPU: these very pixels
+        if pad:
+            padded = torch.zeros((n, height + 2 * pad, self._padded_width, channels), dtype=torch.uint8, device=device)
+            padded[:, pad : pad + height, pad : pad + width] = images.to(device)
         self._flat = padded.view(-1, channels)
         self._rows = torch.arange(height, device=device).unsqueeze(1) * self._padded_width
         self._columns = torch.arange(width, device=device)
@@ -89,6 +94,20 @@ class _Pixels:
         return pixels.view(*at.shape, -1).permute(0, 3, 1, 2)
 
 
+# By dataset, then by margin and device: what its renderers hold together.
+_SHARED: WeakKeyDictionary[Dataset, WeakValueDictionary[tuple[int, torch.device], _Pixels]] = WeakKeyDictionary()
+
+
+def _pixels(data: Dataset, pad: int, device: torch.device) -> _Pixels:
+    """Its in-memory images, once for all renderers with that margin on that device."""
+    assert data.images is not None
+    held = _SHARED.setdefault(data, WeakValueDictionary())
+    found = held.get((pad, device))
+    if found is None:
+        found = held[pad, device] = _Pixels(data.images, pad, device)
+    return found
+
+
 @dataclass(frozen=True)
 class _Task:
     """Samples [b] and their boxes [b, n, 4] and flips [b, n] in n views."""
@@ -99,7 +118,7 @@ class _Task:
 
 
 @dataclass
-class _FileViews(TorchDataset[Tensor | str]):
+class _Cuts(TorchDataset[Tensor | str]):
     """What a worker process does: uint8 [b, n, *size, 3] of a task, each image decoded once for all of its views.
 
     An error travels as its text, so that it stays one line.
@@ -131,43 +150,51 @@ Batch = tuple[NDArray[np.int64], Sequence[int]]  # samples, and in which views
 class Renderer:
     """Rendered batches of a dataset in views of `policy`, at `size` pixels (None: the images' own), on `device`.
 
-    In-memory images are rendered on the device in batches. Files are in `workers` processes, which live on from one
-    call to the next; of their pixels no more wait than two batches in each of the views that are cut together, or two
-    tasks of 32 cuts a worker where that is more.
+    In-memory images are cut on the device in batches, from one padded copy that all renderers of a dataset share.
+    Files, and what has to be resized by boxes of many sizes, are cut in `workers` processes, which live on from one
+    call to the next until `close`; of their pixels no more wait than two batches in each of the views that are cut
+    together, or two tasks of 32 cuts a worker where that is more.
     """
 
     def __init__(
         self, data: Dataset, size: int | None, device: torch.device, policy: str = "none", workers: int | None = None
     ) -> None:
         self.data, self.device = data, device
-        pad = padding(policy, *map(int, data.sizes[0]))
         self.workers = cores() if workers is None else workers
-        self._pixels = None if data.images is None else _Pixels(data.images, pad, device)
-        self._idle: _Loader | None = None
+        own = None if data.images is None else (int(data.sizes[0, 0]), int(data.sizes[0, 1]))
         if size is not None:
             self.size = (size, size)
-        elif self._pixels is not None:
-            self.size = self._pixels.size
+        elif own is not None:
+            self.size = own
         else:
             raise InputError(f"{data.name} holds image files: an input size in pixels is needed")
+        self._pixels = _pixels(data, padding(policy, *self.size), device) if own == self.size else None
+        self._idle: _Loader | None = None
+
+    def close(self) -> None:
+        """End the worker processes; later calls start new ones."""
+        self._idle = None
 
     def batches(
         self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]], first: int = 0
     ) -> Iterator[Tensor]:
         """uint8 [B, 3, H, W] for each batch of sample indices; parameters are those of samples first, first+1, ..."""
-        if self._pixels is None:
-            yield from (images for *_, images in self._from_files([parameters], [(b, (0,)) for b in batches], first))
-        elif self.size == self._pixels.size and (parameters.boxes[:, 2:] == self.size).all():
+        if self._pixels is not None and (parameters.boxes[:, 2:] == self.size).all():
             boxes = torch.from_numpy(parameters.boxes).to(self.device)
             flips = torch.from_numpy(parameters.flips).to(self.device)
             # All indices at once: a copy by batch would have the device wait each time.
             every = torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(self.device)
             for index in torch.split(every, [len(batch) for batch in batches]):
                 yield self._pixels.crops(index, boxes[index - first], flips[index - first])
-        else:
-            views = _FileViews(self.data, self.size)
+        elif (images := self.data.images) is not None and _whole(parameters.boxes, self.data):
             for batch in batches:
-                yield self._ready(views[_task(batch, [parameters], first)])[:, 0].permute(0, 3, 1, 2)
+                pixels = images[torch.from_numpy(batch)].permute(0, 3, 1, 2)
+                resized = tv.resize(pixels, list(self.size), antialias=True)
+                flips = torch.from_numpy(parameters.flips[batch - first]).view(-1, 1, 1, 1)
+                resized = torch.where(flips, resized.flip(3), resized)
+                yield resized.contiguous(memory_format=torch.channels_last).to(self.device)
+        else:
+            yield from (images for *_, images in self._by_workers([parameters], [(b, (0,)) for b in batches], first))
 
     def views(
         self, parameters: Sequence[ViewParameters], batches: Sequence[Batch], first: int = 0
@@ -176,15 +203,15 @@ class Renderer:
 
         Files are decoded once for all views of a batch, so batch by batch; in-memory images come view by view.
         """
-        if self._pixels is None:
-            yield from self._from_files(parameters, batches, first)
+        if self.data.images is None:
+            yield from self._by_workers(parameters, batches, first)
             return
         for place, drawn in enumerate(parameters):
             wanted = [number for number, (_, places) in enumerate(batches) if place in places]
             rendered = self.batches(drawn, [batches[number][0] for number in wanted], first)
             yield from ((number, place, images) for number, images in zip(wanted, rendered, strict=True))
 
-    def _from_files(
+    def _by_workers(
         self, parameters: Sequence[ViewParameters], batches: Sequence[Batch], first: int
     ) -> Iterator[tuple[int, int, Tensor]]:
         tasks: list[_Task] = []
@@ -197,7 +224,7 @@ class Renderer:
             counts.append(len(new))
         workers, ahead = min(self.workers, len(tasks)), 2 * max(counts, default=0)
         if (loader := self._idle) is None or not loader.serves(workers, ahead):
-            loader = _Loader(_FileViews(self.data, self.size), workers, ahead, self.device.type == "cuda")
+            loader = _Loader(_Cuts(self.data, self.size), workers, ahead, self.device.type == "cuda")
         # Not for another call before this one is through.
         self._idle = None
         done = loader.run(tasks)
@@ -217,7 +244,7 @@ class Renderer:
 class _Loader:
     """Worker processes that wait for tasks between the runs; with 0 of them this process does the work."""
 
-    def __init__(self, views: _FileViews, workers: int, ahead: int, pin: bool) -> None:
+    def __init__(self, views: _Cuts, workers: int, ahead: int, pin: bool) -> None:
         self._workers, self._tasks = workers, list[_Task]()
         self._each = max(2, -(-ahead // workers)) if workers else None  # tasks that a worker has or has done
         self._loader: DataLoader[Tensor | str] = DataLoader(
@@ -227,7 +254,7 @@ class _Loader:
             num_workers=workers,
             prefetch_factor=self._each,
             persistent_workers=workers > 0,
-            worker_init_fn=_one_thread,
+            worker_init_fn=_begin_worker,
             pin_memory=pin,
             generator=torch.Generator(),  # the workers' seeds, of which they have no use: not from the run's own
         )
@@ -242,6 +269,11 @@ class _Loader:
             return iter(self._loader)
 
 
+def _whole(boxes: NDArray[np.int32], data: Dataset) -> bool:
+    """Whether every box is the whole image, all of which are of one size."""
+    return bool((boxes == (0, 0, *data.sizes[0])).all())
+
+
 def _task(samples: NDArray[np.int64], views: Sequence[ViewParameters], first: int) -> _Task:
     drawn = [view[samples - first] for view in views]
     return _Task(samples, np.stack([d.boxes for d in drawn], 1), np.stack([d.flips for d in drawn], 1))
@@ -249,13 +281,27 @@ def _task(samples: NDArray[np.int64], views: Sequence[ViewParameters], first: in
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Have Ctrl-C wait: in the middle of a fork it leaves half-made processes. The workers never see it."""
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+    """Have Ctrl-C and SIGTERM wait: in the middle of a fork they leave half-made processes. The workers have neither.
+
+    What ends a whole process group or job would else kill them before this process has ended its step.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _one_thread(worker: int) -> None:
+def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+    else:  # macOS, which does not tell whose signal it is
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _obey_parent(parent: int) -> None:
+    """End by a SIGTERM of the parent's, and of nobody else's: that is how multiprocessing ends its workers."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)

@@ -75,7 +75,7 @@ class Spool:
     """Encoded batches of one shard under way, synced to local disk now and then until the shard is committed.
 
     Of several builders of one shard (one was stopped and woke up), each has a folder of its own. A builder that is
-    killed leaves its lock, and with it its folder, to the next. Use with `with`, or close it.
+    killed leaves its lock, and with it its folder, to the next. Close it.
     """
 
     def __init__(self, folder: Path, total: int) -> None:
@@ -91,12 +91,6 @@ class Spool:
         self.sums: NDArray[np.float64] | None = None
         self.rows = 0
         self._load()
-
-    def __enter__(self) -> Spool:
-        return self
-
-    def __exit__(self, *exc: object) -> None:
-        self.close()
 
     def close(self) -> None:
         """Leave the shard to others; again: nothing."""

@@ -106,7 +106,13 @@ class Teacher:
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or cuda where there is one, else cpu; of torchrun's ranks, each takes its own GPU."""
+    """The device of that name, or cuda where there is one, else cpu; of torchrun's ranks, each takes its own GPU.
+
+    InputError for one that cannot be used, or that ranks of one machine would share.
+    """
+    here = this_rank().local_world
+    if here > 1 and name not in (None, "cpu", "cuda"):
+        raise InputError(f"--device {name} is one device, and torchrun started {here} ranks: give cpu or cuda")
     try:
         device = torch.device(name or ("cuda" if torch.cuda.is_available() else "cpu"))
         if device == torch.device("cuda") and this_rank().local_world > 1:

@@ -281,6 +281,45 @@ def test_a_compiled_teacher_answers_alike_and_one_that_cannot_be_compiled_is_one
     assert "\n" not in str(caught.value)
 
 
+def test_whether_the_teacher_is_compiled_depends_on_neither_what_is_left_nor_ranks(tmp_path, source, monkeypatch):
+    monkeypatch.setattr(Teacher, "compile", lambda self, batch: replace(self, compiled=self.model))
+    on_gpu = replace(source, teacher=replace(source.teacher, device=torch.device("cuda")))
+
+    def compiled(of, records, choice=None):
+        monkeypatch.setattr(build_module, "_WORTH_COMPILING", records)
+        return build_module._compiled(of, settings(compile=choice), BATCH, quiet).teacher.compiled is not None
+
+    usual = 150 * 16
+    assert compiled(on_gpu, usual) and not compiled(on_gpu, usual + 1) and not compiled(source, usual)
+    assert compiled(source, usual, True) and not compiled(on_gpu, usual, False)
+
+
+def test_a_shard_is_not_gone_on_with_by_a_teacher_that_is_compiled(tmp_path, source, monkeypatch):
+    """Nor does the other way mix: what one has spooled is not in the other's shard, and commits say which it was."""
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
+    answer, asked = Teacher.logits, []
+
+    def stop(self, images):
+        asked.append(len(images))
+        if len(asked) == stop.at:
+            raise ZeroDivisionError
+        return answer(self, images)
+
+    monkeypatch.setattr(Teacher, "logits", stop)
+    monkeypatch.setattr(Teacher, "compile", lambda self, batch: replace(self, compiled=self.model))
+    config, stop.at = settings(views=1, out=str(tmp_path / "c")), 5  # after 2 of the evaluation split's 3 batches ...
+    with pytest.raises(ZeroDivisionError):
+        build(config, quiet, source)
+    assert len(spooled(tmp_path)) == 1
+    stop.at = None
+    again = build(replace(config, compile=True), quiet, source)
+    assert again.teacher_images == 150  # ... 3 of them are committed, and of view 0 all is computed anew
+    commits = Cache(tmp_path / "c")
+    assert commits.evaluation.commit(shard_name(0, 0)).writer["compiled"] == "no"
+    assert {commits.train.commit(shard_name(0, part)).writer["compiled"] for part in range(PARTS)} == {"yes"}
+
+
 # ---- again, and more ----
 
 
@@ -457,7 +496,7 @@ def images_left(path, home, views):
                 rows = min(PART, samples - part * PART)
                 if (root / "commits" / f"{shard_name(view, part)}.json").exists():
                     continue
-                blocks = (home / "spool").glob(f"*/{prefix}{shard_name(view, part)}-b{BATCH}-0/*.block")
+                blocks = (home / "spool").glob(f"*/{prefix}{shard_name(view, part)}-b{BATCH}-cpu-0/*.block")
                 left += rows - max((int(b.stem.split("-")[1]) for b in blocks), default=0)
     return left
 
@@ -572,7 +611,7 @@ def test_leavings_of_a_build_killed_at_its_very_end_go_with_the_next(tmp_path, r
     shutil.copytree(reference, tmp_path / "c")
     block = (
         spool_module.spool_folder(tmp_path / "c", source.identity.key)
-        / "v00001-p0002-b16-0"
+        / "v00001-p0002-b16-cpu-0"
         / "000000000000-000000000016.block"
     )
     block.parent.mkdir(parents=True)
@@ -738,15 +777,15 @@ def test_each_builder_of_a_shard_has_its_own_spool_and_the_next_takes_over_what_
     def block(value):
         return {"gaps": np.full((4, 2), value)}
 
-    with spool_module.Spool(tmp_path / "s", 12) as first:
+    with contextlib.closing(spool_module.Spool(tmp_path / "s", 12)) as first:
         first.add(block(1), None)
-        with spool_module.Spool(tmp_path / "s", 12) as second:
+        with contextlib.closing(spool_module.Spool(tmp_path / "s", 12)) as second:
             assert second.rows == 0
             second.add(block(2), None)
             second.add(block(2), None)
             second.remove()
         first.add(block(1), None)
-    with spool_module.Spool(tmp_path / "s", 12) as third:
+    with contextlib.closing(spool_module.Spool(tmp_path / "s", 12)) as third:
         assert third.rows == 8 and (third.arrays()["gaps"] == 1).all()
         third.remove()
     assert list(tmp_path.iterdir()) == []
@@ -762,7 +801,7 @@ def test_no_more_than_a_minute_of_the_teachers_time_is_ever_at_risk(tmp_path_fac
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(spool_module.time, "monotonic", lambda: now[0])
         patch.setattr(spool_module, "replace_file", lambda *a: saved.append(now[0]))
-        with spool_module.Spool(tmp_path_factory.mktemp("spool") / "s", 100) as spool:
+        with contextlib.closing(spool_module.Spool(tmp_path_factory.mktemp("spool") / "s", 100)) as spool:
             for seconds in durations:
                 now[0] += seconds
                 assert now[0] - saved[-1] <= 60
@@ -1217,3 +1256,33 @@ def test_an_image_that_cannot_be_decoded_stops_the_build_which_then_goes_on(toy,
             broken.write_bytes(kept)
         assert Cache(tmp_path / "c").train.committed() == {0: {0, 1}}
         assert build(config, quiet, source).teacher_images == 4
+
+
+@pytest.mark.parametrize("by", [signal.SIGTERM, signal.SIGKILL])
+def test_a_signal_to_training_reaches_its_workers_through_it_alone(toy, photos, tmp_path, by):
+    """SIGTERM to the whole group, as from torchrun, Slurm or systemd; and workers end with a process that is killed."""
+    config = settings(
+        teacher="kd_toy:thousand", data=f"imagefolder:{photos}", augment="rrc,flip", views=1, topk=3, batch_size=8,
+        class_map=str(photos / "map.csv"), workers=0, out=str(tmp_path / "c"),
+    )  # fmt: skip
+    build(config, quiet)
+    line = (
+        f"train --loss nkd:temperature=1 --cache {config.out} --data {config.data} --student kd_toy:thousand "
+        f"--image-size 32 --batch-size 8 --epochs 100000 --workers 2 --device cpu --out {tmp_path / 'run'}"
+    )
+    with subprocess.Popen(
+        [sys.executable, "-m", "kdcache.cli", *line.split()],
+        env={**os.environ, "PYTHONPATH": os.pathsep.join([str(toy), *filter(None, sys.path)])},
+        stderr=subprocess.PIPE, text=True, start_new_session=True,
+    ) as process:  # fmt: skip
+        lines, until = tmp_path / "run" / "metrics.jsonl", time.monotonic() + 100
+        while process.poll() is None and not lines.exists() and time.monotonic() < until:
+            time.sleep(0.02)
+        if process.poll() is None:
+            os.killpg(process.pid, by) if by == signal.SIGTERM else process.kill()
+        _, said = process.communicate(timeout=60)  # until nobody has its standard error, the workers too
+    assert lines.exists(), said
+    if by == signal.SIGTERM:
+        assert process.returncode == 130 and "Error" not in said, said
+        training = torch.load(tmp_path / "run" / "state.pt", weights_only=True)["training"]
+        assert training["epoch"] >= 1

@@ -10,9 +10,12 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 
+from kdcache.cache import KdcacheError
+from kdcache.cli import main
 from kdcache.pipeline.build import BuildConfig, build
-from kdcache.pipeline.ranks import cores
+from kdcache.pipeline.ranks import Rank, cores, this_rank
 from kdcache.pipeline.teachers import pick_device
 
 
@@ -119,5 +122,22 @@ def test_a_rank_takes_its_own_gpu(monkeypatch):
     monkeypatch.setattr("torch.cuda.set_device", chosen.append)
     monkeypatch.setattr("torch.zeros", lambda n, device: chosen.append(device) or torch.ones(1))
     assert str(pick_device(None)) == str(pick_device("cuda")) == "cuda:1"
-    assert str(pick_device("cuda:3")) == "cuda:3" and str(pick_device("cpu")) == "cpu"
-    assert [str(d) for d in chosen] == ["cuda:1"] * 4 + ["cuda:3"] * 2 + ["cpu"]
+    assert str(pick_device("cpu")) == "cpu"
+    with pytest.raises(KdcacheError, match="cuda:3 is one device, and torchrun started 4 ranks: give cpu or cuda"):
+        pick_device("cuda:3")
+    be_rank(monkeypatch, 0, 1)
+    assert str(pick_device("cuda:3")) == "cuda:3"
+    assert [str(d) for d in chosen] == ["cuda:1"] * 4 + ["cpu"] + ["cuda:3"] * 2
+
+
+@pytest.mark.parametrize("missing", ["RANK", "LOCAL_RANK", "LOCAL_WORLD_SIZE"])
+def test_ranks_that_are_told_only_in_part_do_not_each_take_themselves_for_the_only_one(monkeypatch, tmp_path, missing):
+    be_rank(monkeypatch, 0, 2)
+    monkeypatch.delenv(missing)
+    with pytest.raises(KdcacheError, match=f"WORLD_SIZE is 2, but {missing} is not set"):
+        this_rank()
+    monkeypatch.setenv(missing, "first")
+    said = CliRunner().invoke(main, ["build", "--teacher", "resnet8", "--out", str(tmp_path / "c")])
+    assert said.exit_code == 2 and said.output.startswith(f"Error: WORLD_SIZE is 2, but {missing} is first: start")
+    monkeypatch.setenv("WORLD_SIZE", "1")
+    assert this_rank() == Rank()

@@ -1,17 +1,24 @@
 """Pixels are the same wherever and however they are rendered."""
 
+import gc
+import weakref
+from multiprocessing import active_children
+
 import numpy as np
 import pytest
 import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from PIL import Image
+from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
 from kdcache.cache import KdcacheError
-from kdcache.pipeline.datasets import open_data
+from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.render import Renderer, render
-from kdcache.pipeline.views import ViewParameters, draw
+from kdcache.pipeline.teachers import Classifier
+from kdcache.pipeline.views import ViewParameters, draw, evaluation_view
+from kdcache.train.evaluate import predict
 
 CPU = torch.device("cpu")
 
@@ -59,12 +66,50 @@ def test_batched_crops_in_memory_equal_single_ones(policy):
         assert torch.equal(pixels, want)
 
 
-def test_in_memory_images_can_be_resized_too():
+@pytest.mark.parametrize("size", [5, 8, 16, 40])
+@pytest.mark.parametrize("policy", ["none", "flip", "crop", "rrc,flip"])
+def test_in_memory_images_can_be_resized_too(policy, size):
     data = open_data("digits", "train")
-    parameters = draw("rrc,flip", 1, 4, range(len(data)), data.sizes)
-    got = next(iter(Renderer(data, 16, CPU).batches(parameters, [np.array([3])])))
-    want = render(data.decode(3), parameters.boxes[3], bool(parameters.flips[3]), (16, 16))
-    assert torch.equal(got[0], want)
+    parameters = draw(policy, 1, 4, range(len(data)), data.sizes)
+    batches = [np.array([3, 3, 1200]), np.arange(100, 150)]
+    renderer = Renderer(data, size, CPU, policy, workers=2 if size == 16 else 0)
+    for batch, got in zip(batches, renderer.batches(parameters, batches), strict=True):
+        assert got.dtype == torch.uint8 and got.is_contiguous(memory_format=torch.channels_last)
+        for pixels, i in zip(got, batch, strict=True):
+            want = render(data.decode(int(i)), parameters.boxes[i], bool(parameters.flips[i]), (size, size))
+            assert torch.equal(pixels, want)
+
+
+def test_whole_images_in_memory_are_resized_together(monkeypatch):
+    data = open_data("digits", "train")
+    monkeypatch.setattr(Dataset, "decode", None)
+    whole = evaluation_view(data.sizes, whole=True)
+    assert [len(images) for images in Renderer(data, 20, CPU).batches(whole, [np.arange(9)])] == [9]
+
+
+def test_renderers_hold_the_pixels_of_a_dataset_once():
+    data = open_data("digits", "train")
+    assert data.images is not None
+    one, two, bare = (Renderer(data, None, CPU, policy) for policy in ("crop", "crop,flip", "none"))
+    assert one._pixels is two._pixels and one._pixels is not bare._pixels
+    assert bare._pixels._flat.data_ptr() == data.images.data_ptr()
+    assert Renderer(data, 16, CPU, "crop")._pixels is None
+    held = weakref.ref(one._pixels)
+    del one, two
+    gc.collect()
+    assert held() is None
+
+
+def test_worker_processes_end_with_close_and_evaluation_closes(folder, tmp_path):
+    data = open_data(f"imagefolder:{folder}", "train", home=tmp_path)
+    renderer = Renderer(data, 32, CPU, workers=2)
+    before, batches = set(active_children()), [np.arange(18)]
+    for _ in range(2):
+        list(renderer.batches(evaluation_view(data.sizes, whole=False), batches))
+        assert len(kept := set(active_children()) - before) == 1
+        assert renderer.close() is None and not any(process.is_alive() for process in kept)
+    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 2)), (0.5,) * 3, (0.5,) * 3)
+    assert predict(model, data, renderer).shape == (18, 2) and set(active_children()) == before
 
 
 @pytest.fixture

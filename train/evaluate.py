@@ -32,6 +32,7 @@ def predict(model: Classifier, data: Dataset, renderer: Renderer, dtype: torch.d
     for images in renderer.batches(parameters, shares[ranks.rank()]):
         with torch.autocast(renderer.device.type, dtype, enabled=dtype is not None):
             out.append(model(images).float().cpu())
+    renderer.close()  # the training's own processes are enough between evaluations
     rows = [sum(map(len, share)) for share in shares]
     return ranks.rows_of_all(torch.cat(out) if out else torch.empty(0), rows)
 

@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.cache.errors import InputError, KdcacheError
+from kdcache.cache.errors import KdcacheError
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.teachers import pick_device
 
@@ -55,9 +55,8 @@ def joined(device: str | None) -> Iterator[torch.device]:
 
     gloo between CPUs, nccl between GPUs, one GPU a rank. InputError for a device that cannot be divided so.
     """
-    alone = this_rank().world == 1
-    mine = pick_device(device) if alone else _device_of_rank(device)
-    if alone or dist.is_initialized():
+    mine = pick_device(device)
+    if this_rank().world == 1 or dist.is_initialized():
         yield mine
         return
     # gloo also beside nccl: for what is on the CPU, such as evaluations and short messages.
@@ -70,14 +69,6 @@ def joined(device: str | None) -> Iterator[torch.device]:
     yield mine
     # After an error not: it would wait for ranks that are in the middle of something. The process's end closes all.
     dist.destroy_process_group()
-
-
-def _device_of_rank(name: str | None) -> torch.device:
-    if name not in (None, "cpu", "cuda"):
-        raise InputError(
-            f"--device {name} is one device, and torchrun started {this_rank().world} ranks: give cpu or cuda"
-        )
-    return pick_device(name)
 
 
 # What a loss needs of the other ranks' parts of the batch. Every rank has to call these alike.
@@ -306,7 +297,7 @@ def rows_of_all(mine: Tensor, rows: Sequence[int]) -> Tensor:
 
 def first_to_say(message: str) -> bool:
     """Whether no other rank has ended with these words: one line is enough where all fail alike."""
-    return this_rank().world == 1 or _count(message) in (1, None)
+    return _count(message) in (1, None)
 
 
 def require_alike(error: Exception, where: str) -> None:
