@@ -137,6 +137,21 @@ def test_an_overflow_in_fp16_leaves_the_weights_and_lowers_the_scale():
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("overflows", [0, 1])
+def test_an_overflow_in_one_of_muons_optimisers_stops_both(overflows, clip):
+    """Of the matrix, which Muon has, or of the vector, which SGD has."""
+    weights = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))]
+    updater = Updater(weights, settings(optimiser="muon", amp="fp16", clip=clip), torch.device("cpu"))
+    for step, factor in enumerate((float("inf"), 1.0)):
+        before = [w.detach().clone() for w in weights]
+        updater.backward(sum((w * (factor if i == overflows else 1.0)).sum() for i, w in enumerate(weights)))
+        updater.update(step, 2)
+        assert [torch.equal(a, b) for a, b in zip(before, weights, strict=True)] == [step == 0] * 2
+        assert all(w.isfinite().all() and w.grad is None for w in weights)
+    assert updater.state_dict()["scaler"]["scale"] == 2**15
+
+
 def test_compiled_it_keeps_its_names_and_weights(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     states = []
