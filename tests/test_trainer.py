@@ -12,7 +12,7 @@ from torch import nn
 
 from kdcache.cache import KdcacheError
 from kdcache.pipeline.teachers import Classifier
-from kdcache.train import optimisers
+from kdcache.train import optimisers, trainer
 from kdcache.train.interrupts import Interrupts
 from kdcache.train.losses import CE
 from kdcache.train.optimisers import Recipe, Updater, require_autocast
@@ -232,6 +232,24 @@ def test_stopped_in_its_evaluation_it_trains_nothing_twice(tmp_path, whole):
     weights, lines, said = run(tmp_path, settings(), True)
     assert f"after epoch 0 and {BATCHES} batches" in said[0]
     assert torch.equal(weights, whole[0][0]) and lines == whole[0][1]
+
+
+@pytest.mark.parametrize(("call", "kept"), [(1, f"epoch 0 and {BATCHES} batches"), (2, "epoch 1 and 1 batches")])
+def test_a_signal_while_it_hears_the_other_ranks_is_not_lost(tmp_path, whole, monkeypatch, call, kept):
+    calls = []
+
+    def heard(asked):
+        calls.append(asked)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.ranks, "anyones", heard)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, settings())
+    weights, lines, said = run(tmp_path, settings(), True)
+    assert kept in said[0] and torch.equal(weights, whole[0][0]) and lines == whole[0][1]
 
 
 def test_between_saves_it_loses_what_came_after_the_last(tmp_path, whole):
