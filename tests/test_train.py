@@ -26,7 +26,7 @@ from kdcache.pipeline.teachers import Classifier, read_weights
 from kdcache.train.cotrain import LearningTeacher
 from kdcache.train.evaluate import metrics
 from kdcache.train.features import FeatureTap
-from kdcache.train.loader import CachedLoader, OnlineLoader, epoch_batches
+from kdcache.train.loader import CachedLoader, OnlineLoader, PlainLoader, epoch_batches
 from kdcache.train.optimisers import Recipe
 from kdcache.train.presets import LOSSES, make_loss
 from kdcache.train.run import TrainConfig, evaluate_run, prepared, train
@@ -413,6 +413,37 @@ def metrics_of(folder):
     """What must be equal of a run: everything but times."""
     lines = (folder / "metrics.jsonl").read_text().splitlines()
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
+
+
+@pytest.mark.parametrize("kind", ["online", "plain"])
+def test_no_step_copies_to_the_device(home, data, kind):
+    """After a loader's first one: a GPU would be waited for. The device is one that holds no values."""
+
+    class Teacher:
+        device, input_size = torch.device("meta"), 8
+
+        def logits(self, images):
+            return images.new_empty((len(images), 10), dtype=torch.float32)
+
+    if kind == "online":
+        steps = OnlineLoader(open_cache(home / "default"), data, Teacher(), BATCH).steps()
+    else:
+        steps = PlainLoader(data, "crop,flip", BATCH, 8, seed=0, device=Teacher.device).steps()
+    next(steps)
+    with NoCopies():
+        images, labels, _ = next(steps)
+    assert images.is_meta and labels.is_meta
+
+
+class NoCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert not (isinstance(out, torch.Tensor) and out.is_meta and any(_on_cpu(a) for a in args)), func
+        return out
+
+
+def _on_cpu(argument):
+    return isinstance(argument, torch.Tensor) and argument.device.type == "cpu" and argument.dim() > 0
 
 
 @pytest.mark.parametrize("name", LOSSES)
