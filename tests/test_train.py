@@ -513,6 +513,17 @@ def test_a_run_is_not_resumed_with_other_settings(home, tmp_path):
             train(replace(config, resume=True, **{name: value}), quiet)
 
 
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_run_in_the_default_folder_keeps_its_views(home, tmp_path, monkeypatch, restarted):
+    """Restarted by torchrun or resumed, though its cache has more of them now."""
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig("kd", str(home / "default"), student="resnet8", epochs=1)
+    train(replace(config, views=2), quiet)
+    if restarted:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(replace(config, resume=not restarted), quiet)["epochs"] == 1
+
+
 def test_devices_that_are_not_there():
     for name in ("cuda:7", "gpu"):
         with pytest.raises(KdcacheError, match=rf"device '{name}' cannot be used here: .*; take cpu, cuda or cuda:N"):
