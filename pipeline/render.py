@@ -6,9 +6,7 @@ train on the same renderer and CPU class, with any number of workers.
 
 from __future__ import annotations
 
-import os
 import signal
-import threading
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -226,7 +224,7 @@ class _Loader:
             num_workers=workers,
             prefetch_factor=self._each,
             persistent_workers=workers > 0,
-            worker_init_fn=_begin_worker,
+            worker_init_fn=_one_thread,
             pin_memory=pin,
             generator=torch.Generator(),  # the workers' seeds, of which they have no use: not from the run's own
         )
@@ -248,27 +246,13 @@ def _task(samples: NDArray[np.int64], views: Sequence[ViewParameters], first: in
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Have Ctrl-C and SIGTERM wait: in the middle of a fork they leave half-made processes. The workers have neither.
-
-    What ends a whole process group or job would else kill them before this process has ended its step.
-    """
-    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    """Have Ctrl-C wait: in the middle of a fork it leaves half-made processes. The workers never see it."""
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
     try:
         yield
     finally:
         signal.pthread_sigmask(signal.SIG_SETMASK, before)
 
 
-def _begin_worker(worker: int) -> None:
+def _one_thread(worker: int) -> None:
     torch.set_num_threads(1)
-    if hasattr(signal, "sigwaitinfo"):
-        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
-    else:  # macOS, which does not tell whose signal it is
-        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
-
-
-def _obey_parent(parent: int) -> None:
-    """End by a SIGTERM of the parent's, and of nobody else's: that is how multiprocessing ends its workers."""
-    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
-        pass
-    os._exit(0)

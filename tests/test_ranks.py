@@ -281,11 +281,17 @@ def rank_process(started, rank):
     raise AssertionError(started.communicate()[1])
 
 
-def kill_rank(home, out, started):
-    """Rank 1, within the training; the pids of both."""
+def in_training(home, out, started):
+    """Waits until something is kept; the pids of the ranks."""
     both = [rank_process(started, rank) for rank in range(RANKS)]
     while not (home / out / "state.pt").exists() and started.poll() is None:
         time.sleep(0.01)
+    return both
+
+
+def kill_rank(home, out, started):
+    """Rank 1, within the training; the pids of both."""
+    both = in_training(home, out, started)
     os.kill(both[1], signal.SIGKILL)
     return both
 
@@ -319,6 +325,18 @@ def test_a_rank_that_dies_ends_the_others_and_one_process_goes_on(home, whole):
     require_same_weights(whole, home / "dead")
 
 
+def test_torchrun_that_is_stopped_ends_its_ranks_and_one_process_goes_on(home, whole):
+    started = torchrun(home, "stopped", "--loss", "dist", "--epochs", str(EPOCHS))
+    both = in_training(home, "stopped", started)
+    started.terminate()
+    _, said = started.communicate(timeout=60)
+    assert started.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in both)
+    assert said.count("stopped; nothing is lost") == 1 and "Error: " not in said, said
+    train(settings(home, "stopped", epochs=EPOCHS, resume=True), lambda _: None)
+    require_same_weights(whole, home / "stopped")
+
+
 def test_what_all_ranks_refuse_is_said_once(home):
     started = torchrun(home, "refused", "--loss", "kd", "--batch-size", "2", "--epochs", "1", count=3)
     _, said = started.communicate(timeout=120)
@@ -340,7 +358,8 @@ def test_ranks_that_do_not_know_where_to_meet(home, monkeypatch, known, named):
         monkeypatch.setenv(name, value)
     result = CliRunner().invoke(main, ["train", "--cache", str(home / "cache"), "--loss", "kd"])
     assert result.exit_code == 2 and len(result.output.splitlines()) == 1
-    assert result.output.startswith("Error: RANK and WORLD_SIZE are set as for one of 2 ranks") and named in result.output
+    assert result.output.startswith("Error: RANK and WORLD_SIZE are set as for one of 2 ranks")
+    assert named in result.output
 
 
 if __name__ == "__main__":

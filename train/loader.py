@@ -296,7 +296,7 @@ def labels_of(labels: Tensor, batches: Sequence[NDArray[np.int64]]) -> Iterator[
     """Each batch's, on the device of those of all samples."""
     # All indices at once: a copy by batch would have the device wait each time.
     every = torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(labels.device)
-    return (labels[index] for index in every.split([len(batch) for batch in batches]))
+    return (labels[index] for index in torch.split(every, [len(batch) for batch in batches]))
 
 
 def _labels(cache: Cache, device: torch.device) -> Tensor:

@@ -121,7 +121,7 @@ class _Together(torch.optim.Optimizer):
         super().__init__([{"params": group["params"]} for o in optimisers for group in o.param_groups], {})
         self._optimisers = optimisers
 
-    def step(self, closure: Any = None) -> None:
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
         for optimiser in self._optimisers:
             optimiser.step()
 
