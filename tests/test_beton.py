@@ -528,6 +528,16 @@ def test_damage_while_the_file_is_open(packed, copy):
 
 
 @needs_ffcv
+def test_a_view_that_could_not_be_drawn_is_drawn_again(packed, monkeypatch):
+    loader = BetonLoader(Beton(packed[2]), 2)
+    with monkeypatch.context() as patch:
+        patch.setattr(Beton, "parameters", lambda *_: {}["no"])
+        with pytest.raises(KeyError):
+            next(loader.steps())
+    assert len(list(loader.steps())) == len(loader)
+
+
+@needs_ffcv
 def test_no_thread_outlives_its_epoch(packed):
     loader = BetonLoader(Beton(packed[2]), 2)
     threads = torch.get_num_threads()

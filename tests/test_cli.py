@@ -765,6 +765,42 @@ def test_ctrl_c(place: Place, large: Path) -> None:
     assert built["views"] == done + 1 and 0 < built["teacher_images"] <= 32 * 2
 
 
+def test_ctrl_c_while_the_student_is_compiled(place: Place, quick: str) -> None:
+    """At a terminal the compiler gets it too: no complaint of it, nor is it left."""
+    process = start(f"{quick} --loss kd --compile --out run", TORCHINDUCTOR_CACHE_DIR=str(Path("inductor").absolute()))
+    try:
+        until = time.monotonic() + 120
+        while "cc1plus" not in (names := commands(process.pid)) and "clang++" not in names:
+            assert process.poll() is None and time.monotonic() < until, process.communicate()
+            time.sleep(0.02)
+        os.killpg(process.pid, signal.SIGINT)
+        out, _ = process.communicate(timeout=60)
+    finally:
+        if process.poll() is None:
+            os.killpg(process.pid, signal.SIGKILL)
+            process.communicate()
+    assert process.returncode == 130, out
+    assert "Traceback" not in out and "Error" not in out, out
+    assert out.splitlines()[-1].startswith("stopped; nothing is lost"), out
+    gone = time.monotonic() + 20
+    while is_there(process.pid):
+        assert time.monotonic() < gone
+        time.sleep(0.02)
+
+
+def commands(group: int) -> set[str]:
+    """What the processes of a group run."""
+    found = set()
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            name, _, rest = stat.read_text().partition("(")[2].rpartition(")")
+        except OSError:  # it ended meanwhile
+            continue
+        if int(rest.split()[2]) == group:
+            found.add(name)
+    return found
+
+
 def test_the_short_form_on_a_fresh_machine(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     home = str(tmp_path / "home")

@@ -11,17 +11,23 @@ from pathlib import Path
 
 import pytest
 import torch
+from click.testing import CliRunner
 from safetensors.torch import load_file, save_file
 from torch import nn
 
 from kdcache.cache import KdcacheError, encode
 from kdcache.cache.errors import RANK_ENDED, InputError
+from kdcache.cli import main
 from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.teachers import Classifier
 from kdcache.train import ranks
+from kdcache.train.optimisers import Recipe
 from kdcache.train.presets import LOSSES, make_loss
 from kdcache.train.run import TrainConfig, train
+from kdcache.train.runfolder import RunFolder
 from kdcache.train.sweep import sweep
+from kdcache.train.trainer import fit
 
 RANKS = 2
 
@@ -119,6 +125,35 @@ def messages():
     return ranks.everyones({**said, "any": ranks.anyones(rank == 1)})
 
 
+class Killed(BaseException):
+    pass
+
+
+def kept_in_an_evaluation(path):
+    """How many batches are kept of a training whose ranks are killed in their first evaluation."""
+
+    class Batches(list):
+        def set_epoch(self, epoch):
+            pass
+
+        def steps(self, start=0):
+            return iter(self[start:])
+
+    def killed(model):
+        raise Killed
+
+    model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), (0.5,) * 3, (0.25,) * 3)
+    loader = Batches([(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), None)] * 3)
+    folder = ranks.from_first(lambda: RunFolder(path, {}, False))
+    with pytest.raises(Killed):
+        fit(model, make_loss("ce", 4), loader, Recipe(1, 0.1), killed, folder, say=lambda _: None)
+    return ranks.from_first(folder.load_state)["training"]["batch"]
+
+
+def test_ranks_keep_an_epoch_before_they_evaluate(joined):
+    assert joined["kept"] == 3
+
+
 def test_messages_reach_all_ranks(joined):
     first, second = joined["messages"]
     for rank in (first, second):
@@ -134,7 +169,7 @@ def in_ranks(out):
     alone = {case: value_and_gradients(loss, everything, batch) for case, (loss, batch) in cases.items()}
     torch.Tensor.float, torch.float32 = TRUE_FLOAT
     with ranks.joined("cpu"):
-        found = {"messages": messages()}
+        found = {"messages": messages(), "kept": kept_in_an_evaluation(Path(out).with_name("run"))}
         in_float64()
         found["losses"] = loss_errors(cases, alone)
         if ranks.rank() == 0:
@@ -246,11 +281,17 @@ def rank_process(started, rank):
     raise AssertionError(started.communicate()[1])
 
 
-def kill_rank(home, out, started):
-    """Rank 1, within the training; the pids of both."""
+def in_training(home, out, started):
+    """Waits until something is kept; the pids of the ranks."""
     both = [rank_process(started, rank) for rank in range(RANKS)]
     while not (home / out / "state.pt").exists() and started.poll() is None:
         time.sleep(0.01)
+    return both
+
+
+def kill_rank(home, out, started):
+    """Rank 1, within the training; the pids of both."""
+    both = in_training(home, out, started)
     os.kill(both[1], signal.SIGKILL)
     return both
 
@@ -284,6 +325,18 @@ def test_a_rank_that_dies_ends_the_others_and_one_process_goes_on(home, whole):
     require_same_weights(whole, home / "dead")
 
 
+def test_torchrun_that_is_stopped_ends_its_ranks_and_one_process_goes_on(home, whole):
+    started = torchrun(home, "stopped", "--loss", "dist", "--epochs", str(EPOCHS))
+    both = in_training(home, "stopped", started)
+    started.terminate()
+    _, said = started.communicate(timeout=60)
+    assert started.returncode != 0
+    assert not any(Path(f"/proc/{pid}").exists() for pid in both)
+    assert said.count("stopped; nothing is lost") == 1 and "Error: " not in said, said
+    train(settings(home, "stopped", epochs=EPOCHS, resume=True), lambda _: None)
+    require_same_weights(whole, home / "stopped")
+
+
 def test_what_all_ranks_refuse_is_said_once(home):
     started = torchrun(home, "refused", "--loss", "kd", "--batch-size", "2", "--epochs", "1", count=3)
     _, said = started.communicate(timeout=120)
@@ -291,6 +344,22 @@ def test_what_all_ranks_refuse_is_said_once(home):
     lines = [line for line in said.splitlines() if line.startswith("Error: ")]
     assert lines == ["Error: a batch of 2 cannot be split over 3 ranks"]
     assert not (home / "refused").exists()
+
+
+@pytest.mark.parametrize(
+    ("known", "named"),
+    [({}, "MASTER_ADDR"), ({"MASTER_ADDR": "localhost"}, "MASTER_PORT")],
+)
+def test_ranks_that_do_not_know_where_to_meet(home, monkeypatch, known, named):
+    for name in ("MASTER_ADDR", "MASTER_PORT"):
+        monkeypatch.delenv(name, raising=False)
+    started = {"RANK": "1", "WORLD_SIZE": "2", "LOCAL_RANK": "1", "LOCAL_WORLD_SIZE": "2"}
+    for name, value in {**started, "TORCHELASTIC_USE_AGENT_STORE": "True", **known}.items():
+        monkeypatch.setenv(name, value)
+    result = CliRunner().invoke(main, ["train", "--cache", str(home / "cache"), "--loss", "kd"])
+    assert result.exit_code == 2 and len(result.output.splitlines()) == 1
+    assert result.output.startswith("Error: RANK and WORLD_SIZE are set as for one of 2 ranks")
+    assert named in result.output
 
 
 if __name__ == "__main__":

@@ -26,7 +26,7 @@ from kdcache.pipeline.teachers import Classifier, read_weights
 from kdcache.train.cotrain import LearningTeacher
 from kdcache.train.evaluate import metrics
 from kdcache.train.features import FeatureTap
-from kdcache.train.loader import CachedLoader, OnlineLoader, epoch_batches
+from kdcache.train.loader import CachedLoader, OnlineLoader, PlainLoader, epoch_batches
 from kdcache.train.optimisers import Recipe
 from kdcache.train.presets import LOSSES, make_loss
 from kdcache.train.run import TrainConfig, evaluate_run, prepared, train
@@ -448,6 +448,37 @@ def metrics_of(folder):
     return [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
 
 
+@pytest.mark.parametrize("kind", ["online", "plain"])
+def test_no_step_copies_to_the_device(home, data, kind):
+    """After a loader's first one: a GPU would be waited for. The device is one that holds no values."""
+
+    class Teacher:
+        device, input_size = torch.device("meta"), 8
+
+        def logits(self, images):
+            return images.new_empty((len(images), 10), dtype=torch.float32)
+
+    if kind == "online":
+        steps = OnlineLoader(open_cache(home / "default"), data, Teacher(), BATCH).steps()
+    else:
+        steps = PlainLoader(data, "crop,flip", BATCH, 8, seed=0, device=Teacher.device).steps()
+    next(steps)
+    with NoCopies():
+        images, labels, _ = next(steps)
+    assert images.is_meta and labels.is_meta
+
+
+class NoCopies(TorchDispatchMode):
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        out = func(*args, **(kwargs or {}))
+        assert not (isinstance(out, torch.Tensor) and out.is_meta and any(_on_cpu(a) for a in args)), func
+        return out
+
+
+def _on_cpu(argument):
+    return isinstance(argument, torch.Tensor) and argument.device.type == "cpu" and argument.dim() > 0
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_no_step_brings_a_value_to_the_host(home, data, name):
     """Nor does a loader after its first step: a GPU would be waited for."""
@@ -513,6 +544,17 @@ def test_a_run_is_not_resumed_with_other_settings(home, tmp_path):
     for name, value in others.items():
         with pytest.raises(KdcacheError, match=rf"is another run and is not resumed: .*{name}: the run has"):
             train(replace(config, resume=True, **{name: value}), quiet)
+
+
+@pytest.mark.parametrize("restarted", [True, False])
+def test_a_run_in_the_default_folder_keeps_its_views(home, tmp_path, monkeypatch, restarted):
+    """Restarted by torchrun or resumed, though its cache has more of them now."""
+    monkeypatch.chdir(tmp_path)
+    config = TrainConfig("kd", str(home / "default"), student="resnet8", epochs=1)
+    train(replace(config, views=2), quiet)
+    if restarted:
+        monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
+    assert train(replace(config, resume=not restarted), quiet)["epochs"] == 1
 
 
 def test_devices_that_are_not_there():

@@ -12,7 +12,7 @@ from torch import nn
 
 from kdcache.cache import KdcacheError
 from kdcache.pipeline.teachers import Classifier
-from kdcache.train import optimisers
+from kdcache.train import optimisers, trainer
 from kdcache.train.interrupts import Interrupts
 from kdcache.train.losses import CE
 from kdcache.train.optimisers import Recipe, Updater, require_autocast
@@ -137,6 +137,21 @@ def test_an_overflow_in_fp16_leaves_the_weights_and_lowers_the_scale():
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.mark.parametrize("clip", [None, 1.0])
+@pytest.mark.parametrize("overflows", [0, 1])
+def test_an_overflow_in_one_of_muons_optimisers_stops_both(overflows, clip):
+    """Of the matrix, which Muon has, or of the vector, which SGD has."""
+    weights = [nn.Parameter(torch.ones(3, 3)), nn.Parameter(torch.ones(3))]
+    updater = Updater(weights, settings(optimiser="muon", amp="fp16", clip=clip), torch.device("cpu"))
+    for step, factor in enumerate((float("inf"), 1.0)):
+        before = [w.detach().clone() for w in weights]
+        updater.backward(sum((w * (factor if i == overflows else 1.0)).sum() for i, w in enumerate(weights)))
+        updater.update(step, 2)
+        assert [torch.equal(a, b) for a, b in zip(before, weights, strict=True)] == [step == 0] * 2
+        assert all(w.isfinite().all() and w.grad is None for w in weights)
+    assert updater.state_dict()["scaler"]["scale"] == 2**15
+
+
 def test_compiled_it_keeps_its_names_and_weights(monkeypatch):
     monkeypatch.setattr(torch, "compile", functools.partial(torch.compile, backend="eager"))
     states = []
@@ -217,6 +232,24 @@ def test_stopped_in_its_evaluation_it_trains_nothing_twice(tmp_path, whole):
     weights, lines, said = run(tmp_path, settings(), True)
     assert f"after epoch 0 and {BATCHES} batches" in said[0]
     assert torch.equal(weights, whole[0][0]) and lines == whole[0][1]
+
+
+@pytest.mark.parametrize(("call", "kept"), [(1, f"epoch 0 and {BATCHES} batches"), (2, "epoch 1 and 1 batches")])
+def test_a_signal_while_it_hears_the_other_ranks_is_not_lost(tmp_path, whole, monkeypatch, call, kept):
+    calls = []
+
+    def heard(asked):
+        calls.append(asked)
+        if len(calls) == call:
+            signal.raise_signal(signal.SIGTERM)
+        return asked
+
+    with monkeypatch.context() as patch:
+        patch.setattr(trainer.ranks, "anyones", heard)
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, settings())
+    weights, lines, said = run(tmp_path, settings(), True)
+    assert kept in said[0] and torch.equal(weights, whole[0][0]) and lines == whole[0][1]
 
 
 def test_between_saves_it_loses_what_came_after_the_last(tmp_path, whole):

@@ -18,7 +18,7 @@ from kdcache.cache.records import Records
 from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.render import normalised, render
 from kdcache.pipeline.views import ViewParameters
-from kdcache.train.loader import _Order
+from kdcache.train.loader import _Order, labels_of
 
 if TYPE_CHECKING:
     from kdcache.train.decoders import Epoch
@@ -90,18 +90,19 @@ class BetonLoader:
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """The same with the images as rendered: uint8. CorruptError names a sample whose bytes are damaged."""
         now, after = (self._views[(self._order.epoch + i) % len(self._views)] for i in (0, 1))
-        self._drawn = {v: f for v, f in self._drawn.items() if v in (now, after)}
+        self._drawn = {v: f for v, f in self._drawn.items() if v in (now, after) and not _failed(f)}
         for view in (now, after):
             if view not in self._drawn:
                 self._drawn[view] = self._thread.submit(self.beton.parameters, view)
         batches = self._order.batches()[start:]
         epoch = self._start(now, self._drawn[now].result(), np.concatenate(batches))
         try:
-            for index, ((pixels, decoded), (rows, whole)) in zip(batches, epoch, strict=True):
+            of_batches = labels_of(self._labels, batches)
+            for index, labels, ((pixels, decoded), (rows, whole)) in zip(batches, of_batches, epoch, strict=True):
                 self._require_sound(index, decoded, "image")
                 self._require_sound(index, whole, f"record of view {now}")
-                labels = self._labels[torch.from_numpy(index).to(self._device)]
-                yield self._own(pixels), labels, self._records(rows, index)
+                images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # channels_last
+                yield self._own(images), labels, self._records(rows, index)
         finally:
             epoch.close()
 
@@ -136,19 +137,22 @@ class BetonLoader:
         if not sound.all():
             raise self.beton.corrupt(f"the {what} of sample {index[sound.argmin()]} is damaged")
 
-    def _own(self, pixels: NDArray[np.uint8]) -> Tensor:
-        """[B, 3, H, W] (channels_last) on the device: a copy, since FFCV fills its buffers again and again."""
-        images = torch.from_numpy(pixels).permute(0, 3, 1, 2)
+    def _own(self, read: Tensor) -> Tensor:
+        """On the device: a copy, since FFCV fills its buffers again and again."""
         if self._device.type != "cuda":
-            return images.clone().to(self._device)
+            return read.clone().to(self._device)
         # Through pinned memory of torch's, which is not used again before the copy is done: no waiting here.
-        pinned = torch.empty_like(images, pin_memory=True).copy_(images)
+        pinned = torch.empty_like(read, pin_memory=True).copy_(read)
         return pinned.to(self._device, non_blocking=True)
 
     def _records(self, rows: NDArray[np.uint8], index: NDArray[np.int64]) -> Records:
         beton = self.beton
         records = as_records(beton.identity.record, beton.layout.split(rows), beton.labels[index], None)
-        return replace(records.to(self._device), prior=self._prior)
+        return replace(records._map(self._own), prior=self._prior)
+
+
+def _failed(drawn: Future[ViewParameters]) -> bool:
+    return drawn.done() and drawn.exception() is not None
 
 
 def _student_size(beton: Beton, image_size: int | None, allow_renderer: bool) -> tuple[int, int]:

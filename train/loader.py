@@ -227,8 +227,8 @@ class OnlineLoader:
         parameters = draw(views.policy, views.seed, view, range(len(self._data)), self._data.sizes)
         batches = self._order.batches()[start:]
         finite = torch.ones((), dtype=torch.bool, device=self._teacher.device)
-        for index, (images, seen) in zip(batches, self._images(parameters, batches), strict=True):
-            labels = self._labels[torch.from_numpy(index).to(self._teacher.device)]
+        of_batches = labels_of(self._labels, batches)
+        for labels, (images, seen) in zip(of_batches, self._images(parameters, batches), strict=True):
             y = labels if labels.numel() else None
             answers = self._teacher.logits(seen)
             finite &= torch.isfinite(answers).all()  # looked at in the end, so that no step waits for the device
@@ -276,8 +276,9 @@ class PlainLoader:
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, None]]:
         parameters = draw(self._policy, self._seed, self._order.epoch, range(len(self._data)), self._data.sizes)
         batches = self._order.batches()[start:]
-        for index, images in zip(batches, self._renderer.batches(parameters, batches), strict=True):
-            yield images, self._labels[torch.from_numpy(index).to(self._labels.device)], None
+        rendered = self._renderer.batches(parameters, batches)
+        for images, labels in zip(rendered, labels_of(self._labels, batches), strict=True):
+            yield images, labels, None
 
 
 class _Order:
@@ -304,6 +305,13 @@ def _renderer(
 ) -> Renderer:
     size = image_size or (None if data.images is not None else cache.identity.teacher.input_size)
     return Renderer(data, size, device, cache.identity.views.policy, workers)
+
+
+def labels_of(labels: Tensor, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
+    """Each batch's, on the device of those of all samples."""
+    # All indices at once: a copy by batch would have the device wait each time.
+    every = torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(labels.device)
+    return (labels[index] for index in torch.split(every, [len(batch) for batch in batches]))
 
 
 def _labels(cache: Cache, device: torch.device) -> Tensor:

@@ -114,6 +114,18 @@ def _make(parameters: list[nn.Parameter], recipe: Recipe, device: torch.device) 
     return made
 
 
+class _Together(torch.optim.Optimizer):
+    """Several as one for the scaler, so that an overflow in the gradients of one has none of them step."""
+
+    def __init__(self, optimisers: list[torch.optim.Optimizer]) -> None:
+        super().__init__([{"params": group["params"]} for o in optimisers for group in o.param_groups], {})
+        self._optimisers = optimisers
+
+    def step(self, closure: None = None) -> None:  # type: ignore[override]
+        for optimiser in self._optimisers:
+            optimiser.step()
+
+
 class Updater:
     """From losses to new weights: scaling, clipping, learning rates. Waits for the device nowhere.
 
@@ -123,6 +135,8 @@ class Updater:
     def __init__(self, parameters: Iterable[nn.Parameter], recipe: Recipe, device: torch.device) -> None:
         self._parameters, self._recipe = list(parameters), recipe
         self._optimisers = _make(self._parameters, recipe, device)
+        # Not where there is but one, which may be fused.
+        self._all = self._optimisers[0] if len(self._optimisers) == 1 else _Together(self._optimisers)
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
 
     def backward(self, loss: Tensor, batches: int = 1) -> None:
@@ -135,12 +149,10 @@ class Updater:
             for group in optimiser.param_groups:
                 group["lr"] = self._recipe.rate(step, steps_per_epoch, group["peak"])
         if self._recipe.clip is not None:
-            for optimiser in self._optimisers:
-                self._scaler.unscale_(optimiser)
+            self._scaler.unscale_(self._all)
             nn.utils.clip_grad_norm_(self._parameters, self._recipe.clip)
-        for optimiser in self._optimisers:
-            self._scaler.step(optimiser)
-            optimiser.zero_grad(set_to_none=True)
+        self._scaler.step(self._all)
+        self._all.zero_grad(set_to_none=True)
         self._scaler.update()
 
     def state_dict(self) -> dict[str, Any]:

@@ -61,7 +61,13 @@ def joined(device: str | None) -> Iterator[torch.device]:
         return
     # gloo also beside nccl: for what is on the CPU, such as evaluations and short messages.
     backend = "gloo" if mine.type == "cpu" else "cpu:gloo,cuda:nccl"
-    store, own, all_ = next(dist.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]
+    try:
+        store, own, all_ = next(dist.rendezvous("env://", timeout=_PATIENCE))  # type: ignore[attr-defined]
+    except ValueError as e:
+        raise InputError(
+            f"RANK and WORLD_SIZE are set as for one of {this_rank().world} ranks, but where they meet is not known "
+            f"({e}): start them with torchrun, or unset them to train in one process"
+        ) from e
     # torchrun may keep one store for all its restarts, with the addresses of processes that have died.
     prefix = f"kdcache/{os.environ.get('TORCHELASTIC_RESTART_COUNT', 0)}"
     fresh = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
@@ -322,5 +328,5 @@ def _count(message: str, add: int = 1) -> int | None:
         address, patience = (os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])), timedelta(seconds=10)
         store = dist.TCPStore(*address, is_master=False, timeout=patience)  # type: ignore[attr-defined]
         return int(store.add(f"kdcache/{os.environ['TORCHELASTIC_RESTART_COUNT']}/{digest}", add))
-    except RuntimeError:  # torchrun has gone, and its store with it
+    except (KeyError, ValueError, RuntimeError):  # not torchrun's own variables, or it has gone with its store
         return None

@@ -148,10 +148,7 @@ def _train(
     if config.weights and not config.online:
         raise InputError("--weights are those of the live teacher: give --online too")
     with ranks.one_first():
-        cache, had = cache_of(config), _resumed(config)
-    # Pinned, for a cache may have got more views by the time that the run is resumed.
-    used = None if config.fresh_views else config.views or had.get("views") or len(cache.views) or None
-    config = replace(config, views=used)
+        cache = cache_of(config)
     if config.online and isinstance(cache, Beton):
         raise InputError(f"--online renders as the cache was built: give the cache itself, not {cache.path}")
     record = cache.identity.record
@@ -165,6 +162,13 @@ def _train(
     # The live teacher answers for all classes, at any temperature.
     require_served(loss, record.model_copy(update={"k": None}) if config.online else record)
     student = config.student or defaults.student
+    name = f"{data.name.replace(':', '-')}-{student.replace('/', '-')}-{loss.name}-seed{config.seed}"
+    path = Path(config.out or f"runs/{name}{'-online' if config.online else ''}")
+    resume = config.resume or _restarted(path)
+    had = read_config(path) if resume and (path / "config.json").exists() else {}
+    # Pinned, for a cache may have got more views by the time that the run is resumed.
+    used = None if config.fresh_views else config.views or had.get("views") or len(cache.views) or None
+    config = replace(config, views=used)
     batch = config.batch_size or min(defaults.train_batch, len(data))
     together = batch * config.accumulate
     lr, decay = default_rates(config.optimiser, defaults, together)
@@ -220,8 +224,6 @@ def _train(
         for one in (model, partner.model) if partner else (model,):
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(one)  # type: ignore[no-untyped-call]
     judge = Judge(cache, evaluation, size, device, config.workers)
-    name = f"{data.name.replace(':', '-')}-{student.replace('/', '-')}-{loss.name}-seed{config.seed}"
-    path = Path(config.out or f"runs/{name}{'-online' if config.online else ''}")
     settings = {
         "cache": cache.key, "data": config.data, "student": student, "loss": loss.name,
         "loss_options": options_of(loss), "epochs": recipe.epochs, "batch_size": batch, "lr": recipe.lr,
@@ -233,7 +235,7 @@ def _train(
         "cache_path": str(cache.path.absolute()), "ranks": ranks.world(), "sync_bn": config.sync_bn,
     }  # fmt: skip
     ready = prepared(loss, cache, model, size, config.online, say)
-    folder = ranks.from_first(lambda: RunFolder(path, settings, config.resume or _restarted(path)))
+    folder = ranks.from_first(lambda: RunFolder(path, settings, resume))
     if keep_finished and (finished := folder.read_summary()):
         say(f"{path} is finished already")
         return finished

@@ -218,8 +218,9 @@ def fit(
             if not all(map(math.isfinite, losses.values())):
                 at = f"in epoch {training.epoch + 1}"
                 raise KdcacheError(f"the loss is not finite {at}: lower --lr (now {recipe.lr:g})")
+            if ranks.world() > 1:
+                save()  # ranks evaluate together, to the end, and torchrun may not wait so long for one that is to stop
             try:
-                # Ranks evaluate together: none leaves on its own.
                 with interrupts.at_once() if ranks.world() == 1 else nullcontext():
                     measured = evaluate(training.evaluated)
             except KeyboardInterrupt:
@@ -241,8 +242,7 @@ def fit(
                     folder.save_weights(partner.model, partner.notes, theirs, of=f"{PARTNER}-")
                 folder.save_metrics(history)
             save()
-            interrupts.asked = ranks.anyones(interrupts.asked)
-            interrupts.check()
+            _stop_together(interrupts)
     if events is not None:
         events.close()
     return history
@@ -296,10 +296,14 @@ def _train_epoch(
             if keep:
                 save()
                 saved = time.monotonic()
-    interrupts.asked = ranks.anyones(interrupts.asked)
-    if interrupts.asked:
+    _stop_together(interrupts, save)
+
+
+def _stop_together(interrupts: Interrupts, save: Callable[[], None] = lambda: None) -> None:
+    """KeyboardInterrupt where any rank was asked to stop. One that is asked just now stops with the others later."""
+    if ranks.anyones(interrupts.asked):
         save()
-    interrupts.check()
+        raise KeyboardInterrupt
 
 
 def _of_partner(line: dict[str, Any]) -> dict[str, Any]:
