@@ -58,12 +58,13 @@ def gathered(records: Records, batches: Sequence[NDArray[np.int64]]) -> Iterator
     """Labels and records of each batch, given the records of all samples: many batches' are gathered at once."""
     a_batch = max((len(b) for b in batches), default=1) * records.nbytes // len(records)
     at_once = max(1, _GATHERED // a_batch)
+    order = _order_on(records.gaps.device, batches)
     for start in range(0, len(batches), at_once):
-        several = batches[start : start + at_once]
-        answers = records[torch.from_numpy(np.concatenate(several)).to(records.gaps.device)]
+        sizes = [len(b) for b in batches[start : start + at_once]]
+        answers, order = records[order[: sum(sizes)]], order[sum(sizes) :]
         labels, stop = _squeezed(answers.labels.long()), 0
-        for batch in several:
-            rows = slice(stop, stop := stop + len(batch))
+        for size in sizes:
+            rows = slice(stop, stop := stop + size)
             yield labels[rows], answers[rows]
 
 
@@ -309,9 +310,13 @@ def _renderer(
 
 def labels_of(labels: Tensor, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
     """Each batch's, on the device of those of all samples."""
-    # All indices at once: a copy by batch would have the device wait each time.
-    every = torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(labels.device)
-    return (labels[index] for index in torch.split(every, [len(batch) for batch in batches]))
+    order = _order_on(labels.device, batches)
+    return (labels[index] for index in torch.split(order, [len(batch) for batch in batches]))
+
+
+def _order_on(device: torch.device, batches: Sequence[NDArray[np.int64]]) -> Tensor:
+    """All batches' samples, on the device at once: a copy by batch would have it wait each time."""
+    return torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(device)
 
 
 def _labels(cache: Cache, device: torch.device) -> Tensor:

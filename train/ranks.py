@@ -21,7 +21,7 @@ import torch.distributed as dist
 from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
-from kdcache.cache.errors import KdcacheError
+from kdcache.cache.errors import InputError, KdcacheError
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.teachers import pick_device
 
