@@ -56,7 +56,7 @@ def find(what: str, registry: str | None = None) -> tuple[Cache, Registry | None
     cache = open_cache(what)
     if cache.path.is_symlink():
         raise InputError(f"{cache.path} is a symbolic link, which is not followed: give the path that it leads to")
-    named = cache.path.name.partition(".")[0]
+    named = cache.path.absolute().name.partition(".")[0]
     if KEY.fullmatch(named) and named != cache.key:
         raise MismatchError(f"{cache.path} holds cache {cache.key[:12]}, not the one that it is named by: rename it")
     return cache, None
@@ -102,7 +102,7 @@ def remove(cache: Cache, shared: Registry | None = None) -> None:
 
 
 def _remove_folder(cache: Cache) -> None:
-    path = cache.path
+    path = cache.path.absolute()  # "." cannot be removed by that name
     if foreign := sorted({*files.names(path)} - {*_PARTS, "leases", _LAST}):
         raise InputError(f"{path} also holds {foreign[0]}, which is no part of a cache: move it elsewhere first")
     for name in ("leases", "scratch"):
@@ -174,7 +174,7 @@ def leavings(days: float, registry: str | None = None, store_bytes: int | None =
             store.make_room,
         )
     if registry is not None:
-        yield from _in_registry(_writable(registry), time.time() - days * DAY)
+        yield from _in_registry(_writable(registry), time.time() - max(days * DAY, HOUR))
 
 
 def gc(found: Sequence[Leaving], delete: bool) -> dict[str, Any]:
@@ -231,7 +231,7 @@ def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
                 yield Leaving(f"{shared.url}/{prefix}", cache.size(), why, remove)
             elif isinstance(objects, FolderObjects):
                 yield from _of_builders(Cache(cache.path))
-        except KdcacheError:
+        except (CorruptError, MismatchError, NotFoundError):
             continue  # what is no cache is not removed; ls says what is wrong with it
     if isinstance(objects, FolderObjects):
         for name in ("names", "scratch"):

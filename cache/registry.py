@@ -18,6 +18,7 @@ import re
 import shutil
 import socket
 import time
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -183,7 +184,8 @@ class Registry:
 
     def forget(self, key: str) -> None:
         """Remove what was seen here of a cache that was removed, so that it can be made anew."""
-        shutil.rmtree(self._mirror / key, ignore_errors=True)
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._mirror / key)
 
     def _require_no_older(self, cache: Cache) -> None:
         """Remember what is committed, and refuse a state that lacks what was seen here before."""
