@@ -566,6 +566,90 @@ def pull(as_json: bool, cache: str, registry: str | None, **options: Any) -> Non
     _print(vars(result), as_json, result.where)
 
 
+def _typed(ctx: click.Context, param: click.Parameter, value: str | None) -> str | None:
+    """Only from the command line: what belongs to a team is not removed because of a setting."""
+    return value if ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE else None
+
+
+_typed_registry = click.option(
+    "--registry", metavar="URL|DIR", callback=_typed, help="A team's caches; here only where it is typed, no setting."
+)
+
+
+@main.command(name="rm")
+@click.argument("cache", metavar="KEY|PATH|NAME", required=False)
+@_typed_registry
+@click.option("--name", help="Remove just this name from the registry.")
+@click.option("--yes", is_flag=True, help="Do not ask.")
+@_json
+def remove_command(as_json: bool, cache: str | None, registry: str | None, name: str | None, yes: bool) -> None:
+    """Remove a cache: here, or with --registry there. Stopped, the same command goes on.
+
+    \b
+    Example: kdcache rm 1f0c2a
+             kdcache rm 1f0c2a --registry s3://bucket/kd
+             kdcache rm --name r34-imagenet-v1 --registry s3://bucket/kd
+    """
+    from kdcache.cache.care import find, remove, remove_name
+    from kdcache.pipeline.info import removed_line, summary
+    from kdcache.pipeline.share import require_registry
+
+    if (cache is None) == (name is None):
+        raise click.UsageError("Give a cache, or --name NAME.")
+    if name is not None:
+        url = require_registry(registry)
+        _confirm(f"Remove the name {name} from {url}?", yes)
+        remove_name(name, url)
+        _print({"name": name, "registry": url}, as_json, f"removed the name {name}")
+        return
+    found, shared = find(str(cache), registry)
+    about, line = summary(found), removed_line(found, shared)
+    _confirm(f"Remove {line}?", yes)
+    remove(found, shared)
+    _print(about, as_json, f"removed {line}")
+
+
+def _confirm(question: str, yes: bool) -> None:
+    if yes:
+        return
+    if not sys.stdin.isatty():
+        raise _Failure(f"there is no terminal to ask on: give --yes ({question})")
+    if not click.confirm(_safe(question), err=True):
+        _say("nothing was removed")
+        sys.exit(1)
+
+
+@main.command()
+@_typed_registry
+@click.option(
+    "--older", type=_Number(0), default=30.0, show_default=True, metavar="DAYS",
+    help="Grace period of what has no name in the registry, and of builds that were never finished.",
+)  # fmt: skip
+@_store_size
+@click.option("--delete", is_flag=True, help="Remove what is listed.")
+@_json
+def gc(as_json: bool, registry: str | None, older: float, local_store_size: int | None, delete: bool) -> None:
+    """List what nothing needs any more, here and with --registry there; with --delete remove it.
+
+    \b
+    Example: kdcache gc
+             kdcache gc --delete
+             kdcache gc --registry /mnt/team/kd --older 90
+    """
+    from kdcache.cache.care import gc as run
+    from kdcache.cache.care import leavings
+    from kdcache.pipeline import spool
+    from kdcache.pipeline.progress import size
+
+    result = run([*leavings(older, registry, local_store_size), *spool.leavings(older)], delete)
+    lines = []
+    for one in result["found"]:
+        why = one["why"] if one["kept"] is None else f"stays: {one['kept']}"
+        lines.append(f"{size(one['bytes']):>9}  {one['path']}: {why}")
+    lines.append(f"{size(result['freed'])} freed" if delete else f"{size(result['bytes'])} may go: add --delete")
+    _print(result, as_json, "\n".join(lines))
+
+
 @main.command()
 @click.argument("cache")
 @_registry

@@ -98,6 +98,15 @@ class FolderObjects:
                 found[file.relative_to(top).as_posix()] = file.lstat().st_size
         return found
 
+    def newest(self, folder: str) -> float:
+        top = self.at(f"{folder}/x").parent
+        found = (Path(where, name) for where, _, names in os.walk(top) for name in names)
+        return max((file.lstat().st_mtime for file in found), default=0.0)
+
+    def remove(self, paths: list[str]) -> None:
+        for path in paths:
+            self.at(path).unlink(missing_ok=True)
+
     def folders(self, folder: str) -> list[str]:
         top = self.at(f"{folder}/x").parent
         return sorted(p.name for p in top.iterdir() if p.is_dir()) if top.is_dir() else []
@@ -196,6 +205,20 @@ class NetworkObjects:
             return {meta["path"].removeprefix(f"{folder}/"): meta["size"] for meta in found}
 
         return self._try(f"{folder}/", listed)
+
+    def newest(self, folder: str) -> float:
+        """When the latest of them was made, in seconds since 1970; 0 where there is none."""
+
+        def latest() -> float:
+            found = (meta for page in obstore.list(self._store, folder) for meta in page)
+            return max((meta["last_modified"].timestamp() for meta in found), default=0.0)
+
+        return self._try(f"{folder}/", latest)
+
+    def remove(self, paths: list[str]) -> None:
+        """Remove objects, in any order; those that are not there are passed over."""
+        if paths:
+            self._try(paths[0], lambda: obstore.delete(self._store, paths))
 
     def folders(self, folder: str) -> list[str]:
         """The names of the folders in a folder."""

@@ -15,8 +15,10 @@ import hashlib
 import json
 import os
 import re
+import shutil
 import socket
 import time
+from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
 from typing import Literal
@@ -97,6 +99,18 @@ class Registry:
                         continue  # said by who asks for that name
         return found
 
+    def all_names(self) -> dict[str, str]:
+        """The same as they stand now; CorruptError where one does not parse: who knows what it stands for."""
+        found = sorted(filter(_NAME.fullmatch, self.objects.sizes("names")))
+        return {name: self._named(name).key for name in found}
+
+    def remove_name(self, name: str) -> None:
+        """Have `name` stand for nothing; NotFoundError where it does not exist."""
+        check_name(name)
+        if self.objects.size(f"names/{name}") is None:
+            raise NotFoundError(f"{self.url} has no cache named {name}: see kdcache ls")
+        self.objects.remove([f"names/{name}"])
+
     def _named(self, name: str) -> Named:
         path = f"names/{name}"
         content = self.objects.read(path, _MOST_SMALL_BYTES)
@@ -142,6 +156,12 @@ class Registry:
 
     def cache(self, key: str) -> Cache:
         """The cache of that key, to be read; MismatchError where it is another one, or older than it was once."""
+        cache = self.open(key)
+        self._require_no_older(cache)
+        return cache
+
+    def open(self, key: str) -> Cache:
+        """The cache of that key, whatever was seen of it before; nothing is remembered."""
         prefix = f"caches/{key}"
         try:
             content = self.objects.read(f"{prefix}/identity.json", MAX_JSON_BYTES)
@@ -154,12 +174,18 @@ class Registry:
                 f"{where} is that of cache {identity.key[:12]}, not of {key[:12]}: it was tampered with"
             )
         if isinstance(self.objects, FolderObjects):
-            cache = Cache(self.objects.root / prefix, SharedFolder(self.objects, prefix))
-        else:
-            remote = Remote(self.objects, prefix, identity, self._mirror / key, self._store)
-            cache = Cache(remote.path, remote)
-        self._require_no_older(cache)
-        return cache
+            return Cache(self.objects.root / prefix, SharedFolder(self.objects, prefix))
+        remote = Remote(self.objects, prefix, identity, self._mirror / key, self._store)
+        return Cache(remote.path, remote)
+
+    def mirrors(self) -> list[Path]:
+        """The local folders, named by keys, of what was seen here of its caches."""
+        return [self._mirror / name for name in files.names(self._mirror) if KEY.fullmatch(name)]
+
+    def forget(self, key: str) -> None:
+        """Remove what was seen here of a cache that was removed, so that it can be made anew."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._mirror / key)
 
     def _require_no_older(self, cache: Cache) -> None:
         """Remember what is committed, and refuse a state that lacks what was seen here before."""

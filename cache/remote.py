@@ -75,25 +75,32 @@ class LocalStore:
             temporary.replace(file)
         self._come = None if self._come is None else self._come + len(content)
         if self._come is None or self._come > self._limit // 20:
-            self._make_room()
+            self.make_room()
 
-    def _make_room(self) -> None:
+    def beyond(self) -> list[tuple[Path, int]]:
+        """The files that go where there is more than the limit, and their bytes; unread for longest first."""
+        found: list[tuple[int, int, Path]] = []
+        for where, _, names in os.walk(self._folder):
+            for name in names:
+                with suppress(FileNotFoundError):
+                    about = Path(where, name).stat()
+                    found.append((about.st_mtime_ns, about.st_size, Path(where, name)))
+        total, gone = sum(size for _, size, _ in found), []
+        if total > self._limit:
+            for _, size, path in sorted(found):
+                if path.name != "lock" and total > self._limit * _EVICT_TO:
+                    gone.append((path, size))
+                    total -= size
+        return gone
+
+    def make_room(self) -> None:
+        """Remove what is beyond the limit."""
         with (
             suppress(Timeout),
             FileLock(self._folder / "lock", timeout=0),
         ):  # where another process is at it, it does it
-            found: list[tuple[int, int, Path]] = []
-            for where, _, names in os.walk(self._folder):
-                for name in names:
-                    with suppress(FileNotFoundError):
-                        about = Path(where, name).stat()
-                        found.append((about.st_mtime_ns, about.st_size, Path(where, name)))
-            total = sum(size for _, size, _ in found)
-            if total > self._limit:
-                for _, size, path in sorted(found):
-                    if path.name != "lock" and total > self._limit * _EVICT_TO:
-                        path.unlink(missing_ok=True)
-                        total -= size
+            for path, _ in self.beyond():
+                path.unlink(missing_ok=True)
         self._come = 0
 
 

@@ -81,6 +81,12 @@ def _shared_line(cache: Cache, found: dict[str, Any]) -> str:
     return ", ".join([*parts, *found["names"]])
 
 
+def removed_line(cache: Cache, registry: Registry | None) -> str:
+    """For rm: the cache, where it is, and who published it."""
+    found = {"published": None, "names": []} if registry is None else _shared(cache, registry)
+    return f"{cache.path} ({_shared_line(cache, found)})"
+
+
 def facts(cache: Cache) -> dict[str, Any]:
     """For info: what `summary` has, views under way, and how faithful the records are (or why that is unreadable)."""
     complete = cache.train.complete_views()

@@ -8,9 +8,10 @@ import os
 import shutil
 import time
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,10 @@ import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
+from kdcache.cache.care import DAY, HOUR, Leaving, extent
+from kdcache.cache.errors import BusyError
 from kdcache.cache.files import names, replace_file, sha256
-from kdcache.cache.home import home
+from kdcache.cache.home import home, list_caches
 from kdcache.cache.store import Cache
 
 SPOOL_SECONDS = 20.0
@@ -157,9 +160,42 @@ def spool_folder(path: Path, key: str) -> Path:
 def clear(spool: Path, cache: Cache) -> None:
     """Remove what builds have left in the spool for shards that are committed, unless one is at work on them."""
     for name in names(spool):
-        store = cache.evaluation if name.startswith("eval-") else cache.train
-        if store.has(name.removeprefix("eval-").rpartition("-b")[0]):
-            with suppress(Timeout, FileNotFoundError), FileLock(spool / name / "lock", timeout=0):
-                shutil.rmtree(spool / name, ignore_errors=True)
+        if _committed(name, cache):
+            with suppress(BusyError):
+                _remove(spool / name)
     with suppress(OSError):  # missing, or not empty
         spool.rmdir()
+
+
+def leavings(days: float) -> Iterator[Leaving]:
+    """What may go in the spool: of shards that are committed, and, untouched for so long, of caches not known here.
+
+    Where those lie nobody knows: --out may have been anywhere. Nothing is changed.
+    """
+    known = {spool_folder(cache.path, cache.key).name: cache for cache in list_caches()[0] if not cache.packed}
+    for folder in names(home() / "spool"):
+        top, cache = home() / "spool" / folder, known.get(folder)
+        for name in names(top):
+            size, newest = extent(top / name)
+            age = time.time() - newest
+            if cache is not None and _committed(name, cache) and age > HOUR:
+                yield Leaving(str(top / name), size, "of a shard that is committed", partial(_remove, top / name))
+            elif cache is None and age > max(days * DAY, HOUR):
+                why = f"of a build that stopped {age / DAY:.0f} days ago, of a cache that is not in {home()}"
+                yield Leaving(str(top / name), size, why, partial(_remove, top / name))
+
+
+def _committed(name: str, cache: Cache) -> bool:
+    store = cache.evaluation if name.startswith("eval-") else cache.train
+    return store.has(name.removeprefix("eval-").rpartition("-b")[0])
+
+
+def _remove(folder: Path) -> None:
+    """Remove one shard's; BusyError while a builder is at work on it."""
+    try:
+        with suppress(FileNotFoundError), FileLock(folder / "lock", timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # there are others
+            folder.parent.rmdir()
+    except Timeout:
+        raise BusyError(f"{folder} is in use by a build") from None

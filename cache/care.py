@@ -1,0 +1,264 @@
+"""Care of what is kept: a cache that is removed on purpose, and what nothing needs any more.
+
+A cache goes commits first, identity last: a reader finds fewer views or none, never half of one, and a removal that was
+stopped is finished by the next. Listing (`leavings`) writes nothing at all; whether something is in use is asked again,
+with the locks and leases that its users hold, when it is removed.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache import files
+from kdcache.cache.errors import BusyError, CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.home import caches_folder, home, list_caches, open_cache, open_registry
+from kdcache.cache.leases import Leases
+from kdcache.cache.objects import FolderObjects
+from kdcache.cache.pack import clear_leaving
+from kdcache.cache.registry import KEY, Registry, split_url
+from kdcache.cache.remote import LOCAL_STORE_BYTES, LocalStore
+from kdcache.cache.store import Cache
+
+HOUR, DAY = 3600.0, 86400.0
+_TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp|\..+\.packing")
+_LAST = "identity.json"
+_PARTS = ("commits", "eval", "labels", "prior", "sizes", "tail_sums", "views", "other", "published", "scratch")
+
+
+@dataclass(frozen=True)
+class Leaving:
+    """What nothing needs any more: where, its bytes, why. remove: KdcacheError or OSError where it has to stay."""
+
+    path: str
+    bytes: int
+    why: str
+    remove: Callable[[], object]
+
+
+def find(what: str, registry: str | None = None) -> tuple[Cache, Registry | None]:
+    """The cache that is to be removed, with its registry where one is named, by `registry` or by an address.
+
+    InputError where it is not ours to remove, MismatchError where it is not the cache that its name says.
+    """
+    root, wanted = split_url(what) or (registry, what)
+    if root is not None:
+        shared = _writable(root)
+        return shared.open(shared.find(wanted)), shared
+    cache = open_cache(what)
+    if cache.path.is_symlink():
+        raise InputError(f"{cache.path} is a symbolic link, which is not followed: give the path that it leads to")
+    named = cache.path.absolute().name.partition(".")[0]
+    if KEY.fullmatch(named) and named != cache.key:
+        raise MismatchError(f"{cache.path} holds cache {cache.key[:12]}, not the one that it is named by: rename it")
+    return cache, None
+
+
+def remove_name(name: str, registry: str) -> None:
+    """Remove a name from a registry, and nothing else."""
+    _writable(registry).remove_name(name)
+
+
+def _writable(registry: str) -> Registry:
+    shared = open_registry(registry)
+    if not shared.objects.writable:
+        raise InputError(f"{shared.url} is only read from: remove in the folder or bucket behind it")
+    return shared
+
+
+def remove(cache: Cache, shared: Registry | None = None) -> None:
+    """Remove a cache, from the registry `shared` where given; the same call finishes what was stopped.
+
+    InputError while a name there points to it, or where other things than a cache's lie in its folder; BusyError while
+    somebody builds it. Nothing behind a symbolic link is touched.
+    """
+    if shared is not None and (names := sorted(n for n, key in shared.all_names().items() if key == cache.key)):
+        raise InputError(
+            f"{', '.join(names)} in {shared.url} stands for cache {cache.key[:12]}: first kdcache rm --name {names[0]} "
+            f"--registry {shared.url}, or give that name to another cache (push --move)"
+        )
+    if cache.packed:
+        cache.path.unlink()
+    elif shared is None or isinstance(shared.objects, FolderObjects):
+        _remove_folder(cache)
+    else:
+        prefix = f"caches/{cache.key}"
+        there, commits = shared.objects.sizes(prefix), _in_order(cache.fresh())
+        rest = sorted(there.keys() - {*commits, _LAST})
+        # Those of the views before the prior's, which a reader of them needs.
+        shards = [file for file in commits if _is_shard(file)]
+        for some in (shards, [file for file in commits if file not in shards], rest, [_LAST]):
+            shared.objects.remove([f"{prefix}/{file}" for file in some])
+    if shared is not None:
+        shared.forget(cache.key)
+
+
+def _remove_folder(cache: Cache) -> None:
+    path = cache.path.absolute()  # "." cannot be removed by that name
+    if foreign := sorted({*files.names(path)} - {*_PARTS, "leases", _LAST}):
+        raise InputError(f"{path} also holds {foreign[0]}, which is no part of a cache: move it elsewhere first")
+    for name in ("leases", "scratch"):
+        if (path / name).is_symlink():
+            raise CorruptError(f"{path / name} is a symbolic link, which is not followed: remove it")
+    for name in ("commits", "eval", "eval/commits"):  # before anything in them is looked for
+        if (path / name).is_symlink():
+            (path / name).unlink()
+    with Leases(path, secrets.token_hex(8), lambda _: None) as leases:
+        _require_alone(leases, path)
+        for file in _in_order(cache):
+            (path / file).unlink(missing_ok=True)
+        for name in ("commits", "eval/commits"):
+            if (path / name).is_dir():
+                files.sync_folder(path / name)  # before the bytes go that they name
+        for name in _PARTS:
+            _drop(path / name)
+        _require_alone(leases, path)
+    _drop(path / "leases")
+    _drop(path / "scratch")
+    (path / _LAST).unlink(missing_ok=True)
+    path.rmdir()
+
+
+def _require_alone(leases: Leases, path: Path) -> None:
+    if others := leases.others():
+        raise BusyError(f"{path} is being built by {others[0]}: wait for it, or stop it first")
+
+
+def _is_shard(commit: str) -> bool:
+    return commit.rpartition("/")[2].startswith("v")
+
+
+def _in_order(cache: Cache) -> list[str]:
+    """Its commits, as they go: the last view first, view 0 and what every reader needs at the end."""
+    last_first = cache.commits()[::-1]
+    return sorted(last_first, key=lambda file: (not _is_shard(file), file.startswith("eval/")))
+
+
+def _drop(path: Path) -> None:
+    """Remove a file, a link, or a folder and all in it."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def leavings(days: float, registry: str | None = None, store_bytes: int | None = None) -> Iterator[Leaving]:
+    """What may go under KDCACHE_HOME (but what the spool knows), and in a registry. Nothing is changed.
+
+    days: the grace period of caches without a name in the registry. store_bytes: the local store's limit.
+    """
+    for cache in list_caches()[0]:
+        if cache.writable and not cache.packed and not cache.path.is_symlink():
+            yield from _of_builders(cache)
+    for where, folders, names in os.walk(home()):
+        if Path(where) == caches_folder():
+            folders.clear()  # where builders clear up
+        elif Path(where) == home() and "spool" in folders:
+            folders.remove("spool")
+        yield from _temporary(Path(where), names)
+    store = LocalStore(home() / "remote" / "chunks", LOCAL_STORE_BYTES if store_bytes is None else store_bytes)
+    beyond = [size for path, size in store.beyond() if not path.name.startswith(".")]
+    if beyond:
+        yield Leaving(
+            str(home() / "remote" / "chunks"),
+            sum(beyond),
+            f"{len(beyond)} chunks beyond the limit, unread for longest",
+            store.make_room,
+        )
+    if registry is not None:
+        yield from _in_registry(_writable(registry), time.time() - max(days * DAY, HOUR))
+
+
+def gc(found: Sequence[Leaving], delete: bool) -> dict[str, Any]:
+    """What is found and its bytes; with `delete` it is removed. kept: why a thing stayed after all, as it is in use."""
+    facts, freed = [], 0
+    for one in found:
+        kept = None
+        if delete:
+            try:
+                one.remove()
+                freed += one.bytes
+            except (KdcacheError, OSError) as e:
+                kept = str(e)
+        facts.append({"path": one.path, "bytes": one.bytes, "why": one.why, "kept": kept})
+    return {"found": facts, "bytes": sum(one.bytes for one in found), "freed": freed}
+
+
+def _of_builders(cache: Cache) -> Iterator[Leaving]:
+    folders = (cache.path / "leases", cache.path / "scratch")
+    if any(folder.is_symlink() or not os.access(folder, os.W_OK) for folder in folders):
+        return
+    # What is decided is no leaving: the next builder commits it.
+    left = [p for folder in folders for p in folder.iterdir() if p != folders[1] / "decided"]
+    if left and all(extent(folder)[1] < time.time() - HOUR for folder in [*left, folders[1] / "decided"]):
+        yield Leaving(
+            f"{cache.path}/{{leases,scratch}}",
+            sum(extent(p)[0] for p in left),
+            "left by builders that have died",
+            cache.tidy,
+        )
+
+
+def _temporary(folder: Path, names: list[str]) -> Iterator[Leaving]:
+    for name in names:
+        path = folder / name
+        if _TEMPORARY.fullmatch(name) and not path.is_symlink() and (found := extent(path))[1] < time.time() - HOUR:
+            packing = name.endswith(".packing")
+            remove = partial(clear_leaving, path) if packing else partial(path.unlink, missing_ok=True)
+            yield Leaving(str(path), found[0], "a temporary file of a process that has died", remove)
+
+
+def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
+    objects = shared.objects
+    if isinstance(objects, FolderObjects) and not objects.root.is_dir():
+        raise NotFoundError(f"there is no registry in {objects.root}: is it mounted?")
+    named, keys = set(shared.all_names().values()), shared.keys()
+    for key in keys:
+        prefix = f"caches/{key}"
+        try:
+            cache = shared.open(key)
+            if key not in named and objects.newest(prefix) < before:
+                why = "no name points to it, and nothing was added for long"
+                remove = partial(_remove_old, cache, shared, before)
+                yield Leaving(f"{shared.url}/{prefix}", cache.size(), why, remove)
+            elif isinstance(objects, FolderObjects):
+                yield from _of_builders(Cache(cache.path))
+        except (CorruptError, MismatchError, NotFoundError):
+            continue  # what is no cache is not removed; ls says what is wrong with it
+    if isinstance(objects, FolderObjects):
+        for name in ("names", "scratch"):
+            folder = objects.at(f"{name}/x").parent
+            yield from _temporary(folder, files.names(folder))
+    if keys:  # an empty folder may be one that is not mounted
+        for mirror in shared.mirrors():
+            if mirror.name not in keys:
+                why = f"what was known of a cache that is gone from {shared.url}"
+                yield Leaving(str(mirror), extent(mirror)[0], why, partial(shared.forget, mirror.name))
+
+
+def _remove_old(cache: Cache, shared: Registry, before: float) -> None:
+    if shared.objects.newest(f"caches/{cache.key}") >= before:
+        raise BusyError(f"{cache.path} was added to just now")
+    remove(cache, shared)
+
+
+def extent(path: Path) -> tuple[int, float]:
+    """The bytes of a file, or of all in a folder, and when the latest of them was changed; no link is followed."""
+    size, newest = 0, 0.0
+    for where, folders, names in [("", [], [str(path)]), *(() if path.is_symlink() else os.walk(path))]:
+        for name in (*folders, *names):
+            try:
+                found = Path(where, name).lstat()
+            except FileNotFoundError:
+                continue  # gone just now
+            size += 0 if Path(where, name).is_dir() else found.st_size
+            newest = max(newest, found.st_mtime)
+    return size, newest
