@@ -139,7 +139,7 @@ def test_iterating_gives_normalised_images(home, data):
 def test_epochs_take_views_in_turn(home, data, monkeypatch):
     cache = open_cache(home / "default")
     read = []
-    monkeypatch.setattr(type(cache), "read", lambda self, view: read.append(view) or self.train.read(view, None))
+    monkeypatch.setattr(type(cache), "read", lambda self, view, out: read.append(view) or self.train.read(view, None))
     loader = CachedLoader(cache, data, BATCH, views=2)
     for epoch in range(4):
         loader.set_epoch(epoch)
