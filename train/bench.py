@@ -80,7 +80,10 @@ class BenchConfig:
 
 
 def bench(config: BenchConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """All figures, with hardware, versions and settings; `table` shows them. KDCACHE_HOME is read, never written."""
+    """All figures, with hardware, versions and settings; `table` shows them.
+
+    Its caches leave nothing in KDCACHE_HOME; data are opened as ever, which may download them there.
+    """
     device = pick_device(config.device)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as name:
