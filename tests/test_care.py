@@ -63,7 +63,7 @@ def collect(line="gc"):
 
 def spooled(path, key, name):
     """What a build that was killed leaves of one shard."""
-    with Spool(spool_folder(path, key) / name, 12) as spool:
+    with contextlib.closing(Spool(spool_folder(path, key) / name, 12)) as spool:
         spool.add({"gaps": np.zeros((3, 2))}, None)
         spool._sync()
         return spool._folder
@@ -278,7 +278,7 @@ def _below(path, tops):
 
 
 def test_gc_leaves_a_spool_that_is_in_use(mine):
-    with Spool(spool_folder(mine.path, mine.key) / "v00000-p0000-b8", 12) as spool:
+    with contextlib.closing(Spool(spool_folder(mine.path, mine.key) / "v00000-p0000-b8-cpu", 12)) as spool:
         age(spool._folder)
         found = collect("gc --delete")["found"]
         assert [one["path"] for one in found] == [str(spool._folder)] and "in use" in found[0]["kept"]
