@@ -204,7 +204,14 @@ class NetworkObjects:
             found = (meta for page in obstore.list(self._store, folder) for meta in page)
             return {meta["path"].removeprefix(f"{folder}/"): meta["size"] for meta in found}
 
-        return self._try(f"{folder}/", listed)
+        # Nothing covers a list on its way, and a name that came wrong would count as removed: two in a row must agree,
+        # unless others change it all the time.
+        found = self._try(f"{folder}/", listed)
+        for _ in range(_WRONG_AT_MOST):
+            before, found = found, self._try(f"{folder}/", listed)
+            if found == before:
+                break
+        return found
 
     def newest(self, folder: str) -> float:
         """When the latest of them was made, in seconds since 1970; 0 where there is none."""
