@@ -73,7 +73,22 @@ class Place(Protocol):
         """CorruptError where bytes are damaged that `rows` and `read` do not look at."""
 
 
-class Folder:
+class ZarrChunks:
+    """Rows out of Zarr's chunks, for places that know how to get a chunk's bytes. Their digest covers the rows too."""
+
+    path: Path
+
+    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
+        raise NotImplementedError
+
+    def rows(
+        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
+    ) -> NDArray[Any]:
+        content = self.content(file, stored, spec, part)
+        return arrays.decode_part(spec, part, content, str(self.path / file), out)
+
+
+class Folder(ZarrChunks):
     """A cache as it is built: a file a chunk, readable with zarr."""
 
     again = "run kdcache build again"
@@ -115,13 +130,6 @@ class Folder:
         if len(content) != stored.size or files.sha256(content) != stored.sha256:
             raise CorruptError(f"{self.path / file} is not what was committed")
         return content
-
-    def rows(
-        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
-    ) -> NDArray[Any]:
-        # The file's digest covers its rows too, so that those are not hashed again.
-        content = self.content(file, stored, spec, part)
-        return arrays.decode_part(spec, part, content, str(self.path / file), out)
 
     def remedy(self, file: str) -> str:
         return f"remove {self.path / file} and run kdcache build again to make that shard anew"

@@ -11,17 +11,15 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path, PosixPath
-from typing import Any
 
 from filelock import FileLock, Timeout
-from numpy.typing import NDArray
 
-from kdcache.cache import arrays, files
+from kdcache.cache import files
 from kdcache.cache.arrays import ArraySpec
 from kdcache.cache.errors import CorruptError, NotFoundError
 from kdcache.cache.identity import MAX_JSON_BYTES, Identity, canonical, parse
 from kdcache.cache.objects import FolderObjects, NetworkObjects
-from kdcache.cache.place import Folder, StoredFile
+from kdcache.cache.place import Folder, StoredFile, ZarrChunks
 from kdcache.cache.store import Commit, shard_name
 
 LOCAL_STORE_BYTES = 20 * 10**9
@@ -116,7 +114,7 @@ def _held(file: Path, stored: StoredFile) -> bytes | None:
     return content
 
 
-class Remote:
+class Remote(ZarrChunks):
     """A cache below `prefix` of remote objects. What there is is asked once, when it is first needed.
 
     store: keeps chunks. mirror: a local folder that keeps identity and commits, which never change.
@@ -201,12 +199,6 @@ class Remote:
                 return self._objects.read(f"{self._prefix}/{other(stored)}", stored.size, stored.sha256)
             except NotFoundError:
                 raise e from None
-
-    def rows(
-        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
-    ) -> NDArray[Any]:
-        content = self.content(file, stored, spec, part)
-        return arrays.decode_part(spec, part, content, str(self.path / file), out)
 
     def remedy(self, file: str) -> str:
         return (

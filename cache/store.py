@@ -79,7 +79,7 @@ class Commit(Strict):
 def metadata_files(folder: str, spec: ArraySpec) -> list[tuple[str, Callable[[], bytes]]]:
     """The zarr.json of an array, and of its view's group, by their names from the split's folder."""
     group = [(f"{folder}/zarr.json", arrays.group_metadata)] if folder else []
-    return [*group, (_join(folder, f"{spec.name}/zarr.json"), partial(arrays.array_metadata, spec))]
+    return [*group, (join(folder, f"{spec.name}/zarr.json"), partial(arrays.array_metadata, spec))]
 
 
 def shard_name(view: int, part: int) -> str:
@@ -186,7 +186,7 @@ class SplitStore:
             self._describe(folder, spec)
             content = arrays.encode_part(spec, part, rows)
             file = StoredFile(size=len(content), sha256=files.sha256(content), rows=arrays.rows_digest(spec, rows))
-            stored[_join(folder, spec.chunk_file(part))] = file
+            stored[join(folder, spec.chunk_file(part))] = file
             contents[file.sha256] = content
         commit = Commit(key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer))
         contents["commit.json"] = canonical(commit)
@@ -326,13 +326,13 @@ class SplitStore:
         get: Callable[[str, StoredFile, ArraySpec, int], T],
     ) -> list[T]:
         commit = self.commit(name)
-        expected = {_join(folder, spec.chunk_file(part)) for folder, spec, part in wanted}
+        expected = {join(folder, spec.chunk_file(part)) for folder, spec, part in wanted}
         if set(commit.files) != expected:
             path = self.root / "commits" / f"{name}.json"
             raise CorruptError(f"{path} does not name the files of {name}; {self._again(name)}")
         out = []
         for folder, spec, part in wanted:
-            file = _join(folder, spec.chunk_file(part))
+            file = join(folder, spec.chunk_file(part))
             try:
                 out.append(get(self._prefix + file, commit.files[file], spec, part))
             except UnreadableError as e:
@@ -345,7 +345,7 @@ class SplitStore:
         """Take back a commit and its files, so that the next build makes them anew. Folders only."""
         require_folder(self._place.path)
         # The commit first: what no commit names does not exist.
-        gone = [f"commits/{name}.json", *(_join(folder, spec.chunk_file(part)) for folder, spec, part in wanted)]
+        gone = [f"commits/{name}.json", *(join(folder, spec.chunk_file(part)) for folder, spec, part in wanted)]
         for file in gone:
             (self.root / file).unlink(missing_ok=True)
 
@@ -694,5 +694,5 @@ def _is(path: Path, stored: StoredFile) -> bool:
     return files.sha256(content) == stored.sha256
 
 
-def _join(folder: str, file: str) -> str:
+def join(folder: str, file: str) -> str:
     return f"{folder}/{file}" if folder else file

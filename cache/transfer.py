@@ -18,7 +18,7 @@ from kdcache.cache.errors import CorruptError, InputError, MismatchError
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
 from kdcache.cache.objects import NetworkObjects
 from kdcache.cache.remote import other
-from kdcache.cache.store import Cache, Commit, SplitStore, metadata_files
+from kdcache.cache.store import Cache, Commit, SplitStore, join, metadata_files
 
 Advance = Callable[[int], object]
 _Item = tuple[SplitStore, str, list[tuple[str, ArraySpec, int]]]
@@ -87,7 +87,7 @@ def into_bucket(
                 for file, metadata in metadata_files(folder, spec):
                     if split + file not in there:
                         put(split + file, metadata())  # another zarr's is as good
-                file = f"{folder}/{spec.chunk_file(part)}" if folder else spec.chunk_file(part)
+                file = join(folder, spec.chunk_file(part))
                 # Where another publisher's bytes are, which are not committed, ours go elsewhere: neither may change.
                 stored = mine.files[file]
                 content = contents[stored.sha256]

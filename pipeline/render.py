@@ -56,7 +56,12 @@ def normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(images - mean) / std in float32, in the layout of images uint8 [B, 3, H, W]; mean and std [1, 3, 1, 1]."""
     # As whole planes in that layout too: broadcast over channels that lie innermost, it is ten times slower on a CPU.
     plane = torch.empty_like(images[:1], dtype=torch.float32)
-    return images.to(torch.float32, copy=True).sub_(plane.copy_(mean)).div_(plane.clone().copy_(std))
+    return images.to(torch.float32, copy=True).sub_(plane.copy_(mean)).div_(plane.copy_(std))
+
+
+def order_on(device: torch.device, batches: Sequence[NDArray[np.int64]]) -> Tensor:
+    """All batches' samples, on the device at once: a copy by batch would have it wait each time."""
+    return torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(device)
 
 
 class _Pixels:
@@ -67,10 +72,10 @@ class _Pixels:
         self.size = (height, width)
         self._pad, self._padded_width = pad, width + 2 * pad
         self._area = (height + 2 * pad) * self._padded_width
-        padded = images.to(device).contiguous()  # without a margin on the CPU: these very pixels
+        own = padded = images.to(device).contiguous()  # without a margin on the CPU: these very pixels
         if pad:
             padded = torch.zeros((n, height + 2 * pad, self._padded_width, channels), dtype=torch.uint8, device=device)
-            padded[:, pad : pad + height, pad : pad + width] = images.to(device)
+            padded[:, pad : pad + height, pad : pad + width] = own
         self._flat = padded.view(-1, channels)
         self._rows = torch.arange(height, device=device).unsqueeze(1) * self._padded_width
         self._columns = torch.arange(width, device=device)
@@ -182,9 +187,7 @@ class Renderer:
         if self._pixels is not None and (parameters.boxes[:, 2:] == self.size).all():
             boxes = torch.from_numpy(parameters.boxes).to(self.device)
             flips = torch.from_numpy(parameters.flips).to(self.device)
-            # All indices at once: a copy by batch would have the device wait each time.
-            every = torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(self.device)
-            for index in torch.split(every, [len(batch) for batch in batches]):
+            for index in torch.split(order_on(self.device, batches), [len(batch) for batch in batches]):
                 yield self._pixels.crops(index, boxes[index - first], flips[index - first])
         elif (images := self.data.images) is not None and _whole(parameters.boxes, self.data):
             for batch in batches:

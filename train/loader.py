@@ -21,7 +21,7 @@ from kdcache.cache.store import Cache, shard_name
 from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.build import describe_data
 from kdcache.pipeline.datasets import Dataset, open_data
-from kdcache.pipeline.render import RENDERER, Renderer, normalised
+from kdcache.pipeline.render import RENDERER, Renderer, normalised, order_on
 from kdcache.pipeline.views import ViewParameters, draw
 
 _GATHERED = 1 << 22  # bytes: far fewer calls than by batch, and still in the processor's caches
@@ -58,7 +58,7 @@ def gathered(records: Records, batches: Sequence[NDArray[np.int64]]) -> Iterator
     """Labels and records of each batch, given the records of all samples: many batches' are gathered at once."""
     a_batch = max((len(b) for b in batches), default=1) * records.nbytes // len(records)
     at_once = max(1, _GATHERED // a_batch)
-    order = _order_on(records.gaps.device, batches)
+    order = order_on(records.gaps.device, batches)
     for start in range(0, len(batches), at_once):
         sizes = [len(b) for b in batches[start : start + at_once]]
         answers, order = records[order[: sum(sizes)]], order[sum(sizes) :]
@@ -310,13 +310,8 @@ def _renderer(
 
 def labels_of(labels: Tensor, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
     """Each batch's, on the device of those of all samples."""
-    order = _order_on(labels.device, batches)
+    order = order_on(labels.device, batches)
     return (labels[index] for index in torch.split(order, [len(batch) for batch in batches]))
-
-
-def _order_on(device: torch.device, batches: Sequence[NDArray[np.int64]]) -> Tensor:
-    """All batches' samples, on the device at once: a copy by batch would have it wait each time."""
-    return torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(device)
 
 
 def _labels(cache: Cache, device: torch.device) -> Tensor:
