@@ -23,12 +23,9 @@ from kdcache.tests.test_registry import (  # noqa: F401  fixtures among them
     _home,
     _settings,
     about,
-    bucket,
     quiet,
     refused,
-    root,
     run,
-    s3,
 )
 from kdcache.tests.test_store import Filled
 
@@ -190,7 +187,7 @@ def test_rm_that_is_killed_is_finished_by_another(mine):
     assert run(f"rm {mine.key} --yes").exit_code == 0 and not mine.path.exists()
 
 
-def test_rm_in_a_registry(mine, root):  # noqa: F811
+def test_rm_in_a_registry(mine, root):
     push(mine.path, root, name="best", say=quiet)
     shared = open_registry(root)
     open_cache("best", root)
@@ -285,7 +282,7 @@ def test_gc_leaves_a_spool_that_is_in_use(mine):
         assert spool._folder.exists()
 
 
-def test_gc_in_a_registry_asks_again_before_it_removes(mine, root, monkeypatch):  # noqa: F811
+def test_gc_in_a_registry_asks_again_before_it_removes(mine, root, monkeypatch):
     """Someone may have named the cache, or added to it, or be building it, since it was listed."""
     push(mine.path, root, say=quiet)
     shared = open_registry(root)

@@ -113,24 +113,6 @@ def web_server(folder, handler=Files):
         server.server_close()
 
 
-@pytest.fixture(scope="module")
-def s3():
-    with s3_server([f"bucket{i}" for i in range(40)]) as address:
-        yield address
-
-
-@pytest.fixture
-def bucket(s3, count=iter(range(40))):  # noqa: B008  one each
-    """An empty bucket's address."""
-    return f"s3://bucket{next(count)}/team/kd"
-
-
-@pytest.fixture(params=["folder", "bucket"])
-def root(request, tmp_path):
-    """An empty registry of each kind that can be written."""
-    return str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
-
-
 def about(**record):
     """Two parts a view, one of the evaluation split."""
     return identity(part=12, **record)

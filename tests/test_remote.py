@@ -29,7 +29,7 @@ from kdcache.pipeline import build as build_module
 from kdcache.pipeline.share import build_shared, pull, push
 from kdcache.pipeline.teachers import Teacher
 from kdcache.tests.test_build import TOY, settings
-from kdcache.tests.test_registry import about, content, quiet, refused, run, s3_server, stored, web_server
+from kdcache.tests.test_registry import about, content, quiet, refused, run, stored, web_server
 from kdcache.tests.test_store import Filled, same
 from kdcache.train.run import TrainConfig, train
 
@@ -54,22 +54,6 @@ def _settings(tmp_path_factory):
 def _home(tmp_path, monkeypatch):
     monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.chdir(tmp_path)
-
-
-@pytest.fixture(scope="module")
-def s3():
-    with s3_server([f"bucket{i}" for i in range(20)]) as address:
-        yield address
-
-
-@pytest.fixture
-def bucket(s3, count=iter(range(20))):  # noqa: B008  one each
-    return f"s3://bucket{next(count)}/kd"
-
-
-@pytest.fixture(params=["folder", "bucket"])
-def root(request, tmp_path):
-    return str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
 
 
 @pytest.fixture(scope="module")
