@@ -51,7 +51,7 @@ def find(what: str, registry: str | None = None) -> tuple[Cache, Registry | None
     """
     root, wanted = split_url(what) or (registry, what)
     if root is not None:
-        shared = _writable(root)
+        shared = open_registry(root).require_writable()
         return shared.open(shared.find(wanted)), shared
     cache = open_cache(what)
     if cache.path.is_symlink():
@@ -64,14 +64,7 @@ def find(what: str, registry: str | None = None) -> tuple[Cache, Registry | None
 
 def remove_name(name: str, registry: str) -> None:
     """Remove a name from a registry, and nothing else."""
-    _writable(registry).remove_name(name)
-
-
-def _writable(registry: str) -> Registry:
-    shared = open_registry(registry)
-    if not shared.objects.writable:
-        raise InputError(f"{shared.url} is only read from: remove in the folder or bucket behind it")
-    return shared
+    open_registry(registry).require_writable().remove_name(name)
 
 
 def remove(cache: Cache, shared: Registry | None = None) -> None:
@@ -103,7 +96,8 @@ def remove(cache: Cache, shared: Registry | None = None) -> None:
 
 def _remove_folder(cache: Cache) -> None:
     path = cache.path.absolute()  # "." cannot be removed by that name
-    if foreign := sorted({*files.names(path)} - {*_PARTS, "leases", _LAST}):
+    strays = [name for name in files.names(path) if name.startswith(".") and name.endswith(".tmp")]  # make_folder's
+    if foreign := sorted({*files.names(path)} - {*_PARTS, *strays, "leases", _LAST}):
         raise InputError(f"{path} also holds {foreign[0]}, which is no part of a cache: move it elsewhere first")
     for name in ("leases", "scratch"):
         if (path / name).is_symlink():
@@ -118,7 +112,7 @@ def _remove_folder(cache: Cache) -> None:
         for name in ("commits", "eval/commits"):
             if (path / name).is_dir():
                 files.sync_folder(path / name)  # before the bytes go that they name
-        for name in _PARTS:
+        for name in (*_PARTS, *strays):
             _drop(path / name)
         _require_alone(leases, path)
     _drop(path / "leases")
@@ -174,7 +168,7 @@ def leavings(days: float, registry: str | None = None, store_bytes: int | None =
             store.make_room,
         )
     if registry is not None:
-        yield from _in_registry(_writable(registry), time.time() - max(days * DAY, HOUR))
+        yield from _in_registry(open_registry(registry).require_writable(), time.time() - max(days * DAY, HOUR))
 
 
 def gc(found: Sequence[Leaving], delete: bool) -> dict[str, Any]:

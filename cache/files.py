@@ -49,11 +49,45 @@ def link_file(path: Path, file: Path, scratch: Path) -> None:
 
 
 def write(path: Path, data: bytes) -> None:
-    """Write a file that nobody looks for yet, synced; its folder is not."""
+    """Write a file that nobody looks for yet, synced; its folder is not.
+
+    It is a group's where the folder is (see `make_folder`).
+    """
     with _naming(path), path.open("wb") as f:
+        if _is_groups(path.parent):
+            # To write too: without that right nobody else may link to it, which finishing another's work takes.
+            os.fchmod(f.fileno(), stat.S_IMODE(os.fstat(f.fileno()).st_mode) | stat.S_IRGRP | stat.S_IWGRP)
         f.write(data)
         f.flush()
         os.fsync(f.fileno())
+
+
+def make_folder(folder: Path) -> None:
+    """Make a folder, and those above it, unless it is there.
+
+    In one that is a group's (setgid, and the group may write) it is the group's too, whatever the umask.
+    """
+    if folder.is_dir():
+        return
+    if not folder.parent.is_dir():
+        make_folder(folder.parent)
+    if not _is_groups(folder.parent):
+        return folder.mkdir(exist_ok=True)
+    # It gets its name with its rights: what others made in it before would lack them, or be refused.
+    new = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
+    new.mkdir()
+    try:
+        new.chmod(stat.S_IMODE(new.stat().st_mode) | stat.S_IRWXG | stat.S_ISGID)
+        new.rename(folder)
+    except OSError as e:
+        new.rmdir()
+        if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
+
+
+def _is_groups(folder: Path) -> bool:
+    mode = folder.stat().st_mode
+    return bool(mode & stat.S_ISGID and mode & stat.S_IWGRP)
 
 
 def _put(path: Path, make: Callable[[Path], None], scratch: Path, move: Callable[[Path, Path], None]) -> None:
@@ -62,8 +96,8 @@ def _put(path: Path, make: Callable[[Path], None], scratch: Path, move: Callable
         # A write that fails, on a full disk for one, does not say by itself what for.
         with _naming(path):
             try:
-                path.parent.mkdir(parents=True, exist_ok=True)
-                scratch.mkdir(parents=True, exist_ok=True)
+                make_folder(path.parent)
+                make_folder(scratch)
                 make(temporary)
                 move(temporary, path)
                 return sync_folder(path.parent)
@@ -79,7 +113,7 @@ def remove_folder(folder: Path, scratch: Path) -> None:
     """Remove a folder and all in it, in one step for those who look for it; nothing where another does."""
     aside = scratch / secrets.token_hex(8)
     while folder.exists():
-        scratch.mkdir(parents=True, exist_ok=True)
+        make_folder(scratch)
         with suppress(FileNotFoundError):  # it has gone, or this builder's scratch folder
             folder.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)

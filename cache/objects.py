@@ -87,7 +87,7 @@ class FolderObjects:
 
     def replace(self, path: str, data: bytes) -> None:
         file = self.at(path)
-        file.parent.mkdir(parents=True, exist_ok=True)
+        files.make_folder(file.parent)
         files.replace_file(file, data)
 
     def sizes(self, folder: str) -> dict[str, int]:

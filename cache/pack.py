@@ -42,7 +42,7 @@ def pack_hdf5(cache: Cache, out: Path, views: Sequence[int], advance: Advance = 
     name. `advance` counts bytes of rows, each twice. Killed, it leaves a temporary file that the next call removes.
     InputError where `out` is another file, BusyError where another process is packing into it.
     """
-    out.parent.mkdir(parents=True, exist_ok=True)
+    files.make_folder(out.parent)
     temporary = out.with_name(f".{out.name}.packing")
     clear_leaving(temporary)
     if out.exists():

@@ -72,6 +72,12 @@ class Registry:
         self._mirror = local / "registries" / hashlib.sha256(str(known).encode()).hexdigest()[:16]
         self._store = LocalStore(local / "chunks", store_bytes)
 
+    def require_writable(self) -> Registry:
+        """Itself; InputError for a web server, before anything is done in vain."""
+        if not self.objects.writable:
+            raise InputError(f"{self.url} is only read from: change the folder or bucket behind it")
+        return self
+
     # Keys and names
 
     def keys(self) -> list[str]:

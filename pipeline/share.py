@@ -61,8 +61,7 @@ def push(
     say: Say = print,
 ) -> ShareResult:
     """Publish complete views of a cache, all by default, and a name for it; what is there already stays as it is."""
-    shared = open_registry(require_registry(registry))
-    require_writable(shared)
+    shared = open_registry(require_registry(registry)).require_writable()
     if name is not None:
         check_name(name)
     elif move:
@@ -73,12 +72,6 @@ def push(
         shared.give_name(name, found.key, move)
         say(f"{name} is cache {found.key[:12]}")
     return result
-
-
-def require_writable(shared: Registry) -> None:
-    """InputError for a web server, before anything is done in vain."""
-    if not shared.objects.writable:
-        raise InputError(f"{shared.url} is only read from: push to the folder or bucket behind it")
 
 
 def _publish(cache: Cache, shared: Registry, views: Sequence[int], say: Say) -> ShareResult:
@@ -140,7 +133,7 @@ def build_shared(
         return build(config, say)
     shared = open_registry(registry, store_bytes=0)
     if publish:
-        require_writable(shared)
+        shared.require_writable()
     source = open_source(config, say)
     views = config.views if config.views is not None else defaults_for(source.train).views
     source = _as_published(source, config, shared, views, say)

@@ -527,21 +527,6 @@ def test_no_such_place(tmp_path, toy, s3):
     assert "s3cr3t" not in refused(f"push {toy.cache.path} --registry s3://no-such-bucket/kd", "no such bucket")
 
 
-def test_what_is_pushed_into_a_shared_folder_is_the_groups_too(tmp_path, toy):
-    """As docs/sharing.md sets it up: setgid, umask 002."""
-    root = tmp_path / "shared"
-    root.mkdir()
-    root.chmod(0o2775)
-    before = os.umask(0o002)
-    try:
-        push(toy.cache.path, str(root), name="toy-v1", say=quiet)
-    finally:
-        os.umask(before)
-    modes = {path: path.stat().st_mode & 0o7777 for path in root.rglob("*")}
-    assert {mode for path, mode in modes.items() if path.is_dir()} == {0o2775}
-    assert {mode for path, mode in modes.items() if path.is_file()} == {0o664}
-
-
 def test_readers_need_no_right_to_write(toy, shared, tmp_path):
     root, _, line = shared
     everything = [root, *root.rglob("*")]
