@@ -53,7 +53,7 @@ _SHARD = re.compile(r"v([0-9]{5,9})-p([0-9]{4,9})\.json")
 _COMMIT = re.compile(r"[a-z0-9-]+\.json")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = re.compile(r"(views/v[0-9]{5,9}/)?[a-z_]+/c(/[0-9]+)+")
-_READERS = 4  # parts at once: hashing and decompressing need no lock of Python's
+_THREADS = 4  # parts or arrays at once: hashing and blosc need no lock of Python's
 # Far above any real one: work is in proportion to it.
 _MAX_PARTS = 1 << 16
 
@@ -182,9 +182,10 @@ class SplitStore:
         """
         stored: dict[str, StoredFile] = {}
         contents: dict[str, bytes] = {}
-        for folder, spec, part, rows in data:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="kdcache-encode") as threads:
+            encoded = list(threads.map(lambda at: arrays.encode_part(*at[1:]), data))
+        for (folder, spec, part, rows), content in zip(data, encoded, strict=True):
             self._describe(folder, spec)
-            content = arrays.encode_part(spec, part, rows)
             file = StoredFile(size=len(content), sha256=files.sha256(content), rows=arrays.rows_digest(spec, rows))
             stored[join(folder, spec.chunk_file(part))] = file
             contents[file.sha256] = content
@@ -216,11 +217,11 @@ class SplitStore:
         """Whether it is decided so, by this call."""
         decided, folder = False, self._scratch / secrets.token_hex(8)
         with suppress(FileNotFoundError):  # another builder took this one, stopped for long, for dead: once more
-            folder.mkdir(parents=True)
+            files.make_folder(folder)
             for file, content in contents.items():
                 files.write(folder / file, content)
             files.sync_folder(folder)
-            self._decided.mkdir(parents=True, exist_ok=True)
+            files.make_folder(self._decided)
             try:
                 folder.rename(self._decided / name)
                 decided = True
@@ -281,7 +282,7 @@ class SplitStore:
         """Have `committed` and `has` show what other builders have done; changes the folder of commits."""
         # NFS clients remember for a while that a file was missing, but not beyond a change of its folder.
         folder = self.root / "commits"
-        folder.mkdir(parents=True, exist_ok=True)
+        files.make_folder(folder)
         os.utime(folder)
 
     def _describe(self, folder: str, spec: ArraySpec) -> None:
@@ -471,7 +472,7 @@ class SplitStore:
             for name, rows in slab.items():
                 rows[: self.part] = first[name]
         del first
-        with ThreadPoolExecutor(_READERS, thread_name_prefix="kdcache-read") as threads:
+        with ThreadPoolExecutor(_THREADS, thread_name_prefix="kdcache-read") as threads:
             list(threads.map(lambda part: self.check_shard(view, part, slab), range(1, self.parts)))
         return arrays.as_records(self._record, slab, self.labels, prior)
 
@@ -609,7 +610,7 @@ class Cache:
         for folder in (self.path / "scratch", self.path / "leases"):
             if folder.is_symlink():
                 raise CorruptError(f"{folder} is a symbolic link: what lies there is not ours to clear; remove it")
-            folder.mkdir(exist_ok=True)
+            files.make_folder(folder)
         with Leases(self.path, self._token, say) as leases:
             self._finish(leases)
             yield leases

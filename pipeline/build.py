@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import os
-import socket
-import sys
 import time
 from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -17,15 +15,15 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache import __version__
 from kdcache.cache import arrays
 from kdcache.cache.errors import InputError
-from kdcache.cache.files import sha256
+from kdcache.cache.files import make_folder, sha256
 from kdcache.cache.home import caches_folder
 from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
 from kdcache.cache.leases import Leases
 from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, tail_distribution
 from kdcache.cache.store import Cache, SplitStore, require_folder, shard_name
+from kdcache.pipeline import provenance
 from kdcache.pipeline.classmap import map_labels
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for, stored_classes
@@ -227,11 +225,11 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
         if (world := this_rank().world) > len(todo):
             say(f"note: {world} processes for {len(todo)} shards: {world - len(todo)} of them have nothing to compute")
         source = _compiled(source, config, batch, say)
-    path.mkdir(parents=True, exist_ok=True)
+    make_folder(path)
     cache = Cache.create(path, source.identity)
     # From here on in the stores whose scratch folder the lease is for.
     todo = [s._replace(store=cache.train if s.store.split == "train" else cache.evaluation) for s in todo]
-    writer = _writer(source.teacher)
+    writer = provenance.writer(source.teacher)
     with cache.writing(say) as leases:
         if others := leases.others():
             say(f"sharing the work with {', '.join(map(str, others))}")
@@ -640,16 +638,3 @@ def describe_data(data: Dataset, full: bool) -> DataIdentity:
 def _way(teacher: Teacher) -> str:
     """How logits are computed, as far as that changes their last bits."""
     return teacher.device.type + ("" if teacher.compiled is None else "-compiled")
-
-
-def _writer(teacher: Teacher) -> dict[str, str]:
-    return {
-        "kdcache": __version__,
-        "torch": str(torch.__version__),
-        "python": sys.version.split()[0],
-        "device": str(teacher.device),
-        "compiled": "no" if teacher.compiled is None else "yes",
-        "host": socket.gethostname(),
-        "process": str(os.getpid()),
-        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-    }

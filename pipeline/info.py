@@ -2,17 +2,20 @@
 
 from __future__ import annotations
 
+import json
+from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 import torch
 
 from kdcache.cache.errors import KdcacheError
 from kdcache.cache.registry import Registry
-from kdcache.cache.store import Cache
+from kdcache.cache.store import Cache, shard_name
 from kdcache.pipeline.build import teacher_top1
 from kdcache.pipeline.progress import size
 
 _SAMPLE = 10_000  # records, enough for a mean
+_THREADS = 8  # that read commits, which may be far away
 _VIEWS = 4  # so many are read to say how good the teacher is on them
 
 
@@ -88,9 +91,13 @@ def removed_line(cache: Cache, registry: Registry | None) -> str:
 
 
 def facts(cache: Cache) -> dict[str, Any]:
-    """For info: what `summary` has, views under way, and how faithful the records are (or why that is unreadable)."""
+    """For info: what `summary` has, views under way, who built it, and how faithful the records are.
+
+    Or why they are unreadable.
+    """
     complete = cache.train.complete_views()
-    found = {**summary(cache), "under_way": sorted(set(cache.train.committed()) - set(complete))}
+    under_way = sorted(set(cache.train.committed()) - set(complete))
+    found = {**summary(cache), "under_way": under_way, "built": built(cache)}
     try:
         return {**found, "fidelity": fidelity(cache)}
     except KdcacheError as e:
@@ -115,12 +122,49 @@ def describe(cache: Cache, found: dict[str, Any]) -> str:
             lines.append(f"teacher      top-1 {views}")
         for t, part in fidelity["mass"].items():
             lines.append(f"mass         {part['head']:.3f} stored, {part['tail']:.3f} in the tail, at temperature {t}")
+    for one in found["built"]:
+        who = {name: value for name, value in one.items() if name not in ("views", "first", "last", "command")}
+        times = " to ".join(dict.fromkeys((one["first"], one["last"])))
+        lines.append(f"built        {_ranges(one['views'])} by {one.get('command', 'a command not known')}, {times}")
+        lines.append("             " + ", ".join(f"{name} {value}" for name, value in who.items()))
     for group, fields in found["identity"].items():
         if isinstance(fields, dict):
             lines += [f"{group}.{name} = {value}" for name, value in fields.items()]
         else:
             lines.append(f"{group} = {fields}")
     return "\n".join(lines)
+
+
+def built(cache: Cache) -> list[dict[str, Any]]:
+    """Who built which of the complete views, as their commits say: one of each command, machine and versions.
+
+    views: theirs, as far as they had a part in them. first, last: times of commits.
+    """
+    shards = [(view, part) for view in cache.views for part in range(cache.train.parts)]
+    with ThreadPoolExecutor(_THREADS) as threads:
+        commits = threads.map(lambda shard: cache.train.commit(shard_name(*shard)), shards)
+        found: dict[str, dict[str, Any]] = {}
+        for (view, _), commit in zip(shards, commits, strict=True):
+            who = {name: value for name, value in commit.writer.items() if name not in ("process", "time")}
+            time = commit.writer.get("time", "")
+            new = {"views": [], "first": time, "last": time, **who}
+            one = found.setdefault(json.dumps(who, sort_keys=True), new)
+            if view not in one["views"]:
+                one["views"].append(view)
+            one["first"], one["last"] = min(one["first"], time), max(one["last"], time)
+    return list(found.values())
+
+
+def _ranges(views: list[int]) -> str:
+    """For the eye: views 0 to 3 and 7."""
+    runs: list[list[int]] = []
+    for view in views:
+        if runs and view == runs[-1][-1] + 1:
+            runs[-1].append(view)
+        else:
+            runs.append([view])
+    texts = [f"{run[0]} to {run[-1]}" if len(run) > 1 else f"{run[0]}" for run in runs]
+    return f"view{'s' if len(views) > 1 else ''} " + " and ".join(texts)
 
 
 def fidelity(cache: Cache) -> dict[str, Any]:
