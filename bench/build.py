@@ -3,9 +3,9 @@
     python bench/build.py [--out FILE]
 
 32x32 noise in memory, for times do not depend on the pixels. A whole build (its probe, start and end included; of
-`kdcache bench`, the loop alone) and the bare teacher, which gets the same rendered batches, take turns; then the same
-build by one process of one thread and by two such under torchrun, whose start is not counted. Medians; some 4 minutes
-on 2 cores.
+`kdcache bench`, the loop alone) and the bare teacher on rendered batches take turns of a second; then the same build by
+one process of one thread and by two such under torchrun, whose start is not counted. Medians; some 15 minutes on 2
+cores.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ import subprocess
 import sys
 import tempfile
 import time
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -29,11 +29,13 @@ from safetensors.torch import save_file
 
 from kdcache.pipeline.build import BuildConfig, build, open_source, teacher_renderer, view_parameters
 from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.teachers import Teacher
 from kdcache.train.bench import machine
 
-BATCH, ROUNDS = 128, 3
+BATCH, ROUNDS, TOGETHER_ROUNDS = 128, 5, 7
+TURN, RESIDENT = 8, 40  # batches
 # Samples, classes, stored classes (None: all) and views.
-ALONE = {"resnet20": (5120, 100, 20, 2), "resnet56": (5120, 10, None, 2)}
+ALONE = {"resnet20": (20480, 100, 20, 2), "resnet56": (10240, 10, None, 2)}
 TOGETHER = ("resnet20", 640, 10, 16)
 
 
@@ -60,26 +62,50 @@ def weights(work: Path, network: str, classes: int) -> Path:
     return work / f"{network}-{classes}.safetensors"
 
 
+class TakingTurns(Teacher):
+    """A build's teacher which, after every few batches, answers as many resident ones for nobody: the bare teacher.
+
+    Seconds apart, this machine is 20% faster or slower; so the two are to be compared within a second.
+    """
+
+    resident: list[torch.Tensor]
+    calls: int
+    bare: float
+
+    def start(self, resident: list[torch.Tensor]) -> None:
+        vars(self).update(resident=resident, calls=0, bare=0.0)
+
+    def logits(self, images: torch.Tensor) -> torch.Tensor:
+        found = super().logits(images)
+        vars(self)["calls"] += 1
+        if self.calls % TURN == 0:
+            started = time.perf_counter()
+            for i in range(self.calls - TURN, self.calls):
+                super().logits(self.resident[i % len(self.resident)])
+            vars(self)["bare"] += time.perf_counter() - started
+        return found
+
+
 def beside_the_bare_teacher(work: Path, network: str) -> dict[str, Any]:
-    samples, classes, k, views = ALONE[network]
+    _, classes, k, views = ALONE[network]
     config = BuildConfig(
         network, str(weights(work, network, classes)), f"build:of_{network}", views=views, topk=k, batch_size=BATCH,
         allow_low_accuracy=True, device="cpu",
     )  # fmt: skip
     source = open_source(config)
-    parameters = view_parameters(source.train, source.identity, 0, range(samples))
-    index = np.split(np.arange(samples), samples // BATCH)
+    parameters = view_parameters(source.train, source.identity, 0, range(RESIDENT * BATCH))
+    index = np.split(np.arange(RESIDENT * BATCH), RESIDENT)
     pixels = list(teacher_renderer(source.train, source).batches(parameters, index))
+    teacher = TakingTurns(**{field.name: getattr(source.teacher, field.name) for field in fields(Teacher)})
     rates: dict[str, list[float]] = {"build": [], "bare": []}
     for turn in range(ROUNDS + 1):
-        built = build(replace(config, out=str(work / f"{network}-{turn}")), lambda line: None, source)
-        start, done = time.perf_counter(), 0
-        while done < built.teacher_images:
-            done += len(source.teacher.logits(pixels[done // BATCH % len(pixels)]))
-        bare = done / (time.perf_counter() - start)
+        teacher.start(pixels)
+        built = build(
+            replace(config, out=str(work / f"{network}-{turn}")), lambda line: None, replace(source, teacher=teacher)
+        )
         if turn:  # the first warms up
-            rates["build"].append(built.teacher_images / built.seconds)
-            rates["bare"].append(bare)
+            rates["build"].append(built.teacher_images / (built.seconds - teacher.bare))
+            rates["bare"].append(teacher.calls // TURN * TURN * BATCH / teacher.bare)
     ratios = [a / b for a, b in zip(rates["build"], rates["bare"], strict=True)]
     return {
         "images": built.teacher_images,
@@ -98,7 +124,7 @@ def by_two_processes(work: Path) -> dict[str, Any]:
         "two": [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node=2"],
     }
     seconds: dict[str, list[float]] = {name: [] for name in launchers}
-    for turn in range(ROUNDS):
+    for turn in range(TOGETHER_ROUNDS):
         for name, launcher in launchers.items():
             line = (
                 f"-m kdcache.cli build --teacher {network} --weights {path} --data build:of_both --views {views} "
@@ -129,6 +155,7 @@ def main() -> None:
             "command": "python bench/build.py",
             "batch": BATCH,
             "rounds": ROUNDS,
+            "rounds_of_two_processes": TOGETHER_ROUNDS,
             "beside_the_bare_teacher": {network: beside_the_bare_teacher(work, network) for network in ALONE},
             "two_processes_of_one_thread": by_two_processes(work),
         }

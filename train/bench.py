@@ -27,6 +27,7 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.home import home_at
 from kdcache.cache.store import Cache
 from kdcache.pipeline.build import (
+    VIEWS_PER_DECODE,
     BuildConfig,
     Source,
     build,
@@ -260,39 +261,43 @@ class _Bench:
         }
 
     def _building(self) -> dict[str, list[float]]:
-        """Seconds an image: the build's own loop, which adds a view each time; the bare teacher; the images alone."""
+        """Seconds an image: the build's own loop, which adds views each time; the bare teacher; the images alone.
+
+        Of images in memory it is one view, of files as many as a build cuts from each decode.
+        """
         source, batch = self.source, self.build_batch
         config = BuildConfig(
             source.identity.teacher.network, data=self.config.data, batch_size=batch, allow_low_accuracy=True,
             workers=self.config.workers, out=str(self.folder / "cache"), compile=False,
         )  # fmt: skip
         rows, views = range(self.samples), 0
+        more = VIEWS_PER_DECODE if source.train.images is None else 1
         renderer = teacher_renderer(source.train, source, self.config.workers)
-        parameters = view_parameters(source.train, source.identity, 0, rows)
+        parameters = [view_parameters(source.train, source.identity, view, rows) for view in range(more)]
         batches = [np.arange(i, i + batch) for i in range(0, self.samples, batch)]
-        resident = next(renderer.batches(parameters, batches[:1])).clone()
+        resident = next(renderer.batches(parameters[0], batches[:1])).clone()
 
         def add_view() -> float:
             nonlocal views
-            views += 1
+            views += more
             told: list[tuple[float, str]] = []
             build(replace(config, views=views), lambda text: told.append((time.perf_counter(), text)), source)
             # From where it has tried the teacher out: a whole build does that once.
             start = next(at for at, text in told if text.startswith("to compute"))
-            return (told[-1][0] - start) / self.samples
+            return (told[-1][0] - start) / (self.samples * more)
 
         def answer() -> None:
-            for _ in batches:
+            for _ in batches * more:
                 source.teacher.logits(resident)
 
         def render() -> None:
-            for _ in renderer.batches(parameters, batches):
+            for _ in renderer.views(parameters, [(batch, range(more)) for batch in batches]):
                 pass
 
         cases = {
             "build": add_view,
-            "bare teacher": lambda: self._timed(answer) / self.samples,
-            "images alone": lambda: self._timed(render) / self.samples,
+            "bare teacher": lambda: self._timed(answer) / (self.samples * more),
+            "images alone": lambda: self._timed(render) / (self.samples * more),
         }
         return self._in_turns("build", cases, *_BUILDS)
 
