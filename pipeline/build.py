@@ -258,7 +258,9 @@ def _splits(cache: Cache, source: Source) -> Iterator[tuple[SplitStore, Dataset,
 
 
 def teacher_top1(cache: Cache) -> float | None:
-    """The teacher's accuracy (0..1) on the evaluation split, from its records; None without labels."""
+    """The teacher's accuracy (0..1) on the evaluation split, from its records; None without records or labels."""
+    if not cache.evaluation_views:
+        return None
     records = cache.read_evaluation()
     if not records.labels.shape[1]:
         return None
@@ -644,11 +646,18 @@ def _way(teacher: Teacher) -> str:
 
 def _writer(teacher: Teacher) -> dict[str, str]:
     return {
+        **this_process(),
+        "device": str(teacher.device),
+        "compiled": "no" if teacher.compiled is None else "yes",
+    }
+
+
+def this_process() -> dict[str, str]:
+    """Who writes, where and when, for commits."""
+    return {
         "kdcache": __version__,
         "torch": str(torch.__version__),
         "python": sys.version.split()[0],
-        "device": str(teacher.device),
-        "compiled": "no" if teacher.compiled is None else "yes",
         "host": socket.gethostname(),
         "process": str(os.getpid()),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
