@@ -499,6 +499,37 @@ def evaluate(as_json: bool, run: str, **options: Any) -> None:
     _print(found, as_json, "\n".join(f"{k:13} {v:.4f}" for k, v in found.items() if isinstance(v, float)))
 
 
+@main.command(name="import")
+@click.argument("kind", type=click.Choice(["tinyvit", "fkd"]))
+@click.argument("path")
+@click.option("--data", required=True, metavar="NAME[:PATH]", help="The images they are of: imagenet:PATH, ...")
+@click.option("--classes", type=click.IntRange(2, 2**32 - 1), help="Of the teacher [the dataset's].")
+@click.option("--teacher", default="unknown", show_default=True, metavar="NAME", help="What to call it.")
+@click.option("--image-size", type=click.IntRange(8), default=224, show_default=True, help="The teacher's, in pixels.")
+@click.option(
+    "--temperature", type=_Number(0, 1000, min_open=True, max_open=True), default=1.0, show_default=True,
+    help="Of the stored softmax (FKD's --temp).",
+)  # fmt: skip
+@_unlabelled
+@click.option("--allow-low-accuracy", is_flag=True, help="Import although the stored answers are near chance.")
+@click.option("--full-fingerprint", is_flag=True, help="Hash every file's contents, not 4,096 of them.")
+@click.option("--out", metavar="PATH", help="The cache's folder [under KDCACHE_HOME, by its key].")
+@_json
+def import_command(as_json: bool, **options: Any) -> None:
+    """Make a cache of logits that TinyViT's or FKD's code has stored. Stopped, the same command goes on.
+
+    \b
+    Example: kdcache import fkd FKD_effL2_475_soft_label --data imagenet:/data/imagenet --teacher effL2
+             kdcache import tinyvit teacher_logits --data imagenet:/data/imagenet
+
+    What they do not hold is recorded as lacking, and losses that need it refuse: see docs/stores.md.
+    """
+    from kdcache.pipeline.imports import ImportConfig, import_logits
+
+    result = import_logits(ImportConfig(**options), _say)
+    _print(vars(result), as_json, str(result.path))
+
+
 @main.command(name="ls")
 @_registry
 @_json

@@ -81,7 +81,7 @@ def record_arrays(record: RecordIdentity, samples: int, part: int) -> list[Array
         names.append(("gaps", record.k - 1, record.precision, "rank_from_2"))
     else:
         names.append(("gaps", record.classes, record.precision, "class"))
-    names.append(("target_gap", record.labels, "float16", "label"))
+    names.append(("target_gap", record.target_gaps, "float16", "label"))
     if record.k is not None:
         coded = record.precision == "uint8"
         names.append(("tail", len(record.temperatures), "uint8" if coded else "float16", "temperature"))
@@ -92,6 +92,16 @@ def record_arrays(record: RecordIdentity, samples: int, part: int) -> list[Array
         for name, width, dtype, dim in names
         if width
     ]
+
+
+def view_arrays(policy: str, samples: int, part: int) -> list[ArraySpec]:
+    """The arrays of a view that say how an imported one was made; none of one that is drawn."""
+    if policy == "stored":
+        return [
+            ArraySpec("boxes", (samples, 4), part, "int32", ("sample", "top_left_height_width")),
+            ArraySpec("flips", (samples,), part, "uint8", ("sample",)),
+        ]
+    return [ArraySpec("seeds", (samples,), part, "int32", ("sample",))] if policy == "foreign" else []
 
 
 def _notes(name: str, record: RecordIdentity) -> tuple[tuple[str, Any], ...]:

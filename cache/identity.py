@@ -7,7 +7,7 @@ import json
 from typing import Any, Final, Literal, TypeVar
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field, model_validator
+from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kdcache.cache.errors import CorruptError, MismatchError
 
@@ -26,7 +26,8 @@ class Strict(BaseModel):
     def differences(self, other: Strict, mine: str = "the cache has", theirs: str = "asked for") -> list[str]:
         """One line a field in which the two differ."""
         a, b = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
-        return [f"{name}: {mine} {a.get(name)}, {theirs} {b.get(name)}" for name in a if a[name] != b.get(name)]
+        names = dict.fromkeys([*a, *b])
+        return [f"{n}: {mine} {a.get(n)}, {theirs} {b.get(n)}" for n in names if a.get(n) != b.get(n)]
 
 
 class TeacherIdentity(Strict):
@@ -60,15 +61,28 @@ class DataIdentity(Strict):
 
 
 class ViewsIdentity(Strict):
-    """How views are drawn and rendered. How many there are is not part of it: views can be added."""
+    """How views are drawn and rendered. How many there are is not part of it: views can be added.
+
+    policy: that of the draw; or of an imported cache `stored`, where boxes and flips lie in the shards, or `foreign`,
+    where the seeds of another project's transforms do.
+    """
 
     policy: str
     seed: int = Field(ge=0, lt=2**63)
     renderer: str
 
+    @property
+    def imported(self) -> bool:
+        """Whether another project made them, and its teacher is not at hand."""
+        return self.policy in ("stored", "foreign")
+
 
 class RecordIdentity(Strict):
-    """What is stored for one (view, sample)."""
+    """What is stored for one (view, sample).
+
+    lacks: of an imported cache, what is not known: the labels' gaps, the records of the evaluation split. Where it is
+    empty it is left out of the JSON, so that all other keys are as they were before there were imports.
+    """
 
     classes: int = Field(ge=2, lt=2**32)
     k: int | None = Field(ge=1)
@@ -76,6 +90,7 @@ class RecordIdentity(Strict):
     precision: Literal["uint8", "float16", "float32"]
     tail_std: bool
     labels: int = Field(ge=0, le=2)
+    lacks: tuple[Literal["evaluation", "target_gap"], ...] = ()
 
     @property
     def dense(self) -> bool:
@@ -86,6 +101,18 @@ class RecordIdentity(Strict):
         """For how many temperatures the tail, and so the class prior, is stored."""
         return len(self.temperatures) + self.tail_std
 
+    @property
+    def target_gaps(self) -> int:
+        """How many labels' gaps are stored."""
+        return 0 if "target_gap" in self.lacks else self.labels
+
+    @model_serializer(mode="wrap")
+    def _without_empty(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        out: dict[str, Any] = handler(self)
+        if not self.lacks:
+            del out["lacks"]
+        return out
+
     @model_validator(mode="after")
     def _is_one(self) -> RecordIdentity:
         if self.k is None:
@@ -93,6 +120,8 @@ class RecordIdentity(Strict):
                 raise ValueError("dense records have float gaps and no tail")
         elif self.k >= self.classes or not self.temperatures or not all(0 < t < 1000 for t in self.temperatures):
             raise ValueError("top-k records have fewer classes than the teacher, and temperatures from 0 to 1000")
+        if list(self.lacks) != sorted(set(self.lacks)) or (self.dense and "target_gap" in self.lacks):
+            raise ValueError("what is lacking is named once, in order, and dense records lack no gap")
         return self
 
 

@@ -26,7 +26,7 @@ def choose_views(cache: Cache, views: range | None) -> tuple[int, ...]:
     """The complete views, or those asked for; NotFoundError where one, or anything else to be packed, is missing."""
     complete = cache.views
     chosen = complete if views is None else tuple(views)
-    if not chosen or not cache.finished or 0 not in cache.evaluation.complete_views():
+    if not chosen or not cache.complete:
         raise NotFoundError(f"{cache.path} is not complete: run kdcache build again to finish it")
     if missing := sorted(set(chosen) - set(complete)):
         raise NotFoundError(

@@ -42,10 +42,11 @@ class Records:
     """Records of B (view, sample) pairs; indexing with a tensor of B' positions gathers records, a slice shares them.
 
     classes [B, K] ids by decreasing logit (None: dense, all C classes in order); gaps [B, K-1] z_1 - z_(j),
-    j = 2..K, or dense [B, C]; target_gap [B, L] z_1 - z_y; tail [B, T] log of the unstored classes' summed
-    exp((z_c - z_1)/t), labels left out; tail_std [B, 2] the unbiased std of the C logits and the tail at t = 2 std, or
-    None; labels [B, L]; prior [T, C] how the tail is spread (with tail_std a row more, for that), or None. gaps and
-    tail of type uint8 are codes: `decoded_gaps` and `decoded_tail` give the values.
+    j = 2..K, or dense [B, C]; target_gap [B, L] z_1 - z_y ([B, 0] where an import lacks it); tail [B, T] log of the
+    unstored classes' summed exp((z_c - z_1)/t), labels left out if they have a gap; tail_std [B, 2] the unbiased std of
+    the C logits and the tail at t = 2 std, or None; labels [B, L]; prior [T, C] how the tail is spread (with tail_std a
+    row more, for that), or None. gaps and tail of type uint8 are codes: `decoded_gaps` and `decoded_tail` give the
+    values.
     """
 
     classes: Tensor | None
@@ -257,7 +258,9 @@ class Softened:
         if tail not in get_args(Tail):
             raise InputError(f"unknown tail model {tail!r}: take one of {', '.join(get_args(Tail))}")
         self._model, self._classes = tail, records.num_classes
-        self._labels = labels = records.labels.long()
+        # A label without a gap is a class like others: among those stored, or in the tail.
+        self._labels = labels = records.labels[:, : records.target_gap.shape[1]].long()
+        self._lacks_gap = labels.shape != records.labels.shape
         # Logarithms of probabilities from here on. log_softmax is one kernel where logsumexp is ten, and a GPU that
         # trains a small student waits for launches.
         if records.classes is None:
@@ -299,10 +302,11 @@ class Softened:
 
     def target(self) -> Tensor:
         """[B, L] probability of each label: exact also where the label is not among the stored classes."""
-        return self._label_log.exp()
+        return self.log_target().exp()
 
     def log_target(self) -> Tensor:
         """[B, L] logarithm of target(), finite also where that underflows."""
+        self._require_gap()
         return self._label_log
 
     def rest(self, which: Tensor | None = None) -> Tensor:
@@ -370,7 +374,12 @@ class Softened:
             out = spread * (tail / spread.sum(1).clamp(min=1e-30)).unsqueeze(1)
         return out.scatter_add_(1, self._ids, p)
 
+    def _require_gap(self) -> None:
+        if self._lacks_gap:
+            raise UnservedError("these imported records lack the teacher's gap to the label: take a loss without it")
+
     def _others(self, which: Tensor | None) -> Tensor:
+        self._require_gap()
         y = self._labels[:, :1] if which is None else self._labels.gather(1, which.unsqueeze(1))
         if self._ids is None:
             return self._log.scatter(1, y, -torch.inf)

@@ -4,7 +4,8 @@
     labels/, prior/               Zarr arrays [N, L] and [T, C]
     sizes/                        Zarr array [N, 2]: of the images, where they are files
     tail_sums/                    Zarr array [P, T, C]: each part's share of the prior, from view 0
-    views/v00042/                 a Zarr group: classes, gaps, target_gap, tail
+    views/v00042/                 a Zarr group: classes, gaps, target_gap, tail; of an imported cache also boxes and
+                                  flips, or seeds
     commits/v00042-p0003.json     sizes and hashes of one shard's files and rows: its creation commits the shard
     eval/                         labels, views and commits of the evaluation split
     leases/, scratch/             of builders at work, without files otherwise
@@ -20,7 +21,7 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager, suppress
 from functools import cached_property, partial
@@ -111,6 +112,8 @@ class SplitStore:
         self.parts = -(-samples // self.part)
         labels = identity.record.labels
         data = identity.data if split == "train" else identity.evaluation
+        policy = identity.views.policy if split == "train" else "none"
+        self._view_arrays = arrays.view_arrays(policy, samples, self.part)
         self._sizes = ArraySpec("sizes", (samples, 2), self.part, "int32", ("sample", "height_and_width"))
         self._has_sizes = data.files
         self._labels = ArraySpec(
@@ -304,17 +307,18 @@ class SplitStore:
         name: str,
         wanted: Sequence[tuple[str, ArraySpec, int]],
         out: Mapping[str, NDArray[Any]] = MappingProxyType({}),
+        only: Collection[str] | None = None,
     ) -> list[NDArray[Any]]:
         """The committed parts of arrays, their bytes checked against the commit before they are decoded.
 
-        out: whole arrays by name, in which the parts are to lie.
+        out: whole arrays by name, in which the parts are to lie. only: the names of those that are read.
         """
 
         def rows(file: str, stored: StoredFile, spec: ArraySpec, part: int) -> NDArray[Any]:
             there = out[spec.name][spec.interval(part)] if spec.name in out else None
             return self._place.rows(file, stored, spec, part, there)
 
-        return self._each(name, wanted, rows)
+        return self._each(name, wanted, rows, only)
 
     def require(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> None:
         """CorruptError unless the commit is sound and its files are there, unread."""
@@ -325,6 +329,7 @@ class SplitStore:
         name: str,
         wanted: Sequence[tuple[str, ArraySpec, int]],
         get: Callable[[str, StoredFile, ArraySpec, int], T],
+        only: Collection[str] | None = None,
     ) -> list[T]:
         commit = self.commit(name)
         expected = {join(folder, spec.chunk_file(part)) for folder, spec, part in wanted}
@@ -333,6 +338,8 @@ class SplitStore:
             raise CorruptError(f"{path} does not name the files of {name}; {self._again(name)}")
         out = []
         for folder, spec, part in wanted:
+            if only is not None and spec.name not in only:
+                continue
             file = join(folder, spec.chunk_file(part))
             try:
                 out.append(get(self._prefix + file, commit.files[file], spec, part))
@@ -353,7 +360,7 @@ class SplitStore:
     # Shards and labels
 
     def shard_arrays(self, view: int, part: int, with_tail_sums: bool = False) -> list[tuple[str, ArraySpec, int]]:
-        specs = arrays.record_arrays(self._record, self.samples, self.part)
+        specs = [*arrays.record_arrays(self._record, self.samples, self.part), *self._view_arrays]
         found = [(f"views/v{view:05d}", spec, part) for spec in specs]
         return [*found, ("", self.tail_sums_array, part)] if with_tail_sums else found
 
@@ -476,6 +483,16 @@ class SplitStore:
             list(threads.map(lambda part: self.check_shard(view, part, slab), range(1, self.parts)))
         return arrays.as_records(self._record, slab, self.labels, prior)
 
+    def view_arrays(self, view: int) -> dict[str, NDArray[Any]]:
+        """How an imported view was made, by name: boxes [N, 4] and flips [N], or seeds [N]."""
+        names = [spec.name for spec in self._view_arrays]
+        sums = self.carries_tail_sums(view)
+        parts = [
+            self.load(shard_name(view, part), self.shard_arrays(view, part, sums), only=names)
+            for part in range(self.parts if names else 0)
+        ]
+        return {name: np.concatenate(rows) for name, rows in zip(names, zip(*parts, strict=True), strict=True)}
+
     def carries_tail_sums(self, view: int) -> bool:
         """Whether the commits of a view also name the part's share of the prior."""
         return view == 0 and not self._record.dense and self.split == "train"
@@ -560,7 +577,19 @@ class Cache:
 
     def read_evaluation(self) -> Records:
         """The records of the unaugmented evaluation split."""
+        if not self.evaluation_views:
+            raise NotFoundError(f"{self.path} was imported, without the teacher's answers on the evaluation split")
         return self.evaluation.read(0, self.prior)
+
+    @property
+    def evaluation_views(self) -> tuple[int, ...]:
+        """The views that the evaluation split has in such a cache: one, but none where it was imported without."""
+        return () if "evaluation" in self.identity.record.lacks else (0,)
+
+    @property
+    def complete(self) -> bool:
+        """Whether it is finished, and the evaluation split's records are there."""
+        return self.finished and set(self.evaluation_views) <= set(self.evaluation.complete_views())
 
     @property
     def finished(self) -> bool:
@@ -670,7 +699,7 @@ class Cache:
             yield store, "labels", store.label_arrays
             if store.size_arrays:
                 yield store, "sizes", store.size_arrays
-        for store, chosen in ((self.evaluation, (0,)), (self.train, views)):
+        for store, chosen in ((self.evaluation, self.evaluation_views), (self.train, views)):
             for view in chosen:
                 for part in range(store.parts):
                     wanted = store.shard_arrays(view, part, store.carries_tail_sums(view))

@@ -256,7 +256,9 @@ def _splits(cache: Cache, source: Source) -> Iterator[tuple[SplitStore, Dataset,
 
 
 def teacher_top1(cache: Cache) -> float | None:
-    """The teacher's accuracy (0..1) on the evaluation split, from its records; None without labels."""
+    """The teacher's accuracy (0..1) on the evaluation split, from its records; None without records or labels."""
+    if not cache.evaluation_views:
+        return None
     records = cache.read_evaluation()
     if not records.labels.shape[1]:
         return None

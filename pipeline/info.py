@@ -42,6 +42,7 @@ def one_line(cache: Cache) -> str:
         "dense" if i.record.dense else f"top {i.record.k} of {i.record.classes}",
         i.record.precision + (" with tail-std" if i.record.tail_std else ""),
         *(() if i.record.labels else ("unlabelled",)),
+        *((f"lacks {' and '.join(i.record.lacks)}",) if i.record.lacks else ()),
         size(cache.size()),
         *(("packed",) if cache.packed else ()),
     ]

@@ -53,6 +53,8 @@ def pack(
     chosen = choose_views(found, views)
     path = Path(out) if out else _beside(found.path, to, views)
     if to == "ffcv":
+        if found.identity.views.imported:
+            raise InputError(f"{found.path} was imported, and FFCV's loader cannot make its views: give --to hdf5")
         path = pack_beton(found, _images(found, data), path, chosen, say)
     else:
         _hdf5(found, path, chosen, say)

@@ -24,8 +24,8 @@ _FLAG = re.compile(r"(--?[\w-]+)(=|$)")
 _HIDDEN = "***"
 
 
-def writer(teacher: Teacher) -> dict[str, str]:
-    """Versions, device, host, process, time, command line, the git commits of kdcache and of the folder worked in.
+def writer(teacher: Teacher | None = None) -> dict[str, str]:
+    """Versions, host, process, time, command line, device, and the git commits of kdcache and of the folder worked in.
 
     A commit that is followed by "+" is not all: files were changed since.
     """
@@ -33,16 +33,16 @@ def writer(teacher: Teacher) -> dict[str, str]:
     # Installed, it may lie in a work tree that is another project's.
     own = _commit(package) if (package / ".git").exists() else None
     commits = {"kdcache_commit": own, "commit": _commit(Path.cwd())}
+    device = {} if teacher is None else {"device": str(teacher.device), "compiled": "yes" if teacher.compiled else "no"}
     return {
         "kdcache": kdcache.__version__,
         "torch": str(torch.__version__),
         "python": sys.version.split()[0],
-        "device": str(teacher.device),
-        "compiled": "no" if teacher.compiled is None else "yes",
         "host": socket.gethostname(),
         "process": str(os.getpid()),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command_line(sys.argv, os.environ),
+        **device,
         **{name: commit for name, commit in commits.items() if commit},
     }
 

@@ -159,7 +159,7 @@ def build_shared(
 
 def _fetch(theirs: Cache, path: Path, views: int, say: Say) -> None:
     """Copy what is complete of the first `views` there and not here."""
-    if not theirs.finished or 0 not in theirs.evaluation.complete_views():
+    if not theirs.complete:
         return
     (home() / "remote").mkdir(parents=True, exist_ok=True)
     with FileLock(home() / "remote" / f"{theirs.key}.lock"):  # of several processes one pulls

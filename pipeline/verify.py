@@ -94,7 +94,7 @@ def _commits(
         if store.size_arrays:
             yield store, "sizes", store.size_arrays, partial(_sizes, store, contents)
         committed = store.committed()
-        if not committed:
+        if not committed and (store is cache.train or cache.evaluation_views):
             report.problems.append(f"{store.root}: nothing is committed: run kdcache build again")
         if not cache.packed and (gaps := sorted(set(range(max(committed, default=0))) - committed.keys())):
             report.problems.append(f"{store.root}: lacks views {gaps}: run kdcache build again")
@@ -230,6 +230,8 @@ def source_of(
     InputError, NotFoundError or MismatchError where there is no such teacher or data to ask.
     """
     i = cache.identity
+    if i.views.imported:
+        raise InputError(f"{cache.path} was imported, and its teacher is not at hand: give --depth contents")
     if data is None and i.data.name in ("imagenet", "imagefolder"):
         place = f"--data {i.data.name}:PATH"
         raise InputError(f"where are the images? give {place}, or --depth contents to do without them")

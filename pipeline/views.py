@@ -9,12 +9,14 @@ from __future__ import annotations
 
 import hashlib
 import math
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.errors import InputError
+from kdcache.cache.errors import CorruptError, InputError
 
 POLICIES = ("none", "flip", "crop", "crop,flip", "rrc", "rrc,flip")
 _WORDS = 4  # of one Philox block
@@ -64,7 +66,7 @@ def padding(policy: str, height: int, width: int) -> int:
 
 def draw(policy: str, seed: int, view: int, samples: range, sizes: NDArray[np.int32]) -> ViewParameters:
     """Parameters of a view for samples (contiguous); sizes int32 [n, 2] are their images' H and W."""
-    pieces = policy.split(",")
+    pieces = check_policy(policy).split(",")
     blocks = 1 if "rrc" not in pieces else 1 + 2 * _RRC_TRIES // _WORDS
     u = _uniforms(seed, view, samples, blocks)
     height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
@@ -78,6 +80,15 @@ def draw(policy: str, seed: int, view: int, samples: range, sizes: NDArray[np.in
     else:
         boxes = np.stack([np.zeros_like(height), np.zeros_like(height), height, width], 1)
     return ViewParameters(boxes.astype(np.int32), flips)
+
+
+def imported_view(stored: Mapping[str, NDArray[Any]], sizes: NDArray[np.int32], where: str) -> ViewParameters:
+    """Parameters from the arrays of an imported view; CorruptError for boxes that leave images of these sizes."""
+    boxes, flips = stored["boxes"], stored["flips"]
+    corner, extent = boxes[:, :2].astype(np.int64), boxes[:, 2:].astype(np.int64)
+    if (corner < 0).any() or (extent < 1).any() or (corner + extent > sizes).any() or (flips > 1).any():
+        raise CorruptError(f"{where} holds boxes or flips that cannot be: import it again")
+    return ViewParameters(boxes, flips.astype(np.bool_))
 
 
 def evaluation_view(sizes: NDArray[np.int32], whole: bool) -> ViewParameters:

@@ -22,7 +22,7 @@ from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.build import describe_data
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.render import RENDERER, Renderer, normalised, order_on
-from kdcache.pipeline.views import ViewParameters, draw
+from kdcache.pipeline.views import ViewParameters, draw, imported_view
 
 _GATHERED = 1 << 22  # bytes: far fewer calls than by batch, and still in the processor's caches
 
@@ -79,11 +79,14 @@ def require_data(cache: Cache | Beton, data: Dataset) -> None:
 
 
 def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
-    """The view's parameters, drawn again and compared with the digests of its commits."""
+    """The view's parameters, drawn again or as imported, compared with the digests of its commits."""
     views, store = cache.identity.views, cache.train
-    if views.renderer != RENDERER:
+    if views.imported:
+        drawn = imported_view(store.view_arrays(view), data.sizes, f"view {view} of {cache.path}")
+    elif views.renderer != RENDERER:
         raise MismatchError(f"{cache.path} was rendered by {views.renderer}, this kdcache renders by {RENDERER}")
-    drawn = draw(views.policy, views.seed, view, range(len(data)), data.sizes)
+    else:
+        drawn = draw(views.policy, views.seed, view, range(len(data)), data.sizes)
     for part in range(store.parts):
         rows = store.rows(part)
         if drawn[rows.start : rows.stop].digest() != store.commit(shard_name(view, part)).parameters:
@@ -125,6 +128,11 @@ class CachedLoader:
         self.cache = cache
         self.data = open_data(data, "train", unlabelled=unlabelled) if isinstance(data, str) else data
         require_data(cache, self.data)
+        if cache.identity.views.policy == "foreign":
+            raise InputError(
+                f"{cache.path} was imported with views that only the transforms of its project can make: in a loop of "
+                "your own, cache.read(view) has the records, cache.train.view_arrays(view) the seeds (docs/stores.md)"
+            )
         self._views = cache.views[:views]
         if not self._views:
             raise NotFoundError(f"{cache.path} has no complete view: run kdcache build again to finish it")

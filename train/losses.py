@@ -41,12 +41,13 @@ SpreadTail = Literal["prior", "uniform"]  # those with a positive one
 class Needs:
     """What a loss reads.
 
-    labels; the teacher at these temperatures (none: not softened); dense: all classes; standardised: the teacher's
-    logits standardised to this tau; features: the student's, one stage before the last; mixed: it has a meaning for
-    two labels.
+    labels; target_gap: the teacher's own answer for them, which imports lack; the teacher at these temperatures (none:
+    not softened); dense: all classes; standardised: the teacher's logits standardised to this tau; features: the
+    student's, one stage before the last; mixed: it has a meaning for two labels.
     """
 
     labels: bool = True
+    target_gap: bool = False
     temperatures: tuple[float, ...] = ()
     dense: bool = False
     standardised: float | None = None
@@ -127,7 +128,7 @@ class NKD:
 
     @property
     def needs(self) -> Needs:
-        return Needs(temperatures=tuple(sorted({1.0, self.temperature})))
+        return Needs(target_gap=True, temperatures=tuple(sorted({1.0, self.temperature})))
 
     def __call__(self, logits: Tensor, labels: Tensor, records: Records, weights: Tensor | None = None) -> Tensor:
         logits = logits.float()
@@ -284,7 +285,7 @@ class DKD:
 
     @property
     def needs(self) -> Needs:
-        return Needs(temperatures=(self.temperature,), mixed=False)
+        return Needs(target_gap=True, temperatures=(self.temperature,), mixed=False)
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -447,7 +448,7 @@ class LogitStd:
     @property
     def needs(self) -> Needs:
         dkd = self.base == "dkd"
-        return Needs(labels=self.alpha != 0 or dkd, standardised=self.tau, mixed=not dkd)
+        return Needs(labels=self.alpha != 0 or dkd, target_gap=dkd, standardised=self.tau, mixed=not dkd)
 
     def set_epoch(self, epoch: int) -> None:
         self._epoch = epoch
@@ -499,7 +500,7 @@ class WSLD:
 
     @property
     def needs(self) -> Needs:
-        return Needs(temperatures=tuple(sorted({1.0, self.temperature})))
+        return Needs(target_gap=True, temperatures=tuple(sorted({1.0, self.temperature})))
 
     def __call__(self, logits: Tensor, labels: Tensor, records: Records, weights: Tensor | None = None) -> Tensor:
         logits = logits.float()

@@ -111,6 +111,11 @@ def require_served(loss: Loss, record: RecordIdentity) -> None:
     needs = loss.needs
     if needs.labels and not record.labels:
         raise UnservedError(f"{loss.name} needs labels; this cache was built with --unlabelled")
+    if needs.target_gap and "target_gap" in record.lacks:
+        raise UnservedError(
+            f"{loss.name} needs the teacher's answer for the label, which this imported cache lacks where it is not "
+            f"among the top {record.k}: take a loss that does without, such as kd or gkd, or build a cache"
+        )
     if not needs.mixed and record.labels > 1:
         raise UnservedError(
             f"{loss.name} has no meaning for mixed labels, which this cache holds: build one without mixup or cutmix "

@@ -149,6 +149,8 @@ def _train(
         raise InputError("--weights are those of the live teacher: give --online too")
     with ranks.one_first():
         cache = cache_of(config)
+    if config.online and cache.identity.views.imported:
+        raise InputError(f"{cache.path} was imported, and its teacher is not at hand: train without --online")
     if config.online and isinstance(cache, Beton):
         raise InputError(f"--online renders as the cache was built: give the cache itself, not {cache.path}")
     record = cache.identity.record
@@ -293,7 +295,7 @@ def prepared(
 
 
 class Judge:
-    """Evaluates students on the evaluation split, beside the teacher's records of it.
+    """Evaluates students on the evaluation split, beside the teacher's records of it where there are any.
 
     Or beside a teacher that learnt with the student, and its input size: then agreement and kl are with that one, and
     its own metrics come too, named teacher_*.
@@ -307,7 +309,8 @@ class Judge:
         self._records: Records | None = None
         labels = evaluation.labels
         if cache is not None:
-            self._records = cache.read_evaluation()
+            if "evaluation" not in cache.identity.record.lacks:
+                self._records = cache.read_evaluation()
             labels = cache.evaluation.labels.astype("int64")
         self._labels = torch.from_numpy(labels[:, 0] if labels.shape[1] else labels.reshape(-1))
 
