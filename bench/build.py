@@ -4,7 +4,7 @@
 
 32x32 noise in memory, for times do not depend on the pixels. A whole build (its probe, start and end included; of
 `kdcache bench`, the loop alone) and the bare teacher on rendered batches take turns of a second; then the same build by
-one process of one thread and by two such under torchrun, whose start is not counted. Medians; some 15 minutes on 2
+one process of one thread and by two such under torchrun, whose start is not counted. Medians; some 11 minutes on 2
 cores.
 """
 
@@ -32,7 +32,7 @@ from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.teachers import Teacher
 from kdcache.train.bench import machine
 
-BATCH, ROUNDS, TOGETHER_ROUNDS = 128, 5, 7
+BATCH, ROUNDS, TOGETHER_ROUNDS = 128, 3, 5
 TURN, RESIDENT = 8, 40  # batches
 # Samples, classes, stored classes (None: all) and views.
 ALONE = {"resnet20": (20480, 100, 20, 2), "resnet56": (10240, 10, None, 2)}

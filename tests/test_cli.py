@@ -765,9 +765,12 @@ def test_ctrl_c(place: Place, large: Path) -> None:
     assert built["views"] == done + 1 and 0 < built["teacher_images"] <= 32 * 2
 
 
-def test_ctrl_c_while_the_student_is_compiled(place: Place, quick: str) -> None:
+@pytest.mark.parametrize("stage", ["build", "train"])
+def test_ctrl_c_while_a_network_is_compiled(place: Place, large: Path, quick: str, stage: str) -> None:
     """At a terminal the compiler gets it too: no complaint of it, nor is it left."""
-    process = start(f"{quick} --loss kd --compile --out run", TORCHINDUCTOR_CACHE_DIR=str(Path("inductor").absolute()))
+    teacher = f"--teacher resnet8 --weights {large}/teacher.safetensors --data imagefolder:{large}/pics"
+    line = f"{quick} --loss kd" if stage == "train" else f"build {teacher} --allow-low-accuracy"
+    process = start(f"{line} --compile --out run", TORCHINDUCTOR_CACHE_DIR=str(Path("inductor").absolute()))
     try:
         until = time.monotonic() + 120
         while "cc1plus" not in (names := commands(process.pid)) and "clang++" not in names:
