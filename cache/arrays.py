@@ -10,6 +10,7 @@ import hashlib
 import math
 from collections.abc import Mapping
 from dataclasses import dataclass
+from functools import cache, lru_cache
 from typing import Any
 
 import google_crc32c
@@ -23,6 +24,7 @@ from zarr.core.buffer import Buffer
 from zarr.storage import MemoryStore
 
 from kdcache.cache.errors import CorruptError
+from kdcache.cache.files import Content
 from kdcache.cache.identity import RecordIdentity
 from kdcache.cache.records import NO_TAIL, STEP, Records, class_dtype, encode
 
@@ -111,7 +113,7 @@ def _notes(name: str, record: RecordIdentity) -> tuple[tuple[str, Any], ...]:
         return (("nats", f"{STEP} * cumulative sum along the row" if coded else "as stored"),)
     if name == "tail":
         most = f"log({record.classes} - {record.k}) - last gap / temperature - {STEP} * code; {NO_TAIL}: no tail"
-        return ("temperatures", list(record.temperatures)), ("nats", most if coded else "as stored")
+        return ("temperatures", record.temperatures), ("nats", most if coded else "as stored")
     return ()
 
 
@@ -178,6 +180,7 @@ def _open(store: dict[str, Buffer], spec: ArraySpec) -> Any:
     )
 
 
+@cache
 def group_metadata() -> bytes:
     """The zarr.json of a view's group."""
     store: dict[str, Buffer] = {}
@@ -185,6 +188,7 @@ def group_metadata() -> bytes:
     return store["zarr.json"].to_bytes()
 
 
+@lru_cache(100)  # zarr takes milliseconds, and every view's are the same
 def array_metadata(spec: ArraySpec) -> bytes:
     """The zarr.json of an array."""
     store: dict[str, Buffer] = {}
@@ -204,7 +208,7 @@ def encode_part(spec: ArraySpec, part: int, data: NDArray[Any]) -> bytes:
     return store[spec.chunk_file(part)].to_bytes()
 
 
-def decode_part(spec: ArraySpec, part: int, data: bytes, where: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
+def decode_part(spec: ArraySpec, part: int, data: Content, where: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
     """The rows of a part, in `out` if given; CorruptError naming the file where the bytes are not such a chunk."""
     # Blosc's header declares how much it will write and read; it does neither check, so both are checked here.
     if len(data) < 16 + _CRC_BYTES:

@@ -16,8 +16,10 @@ from typing import BinaryIO
 
 from kdcache.cache.errors import CorruptError, KdcacheError, NotFoundError, UnreadableError
 
+Content = bytes | memoryview
 
-def sha256(data: bytes) -> str:
+
+def sha256(data: Content) -> str:
     return hashlib.sha256(data).hexdigest()
 
 
@@ -44,11 +46,11 @@ def replace_file(path: Path, data: bytes) -> None:
 
 
 def link_file(path: Path, file: Path, scratch: Path) -> None:
-    """Make `path` another name of `file` in one step, synced, whatever was there."""
-    _put(path, partial(os.link, file), scratch, os.replace)
+    """Make `path` another name of `file` in one step, whatever was there; its folder is not synced."""
+    _put(path, partial(os.link, file), scratch, os.replace, sync=False)
 
 
-def write(path: Path, data: bytes) -> None:
+def write(path: Path, data: Content) -> None:
     """Write a file that nobody looks for yet, synced; its folder is not.
 
     It is a group's where the folder is (see `make_folder`).
@@ -90,7 +92,9 @@ def _is_groups(folder: Path) -> bool:
     return bool(mode & stat.S_ISGID and mode & stat.S_IWGRP)
 
 
-def _put(path: Path, make: Callable[[Path], None], scratch: Path, move: Callable[[Path, Path], None]) -> None:
+def _put(
+    path: Path, make: Callable[[Path], None], scratch: Path, move: Callable[[Path, Path], None], sync: bool = True
+) -> None:
     for last in (False, True):
         temporary = scratch / f".{path.name}.{secrets.token_hex(8)}.tmp"
         # A write that fails, on a full disk for one, does not say by itself what for.
@@ -100,7 +104,7 @@ def _put(path: Path, make: Callable[[Path], None], scratch: Path, move: Callable
                 make_folder(scratch)
                 make(temporary)
                 move(temporary, path)
-                return sync_folder(path.parent)
+                return sync_folder(path.parent) if sync else None
             except FileNotFoundError:
                 # Another builder took this one, stopped for long, for dead and cleared its scratch folder.
                 if last:

@@ -15,7 +15,7 @@ import time
 from collections.abc import Callable
 from functools import cache
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import Any, TypeVar, overload
 from urllib.parse import urlsplit
 
 import obstore
@@ -24,6 +24,7 @@ from obstore.store import ObjectStore, from_url
 
 from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError, UnreadableError
+from kdcache.cache.files import Content
 
 T = TypeVar("T")
 BUCKETS = ("s3", "gs", "az")
@@ -122,7 +123,13 @@ class NetworkObjects:
         self.url, self.listable, self.writable = url, bucket, bucket
         self._reached = False
 
-    def read(self, path: str, limit: int, sha256: str | None = None) -> bytes:
+    @overload
+    def read(self, path: str, limit: int) -> bytes: ...
+
+    @overload
+    def read(self, path: str, limit: int, sha256: str) -> Content: ...
+
+    def read(self, path: str, limit: int, sha256: str | None = None) -> Content:
         """The object's bytes; NotFoundError; CorruptError where there are more than `limit`, or of another digest."""
         wrong = 0
         while True:
@@ -135,18 +142,18 @@ class NetworkObjects:
                 # Or nothing covers these bytes on the way: two answers must agree.
                 right = right or content == self._try(path, lambda: self._get(path, limit))[0]
             if right:
-                return content
+                return content if sha256 is not None else bytes(content)
             wrong += 1
             if wrong == _WRONG_AT_MOST:
                 raise CorruptError(f"{self.url}/{path} is not what was committed")
 
-    def _get(self, path: str, limit: int) -> tuple[bytes, re.Match[str] | None]:
+    def _get(self, path: str, limit: int) -> tuple[memoryview, re.Match[str] | None]:
         """The object, and its tag where that may be an MD5."""
         found = obstore.get(self._store, path)
         size, tag = found.meta["size"], _MD5.fullmatch(found.meta["e_tag"] or "")
         if size > limit:
             raise CorruptError(f"{self.url}/{path} has {size} bytes, more than the {limit} that it may have")
-        content = found.bytes().to_bytes()
+        content = memoryview(found.bytes())  # no copy
         if len(content) != size:
             raise oe.GenericError(f"{len(content)} of {size} bytes came")
         return content, tag
@@ -158,7 +165,7 @@ class NetworkObjects:
         except NotFoundError:
             return None
 
-    def create(self, path: str, data: bytes) -> bool:
+    def create(self, path: str, data: Content) -> bool:
         """Create the object; whether its content is now `data`: an existing one is never changed."""
 
         def put() -> bool:
@@ -314,7 +321,7 @@ def _reason(e: Exception) -> str:
     return re.sub(r"\?\S+", "?...", lines[0] if lines else type(e).__name__)[:300]
 
 
-def _md5(content: bytes) -> str:
+def _md5(content: Content) -> str:
     return hashlib.md5(content, usedforsecurity=False).hexdigest()
 
 

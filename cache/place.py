@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from kdcache.cache import arrays, files
 from kdcache.cache.arrays import ArraySpec
 from kdcache.cache.errors import CorruptError, NotFoundError, UnreadableError
+from kdcache.cache.files import Content
 from kdcache.cache.identity import Strict
 
 
@@ -52,7 +53,7 @@ class Place(Protocol):
     def require(self, file: str, stored: StoredFile) -> None:
         """CorruptError unless a committed chunk is there and, as far as that is known unread, of its size."""
 
-    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
+    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> Content:
         """The bytes of a committed chunk as in a folder; CorruptError unless they are what was committed."""
 
     def rows(
@@ -78,7 +79,7 @@ class ZarrChunks:
 
     path: Path
 
-    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
+    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> Content:
         raise NotImplementedError
 
     def rows(
@@ -125,7 +126,7 @@ class Folder(ZarrChunks):
         if not stat.S_ISREG(found.st_mode) or found.st_size != stored.size:
             raise CorruptError(f"{path} is not the file of {stored.size} bytes that was committed")
 
-    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
+    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> Content:
         content = self.read(file, spec.max_file_bytes)
         if len(content) != stored.size or files.sha256(content) != stored.sha256:
             raise CorruptError(f"{self.path / file} is not what was committed")

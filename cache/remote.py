@@ -17,6 +17,7 @@ from filelock import FileLock, Timeout
 from kdcache.cache import files
 from kdcache.cache.arrays import ArraySpec
 from kdcache.cache.errors import CorruptError, NotFoundError
+from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, Identity, canonical, parse
 from kdcache.cache.objects import FolderObjects, NetworkObjects
 from kdcache.cache.place import Folder, StoredFile, ZarrChunks
@@ -50,7 +51,7 @@ class LocalStore:
         self._folder, self._limit = folder, limit
         self._come: int | None = None  # bytes that came since all files were looked at
 
-    def get(self, stored: StoredFile, fetch: Callable[[], bytes]) -> bytes:
+    def get(self, stored: StoredFile, fetch: Callable[[], Content]) -> Content:
         """The bytes of that digest: from here, else those that `fetch` brings, which are kept."""
         folder = self._folder / stored.sha256[:2]
         file = folder / stored.sha256
@@ -65,7 +66,7 @@ class LocalStore:
                 self._keep(file, content)
         return content
 
-    def _keep(self, file: Path, content: bytes) -> None:
+    def _keep(self, file: Path, content: Content) -> None:
         # Not synced: what a crash leaves has another digest, and is fetched again.
         temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
         temporary.write_bytes(content)
@@ -102,7 +103,7 @@ class LocalStore:
         self._come = 0
 
 
-def _held(file: Path, stored: StoredFile) -> bytes | None:
+def _held(file: Path, stored: StoredFile) -> Content | None:
     try:
         content = files.read_bounded(file, stored.size)
     except (NotFoundError, CorruptError):
@@ -185,12 +186,12 @@ class Remote(ZarrChunks):
                 return
         raise CorruptError(f"{self.path / file} is not the object of {stored.size} bytes that was committed")
 
-    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
+    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> Content:
         if not _SHA256.fullmatch(stored.sha256) or not 0 <= stored.size <= spec.max_file_bytes:
             raise CorruptError(f"the commit of {self.path / file} names {stored.size} bytes, which cannot be")
         return self._store.get(stored, lambda: self._fetch(file, stored))
 
-    def _fetch(self, file: str, stored: StoredFile) -> bytes:
+    def _fetch(self, file: str, stored: StoredFile) -> Content:
         try:
             return self._objects.read(f"{self._prefix}/{file}", stored.size, stored.sha256)
         except (NotFoundError, CorruptError) as e:

@@ -43,6 +43,7 @@ from kdcache.cache.errors import (
     NotFoundError,
     UnreadableError,
 )
+from kdcache.cache.files import Content
 from kdcache.cache.hdf5 import PackedFile
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
 from kdcache.cache.leases import Leases
@@ -184,7 +185,7 @@ class SplitStore:
         True if these bytes are now the committed ones: of several builders the first decides (`finish`).
         """
         stored: dict[str, StoredFile] = {}
-        contents: dict[str, bytes] = {}
+        contents: dict[str, Content] = {}
         with ThreadPoolExecutor(_THREADS, thread_name_prefix="kdcache-encode") as threads:
             encoded = list(threads.map(lambda at: arrays.encode_part(*at[1:]), data))
         for (folder, spec, part, rows), content in zip(data, encoded, strict=True):
@@ -202,7 +203,7 @@ class SplitStore:
         name: str,
         commit: bytes,
         wanted: Sequence[tuple[str, ArraySpec, int]],
-        contents: Mapping[str, bytes],
+        contents: Mapping[str, Content],
     ) -> None:
         """Publish what another copy of this cache has committed as `name`, unless there is such a commit already.
 
@@ -212,11 +213,11 @@ class SplitStore:
             self._describe(folder, spec)
         self._publish(name, {"commit.json": commit, **contents})
 
-    def _publish(self, name: str, contents: Mapping[str, bytes]) -> None:
+    def _publish(self, name: str, contents: Mapping[str, Content]) -> None:
         while not self.has(name):
             self.finish(name, self._decide(name, contents))
 
-    def _decide(self, name: str, contents: Mapping[str, bytes]) -> bool:
+    def _decide(self, name: str, contents: Mapping[str, Content]) -> bool:
         """Whether it is decided so, by this call."""
         decided, folder = False, self._scratch / secrets.token_hex(8)
         with suppress(FileNotFoundError):  # another builder took this one, stopped for long, for dead: once more
@@ -273,7 +274,7 @@ class SplitStore:
                 if not sound and not _is(path, stored) and not self.has(name):
                     raise CorruptError(f"{decided} does not hold the bytes of {file} that were decided; {advice}")
             for folder in {(self.root / file).parent for file in commit.files}:
-                files.sync_folder(folder)  # what another builder put there it may not have synced
+                files.sync_folder(folder)  # nor may another builder have synced what it has put there
             files.publish(self.root / "commits" / f"{name}.json", content, self._scratch)
         files.remove_folder(decided, self._scratch)
 
@@ -294,10 +295,10 @@ class SplitStore:
             if not (self.root / file).exists():
                 files.publish(self.root / file, content(), self._scratch, replace=True)
 
-    def files_of(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> dict[str, bytes]:
+    def files_of(self, name: str, wanted: Sequence[tuple[str, ArraySpec, int]]) -> dict[str, Content]:
         """The committed files of parts of arrays as they lie in a folder, checked against the commit; by sha256."""
 
-        def content(file: str, stored: StoredFile, spec: ArraySpec, part: int) -> tuple[str, bytes]:
+        def content(file: str, stored: StoredFile, spec: ArraySpec, part: int) -> tuple[str, Content]:
             return stored.sha256, self._place.content(file, stored, spec, part)
 
         return dict(self._each(name, wanted, content))

@@ -15,6 +15,7 @@ from pathlib import Path
 
 from kdcache.cache.arrays import ArraySpec
 from kdcache.cache.errors import CorruptError, InputError, MismatchError
+from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
 from kdcache.cache.objects import NetworkObjects
 from kdcache.cache.remote import other
@@ -74,7 +75,7 @@ def into_bucket(
     objects.require_create_only(f"{prefix}/identity.json")
     there = objects.sizes(prefix)
 
-    def put(file: str, content: bytes) -> bool:
+    def put(file: str, content: Content) -> bool:
         return objects.create(f"{prefix}/{file}", content)
 
     def move(item: _Item) -> Moved:
