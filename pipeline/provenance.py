@@ -33,7 +33,11 @@ def writer(teacher: Teacher | None = None) -> dict[str, str]:
     # Installed, it may lie in a work tree that is another project's.
     own = _commit(package) if (package / ".git").exists() else None
     commits = {"kdcache_commit": own, "commit": _commit(Path.cwd())}
-    device = {} if teacher is None else {"device": str(teacher.device), "compiled": "yes" if teacher.compiled else "no"}
+    device = (
+        {}
+        if teacher is None
+        else {"device": str(teacher.device), "compiled": "no" if teacher.compiled is None else "yes"}
+    )
     return {
         "kdcache": kdcache.__version__,
         "torch": str(torch.__version__),
