@@ -44,6 +44,7 @@ from study_protocol import (
     protocol,
     todo,
 )
+from study_report import write_report
 from torch import Tensor
 
 from kdcache.cache import Records, open_cache
@@ -157,10 +158,11 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
 def measured(logits: Tensor, records: Records) -> dict[str, dict[str, Any]]:
     """Metrics and reliability on what is held out and on the test images, beside the teacher's records of both."""
     labels = records.labels[:, 0].long()
-    return {
-        name: {**metrics(logits[rows], labels[rows], records[rows]), "reliability": reliability(logits[rows], labels[rows])}
-        for name, rows in parts_of_evaluation().items()
-    }
+    found: dict[str, dict[str, Any]] = {}
+    for name, rows in parts_of_evaluation().items():
+        z, y = logits[rows], labels[rows]
+        found[name] = {**metrics(z, y, records[rows]), "reliability": reliability(z, y)}
+    return found
 
 
 def reliability(logits: Tensor, labels: Tensor) -> list[list[float]]:
@@ -316,9 +318,11 @@ def main() -> None:
         parser.error(f"unknown groups {', '.join(unknown)}: take some of {', '.join(GROUPS)}")
     a.work = a.work.absolute()
     if a.report:
-        from study_report import write_report  # matplotlib is an extra
+        from study_plots import write_plots  # matplotlib is an extra
 
-        write_report(collected(a.work, a.out, a.teacher_epochs), protocol(a.teacher_epochs), a.out, a.docs)
+        found = collected(a.work, a.out, a.teacher_epochs)
+        write_report(found, protocol(a.teacher_epochs), a.out, a.docs / "study.md")
+        write_plots(found, a.docs / "study")
         return
     if not a.data or not a.data.is_file():
         parser.error("where is CIFAR-10? give --data FILE.npz")

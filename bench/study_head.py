@@ -1,4 +1,4 @@
-"""Truncation at 1,000 classes: student heads fitted by nkd to records of real ImageNet logits, and their KL to the teacher.
+"""Truncation at 1,000 classes: heads fitted by nkd to records of real ImageNet logits, and their KL to the teacher.
 
 The file holds a teacher's logits [views, images, C] without the images, so a head's input is made from other views of
 the same image: the teacher's logits on view v + V/2, centred and reduced to 64 whitened principal components (those of
@@ -43,7 +43,8 @@ def heads(file: Path, seed: int) -> dict[str, float]:
 
     def kl(loss: Loss, records: Records | None) -> float:
         head = fitted(loss, x, y, records, seed)
-        return float(F.kl_div(F.log_softmax(head(unseen), 1), F.log_softmax(truth, 1), None, None, "batchmean", log_target=True))
+        log_p, log_q = F.log_softmax(truth, 1), F.log_softmax(head(unseen), 1)
+        return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
 
     found = {"ce": kl(CE(), None), DENSE: kl(NKD(GAMMA, TEMPERATURE), encode(z, y))}
     for k in KS:

@@ -1,4 +1,4 @@
-"""What the study runs: its constants, its groups of runs, and what is chosen on the held-out images. No run is done here."""
+"""What the study runs: its constants, its groups of runs, and what is chosen on the held-out images."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Run:
-    """A student's training. records: dense or top3; online: with the teacher in the loop, on a fresh view every epoch."""
+    """A student's training. records: dense or top3; online: teacher in the loop, a fresh view every epoch."""
 
     loss: str
     seed: int
@@ -162,7 +162,7 @@ def with_tail(loss: str, tail: str) -> str:
 
 
 def todo(name: str, results: Results) -> list[Run] | list[Head]:
-    """What can be done now of a group: of `tune` the weights only after the recipe, of the others nothing before both."""
+    """What can be done now of a group: of `tune` the weights after the recipe, of the others nothing before both."""
     if name == "imagenet":
         found = group(name, Chosen())
     elif name == "tune":

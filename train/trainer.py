@@ -196,7 +196,7 @@ def fit(
 
     The state is kept after every epoch, within one every so many seconds, and where Ctrl-C or SIGTERM asks to stop:
     then KeyboardInterrupt, once the step is whole. `notes` go into the weights' files. partner: learns in the same
-    steps. evaluate_every: so many epochs, and after the last one; the others' lines have no metrics. KdcacheError when a
+    steps. evaluate_every: in epochs, and always after the last one; other lines have no metrics. KdcacheError when a
     loss is no longer finite.
     """
     training = Training(model, loss, recipe, len(loader), partner)
