@@ -29,7 +29,6 @@ from filelock import FileLock, Timeout
 from study_data import parts_of_evaluation
 from study_head import heads
 from study_protocol import (
-    AMP,
     AUGMENT,
     BATCH,
     EPOCHS,
@@ -99,7 +98,7 @@ def perform(job: Job, work: Path, logits: Path | None) -> dict[str, Any]:
         case Teach():
             path = taught()
             if not path.exists():
-                teach(TeachConfig(TEACHER, TEACHER_DATA, AUGMENT, job.epochs, BATCH, amp=AMP))
+                teach(TeachConfig(TEACHER, TEACHER_DATA, AUGMENT, job.epochs, BATCH))
             return {"epochs": job.epochs}
         case Build():
             return built(job.records, work)
@@ -137,7 +136,7 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
             run.loss, str(cache), STUDENT_DATA, run.student, EPOCHS, str(out), resume=(out / "config.json").exists(),
             seed=run.seed, batch_size=BATCH, lr=run.lr, weight_decay=run.decay,
             views=None if run.online else run.views, online=run.online, fresh_views=run.online,
-            weights=str(taught()) if asks else None, amp=AMP, evaluate_every=EPOCHS,
+            weights=str(taught()) if asks else None, evaluate_every=EPOCHS,
         ),
         keep_finished=True,
     )  # fmt: skip
@@ -170,12 +169,9 @@ def reliability(logits: Tensor, labels: Tensor) -> list[list[float]]:
     confidence, predicted = logits.softmax(1).max(1)
     right = (predicted == labels).double()
     at = (confidence.double() * BINS).ceil().long().clamp(1, BINS) - 1
-    count, sure, correct = (
-        torch.zeros(BINS, dtype=torch.double).index_add_(0, at, values)
-        for values in (torch.ones_like(right), confidence.double(), right)
-    )
-    some = count.clamp(min=1)
-    return [[int(n), round(c, 6), round(a, 6)] for n, c, a in zip(count, sure / some, correct / some, strict=True)]
+    columns = torch.stack([torch.ones_like(right), confidence.double(), right], 1)
+    sums = torch.zeros(BINS, 3, dtype=torch.double).index_add_(0, at, columns).tolist()
+    return [[int(n), round(sure / max(n, 1), 6), round(correct / max(n, 1), 6)] for n, sure, correct in sums]
 
 
 def child(job: Job, work: Path, logits: Path | None) -> None:
@@ -193,6 +189,8 @@ def child(job: Job, work: Path, logits: Path | None) -> None:
             replace_file(work / "done" / f"{job.name}.json", json.dumps(result).encode())
     except Timeout:
         sys.exit(f"{job.name} is under way in another process")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
 
 
 @contextlib.contextmanager
@@ -239,6 +237,7 @@ def run_all(
     waiting, running, failed = list(jobs), dict[Job, subprocess.Popen[bytes]](), list[str]()
     threads = max(1, len(os.sched_getaffinity(0)) // at_once)
     env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    env["OMP_WAIT_POLICY"] = "passive"  # on a busy machine threads that spin take twice the time
     (work / "logs").mkdir(parents=True, exist_ok=True)
     try:
         while waiting or running:
@@ -326,13 +325,13 @@ def main() -> None:
         return
     if not a.data or not a.data.is_file():
         parser.error("where is CIFAR-10? give --data FILE.npz")
-    if "imagenet" in a.only and not (a.logits and a.logits.is_file()):
-        parser.error("the group imagenet needs --logits FILE.npz; --only names others")
     os.environ |= {"KDCACHE_HOME": str(a.work / "home"), "STUDY_DATA": str(a.data.absolute())}
     if a.job:
         kind, fields = json.loads(a.job)
         child(_KINDS[kind](**fields), a.work, a.logits)
         return
+    if "imagenet" in a.only and not (a.logits and a.logits.is_file()):
+        parser.error("the group imagenet needs --logits FILE.npz; --only names others")
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(1 if go_on(a) else 0)

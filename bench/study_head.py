@@ -42,7 +42,7 @@ def heads(file: Path, seed: int) -> dict[str, float]:
     unseen, truth = (values[:, test].flatten(0, 1) for values in (inputs, logits[:half]))
 
     def kl(loss: Loss, records: Records | None) -> float:
-        head = fitted(loss, x, y, records, seed)
+        head = fitted(loss, x, y, records, logits.shape[2], seed)
         log_p, log_q = F.log_softmax(truth, 1), F.log_softmax(head(unseen), 1)
         return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
 
@@ -64,10 +64,9 @@ def components(logits: Tensor, train: Tensor) -> Tensor:
     return (logits - mean) @ axes[:, -COMPONENTS:] / values[-COMPONENTS:].sqrt()
 
 
-def fitted(loss: Loss, x: Tensor, y: Tensor, records: Records | None, seed: int) -> torch.nn.Linear:
+def fitted(loss: Loss, x: Tensor, y: Tensor, records: Records | None, classes: int, seed: int) -> torch.nn.Linear:
     """A linear head after EPOCHS over the rows of x."""
     torch.manual_seed(seed)
-    classes = int(y.max()) + 1 if records is None else records.num_classes
     head = torch.nn.Linear(x.shape[1], classes)
     optimiser = torch.optim.AdamW(head.parameters(), LR, weight_decay=DECAY)
     steps = len(x) // BATCH
