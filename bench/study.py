@@ -160,7 +160,8 @@ def measured(logits: Tensor, records: Records) -> dict[str, dict[str, Any]]:
     found: dict[str, dict[str, Any]] = {}
     for name, rows in parts_of_evaluation().items():
         z, y = logits[rows], labels[rows]
-        found[name] = {**metrics(z, y, records[rows]), "reliability": reliability(z, y)}
+        figures = metrics(z, y, records[rows])
+        found[name] = {**{key: round(value, 6) for key, value in figures.items()}, "reliability": reliability(z, y)}
     return found
 
 
