@@ -264,6 +264,13 @@ def run_all(
     return failed
 
 
+def stages(group: str, teacher_epochs: int) -> list[Job]:
+    """What a group's runs need, which is not among the results but in the work folder."""
+    if group == "imagenet":
+        return []
+    return [Teach(teacher_epochs), Build("dense"), *([Build("top3")] if group == "topk" else [])]
+
+
 def go_on(a: argparse.Namespace) -> int:
     """All that is left of the groups; how many jobs failed."""
 
@@ -285,13 +292,11 @@ def go_on(a: argparse.Namespace) -> int:
         took = f" in {duration(found[job.name]['seconds'])}" if job.name in found else ""
         say(f"{job.name}: {what}{took}; {count} runs of {','.join(a.only)} left{left}")
 
-    stages = [Teach(a.teacher_epochs), Build("dense")] if set(a.only) - {"imagenet"} else []
-    stages += [Build("top3")] if "topk" in a.only else []
-    for stage in stages:
-        if not (a.work / "done" / f"{stage.name}.json").exists() and run_all([stage], 1, command, a.work, tell):
-            return 1
     failed: list[str] = []
     for name in a.only:
+        for stage in stages(name, a.teacher_epochs):
+            if not (a.work / "done" / f"{stage.name}.json").exists() and run_all([stage], 1, command, a.work, tell):
+                return 1
         while jobs := [job for job in todo(name, results()) if job.name not in failed]:
             failed += run_all(jobs, a.jobs, command, a.work, tell)
     return len(failed)
