@@ -448,6 +448,10 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
     "--save-every", type=_Number(0), default=300.0, show_default=True, metavar="SECONDS",
     help="How often the state is kept within an epoch.",
 )  # fmt: skip
+@click.option(
+    "--evaluate-every", type=click.IntRange(1), default=1, show_default=True, metavar="EPOCHS",
+    help="How often the student is evaluated; after the last epoch always.",
+)  # fmt: skip
 @_device
 @click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Run the network in half precision.")
 @_workers

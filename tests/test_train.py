@@ -14,10 +14,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from click.testing import CliRunner
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.cache import KdcacheError, open_cache
 from kdcache.cache.records import Records
+from kdcache.cli import main
 from kdcache.pipeline import build as build_module
 from kdcache.pipeline.build import BuildConfig, build, open_source, record_batches
 from kdcache.pipeline.datasets import open_data
@@ -323,6 +325,17 @@ def test_a_run_with_a_learning_teacher(home, tmp_path):
     (out / "teacher-best.safetensors").unlink()
     with pytest.raises(KdcacheError, match=r"learnt beside a teacher.*teacher-best\.safetensors"):
         evaluate_run(str(out))
+
+
+@pytest.mark.parametrize("loss", [("nkd",), ("bdkd", "--online")])
+def test_evaluated_now_and_then_it_learns_the_same(home, tmp_path, loss):
+    command = ["train", "--cache", str(home / "default"), "--epochs", "3", "--loss", *loss, "--out"]
+    for out, every in (("all", ()), ("few", ("--evaluate-every", "2"))):
+        result = CliRunner().invoke(main, [*command, str(tmp_path / out), *every], catch_exceptions=False)
+        assert result.exit_code == 0, result.output
+    seen, few = metrics_of(tmp_path / "all"), metrics_of(tmp_path / "few")
+    assert few[1:] == seen[1:]
+    assert few[0] == {k: v for k, v in seen[0].items() if k in ("epoch", "loss", "teacher_loss")}
 
 
 def test_what_a_learning_teacher_cannot_do_is_refused(home, tmp_path):

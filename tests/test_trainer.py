@@ -11,7 +11,7 @@ import torch
 from torch import nn
 
 from kdcache.cache import KdcacheError
-from kdcache.pipeline.teachers import Classifier
+from kdcache.pipeline.teachers import Classifier, read_weights
 from kdcache.train import optimisers, trainer
 from kdcache.train.interrupts import Interrupts
 from kdcache.train.losses import CE
@@ -182,11 +182,11 @@ RECIPES = [
 ]
 
 
-def run(path, recipe, resume=False, loader=None, evaluate=loss_of, save_every=300.0):
+def run(path, recipe, resume=False, loader=None, evaluate=loss_of, **options):
     """The evaluated weights, the history and all that was said."""
     said, model = [], classifier()
     folder = RunFolder(path, {}, resume)
-    lines = fit(model, CE(), loader or Batches(), recipe, evaluate, folder, NOTES, said.append, save_every=save_every)
+    lines = fit(model, CE(), loader or Batches(), recipe, evaluate, folder, NOTES, said.append, **options)
     weights = torch.cat([v.flatten().double() for v in model.state_dict().values()])
     return weights, [{k: v for k, v in line.items() if k != "seconds"} for line in lines], said
 
@@ -266,6 +266,31 @@ def test_between_saves_it_loses_what_came_after_the_last(tmp_path, whole):
             run(path, settings(), loader=Batches(kill), save_every=every)
         weights, _, said = run(path, settings(), True)
         assert kept in said[0] and torch.equal(weights, whole[0][0])
+
+
+@pytest.mark.parametrize("at", [None, (1, 3), (2, 5)])
+def test_evaluated_every_second_epoch_and_after_the_last(tmp_path, whole, at):
+    """Five epochs: before the first evaluation the best weights go by the loss, after it by what was measured."""
+    recipe, scores, best = settings(epochs=5), iter([0.9, 0.5, 0.7]), []
+
+    def evaluate(model):
+        return {"top1": next(scores)}
+
+    def look(epoch, batch):
+        if batch == 0 and epoch:
+            best.append(read_weights(tmp_path / "best.safetensors")[1]["metrics"]["epoch"])
+        if (epoch, batch) == at:
+            signal.raise_signal(signal.SIGTERM)
+
+    options = {"evaluate": evaluate, "evaluate_every": 2}
+    if at:
+        with pytest.raises(KeyboardInterrupt):
+            run(tmp_path, recipe, loader=Batches(look), **options)
+    _, lines, _ = run(tmp_path, recipe, bool(at), Batches(look), **options)
+    assert [line.get("top1") for line in lines] == [None, 0.9, None, 0.5, 0.7]
+    assert best == [1, 2, 2, 2]
+    assert read_weights(tmp_path / "best.safetensors")[1]["metrics"]["epoch"] == 2
+    assert read_weights(tmp_path / "last.safetensors")[1]["metrics"]["epoch"] == 5
 
 
 def test_the_second_signal_does_not_wait():

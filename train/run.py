@@ -80,6 +80,7 @@ class TrainConfig:
     ema: float | None = None
     compile: bool | None = None
     save_every: float = SAVE_EVERY
+    evaluate_every: int = 1
     registry: str | None = None
     local_store_size: int | None = None
 
@@ -256,7 +257,7 @@ def _train(
     try:
         history = fit(
             model, ready, loader, recipe, lambda m: judge(m, recipe.dtype, beside), folder, notes, say, partner,
-            config.save_every,
+            config.save_every, config.evaluate_every,
         )  # fmt: skip
     except KdcacheError as e:
         if _exists(str(cache.path)):

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import math
 from pathlib import Path
 from typing import Any
 
@@ -77,8 +78,11 @@ class RunFolder:
         return state
 
     def save_weights(self, model: Classifier, notes: dict[str, Any], history: list[dict[str, Any]], of: str) -> None:
-        """The last weights, and the best where the history's last line is; `of` stands before the files' names."""
-        scores = [_score(line) for line in history]
+        """The last weights, and the best where the history's last line is; `of` stands before the files' names.
+
+        Best of the epochs that were evaluated; before the first of them, of all, by the loss.
+        """
+        scores = _scores(history)
         notes = {**notes, "metrics": history[-1]}
         file_classifier(self.path / f"{of}last.safetensors", model, notes)
         if scores[-1] >= max(scores):
@@ -111,9 +115,12 @@ class RunFolder:
         return summary
 
 
-def _score(line: dict[str, Any]) -> float:
+def _scores(history: list[dict[str, Any]]) -> list[float]:
     """What the best weights are best at: top-1, or agreement where there are no labels."""
-    return float(line.get("top1", line.get("agreement", -line["loss"])))
+    for name in ("top1", "agreement"):
+        if any(name in line for line in history):
+            return [float(line.get(name, -math.inf)) for line in history]
+    return [-float(line["loss"]) for line in history]
 
 
 def _json(value: dict[str, Any], indent: int | None = 2) -> bytes:

@@ -190,12 +190,14 @@ def fit(
     say: Callable[[str], None] = print,
     partner: Partner | None = None,
     save_every: float = SAVE_EVERY,
+    evaluate_every: int = 1,
 ) -> list[dict[str, Any]]:
     """Train in place; one line of metrics an epoch. With a folder, goes on from the state there.
 
     The state is kept after every epoch, within one every so many seconds, and where Ctrl-C or SIGTERM asks to stop:
     then KeyboardInterrupt, once the step is whole. `notes` go into the weights' files. partner: learns in the same
-    steps. KdcacheError when a loss is no longer finite.
+    steps. evaluate_every: in epochs, and always after the last one; other lines have no metrics. KdcacheError when a
+    loss is no longer finite.
     """
     training = Training(model, loss, recipe, len(loader), partner)
     history = _resume(training, folder, say) if folder else []
@@ -218,15 +220,17 @@ def fit(
             if not all(map(math.isfinite, losses.values())):
                 at = f"in epoch {training.epoch + 1}"
                 raise KdcacheError(f"the loss is not finite {at}: lower --lr (now {recipe.lr:g})")
-            if ranks.world() > 1:
-                save()  # ranks evaluate together, to the end, and torchrun may not wait so long for one that is to stop
-            try:
-                with interrupts.at_once() if ranks.world() == 1 else nullcontext():
-                    measured = evaluate(training.evaluated)
-            except KeyboardInterrupt:
-                if ranks.world() == 1:
-                    save()
-                raise
+            measured: dict[str, float] = {}
+            if (training.epoch + 1) % evaluate_every == 0 or training.epoch + 1 == recipe.epochs:
+                if ranks.world() > 1:
+                    save()  # ranks evaluate together, to the end: torchrun may not wait so long for one that is to stop
+                try:
+                    with interrupts.at_once() if ranks.world() == 1 else nullcontext():
+                        measured = evaluate(training.evaluated)
+                except KeyboardInterrupt:
+                    if ranks.world() == 1:
+                        save()
+                    raise
             line: dict[str, Any] = {"epoch": training.epoch + 1, **losses, "seconds": training.seconds, **measured}
             training.end_epoch()
             history.append(line)
@@ -320,8 +324,10 @@ def _describe(line: dict[str, Any], epochs: int) -> str:
     if "nll" in line:
         parts.append(f"nll {line['nll']:.4f}")
     if theirs := _of_partner(line):
-        parts.append(f"ece {line['ece']:.4f}  teacher: loss {theirs['loss']:.4f}")
-        parts.append(f"top-1 {100 * theirs['top1']:.2f}  nll {theirs['nll']:.4f}  ece {theirs['ece']:.4f}")
+        parts += [f"ece {line['ece']:.4f}"] if "ece" in line else []
+        parts.append(f"teacher: loss {theirs['loss']:.4f}")
+        if "top1" in theirs:
+            parts.append(f"top-1 {100 * theirs['top1']:.2f}  nll {theirs['nll']:.4f}  ece {theirs['ece']:.4f}")
     return "  ".join([*parts, f"{line['seconds']:.1f} s"])
 
 

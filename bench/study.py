@@ -1,0 +1,349 @@
+"""The study of docs/study.md: students from the cache and with the teacher in the loop, by loss, views, tail and seed.
+
+    python bench/study.py --work FOLDER --data cifar10.npz --logits imagenet-logits.npz [--only tune,core]
+    python bench/study.py --work FOLDER --report
+
+--data: x, tx (uint8 [N, 32, 32, 3]) and y, ty of the real CIFAR-10. A run is a process of its own with a share of the
+cores; each finished one becomes a file in FOLDER/done and a line of the results, and is never run again, also where
+only the results are at hand. Stopped (Ctrl-C, SIGTERM) or killed, the same command goes on. --report writes
+bench/results/study.json, the plots in docs/study and the tables of docs/study.md from whatever is done.
+"""
+
+from __future__ import annotations
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from filelock import FileLock, Timeout
+from study_data import parts_of_evaluation
+from study_head import heads
+from study_protocol import (
+    AUGMENT,
+    BATCH,
+    EPOCHS,
+    GROUPS,
+    TEACHER,
+    TEACHER_EPOCHS,
+    TOPK,
+    TOPK_TEMPERATURES,
+    Head,
+    Run,
+    cost_left,
+    protocol,
+    todo,
+)
+from study_report import write_report
+from torch import Tensor
+
+from kdcache.cache import Records, open_cache
+from kdcache.cache.files import replace_file
+from kdcache.pipeline.build import BuildConfig, build
+from kdcache.pipeline.datasets import open_data
+from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.progress import duration
+from kdcache.pipeline.render import Renderer
+from kdcache.pipeline.teachers import Classifier, load_fitting, read_weights, taught_file
+from kdcache.train.bench import machine
+from kdcache.train.evaluate import metrics, predict
+from kdcache.train.run import TrainConfig, train
+from kdcache.train.teach import TeachConfig, teach
+
+TEACHER_DATA, STUDENT_DATA = "study_data:teacher", "study_data:students"
+HERE = Path(__file__).parent
+RESULTS = HERE / "results" / "study.json"
+BINS = 15
+_LOOK_SECONDS = 1.0
+
+
+@dataclass(frozen=True)
+class Teach:
+    """Teach the teacher on all training images that are not held out."""
+
+    epochs: int
+    name = "teach"
+
+
+@dataclass(frozen=True)
+class Build:
+    """Build a cache of a view for each epoch: dense, or the top 3."""
+
+    records: str
+
+    @property
+    def name(self) -> str:
+        return f"build-{self.records}"
+
+
+Job = Teach | Build | Run | Head
+_KINDS: dict[str, Callable[..., Job]] = {kind.__name__: kind for kind in (Teach, Build, Run, Head)}
+
+
+# One job, in a process of its own
+
+
+def perform(job: Job, work: Path, logits: Path | None) -> dict[str, Any]:
+    """Do the job, or the rest of it; what its results hold."""
+    match job:
+        case Teach():
+            path = taught()
+            if not path.exists():
+                teach(TeachConfig(TEACHER, TEACHER_DATA, AUGMENT, job.epochs, BATCH))
+            return {"epochs": job.epochs}
+        case Build():
+            return built(job.records, work)
+        case Head():
+            assert logits is not None
+            return {"kl": heads(logits, job.seed)}
+        case Run():
+            return trained(job, work)
+
+
+def taught() -> Path:
+    return taught_file(TEACHER, open_data(TEACHER_DATA, "train"))
+
+
+def built(records: str, work: Path) -> dict[str, Any]:
+    """A cache of the students' images; its size, and the teacher's own metrics."""
+    topk = {"topk": TOPK, "temperatures": TOPK_TEMPERATURES} if records == "top3" else {}
+    config = BuildConfig(
+        TEACHER, str(taught()), STUDENT_DATA, AUGMENT, views=EPOCHS, out=str(work / "caches" / records), **topk
+    )
+    result = build(config)
+    found: dict[str, Any] = {"bytes": result.bytes, "views": result.views, "key": result.key}
+    if records == "dense":
+        answers = open_cache(result.path).read_evaluation()
+        found |= measured(answers.logits(), answers)
+    return found
+
+
+def trained(run: Run, work: Path) -> dict[str, Any]:
+    """A student, and its metrics after the last epoch."""
+    out, cache = work / "runs" / run.name, work / "caches" / run.records
+    asks = run.online and run.loss != "bdkd"  # whose teacher learns, from new weights
+    train(
+        TrainConfig(
+            run.loss, str(cache), STUDENT_DATA, run.student, EPOCHS, str(out), resume=(out / "config.json").exists(),
+            seed=run.seed, batch_size=BATCH, lr=run.lr, weight_decay=run.decay,
+            views=None if run.online else run.views, online=run.online, fresh_views=run.online,
+            weights=str(taught()) if asks else None, evaluate_every=EPOCHS,
+        ),
+        keep_finished=True,
+    )  # fmt: skip
+    state, notes = read_weights(out / "last.safetensors")
+    network = build_network(notes["student"], notes["classes"], notes["input_size"])
+    load_fitting(network, state, f"the weights in {out}")
+    model = Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(memory_format=torch.channels_last)
+    data = open_data(STUDENT_DATA, "eval")
+    answered = predict(model, data, Renderer(data, notes["input_size"], torch.device("cpu")))
+    lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
+    return {
+        **measured(answered, open_cache(cache).read_evaluation()),
+        "training_seconds": sum(line["seconds"] for line in lines),
+        "loss_by_epoch": [round(line["loss"], 5) for line in lines],
+    }
+
+
+def measured(logits: Tensor, records: Records) -> dict[str, dict[str, Any]]:
+    """Metrics and reliability on what is held out and on the test images, beside the teacher's records of both."""
+    labels = records.labels[:, 0].long()
+    found: dict[str, dict[str, Any]] = {}
+    for name, rows in parts_of_evaluation().items():
+        z, y = logits[rows], labels[rows]
+        figures = metrics(z, y, records[rows])
+        found[name] = {**{key: round(value, 6) for key, value in figures.items()}, "reliability": reliability(z, y)}
+    return found
+
+
+def reliability(logits: Tensor, labels: Tensor) -> list[list[float]]:
+    """[count, mean confidence, accuracy] of the most probable class in 15 bins of equal width (low, high]."""
+    confidence, predicted = logits.softmax(1).max(1)
+    right = (predicted == labels).double()
+    at = (confidence.double() * BINS).ceil().long().clamp(1, BINS) - 1
+    columns = torch.stack([torch.ones_like(right), confidence.double(), right], 1)
+    sums = torch.zeros(BINS, 3, dtype=torch.double).index_add_(0, at, columns).tolist()
+    return [[int(n), round(sure / max(n, 1), 6), round(correct / max(n, 1), 6)] for n, sure, correct in sums]
+
+
+def child(job: Job, work: Path, logits: Path | None) -> None:
+    """Do one job and file its results; times are summed over all processes that it took."""
+    (work / "locks").mkdir(parents=True, exist_ok=True)
+    try:
+        with FileLock(work / "locks" / job.name, timeout=0):
+            with stopwatch(work / "spent" / f"{job.name}.json") as spent:
+                found = perform(job, work, logits)
+            about = machine()
+            result = {
+                "settings": asdict(job), **found, **spent(), "threads": torch.get_num_threads(),
+                "processor": about["processor"], "torch": about["torch"],
+            }  # fmt: skip
+            replace_file(work / "done" / f"{job.name}.json", json.dumps(result).encode())
+    except Timeout:
+        sys.exit(f"{job.name} is under way in another process")
+    except KeyboardInterrupt:
+        sys.exit("stopped")
+
+
+@contextlib.contextmanager
+def stopwatch(file: Path) -> Iterator[Callable[[], dict[str, float]]]:
+    """Adds the seconds that pass, on the clock and of all cores, to those in a file."""
+    before = json.loads(file.read_text()) if file.exists() else {"seconds": 0.0, "cpu_seconds": 0.0}
+    started = time.monotonic(), time.process_time()
+
+    def spent() -> dict[str, float]:
+        now = time.monotonic(), time.process_time()
+        return {name: before[name] + b - a for name, a, b in zip(before, started, now, strict=True)}
+
+    try:
+        yield spent
+    finally:
+        replace_file(file, json.dumps(spent()).encode())
+
+
+# All jobs
+
+
+def collected(work: Path, out: Path, teacher_epochs: int) -> dict[str, Any]:
+    """The results so far, those in `out` and those in the work folder, by job."""
+    files = sorted((work / "done").glob("*.json"))
+    mine = {file.stem: json.loads(file.read_text()) for file in files}
+    if not out.exists():
+        return mine
+    there = json.loads(out.read_text())
+    if there["protocol"] != protocol(teacher_epochs):
+        sys.exit(f"{out} holds another study, {there['protocol']}: give another --out")
+    theirs = there["jobs"]
+    if (a := theirs.get("build-dense")) and (b := mine.get("build-dense")) and a["key"] != b["key"]:
+        sys.exit(f"{out} holds the students of another teacher: take its work folder, or give another --out")
+    return {**theirs, **mine}
+
+
+def run_all(
+    jobs: Sequence[Job], at_once: int, command: Callable[[Job], list[str]], work: Path, tell: Callable[[Job, str], None]
+) -> list[str]:
+    """Run the jobs, so many at once, each with its share of the cores; the names of those that failed.
+
+    Interrupted, it stops what is under way, which keeps its state, and goes.
+    """
+    waiting, running, failed = list(jobs), dict[Job, subprocess.Popen[bytes]](), list[str]()
+    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
+    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1"}
+    env["OMP_WAIT_POLICY"] = "passive"  # on a busy machine threads that spin take twice the time
+    (work / "logs").mkdir(parents=True, exist_ok=True)
+    try:
+        while waiting or running:
+            while waiting and len(running) < at_once:
+                job = waiting.pop(0)
+                with (work / "logs" / f"{job.name}.log").open("ab") as log:
+                    # In a session of its own, so that Ctrl-C is heard once, by way of this process.
+                    running[job] = subprocess.Popen(
+                        ["nice", *command(job)], env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
+                        start_new_session=True,
+                    )  # fmt: skip
+            time.sleep(_LOOK_SECONDS)
+            for job in [job for job, process in running.items() if process.poll() is not None]:
+                status = running.pop(job).returncode
+                if status:
+                    failed.append(job.name)
+                tell(job, "done" if not status else f"FAILED ({status}), see {work / 'logs' / job.name}.log")
+    finally:
+        for process in running.values():
+            process.terminate()
+        for process in running.values():
+            process.wait()
+    return failed
+
+
+def stages(group: str, teacher_epochs: int) -> list[Job]:
+    """What a group's runs need, which is not among the results but in the work folder."""
+    if group == "imagenet":
+        return []
+    return [Teach(teacher_epochs), Build("dense"), *([Build("top3")] if group == "topk" else [])]
+
+
+def go_on(a: argparse.Namespace) -> int:
+    """All that is left of the groups; how many jobs failed."""
+
+    def command(job: Job) -> list[str]:
+        logits = ["--logits", str(a.logits)] if a.logits else []
+        kind = json.dumps([type(job).__name__, asdict(job)])
+        return [sys.executable, __file__, "--work", str(a.work), "--data", str(a.data), *logits, "--job", kind]
+
+    def results() -> dict[str, Any]:
+        return collected(a.work, a.out, a.teacher_epochs)
+
+    def tell(job: Job, what: str) -> None:
+        found = results()
+        count, cost = cost_left(a.only, found)
+        timed = [job for job in found.values() if "training_seconds" in job]
+        spent = sum(job["seconds"] for job in timed)
+        units = sum(Run(**job["settings"]).cost for job in timed)
+        left = f", about {duration(spent / units * cost / a.jobs)}" if units else ""
+        took = f" in {duration(found[job.name]['seconds'])}" if job.name in found else ""
+        say(f"{job.name}: {what}{took}; {count} runs of {','.join(a.only)} left{left}")
+
+    failed: list[str] = []
+    for name in a.only:
+        for stage in stages(name, a.teacher_epochs):
+            if not (a.work / "done" / f"{stage.name}.json").exists() and run_all([stage], 1, command, a.work, tell):
+                return 1
+        while jobs := [job for job in todo(name, results()) if job.name not in failed]:
+            failed += run_all(jobs, a.jobs, command, a.work, tell)
+    return len(failed)
+
+
+def say(text: str) -> None:
+    print(time.strftime("%H:%M:%S"), text, flush=True)
+
+
+def main() -> None:
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of teacher, caches, runs and logs")
+    parser.add_argument("--data", type=Path, default=os.environ.get("STUDY_DATA"), help="the .npz (or STUDY_DATA)")
+    parser.add_argument("--logits", type=Path, help="ImageNet logits, for the group imagenet")
+    parser.add_argument("--only", type=lambda v: v.split(","), default=list(GROUPS), help=f"some of {','.join(GROUPS)}")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--teacher-epochs", type=int, default=TEACHER_EPOCHS)
+    parser.add_argument("--report", action="store_true", help="results, plots and tables, from what is done")
+    parser.add_argument("--out", type=Path, default=RESULTS)
+    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    a = parser.parse_args()
+    if unknown := set(a.only) - set(GROUPS):
+        parser.error(f"unknown groups {', '.join(unknown)}: take some of {', '.join(GROUPS)}")
+    a.work = a.work.absolute()
+    if a.report:
+        from study_plots import write_plots  # matplotlib is an extra
+
+        found = collected(a.work, a.out, a.teacher_epochs)
+        write_report(found, protocol(a.teacher_epochs), a.out, a.docs / "study.md")
+        write_plots(found, a.docs / "study")
+        return
+    if not a.data or not a.data.is_file():
+        parser.error("where is CIFAR-10? give --data FILE.npz")
+    os.environ |= {"KDCACHE_HOME": str(a.work / "home"), "STUDY_DATA": str(a.data.absolute())}
+    if a.job:
+        kind, fields = json.loads(a.job)
+        child(_KINDS[kind](**fields), a.work, a.logits)
+        return
+    if "imagenet" in a.only and not (a.logits and a.logits.is_file()):
+        parser.error("the group imagenet needs --logits FILE.npz; --only names others")
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
+    try:
+        sys.exit(1 if go_on(a) else 0)
+    except KeyboardInterrupt:
+        sys.exit("stopped; the same command goes on")
+
+
+if __name__ == "__main__":
+    main()

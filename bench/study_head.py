@@ -1,0 +1,82 @@
+"""Truncation at 1,000 classes: heads fitted by nkd to records of real ImageNet logits, and their KL to the teacher.
+
+The file holds a teacher's logits [views, images, C] without the images, so a head's input is made from other views of
+the same image: the teacher's logits on view v + V/2, centred and reduced to 64 whitened principal components (those of
+the training images). Its target is the record of view v, for the first half of the views. So a head sees the image as a
+student with little capacity would, and cannot copy the answer. Four fifths of the images train it; on the others KL is
+taken, to the teacher's whole distribution of view v at temperature 1. The label is the class with the highest mean
+logit, as the file gives it. A seed draws the division of the images, the head's start and the order of batches, and all
+heads of a seed share them, so that they are compared pair by pair.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from kdcache.cache import Records, encode
+from kdcache.cache.records import class_prior, tail_distribution
+from kdcache.train.losses import CE, NKD, Loss
+
+KS, TAILS, DENSE = (5, 10, 20, 50), ("prior", "uniform", "renorm", "drop"), "dense"
+GAMMA, TEMPERATURE = 1.5, 1.0  # nkd's preset for images of more than 64 pixels
+COMPONENTS, EPOCHS, BATCH, LR, DECAY = 64, 40, 128, 0.01, 0.1
+
+
+def heads(file: Path, seed: int) -> dict[str, float]:
+    """KL(teacher, head) in nats on the images left out, by "K tail", "dense", and "ce" for a head without teacher."""
+    with np.load(file) as f:
+        logits, labels = torch.from_numpy(f["logits"]).float(), torch.from_numpy(f["labels"].astype(np.int64))
+    half, images = len(logits) // 2, len(labels)
+    order = torch.from_numpy(np.argsort(np.random.Philox(key=seed).random_raw(images), kind="stable"))
+    train, test = order[images // 5 :], order[: images // 5]
+
+    inputs = components(logits[half:], train)
+    x, z = (values[:, train].flatten(0, 1) for values in (inputs, logits[:half]))
+    y = labels[train].repeat(half)
+    unseen, truth = (values[:, test].flatten(0, 1) for values in (inputs, logits[:half]))
+
+    def kl(loss: Loss, records: Records | None) -> float:
+        head = fitted(loss, x, y, records, logits.shape[2], seed)
+        log_p, log_q = F.log_softmax(truth, 1), F.log_softmax(head(unseen), 1)
+        return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+
+    found = {"ce": kl(CE(), None), DENSE: kl(NKD(GAMMA, TEMPERATURE), encode(z, y))}
+    for k in KS:
+        records = encode(z, y, k, (TEMPERATURE,))
+        of_view_0 = tail_distribution(z[: len(train)], records[: len(train)])
+        records = replace(records, prior=class_prior(of_view_0))
+        for tail in TAILS:
+            found[f"{k} {tail}"] = kl(NKD(GAMMA, TEMPERATURE, tail), records)
+    return found
+
+
+def components(logits: Tensor, train: Tensor) -> Tensor:
+    """[views, images, COMPONENTS] of logits [views, images, C], with the mean and axes of the training images."""
+    known = logits[:, train].flatten(0, 1)
+    mean = known.mean(0)
+    values, axes = torch.linalg.eigh(torch.cov((known - mean).T))
+    return (logits - mean) @ axes[:, -COMPONENTS:] / values[-COMPONENTS:].sqrt()
+
+
+def fitted(loss: Loss, x: Tensor, y: Tensor, records: Records | None, classes: int, seed: int) -> torch.nn.Linear:
+    """A linear head after EPOCHS over the rows of x."""
+    torch.manual_seed(seed)
+    head = torch.nn.Linear(x.shape[1], classes)
+    optimiser = torch.optim.AdamW(head.parameters(), LR, weight_decay=DECAY)
+    steps = len(x) // BATCH
+    schedule = torch.optim.lr_scheduler.OneCycleLR(optimiser, LR, EPOCHS * steps)
+    for _ in range(EPOCHS):
+        order = torch.randperm(len(x))
+        for rows in order[: steps * BATCH].split(BATCH):
+            value = loss(head(x[rows]), y[rows], None if records is None else records[rows])
+            optimiser.zero_grad()
+            value.backward()
+            optimiser.step()
+            schedule.step()
+    return head.requires_grad_(False)

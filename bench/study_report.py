@@ -1,0 +1,310 @@
+"""What the study found: statistics and the tables of docs/study.md, from the results of the runs alone."""
+
+from __future__ import annotations
+
+import json
+import math
+import statistics
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from scipy.stats import t as student_t
+from study_head import DENSE, KS, TAILS
+from study_protocol import (
+    EPOCHS,
+    ONLINE_BDKD,
+    TOPK_NKDS,
+    VIEWS,
+    Chosen,
+    Results,
+    Run,
+    best,
+    choose,
+    group,
+    recipe_runs,
+    weight_runs,
+    with_tail,
+)
+
+from kdcache.pipeline.progress import duration, size
+from kdcache.train.presets import make_loss
+
+# Name in the results, heading, factor, digits.
+METRICS = (("top1", "top-1, %", 100, 2), ("nll", "NLL", 1, 4), ("ece", "ECE", 1, 4))
+MORE = (*METRICS, ("agreement", "agreement, %", 100, 2), ("kl", "KL", 1, 4))
+NOT_YET = "*Not run yet.*"
+
+
+# Statistics
+
+
+@dataclass(frozen=True)
+class Estimate:
+    """A mean of n values with their standard deviation (None for one) and half the 95% t-interval of the mean."""
+
+    mean: float
+    n: int
+    deviation: float | None = None
+    half: float | None = None
+
+    @property
+    def low(self) -> float:
+        return self.mean - (self.half or 0.0)
+
+    @property
+    def high(self) -> float:
+        return self.mean + (self.half or 0.0)
+
+
+def estimate(values: Sequence[float]) -> Estimate:
+    n = len(values)
+    if n == 1:
+        return Estimate(values[0], 1)
+    deviation = statistics.stdev(values)
+    half = float(student_t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
+    return Estimate(statistics.fmean(values), n, deviation, half)
+
+
+def by_seed(results: Results, runs: Sequence[Run], metric: str) -> dict[int, float]:
+    """Of the runs that are done, on the test images."""
+    return {run.seed: results[run.name]["test"][metric] for run in runs if run.name in results}
+
+
+def differences(results: Results, runs: Sequence[Run], others: Sequence[Run], metric: str) -> list[float]:
+    """Those of the seeds that both have, in the order of seeds."""
+    a, b = by_seed(results, runs, metric), by_seed(results, others, metric)
+    return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
+
+
+# What is compared
+
+
+@dataclass(frozen=True)
+class Section:
+    """Runs by label, a run a seed; and which labels are compared pair by pair."""
+
+    runs: dict[str, list[Run]]
+    pairs: list[tuple[str, str]]
+
+
+def sections(chosen: Chosen) -> dict[str, Section]:
+    every = {name: group(name, chosen) for name in ("core", "views", "losses", "topk", "small")}
+
+    def where(name: str, **has: Any) -> list[Run]:
+        return [
+            run for run in every[name] if isinstance(run, Run) and all(getattr(run, k) == v for k, v in has.items())
+        ]
+
+    named = {"ce": "ce", "kd": chosen.kd, "nkd": chosen.nkd}
+    core = {label: where("core", loss=loss) for label, loss in named.items()}
+    small = {label: where("small", loss=loss) for label, loss in named.items()}
+    pairs = [("kd", "ce"), ("nkd", "ce"), ("nkd", "kd")]
+    views = {f"V = {v}": where("views", views=v, online=False) for v in VIEWS}
+    views |= {f"V = {EPOCHS}": core["nkd"], "online": where("views", online=True)}
+    others = dict.fromkeys(run.loss for run in where("losses", online=False))
+    losses = core | {loss: where("losses", loss=loss, online=False) for loss in others}
+    losses["bdkd, online"] = where("losses", loss=ONLINE_BDKD, online=True)
+    topk, of_dense = {}, []
+    for nkd in TOPK_NKDS:
+        at = f"T = {make_loss(nkd, 32).temperature:g}"
+        topk[f"{at}, dense"] = where("topk", loss=nkd)
+        for tail in TAILS:
+            topk[f"{at}, {tail}"] = where("topk", loss=with_tail(nkd, tail))
+            of_dense.append((f"{at}, {tail}", f"{at}, dense"))
+    return {
+        "core": Section(core, pairs),
+        "views": Section(views, [(label, "online") for label in views if label != "online"]),
+        "losses": Section(losses, [(label, "ce") for label in losses if label != "ce"]),
+        "topk": Section(topk, of_dense),
+        "small": Section(small, pairs),
+    }
+
+
+def head_values(results: Results) -> dict[str, list[float]]:
+    """KL by head, over seeds in their order."""
+    found = [results[head.name]["kl"] for head in group("imagenet", Chosen()) if head.name in results]
+    return {name: [kl[name] for kl in found] for name in (found[0] if found else {})}
+
+
+# Tables
+
+
+def plain(value: Estimate, factor: float, digits: int) -> str:
+    spread = "" if value.deviation is None else f" ± {factor * value.deviation:.{digits}f}"
+    return f"{factor * value.mean:.{digits}f}{spread}"
+
+
+def signed(value: Estimate, factor: float, digits: int) -> str:
+    if value.half is None:
+        return f"{factor * value.mean:+.{digits}f}"
+    return f"{factor * value.mean:+.{digits}f} ({factor * value.low:+.{digits}f} to {factor * value.high:+.{digits}f})"
+
+
+def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (heads, ["---"] * len(heads), *rows))
+
+
+def means_table(results: Results, section: Section) -> str:
+    rows = []
+    for label, runs in section.runs.items():
+        if values := by_seed(results, runs, "top1"):
+            cells = [plain(estimate([*by_seed(results, runs, m).values()]), f, d) for m, _, f, d in MORE]
+            rows.append([label, str(len(values)), *cells])
+    return markdown(["", "seeds", *(heading for _, heading, *_ in MORE)], rows) if rows else NOT_YET
+
+
+def pairs_table(results: Results, section: Section) -> str:
+    rows = []
+    for a, b in section.pairs:
+        found = [(differences(results, section.runs[a], section.runs[b], m), f, d) for m, _, f, d in METRICS]
+        if n := len(found[0][0]):
+            rows.append([f"{a} - {b}", str(n), *(signed(estimate(values), f, d) for values, f, d in found)])
+    heads = ["", "pairs", *(heading.replace("%", "points") for _, heading, *_ in METRICS)]
+    return markdown(heads, rows) if rows else NOT_YET
+
+
+def tuning_table(results: Results) -> str:
+    """What the held-out images said: each setting's mean over its seeds."""
+    runs = recipe_runs()
+    if recipe := best(results, runs):
+        runs = runs + weight_runs(recipe.lr, recipe.decay)
+    same: dict[tuple[str, float, float], list[dict[str, Any]]] = {}
+    for run in runs:
+        if run.name in results:
+            same.setdefault((run.loss, run.lr, run.decay), []).append(results[run.name]["held_out"])
+    rows = []
+    for (loss, lr, decay), found in same.items():
+        figures = [plain(estimate([m[name] for m in found]), f, d) for name, _, f, d in METRICS]
+        rows.append([f"`{loss}`", f"{lr:g}", f"{decay:g}", str(len(found)), *figures])
+    heads = ["loss", "lr", "weight decay", "seeds", *(heading for _, heading, *_ in METRICS)]
+    return markdown(heads, rows) if rows else NOT_YET
+
+
+def chosen_text(results: Results) -> str:
+    chosen = choose(results)
+    if chosen is None:
+        return NOT_YET
+    return (
+        f"Chosen: learning rate {chosen.lr:g}, weight decay {chosen.decay:g}; `kd` below is `{chosen.kd}`, `nkd` is "
+        f"`{chosen.nkd}` (a bare name is the preset of [Losses](losses.md))."
+    )
+
+
+def teacher_table(results: Results) -> str:
+    if "build-dense" not in results:
+        return NOT_YET
+    parts = {"held out": "held_out", "test": "test"}
+    rows = [
+        [label, *(f"{f * results['build-dense'][part][m]:.{d}f}" for m, _, f, d in METRICS)]
+        for label, part in parts.items()
+    ]
+    return markdown(["images", *(heading for _, heading, *_ in METRICS)], rows)
+
+
+def heads_table(results: Results) -> str:
+    found = head_values(results)
+    if not found:
+        return NOT_YET
+    dense = found[DENSE]
+
+    def cell(name: str) -> str:
+        minus = estimate([a - b for a, b in zip(found[name], dense, strict=True)])
+        return f"{plain(estimate(found[name]), 1, 3)}; {signed(minus, 1, 3)}"
+
+    rows = [[f"K = {k}", *(cell(f"{k} {tail}") for tail in TAILS)] for k in KS]
+    whole, none = (plain(estimate(values), 1, 3) for values in (dense, found["ce"]))
+    text = f"Dense: {whole}; no teacher (`ce`): {none}; {len(dense)} seeds."
+    return markdown(["KL, and over dense", *TAILS], rows) + f"\n\n{text}"
+
+
+def cost_table(results: Results, chosen: Chosen | None) -> str:
+    """Seconds on the clock and of all cores; and after how many students the cache has paid."""
+    rows = []
+    for label, name in (("teach", "teach"), ("build, dense", "build-dense"), ("build, top 3", "build-top3")):
+        if name in results:
+            rows.append([label, "1", *(duration(results[name][key]) for key in ("seconds", "cpu_seconds"))])
+    text = []
+    if chosen:
+        of = sections(chosen)
+        kinds = {
+            "a student by ce": of["core"].runs["ce"],
+            "by kd, from the cache": of["core"].runs["kd"],
+            "by nkd, from the cache": of["core"].runs["nkd"],
+            "by nkd, teacher in the loop": of["views"].runs["online"],
+            "by bdkd, teacher learns": of["losses"].runs["bdkd, online"],
+        }
+        median = {}
+        for label, runs in kinds.items():
+            if done := [results[run.name] for run in runs if run.name in results]:
+                median[label] = {key: statistics.median(job[key] for job in done) for key in ("seconds", "cpu_seconds")}
+                rows.append([label, str(len(done)), *map(duration, median[label].values())])
+        cached, online = (median.get(label) for label in list(kinds)[2:4])
+        if cached and online and "build-dense" in results:
+            saved = online["cpu_seconds"] - cached["cpu_seconds"]
+            students = results["build-dense"]["cpu_seconds"] / saved
+            text.append(f"By core-seconds the dense cache has paid for itself after {students:.2f} students.")
+    for label, name in (("dense", "build-dense"), ("top 3", "build-top3")):
+        if name in results:
+            text.append(f"The {label} cache takes {size(results[name]['bytes'])}.")
+    table = markdown(["", "runs", "median on the clock", "median of core-seconds"], rows)
+    return f"{table}\n\n{' '.join(text)}" if rows else NOT_YET
+
+
+def tables(results: Results) -> dict[str, str]:
+    """Every generated part of the page, by its marker's name."""
+    chosen = choose(results)
+    of = sections(chosen or Chosen())
+    return {
+        "teacher": teacher_table(results),
+        "tuning": tuning_table(results),
+        "chosen": chosen_text(results),
+        **{name: means_table(results, section) for name, section in of.items()},
+        **{f"{name}-pairs": pairs_table(results, section) for name, section in of.items()},
+        "imagenet": heads_table(results),
+        "cost": cost_table(results, chosen),
+    }
+
+
+def filled(page: str, parts: dict[str, str]) -> str:
+    """The page with each part between its marks, <!-- NAME --> and <!-- /NAME -->; ValueError where one is missing."""
+    for name, text in parts.items():
+        begin, end = f"<!-- {name} -->\n", f"<!-- /{name} -->"
+        if page.count(begin) != 1 or page.count(end) != 1:
+            raise ValueError(f"the page has not one place for {name}")
+        before, rest = page.split(begin)
+        page = f"{before}{begin}{text}\n{end}{rest.split(end)[1]}"
+    return page
+
+
+def summary(results: Results) -> dict[str, Any]:
+    """Means and paired differences as numbers, on the test images."""
+    chosen = choose(results)
+    if chosen is None:
+        return {}
+    out: dict[str, Any] = {}
+    for name, section in sections(chosen).items():
+        means = {
+            label: {m: vars(estimate([*found.values()])) for m, *_ in MORE if (found := by_seed(results, runs, m))}
+            for label, runs in section.runs.items()
+        }
+        pairs = {
+            f"{a} - {b}": {
+                m: vars(estimate(found))
+                for m, *_ in METRICS
+                if (found := differences(results, section.runs[a], section.runs[b], m))
+            }
+            for a, b in section.pairs
+        }
+        out[name] = {"means": {k: v for k, v in means.items() if v}, "pairs": {k: v for k, v in pairs.items() if v}}
+    return out
+
+
+def write_report(results: dict[str, Any], protocol: dict[str, Any], out: Path, page: Path) -> None:
+    """The results as JSON, a line a job, and the page's tables."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results))
+    head, found = json.dumps(protocol), json.dumps(summary(results))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(f'{{"protocol": {head},\n"summary": {found},\n"jobs": {{\n{lines}\n}}}}\n')
+    page.write_text(filled(page.read_text(), tables(results)))
