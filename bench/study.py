@@ -33,6 +33,7 @@ from study_protocol import (
     BATCH,
     EPOCHS,
     GROUPS,
+    STUDENT_BATCH,
     TEACHER,
     TEACHER_EPOCHS,
     TOPK,
@@ -134,7 +135,7 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
     train(
         TrainConfig(
             run.loss, str(cache), STUDENT_DATA, run.student, EPOCHS, str(out), resume=(out / "config.json").exists(),
-            seed=run.seed, batch_size=BATCH, lr=run.lr, weight_decay=run.decay,
+            seed=run.seed, batch_size=STUDENT_BATCH, lr=run.lr, weight_decay=run.decay,
             views=None if run.online else run.views, online=run.online, fresh_views=run.online,
             weights=str(taught()) if asks else None, evaluate_every=EPOCHS,
         ),
