@@ -1,8 +1,13 @@
-"""Fixtures of several files: registries of each kind that can be written, all of them empty."""
+"""For all files; fixtures of several: registries of each kind that can be written, all of them empty."""
+
+import signal
 
 import pytest
 
 BUCKETS = 100
+
+if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job; what we start would inherit that
+    signal.signal(signal.SIGINT, signal.default_int_handler)
 
 
 @pytest.fixture(scope="module")
