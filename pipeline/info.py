@@ -92,17 +92,14 @@ def removed_line(cache: Cache, registry: Registry | None) -> str:
 
 
 def facts(cache: Cache) -> dict[str, Any]:
-    """For info: what `summary` has, views under way, who built it, and how faithful the records are.
-
-    Or why they are unreadable.
-    """
+    """For info: `summary`, views under way, who built it and how faithful it is (or why that is unreadable)."""
     complete = cache.train.complete_views()
     under_way = sorted(set(cache.train.committed()) - set(complete))
-    found = {**summary(cache), "under_way": under_way, "built": built(cache)}
+    found = {**summary(cache), "under_way": under_way, "built": [], "fidelity": None}
     try:
-        return {**found, "fidelity": fidelity(cache)}
+        return {**found, "built": built(cache), "fidelity": fidelity(cache)}
     except KdcacheError as e:
-        return {**found, "fidelity": None, "unreadable": str(e)}
+        return {**found, "unreadable": str(e)}
 
 
 def describe(cache: Cache, found: dict[str, Any]) -> str:

@@ -85,3 +85,6 @@ def test_info_tells_who_built_which_views(tmp_path):
     assert "by kdcache build --views 4" in result.output and "\x1b" not in result.output
     result = CliRunner().invoke(main, ["info", "--json", str(cache.path)])
     assert json.loads(result.output)["built"][0]["host"] == "anna's"
+    (cache.path / "commits" / "v00001-p0001.json").write_text("{}")
+    result = CliRunner().invoke(main, ["info", str(cache.path)])
+    assert result.exit_code == 0 and "not readable" in result.output and cache.key in result.output
