@@ -51,13 +51,12 @@ from kdcache.cache import Records, open_cache
 from kdcache.cache.files import replace_file
 from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.datasets import open_data
-from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.progress import duration
 from kdcache.pipeline.render import Renderer
-from kdcache.pipeline.teachers import Classifier, load_fitting, read_weights, taught_file
+from kdcache.pipeline.teachers import read_weights, taught_file
 from kdcache.train.bench import machine
 from kdcache.train.evaluate import metrics, predict
-from kdcache.train.run import TrainConfig, train
+from kdcache.train.run import TrainConfig, student_of, train
 from kdcache.train.teach import TeachConfig, teach
 
 TEACHER_DATA, STUDENT_DATA = "study_data:teacher", "study_data:students"
@@ -141,10 +140,9 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
         ),
         keep_finished=True,
     )  # fmt: skip
-    state, notes = read_weights(out / "last.safetensors")
-    network = build_network(notes["student"], notes["classes"], notes["input_size"])
-    load_fitting(network, state, f"the weights in {out}")
-    model = Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(memory_format=torch.channels_last)
+    last = out / "last.safetensors"
+    state, notes = read_weights(last)
+    model = student_of(last, state, notes)
     data = open_data(STUDENT_DATA, "eval")
     answered = predict(model, data, Renderer(data, notes["input_size"], torch.device("cpu")))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]

@@ -601,8 +601,7 @@ def _probe(source: Source, config: BuildConfig, batch: int, images: int, rendere
     record_bytes = sum(len(arrays.encode_part(spec, 0, encoded[spec.name])) for spec in specs) / len(index)
     if labels.shape[1] and not config.allow_low_accuracy:
         accuracy = float((logits.argmax(1).numpy() == labels[:, 0]).mean())
-        chance = 1 / len(np.unique(source.train_labels[:, 0]))
-        limit = chance + 4 * (chance * (1 - chance) / len(index)) ** 0.5
+        chance, limit = chance_of(source.train_labels[:, 0], len(index))
         if accuracy < limit:
             raise InputError(
                 f"the teacher is right on {100 * accuracy:.1f}% of {len(index)} training images, chance is "
@@ -610,6 +609,12 @@ def _probe(source: Source, config: BuildConfig, batch: int, images: int, rendere
                 "--allow-low-accuracy builds all the same"
             )
     return rate, record_bytes
+
+
+def chance_of(labels: NDArray[np.int64], samples: int) -> tuple[float, float]:
+    """The accuracy of guesses among the classes in `labels`, and the least that is above it on so many samples."""
+    chance = 1 / len(np.unique(labels))
+    return chance, chance + 4 * (chance * (1 - chance) / samples) ** 0.5
 
 
 def _class_map(data: Dataset, class_map: str | None, teacher: Teacher) -> NDArray[np.int64]:

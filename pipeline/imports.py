@@ -43,7 +43,7 @@ from kdcache.cache.home import caches_folder
 from kdcache.cache.identity import Identity, RecordIdentity, TeacherIdentity, ViewsIdentity
 from kdcache.cache.store import Cache, shard_name
 from kdcache.pipeline import provenance
-from kdcache.pipeline.build import PART, describe_data
+from kdcache.pipeline.build import PART, chance_of, describe_data
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.progress import Progress, duration, size
 from kdcache.pipeline.views import ViewParameters
@@ -239,8 +239,8 @@ def _classes(config: ImportConfig, data: Dataset) -> int:
 
 def _require_accuracy(hits: int, data: Dataset) -> None:
     """InputError where the stored answers are near chance: other data, or in another order."""
-    accuracy, chance = hits / len(data), 1 / len(np.unique(data.labels))
-    if accuracy < (limit := chance + 4 * (chance * (1 - chance) / len(data)) ** 0.5):
+    accuracy, (_, limit) = hits / len(data), chance_of(data.labels, len(data))
+    if accuracy < limit:
         raise InputError(
             f"the stored answers name the label of {100 * accuracy:.1f}% of the images, {100 * limit:.1f}% would be "
             f"above chance: are they of {data.name}, with its classes in this order? --allow-low-accuracy imports them"

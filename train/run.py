@@ -334,6 +334,14 @@ class Judge:
         return predict(model, self._data, self._renderers[size], dtype)
 
 
+def student_of(path: Path, state: dict[str, Tensor], notes: dict[str, Any]) -> Classifier:
+    """The student in a run's file of weights, given what `read_weights` found there; on the CPU."""
+    name = notes["student"]
+    network = build_network(name, notes["classes"], notes["input_size"])
+    load_fitting(network, state, f"the weights in {path} and {name}")
+    return Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(memory_format=torch.channels_last)
+
+
 def evaluate_run(
     where: str,
     data: str | None = None,
@@ -355,11 +363,8 @@ def evaluate_run(
         raise InputError(f"{path} was not written by kdcache: it does not say which network and data it belongs to")
     if not {"student", "classes", "data", "cache"} <= notes.keys():
         raise InputError(f"{path} is a taught teacher: its accuracy stands in its notes, see kdcache build")
-    on, name = pick_device(device), notes["student"]
-    network = build_network(name, notes["classes"], notes["input_size"])
-    load_fitting(network, state, f"the weights in {path} and {name}")
-    model = Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(on)
-    model.to(memory_format=torch.channels_last)
+    on = pick_device(device)
+    model = student_of(path, state, notes).to(on)
     place = notes.get("cache_path")
     found = _open(cache or (place if place and _exists(place) else notes["cache"]), registry)
     if cache is None and found.key != notes["cache"]:
