@@ -2,8 +2,8 @@
 
 STUDY_DATA names an .npz of x, tx (uint8 [N, 32, 32, 3]) and y, ty (labels): training and test images in their original
 order. A tenth of each class's training images is held out for every choice that is made; the teacher learns from all
-others, students from a fixed tenth of each class. The evaluation split of the students is what is held out and then the
-test images, so that one cache serves both.
+others, students from a fixed twentieth of each class. The evaluation split of the students is what is held out and then
+the test images, so that one cache serves both.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ import os
 
 import numpy as np
 
-HELD_OUT, STUDENTS, SEED = 10, 10, 7  # the held out are one in HELD_OUT of each class, the students' one in STUDENTS
+HELD_OUT, STUDENTS, SEED = 10, 20, 7  # the held out are one in HELD_OUT of each class, the students' one in STUDENTS
 Images = tuple[np.ndarray, np.ndarray]
 
 

@@ -6,11 +6,13 @@ from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+from study_data import HELD_OUT, STUDENTS
+
 from kdcache.train.presets import LOSSES
 
 TEACHER, STUDENT, SMALL_STUDENT = "resnet56", "resnet20", "resnet8"
-TEACHER_EPOCHS, EPOCHS = 12, 20
-BATCH, STUDENT_BATCH, AUGMENT = 128, 64, "crop,flip"
+TEACHER_EPOCHS, EPOCHS = 10, 20
+BATCH, STUDENT_BATCH, AUGMENT = 128, 32, "crop,flip"
 TOPK, TOPK_TEMPERATURES = 3, (1.0, 3.0)
 
 # Chosen on the held-out images: the recipe by ce alone, for all losses; then the weights of kd and of nkd.
@@ -181,5 +183,6 @@ def protocol(teacher_epochs: int) -> dict[str, Any]:
     """The constants that all results of one file share."""
     return {
         "teacher": TEACHER, "teacher_epochs": teacher_epochs, "student": STUDENT, "epochs": EPOCHS, "batch_size": BATCH,
-        "student_batch_size": STUDENT_BATCH, "augment": AUGMENT,
+        "student_batch_size": STUDENT_BATCH, "augment": AUGMENT, "held_out": f"1/{HELD_OUT}",
+        "students": f"1/{STUDENTS}",
     }  # fmt: skip

@@ -37,7 +37,7 @@ class Progress:
         self._shown = now
         rate = self.done / (now - self._start)
         left = duration((self.total - self.done) / rate) if rate else "?"
-        speed = f"{rate:,.0f}/s" if rate >= 1 else f"{duration(1 / rate)} each" if rate else "0/s"
+        speed = f"{rate:,.{int(rate < 10)}f}/s" if rate >= 1 else f"{duration(1 / rate)} each" if rate else "0/s"
         line = f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {speed}, {left} left {note}".rstrip()
         self._stream.write(f"\r\033[K{line}" if self._tty else f"{line}\n")
         self._stream.flush()

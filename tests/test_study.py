@@ -35,7 +35,7 @@ def test_images_are_divided_evenly_and_nothing_is_in_two_parts():
     labels = np.random.default_rng(0).permutation(np.repeat(np.arange(10), 200))
     parts = module("study_data").rows(labels)
     held, teacher, students = (set(parts[name].tolist()) for name in ("held_out", "teacher", "students"))
-    assert [len(held), len(teacher), len(students)] == [200, 1800, 200]
+    assert [len(held), len(teacher), len(students)] == [200, 1800, 100]
     assert not held & teacher and held | teacher == set(range(2000)) and students < teacher
     for name in ("held_out", "students"):
         assert len(set(np.bincount(labels[parts[name]]).tolist())) == 1
