@@ -106,7 +106,7 @@ def perform(job: Job, work: Path, logits: Path | None) -> dict[str, Any]:
             return built(job.records, work)
         case Head():
             assert logits is not None
-            return {"kl": heads(logits, job.seed)}
+            return heads(logits, job.seed)
         case Run():
             return trained(job, work)
 
@@ -116,7 +116,8 @@ def taught() -> Path:
 
 
 def built(records: str, work: Path) -> dict[str, Any]:
-    """A cache of the students' images; its size, and the teacher's own metrics."""
+    """A cache of the students' images; its size, and the teacher's own metrics or the mass of its top classes."""
+    dense = work / "caches" / "dense"
     topk = {"topk": TOPK, "temperatures": TOPK_TEMPERATURES} if records == "top3" else {}
     config = BuildConfig(
         TEACHER, str(taught()), STUDENT_DATA, AUGMENT, views=EPOCHS, out=str(work / "caches" / records), **topk
@@ -126,6 +127,9 @@ def built(records: str, work: Path) -> dict[str, Any]:
     if records == "dense":
         answers = open_cache(result.path).read_evaluation()
         found |= measured(answers.logits(), answers)
+    else:
+        view = open_cache(dense).read(0)
+        found["mass"] = {t: float(view.dense(t).topk(TOPK).values.sum(1).mean()) for t in TOPK_TEMPERATURES}
     return found
 
 
@@ -149,7 +153,8 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
     answered = predict(model, data, Renderer(data, notes["input_size"], torch.device("cpu")))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
-        **measured(answered, open_cache(cache).read_evaluation()),
+        # Whatever it learnt from, it is compared with the teacher's whole answers.
+        **measured(answered, open_cache(work / "caches" / "dense").read_evaluation()),
         "training_seconds": sum(line["seconds"] for line in lines),
         "loss_by_epoch": [round(line["loss"], 5) for line in lines],
     }
@@ -332,13 +337,13 @@ def main() -> None:
     if not a.data or not a.data.is_file():
         parser.error("where is CIFAR-10? give --data FILE.npz")
     os.environ |= {"KDCACHE_HOME": str(a.work / "home"), "STUDY_DATA": str(a.data.absolute())}
+    signal.signal(signal.SIGTERM, signal.default_int_handler)
     if a.job:
         kind, fields = json.loads(a.job)
         child(_KINDS[kind](**fields), a.work, a.logits)
         return
     if "imagenet" in a.only and not (a.logits and a.logits.is_file()):
         parser.error("the group imagenet needs --logits FILE.npz; --only names others")
-    signal.signal(signal.SIGTERM, signal.default_int_handler)
     try:
         sys.exit(1 if go_on(a) else 0)
     except KeyboardInterrupt:

@@ -7,6 +7,9 @@ student with little capacity would, and cannot copy the answer. Four fifths of t
 taken, to the teacher's whole distribution of view v at temperature 1. The label is the class with the highest mean
 logit, as the file gives it. A seed draws the division of the images, the head's start and the order of batches, and all
 heads of a seed share them, so that they are compared pair by pair.
+
+KL is a sum of two parts: that of the label against all others, of which nkd's first term asks more confidence than the
+teacher's, and (1 - p_y) KL(p~, q~) among the others, which is what records decide.
 """
 
 from __future__ import annotations
@@ -26,10 +29,14 @@ from kdcache.train.losses import CE, NKD, Loss
 KS, TAILS, DENSE = (5, 10, 20, 50), ("prior", "uniform", "renorm", "drop"), "dense"
 GAMMA, TEMPERATURE = 1.5, 1.0  # nkd's preset for images of more than 64 pixels
 COMPONENTS, EPOCHS, BATCH, LR, DECAY = 64, 40, 128, 0.01, 0.1
+NOTHING = -1e4  # a logit without any probability, though its logarithm is finite
 
 
-def heads(file: Path, seed: int) -> dict[str, float]:
-    """KL(teacher, head) in nats on the images left out, by "K tail", "dense", and "ce" for a head without teacher."""
+def heads(file: Path, seed: int) -> dict[str, dict[str, float]]:
+    """On the images left out "kl", KL(teacher, head) in nats, and "others", its part beside the label.
+
+    Each by "K tail", "dense", and "ce" for a head without teacher.
+    """
     with np.load(file) as f:
         logits, labels = torch.from_numpy(f["logits"]).float(), torch.from_numpy(f["labels"].astype(np.int64))
     half, images = len(logits) // 2, len(labels)
@@ -40,20 +47,31 @@ def heads(file: Path, seed: int) -> dict[str, float]:
     x, z = (values[:, train].flatten(0, 1) for values in (inputs, logits[:half]))
     y = labels[train].repeat(half)
     unseen, truth = (values[:, test].flatten(0, 1) for values in (inputs, logits[:half]))
+    target = labels[test].repeat(half)[:, None]
+    found: dict[str, dict[str, float]] = {"kl": {}, "others": {}}
 
-    def kl(loss: Loss, records: Records | None) -> float:
-        head = fitted(loss, x, y, records, logits.shape[2], seed)
-        log_p, log_q = F.log_softmax(truth, 1), F.log_softmax(head(unseen), 1)
-        return float((log_p.exp() * (log_p - log_q)).sum(1).mean())
+    def fit(name: str, loss: Loss, records: Records | None) -> None:
+        answers = fitted(loss, x, y, records, logits.shape[2], seed)(unseen)
+        found["kl"][name] = float(kl(truth, answers).mean())
+        rest = 1 - truth.softmax(1).gather(1, target)[:, 0]
+        without = (z.scatter(1, target, NOTHING) for z in (truth, answers))
+        found["others"][name] = float((rest * kl(*without)).mean())
 
-    found = {"ce": kl(CE(), None), DENSE: kl(NKD(GAMMA, TEMPERATURE), encode(z, y))}
+    fit("ce", CE(), None)
+    fit(DENSE, NKD(GAMMA, TEMPERATURE), encode(z, y))
     for k in KS:
         records = encode(z, y, k, (TEMPERATURE,))
         of_view_0 = tail_distribution(z[: len(train)], records[: len(train)])
         records = replace(records, prior=class_prior(of_view_0))
         for tail in TAILS:
-            found[f"{k} {tail}"] = kl(NKD(GAMMA, TEMPERATURE, tail), records)
+            fit(f"{k} {tail}", NKD(GAMMA, TEMPERATURE, tail), records)
     return found
+
+
+def kl(teacher: Tensor, student: Tensor) -> Tensor:
+    """[N] KL(softmax(teacher), softmax(student)) of logits [N, C], in nats."""
+    log_p, log_q = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
+    return (log_p.exp() * (log_p - log_q)).sum(1)
 
 
 def components(logits: Tensor, train: Tensor) -> Tensor:

@@ -9,53 +9,49 @@ from typing import Any
 from matplotlib import pyplot
 from matplotlib.axes import Axes
 from study_head import DENSE, KS, TAILS
-from study_protocol import EPOCHS, Results, Run, choose
+from study_protocol import EPOCHS, MARGIN, Results, Run, choose
 from study_report import METRICS, Section, by_seed, differences, estimate, head_values, sections
 
 
-def plot_views(results: Results, section: Section, axes: Axes) -> None:
-    labels = [label for label in section.runs if label != "online"]
-    points = [(int(label.split()[-1]), by_seed(results, section.runs[label], "top1")) for label in labels]
-    points = [(v, found) for v, found in points if found]
-    for seed in sorted({seed for _, found in points for seed in found}):
-        mine = [(v, 100 * found[seed]) for v, found in points if seed in found]
-        axes.plot(*zip(*mine, strict=True), color="tab:blue", alpha=0.3, linewidth=0.8)
-    means = [(v, estimate([100 * x for x in found.values()])) for v, found in points]
-    views, middle, half = zip(*((v, e.mean, e.half or 0) for v, e in means), strict=True)
-    label = "from the cache: mean, 95% interval, seeds"
-    axes.errorbar(views, middle, half, color="tab:blue", marker="o", capsize=4, label=label)
-    if online := by_seed(results, section.runs["online"], "top1"):
-        mean = estimate([100 * x for x in online.values()])
-        axes.axhspan(mean.low, mean.high, color="tab:orange", alpha=0.25, label="teacher in the loop: 95% interval")
-        axes.axhline(mean.mean, color="tab:orange")
-    axes.set_xscale("log", base=2)
-    axes.set_xticks(views, map(str, views))
-    axes.set(xlabel=f"views in the cache ({EPOCHS} epochs)", ylabel="top-1 on the test images, %")
-    axes.set_title("nkd by number of views")
-    axes.legend(fontsize=8)
-    axes.grid(alpha=0.3)
+def plot_views(results: Results, section: Section, panels: Sequence[Axes]) -> None:
+    views = {label: int(label.split()[-1]) for label, _ in section.pairs}
+    for axes, (metric, heading, factor, _) in zip(panels, METRICS, strict=True):
+        found = {
+            views[a]: [factor * x for x in differences(results, section.runs[a], section.runs[b], metric)]
+            for a, b in section.pairs
+        }
+        found = {v: values for v, values in found.items() if values}
+        for v, values in found.items():
+            axes.plot([v] * len(values), values, "_", color="black", markersize=8)
+        means = [estimate(values) for values in found.values()]
+        axes.errorbar([*found], [e.mean for e in means], [e.half or 0 for e in means], marker="o", capsize=4)
+        if metric == "top1":
+            axes.axhspan(-factor * MARGIN, factor * MARGIN, color="tab:orange", alpha=0.2, label="equal by our margin")
+            axes.legend(fontsize=8, loc="lower right")
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set_xscale("log", base=2)
+        axes.set_xticks([*found], map(str, found))
+        axes.set_xlabel(f"views in the cache, of {EPOCHS} epochs")
+        axes.set_ylabel(f"{heading.replace('%', 'points')}, minus teacher in the loop")
+        axes.grid(alpha=0.3)
 
 
 def plot_pairs(results: Results, section: Section, panels: Sequence[Axes]) -> None:
     def of(a: str, b: str, metric: str) -> list[float]:
         return differences(results, section.runs[a], section.runs[b], metric)
 
-    pairs = [pair for pair in section.pairs if of(*pair, "top1")]
+    # A teacher that learns from the students' few images alone lies far outside.
+    pairs = [pair for pair in section.pairs if pair[0] != "bdkd, online" and of(*pair, "top1")]
     places = range(len(pairs))[::-1]
     for axes, (metric, heading, factor, _) in zip(panels, METRICS, strict=True):
         rows = [[factor * v for v in of(*pair, metric)] for pair in pairs]
         for place, values in zip(places, rows, strict=True):
             found, many = estimate(values), len(values) > 2
             axes.errorbar(
-                found.mean, place, xerr=found.half or 0, marker="o", color="tab:blue" if many else "tab:grey",
-                markerfacecolor=None if many else "white", capsize=3,
+                found.mean, place, xerr=found.half if many else None, marker="o", capsize=3,
+                color="tab:blue" if many else "tab:grey", markerfacecolor=None if many else "white",
             )  # fmt: skip
             axes.plot(values, [place] * len(values), "|", color="black", markersize=8)
-        # Two seeds' intervals would hide all others.
-        inside = [x for values in rows for x in values]
-        inside += [x for e in map(estimate, rows) if e.n > 2 for x in (e.low, e.high)]
-        room = 0.15 * (max(inside) - min(inside)) + 1e-9
-        axes.set_xlim(min(inside) - room, max(inside) + room)
         axes.axvline(0, color="black", linewidth=0.8)
         axes.set_xlabel(f"{heading.replace('%', 'points')}, minus {pairs[0][1]}")
         axes.grid(axis="x", alpha=0.3)
@@ -77,7 +73,7 @@ def plot_reliability(pooled: dict[str, list[tuple[float, float, float]]], panels
         shares = [n / total for n, *_ in bins]
         axes.step([*edges, 1], [*shares, shares[-1]], where="post", color="tab:orange", label="share of images")
         axes.plot([0, 1], [0, 1], "--", color="grey", linewidth=0.8)
-        axes.set_title(f"{label}: ECE {ece:.3f}", fontsize=9)
+        axes.set_title(f"{label}: {ece:.3f}", fontsize=9)
         axes.set(xlim=(0, 1), ylim=(0, 1))
     for axes in list(panels)[len(pooled) :]:
         axes.set_visible(False)
@@ -94,19 +90,22 @@ def pooled(results: Results, runs: Sequence[Run]) -> list[tuple[float, float, fl
     return out
 
 
-def plot_heads(values: dict[str, list[float]], axes: Axes) -> None:
-    dense = estimate(values[DENSE])
-    for tail in TAILS:
-        found = [estimate(values[f"{k} {tail}"]) for k in KS]
-        axes.errorbar(KS, [e.mean for e in found], [e.half or 0 for e in found], marker="o", capsize=3, label=tail)
-    axes.axhspan(dense.low, dense.high, color="grey", alpha=0.3)
-    axes.axhline(dense.mean, color="grey", label="dense: all 1,000")
-    axes.set(xscale="log", xlabel="K stored classes", ylabel="KL(teacher, head), nats")
-    axes.set_xticks(KS, map(str, KS))
-    axes.minorticks_off()
-    axes.set_title("Heads fitted by nkd to records of ImageNet logits")
-    axes.legend(fontsize=8, title="tail")
-    axes.grid(alpha=0.3)
+def plot_heads(results: Results, panels: Sequence[Axes]) -> None:
+    parts = {"kl": "KL(teacher, head)", "others": "its part beside the label"}
+    for axes, (part, heading) in zip(panels, parts.items(), strict=True):
+        values = head_values(results, part)
+        for i, tail in enumerate(TAILS):
+            found = [estimate([a - b for a, b in zip(values[f"{k} {tail}"], values[DENSE], strict=True)]) for k in KS]
+            beside = [k * 1.03 ** (i - (len(TAILS) - 1) / 2) for k in KS]  # else one hides another
+            axes.errorbar(
+                beside, [e.mean for e in found], [e.half or 0 for e in found], marker="o", capsize=3, label=tail
+            )
+        axes.axhline(0, color="black", linewidth=0.8)
+        axes.set(xscale="log", xlabel="K stored classes of 1,000", ylabel=f"{heading}, minus dense, nats")
+        axes.set_xticks(KS, map(str, KS))
+        axes.minorticks_off()
+        axes.grid(alpha=0.3)
+    panels[0].legend(fontsize=8, title="tail")
 
 
 def write_plots(results: Results, folder: Path) -> None:
@@ -121,20 +120,23 @@ def write_plots(results: Results, folder: Path) -> None:
         figure.savefig(folder / f"{name}.png", dpi=110, metadata={"Software": None})
         pyplot.close(figure)
 
-    if heads := head_values(results):
-        save("imagenet", 1, 1, (6.5, 4.5), lambda axes: plot_heads(heads, axes))
+    if head_values(results):
+        save("imagenet", 1, 2, (11, 4.5), lambda panels: plot_heads(results, panels))
     if (chosen := choose(results)) is None:
         return
     of = sections(chosen)
-    if by_seed(results, of["views"].runs["V = 1"], "top1"):
-        save("views", 1, 1, (6.5, 4.5), lambda axes: plot_views(results, of["views"], axes))
+    if by_seed(results, of["views"].runs["online"], "top1"):
+        save("views", 1, 3, (12, 4), lambda panels: plot_views(results, of["views"], panels))
     if differences(results, of["core"].runs["nkd"], of["core"].runs["ce"], "top1"):
         count = sum(bool(by_seed(results, runs, "top1")) for runs in of["losses"].runs.values())
         save("losses", 1, 3, (12, 1.5 + 0.3 * count), lambda p: plot_pairs(results, of["losses"], p), sharey=True)
+        ends = ("dense", "drop")
         calibrated = of["losses"].runs | {
-            f"nkd, top 3, {label}": runs for label, runs in of["topk"].runs.items() if label.endswith("drop")
+            f"nkd, {label}": runs for label, runs in of["topk"].runs.items() if label.endswith(ends)
         }
         bins = {label: found for label, runs in calibrated.items() if (found := pooled(results, runs))}
+        if "build-dense" in results:
+            bins["the teacher"] = [tuple(one) for one in results["build-dense"]["test"]["reliability"]]
         columns = 5
         lines = -(-len(bins) // columns)
 

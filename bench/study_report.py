@@ -14,7 +14,9 @@ from scipy.stats import t as student_t
 from study_head import DENSE, KS, TAILS
 from study_protocol import (
     EPOCHS,
+    MARGIN,
     ONLINE_BDKD,
+    TOPK,
     TOPK_NKDS,
     VIEWS,
     Chosen,
@@ -122,9 +124,9 @@ def sections(chosen: Chosen) -> dict[str, Section]:
     }
 
 
-def head_values(results: Results) -> dict[str, list[float]]:
-    """KL by head, over seeds in their order."""
-    found = [results[head.name]["kl"] for head in group("imagenet", Chosen()) if head.name in results]
+def head_values(results: Results, part: str = "kl") -> dict[str, list[float]]:
+    """KL by head, or its part among the `others`, over seeds in their order."""
+    found = [results[head.name][part] for head in group("imagenet", Chosen()) if head.name in results]
     return {name: [kl[name] for kl in found] for name in (found[0] if found else {})}
 
 
@@ -136,10 +138,12 @@ def plain(value: Estimate, factor: float, digits: int) -> str:
     return f"{factor * value.mean:.{digits}f}{spread}"
 
 
-def signed(value: Estimate, factor: float, digits: int) -> str:
-    if value.half is None:
-        return f"{factor * value.mean:+.{digits}f}"
-    return f"{factor * value.mean:+.{digits}f} ({factor * value.low:+.{digits}f} to {factor * value.high:+.{digits}f})"
+def signed(values: Sequence[float], factor: float, digits: int) -> str:
+    """Mean and interval; of one or two values themselves, as two have an interval of 9 times their distance."""
+    if len(values) < 3:
+        return ", ".join(f"{factor * value:+.{digits}f}" for value in values)
+    found = estimate(values)
+    return f"{factor * found.mean:+.{digits}f} ({factor * found.low:+.{digits}f} to {factor * found.high:+.{digits}f})"
 
 
 def markdown(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
@@ -160,7 +164,7 @@ def pairs_table(results: Results, section: Section) -> str:
     for a, b in section.pairs:
         found = [(differences(results, section.runs[a], section.runs[b], m), f, d) for m, _, f, d in METRICS]
         if n := len(found[0][0]):
-            rows.append([f"{a} - {b}", str(n), *(signed(estimate(values), f, d) for values, f, d in found)])
+            rows.append([f"{a} - {b}", str(n), *(signed(values, f, d) for values, f, d in found)])
     heads = ["", "pairs", *(heading.replace("%", "points") for _, heading, *_ in METRICS)]
     return markdown(heads, rows) if rows else NOT_YET
 
@@ -203,53 +207,73 @@ def teacher_table(results: Results) -> str:
     return markdown(["images", *(heading for _, heading, *_ in METRICS)], rows)
 
 
-def heads_table(results: Results) -> str:
-    found = head_values(results)
+def heads_table(results: Results, part: str) -> str:
+    found = head_values(results, part)
     if not found:
         return NOT_YET
     dense = found[DENSE]
 
     def cell(name: str) -> str:
-        minus = estimate([a - b for a, b in zip(found[name], dense, strict=True)])
+        minus = [a - b for a, b in zip(found[name], dense, strict=True)]
         return f"{plain(estimate(found[name]), 1, 3)}; {signed(minus, 1, 3)}"
 
     rows = [[f"K = {k}", *(cell(f"{k} {tail}") for tail in TAILS)] for k in KS]
     whole, none = (plain(estimate(values), 1, 3) for values in (dense, found["ce"]))
-    text = f"Dense: {whole}; no teacher (`ce`): {none}; {len(dense)} seeds."
-    return markdown(["KL, and over dense", *TAILS], rows) + f"\n\n{text}"
+    text = f"Dense: {whole}; no teacher (`ce`): {none}; {len(dense)} divisions of the images."
+    return markdown(["", *TAILS], rows) + f"\n\n{text}"
+
+
+def verdict(results: Results, section: Section) -> str:
+    """Which numbers of views have been shown to equal the teacher in the loop."""
+    words: dict[bool, list[str]] = {True: [], False: []}
+    for a, b in section.pairs:
+        if len(values := differences(results, section.runs[a], section.runs[b], "top1")) > 2:
+            found = estimate(values)
+            words[-MARGIN < found.low and found.high < MARGIN].append(a)
+    if not any(words.values()):
+        return NOT_YET
+    equal, other = (", ".join(words[key]) or "none" for key in (True, False))
+    return f"Equal to the teacher in the loop within {100 * MARGIN:g} point: {equal}. Not shown to be: {other}."
+
+
+def mass_text(results: Results) -> str:
+    if "build-top3" not in results:
+        return NOT_YET
+    parts = (f"{100 * float(mass):.1f}% at T = {float(t):g}" for t, mass in results["build-top3"]["mass"].items())
+    return f"The teacher's top {TOPK} classes hold on average {', '.join(parts)} of its probability."
 
 
 def cost_table(results: Results, chosen: Chosen | None) -> str:
     """Seconds on the clock and of all cores; and after how many students the cache has paid."""
-    rows = []
-    for label, name in (("teach", "teach"), ("build, dense", "build-dense"), ("build, top 3", "build-top3")):
-        if name in results:
-            rows.append([label, "1", *(duration(results[name][key]) for key in ("seconds", "cpu_seconds"))])
-    text = []
+    stages = {"teach": "teach", "build, dense": "build-dense", "build, top 3": "build-top3"}
+    jobs = {label: [results[name]] for label, name in stages.items() if name in results}
     if chosen:
         of = sections(chosen)
-        kinds = {
-            "a student by ce": of["core"].runs["ce"],
-            "by kd, from the cache": of["core"].runs["kd"],
-            "by nkd, from the cache": of["core"].runs["nkd"],
-            "by nkd, teacher in the loop": of["views"].runs["online"],
-            "by bdkd, teacher learns": of["losses"].runs["bdkd, online"],
-        }
-        median = {}
-        for label, runs in kinds.items():
-            if done := [results[run.name] for run in runs if run.name in results]:
-                median[label] = {key: statistics.median(job[key] for job in done) for key in ("seconds", "cpu_seconds")}
-                rows.append([label, str(len(done)), *map(duration, median[label].values())])
-        cached, online = (median.get(label) for label in list(kinds)[2:4])
-        if cached and online and "build-dense" in results:
-            saved = online["cpu_seconds"] - cached["cpu_seconds"]
-            students = results["build-dense"]["cpu_seconds"] / saved
-            text.append(f"By core-seconds the dense cache has paid for itself after {students:.2f} students.")
-    for label, name in (("dense", "build-dense"), ("top 3", "build-top3")):
-        if name in results:
-            text.append(f"The {label} cache takes {size(results[name]['bytes'])}.")
-    table = markdown(["", "runs", "median on the clock", "median of core-seconds"], rows)
-    return f"{table}\n\n{' '.join(text)}" if rows else NOT_YET
+        kinds = {**of["losses"].runs, "nkd, online": of["views"].runs["online"]}
+        done = {label: [results[run.name] for run in runs if run.name in results] for label, runs in kinds.items()}
+        jobs |= {label: found for label, found in done.items() if found}
+    if not jobs:
+        return NOT_YET
+
+    def median(label: str, key: str) -> float:
+        return statistics.median(job[key] for job in jobs[label])
+
+    keys = ("seconds", "cpu_seconds", "training_seconds")
+    rows = [
+        [label, str(len(some)), *(duration(median(label, key)) if key in some[0] else "" for key in keys)]
+        for label, some in jobs.items()
+    ]
+    text = []
+    if {"nkd", "nkd, online", "build, dense"} <= jobs.keys():
+        saved = median("nkd, online", "cpu_seconds") - median("nkd", "cpu_seconds")
+        spent = median("build, dense", "cpu_seconds")
+        paid = f"after {spent / saved:.2f} students" if saved > 0 else "never"
+        text.append(f"By core-seconds the dense cache pays for itself {paid}.")
+    caches = {label[7:]: some[0]["bytes"] for label, some in jobs.items() if "build" in label}
+    text += [f"The {label} cache takes {size(count)}." for label, count in caches.items()]
+    machines = sorted({f"{job['processor']}, torch {job['torch']}" for some in jobs.values() for job in some})
+    head = ["", "runs", "median on the clock", "of core-seconds", "of the training alone"]
+    return f"{markdown(head, rows)}\n\n{' '.join(text)} Measured on {'; '.join(machines)}."
 
 
 def tables(results: Results) -> dict[str, str]:
@@ -262,7 +286,10 @@ def tables(results: Results) -> dict[str, str]:
         "chosen": chosen_text(results),
         **{name: means_table(results, section) for name, section in of.items()},
         **{f"{name}-pairs": pairs_table(results, section) for name, section in of.items()},
-        "imagenet": heads_table(results),
+        "views-verdict": verdict(results, of["views"]),
+        "mass": mass_text(results),
+        "imagenet": heads_table(results, "kl"),
+        "imagenet-others": heads_table(results, "others"),
         "cost": cost_table(results, chosen),
     }
 
@@ -280,10 +307,12 @@ def filled(page: str, parts: dict[str, str]) -> str:
 
 def summary(results: Results) -> dict[str, Any]:
     """Means and paired differences as numbers, on the test images."""
-    chosen = choose(results)
-    if chosen is None:
-        return {}
     out: dict[str, Any] = {}
+    for part in ("kl", "others"):
+        if heads := head_values(results, part):
+            out[f"imagenet-{part}"] = {name: vars(estimate(values)) for name, values in heads.items()}
+    if (chosen := choose(results)) is None:
+        return out
     for name, section in sections(chosen).items():
         means = {
             label: {m: vars(estimate([*found.values()])) for m, *_ in MORE if (found := by_seed(results, runs, m))}

@@ -56,15 +56,19 @@ def test_cifar10_is_divided_as_ever(monkeypatch, tmp_path):
     assert data.parts_of_evaluation() == {"held_out": slice(0, 10), "test": slice(10, None)}
 
 
+PROCESSOR = {"processor": "a processor", "torch": "2.15"}
+BINS = [[0, 0.0, 0.0]] * 5 + [[100, (i + 0.5) / 15, (i + 0.5) / 15 - 0.02] for i in range(5, 15)]
+
+
 def of_runs(runs, value):
     """Results of runs in their real shape, with metrics by value(run, metric)."""
     out = {}
     for run in runs:
         found = {m: value(run, m) for m in ("top1", "nll", "ece", "agreement", "kl")}
-        bins = [[0, 0.0, 0.0]] * 5 + [[100, (i + 0.5) / 15, (i + 0.5) / 15 - 0.02] for i in range(5, 15)]
-        part = {**found, "reliability": bins}
+        part = {**found, "reliability": BINS}
         out[run.name] = {
             "settings": vars(run), "held_out": part, "test": part, "seconds": 300.0, "cpu_seconds": 290.0 * run.cost,
+            "training_seconds": 250.0, **PROCESSOR,
         }  # fmt: skip
     return out
 
@@ -85,10 +89,15 @@ def everything(seed=0):
     head = module("study_head")
     for one in p.group("imagenet", chosen):
         names = [f"{k} {tail}" for k in head.KS for tail in head.TAILS]
-        found[one.name] = {"kl": {name: 1 + rng.random() for name in ("ce", "dense", *names)}}
+        found[one.name] = {
+            part: {name: 1 + rng.random() for name in ("ce", "dense", *names)} for part in ("kl", "others")
+        }
     for name in ("teach", "build-dense", "build-top3"):
-        part = dict.fromkeys(("top1", "nll", "ece"), 0.8)
-        found[name] = {"seconds": 60.0, "cpu_seconds": 110.0, "bytes": 3e6, "held_out": part, "test": part}
+        part = {**dict.fromkeys(("top1", "nll", "ece"), 0.8), "reliability": BINS}
+        found[name] = {
+            "seconds": 60.0, "cpu_seconds": 110.0, "bytes": 3e6, "held_out": part, "test": part, **PROCESSOR,
+            "mass": {"1.0": 0.98, "3.0": 0.8},
+        }  # fmt: skip
     return found
 
 
@@ -184,7 +193,44 @@ def test_intervals_against_the_tables_of_t():
     assert found.half == pytest.approx(2.776 * deviation / math.sqrt(5), rel=1e-3)
     assert r.estimate([1.0, 3.0]).half == pytest.approx(12.706, rel=1e-3)
     assert r.estimate([4.0]) == r.Estimate(4.0, 1)
-    assert (r.plain(found, 1, 1), r.signed(r.estimate([4.0]), 100, 0)) == ("5.0 ± 4.1", "+400")
+    assert r.plain(found, 1, 1) == "5.0 ± 4.1"
+    assert (r.signed([4.0], 100, 0), r.signed([1.0, -3.0], 1, 1)) == ("+400", "+1.0, -3.0")
+    assert r.signed([1.0, 2.0, 4.0, 7.0, 11.0], 1, 1) == "+5.0 (-0.0 to +10.0)"
+
+
+def test_equal_is_what_lies_within_the_margin_and_not_what_merely_may():
+    p, r = module("study_protocol"), module("study_report")
+    section = r.sections(p.Chosen())["views"]
+
+    def value(run, metric):
+        near = 1 if run.views in (16, 20) or run.online else 20  # differences of V = 1 and 4 scatter widely about 0
+        return 0.6 + 1e-3 * near * (-1) ** (run.seed + run.views)
+
+    text = r.verdict(of_runs([run for runs in section.runs.values() for run in runs], value), section)
+    equal, other = text.split("Not shown to be")
+    assert equal.endswith(": V = 16, V = 20. ") and other == ": V = 1, V = 4."
+
+
+def test_a_heads_kl_is_its_two_parts(tmp_path):
+    """Against float64: KL is that of (label, rest) and that beside the label, weighted by the rest."""
+    head = module("study_head")
+    rng = np.random.default_rng(0)
+    z, s, y = rng.normal(0, 3, (5, 12)), rng.normal(0, 3, (5, 12)), rng.integers(0, 12, 5)
+    p, q = (np.exp(v) / np.exp(v).sum(1, keepdims=True) for v in (z, s))
+    rows = np.arange(5)
+    a, b = p[rows, y], q[rows, y]
+    label = a * np.log(a / b) + (1 - a) * np.log((1 - a) / (1 - b))
+    z, s, target = torch.tensor(z), torch.tensor(s), torch.tensor(y)[:, None]
+    whole = head.kl(z, s).numpy()
+    others = head.kl(*(v.scatter(1, target, head.NOTHING) for v in (z, s))).numpy()
+    assert whole == pytest.approx((p * np.log(p / q)).sum(1))
+    assert whole == pytest.approx(label + (1 - a) * others)
+
+    logits = rng.normal(0, 2, (1, 100, 100)) + rng.normal(0, 1, (4, 100, 100))
+    np.savez(tmp_path / "z.npz", logits=logits.astype(np.float16), labels=logits.mean(0).argmax(1))
+    found = head.heads(tmp_path / "z.npz", 3)
+    assert found["kl"].keys() == found["others"].keys() >= {"ce", "dense", "5 prior", "50 drop"}
+    assert all(found["kl"][name] > found["others"][name] > 0 for name in found["kl"])
 
 
 def test_differences_are_of_the_seeds_that_both_have():
