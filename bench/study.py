@@ -78,7 +78,7 @@ class Teach:
 
 @dataclass(frozen=True)
 class Build:
-    """Build a cache of a view for each epoch: dense, or the top 3."""
+    """Build a cache of a view for each epoch: dense in float16, exact (dense in float32), or the top 3."""
 
     records: str
 
@@ -118,16 +118,24 @@ def taught() -> Path:
 def built(records: str, work: Path) -> dict[str, Any]:
     """A cache of the students' images; its size, and the teacher's own metrics or the mass of its top classes."""
     dense = work / "caches" / "dense"
-    topk = {"topk": TOPK, "temperatures": TOPK_TEMPERATURES} if records == "top3" else {}
+    kinds: dict[str, dict[str, Any]] = {
+        "dense": {}, "exact": {"precision": "float32"}, "top3": {"topk": TOPK, "temperatures": TOPK_TEMPERATURES}
+    }  # fmt: skip
     config = BuildConfig(
-        TEACHER, str(taught()), STUDENT_DATA, AUGMENT, views=EPOCHS, out=str(work / "caches" / records), **topk
+        TEACHER,
+        str(taught()),
+        STUDENT_DATA,
+        AUGMENT,
+        views=EPOCHS,
+        out=str(work / "caches" / records),
+        **kinds[records],
     )
     result = build(config)
     found: dict[str, Any] = {"bytes": result.bytes, "views": result.views, "key": result.key}
     if records == "dense":
         answers = open_cache(result.path).read_evaluation()
         found |= measured(answers.logits(), answers)
-    else:
+    elif records == "top3":
         view = open_cache(dense).read(0)
         found["mass"] = {t: float(view.dense(t).topk(TOPK).values.sum(1).mean()) for t in TOPK_TEMPERATURES}
     return found
@@ -273,7 +281,8 @@ def stages(group: str, teacher_epochs: int) -> list[Job]:
     """What a group's runs need, which is not among the results but in the work folder."""
     if group == "imagenet":
         return []
-    return [Teach(teacher_epochs), Build("dense"), *([Build("top3")] if group == "topk" else [])]
+    more = {"views": [Build("exact")], "topk": [Build("top3")]}
+    return [Teach(teacher_epochs), Build("dense"), *more.get(group, [])]
 
 
 def go_on(a: argparse.Namespace) -> int:

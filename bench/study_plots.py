@@ -14,11 +14,12 @@ from study_report import METRICS, Section, by_seed, differences, estimate, head_
 
 
 def plot_views(results: Results, section: Section, panels: Sequence[Axes]) -> None:
-    views = {label: int(label.split()[-1]) for label, _ in section.pairs}
+    views = {label: int(label.split()[-1]) for label, _ in section.pairs if "," not in label}
     for axes, (metric, heading, factor, _) in zip(panels, METRICS, strict=True):
         found = {
             views[a]: [factor * x for x in differences(results, section.runs[a], section.runs[b], metric)]
             for a, b in section.pairs
+            if a in views
         }
         found = {v: values for v, values in found.items() if values}
         for v, values in found.items():

@@ -42,7 +42,7 @@ Results = Mapping[str, Mapping[str, Any]]
 
 @dataclass(frozen=True)
 class Run:
-    """A student's training. records: dense or top3; online: teacher in the loop, a fresh view every epoch."""
+    """A student's training. records: dense, exact or top3; online: teacher in the loop, a fresh view every epoch."""
 
     loss: str
     seed: int
@@ -141,7 +141,11 @@ def group(name: str, chosen: Chosen) -> list[Run] | list[Head]:
             return [
                 one
                 for seed in SEEDS
-                for one in (*(run(chosen.nkd, seed, views=v) for v in VIEWS), run(chosen.nkd, seed, online=True))
+                for one in (
+                    *(run(chosen.nkd, seed, views=v) for v in VIEWS),
+                    run(chosen.nkd, seed, records="exact"),
+                    run(chosen.nkd, seed, online=True),
+                )
             ]
         case "losses":
             others = [loss for loss in LOSSES if loss not in ("ce", "kd", "nkd")]

@@ -68,7 +68,7 @@ def of_runs(runs, value):
         part = {**found, "reliability": BINS}
         out[run.name] = {
             "settings": vars(run), "held_out": part, "test": part, "seconds": 300.0, "cpu_seconds": 290.0 * run.cost,
-            "training_seconds": 250.0, **PROCESSOR,
+            "training_seconds": 250.0, "loss_by_epoch": [value(run, "top1")], **PROCESSOR,
         }  # fmt: skip
     return out
 
@@ -92,7 +92,7 @@ def everything(seed=0):
         found[one.name] = {
             part: {name: 1 + rng.random() for name in ("ce", "dense", *names)} for part in ("kl", "others")
         }
-    for name in ("teach", "build-dense", "build-top3"):
+    for name in ("teach", "build-dense", "build-exact", "build-top3"):
         part = {**dict.fromkeys(("top1", "nll", "ece"), 0.8), "reliability": BINS}
         found[name] = {
             "seconds": 60.0, "cpu_seconds": 110.0, "bytes": 3e6, "held_out": part, "test": part, **PROCESSOR,
@@ -116,7 +116,9 @@ def test_what_is_run():
     assert [(run.loss, run.seed) for run in core[:6]] == [(w, s) for s in (0, 1) for w in ("ce", p.KDS[1], p.NKDS[2])]
     assert {(run.lr, run.decay) for some in ("core", "views", "losses", "topk") for run in runs[some]} == {(0.2, 2e-3)}
     assert not {run.seed for run in runs["tune"]} & {run.seed for run in core}
-    assert {(run.views, run.online) for run in runs["views"]} == {(1, False), (4, False), (16, False), (20, True)}
+    kinds = {(run.views, run.online, run.records) for run in runs["views"]}
+    cached = {(views, False, "dense") for views in (1, 4, 16)}
+    assert kinds == cached | {(20, False, "exact"), (20, True, "dense")}
     tested = {run.loss for run in core + runs["losses"]}
     assert {loss.partition(":")[0] for loss in tested} == set(LOSSES)
     topk = [run for run in runs["topk"] if run.records == "top3"]
@@ -208,7 +210,8 @@ def test_equal_is_what_lies_within_the_margin_and_not_what_merely_may():
 
     text = r.verdict(of_runs([run for runs in section.runs.values() for run in runs], value), section)
     equal, other = text.split("Not shown to be")
-    assert equal.endswith(": V = 16, V = 20. ") and other == ": V = 1, V = 4."
+    assert equal.endswith(": V = 16, V = 20, V = 20, float32. ") and other.startswith(": V = 1, V = 4.\n")
+    assert "With float32 records 5 of 5 students" in other
 
 
 def test_a_heads_kl_is_its_two_parts(tmp_path):
