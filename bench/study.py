@@ -88,6 +88,11 @@ class Build:
 
 
 Job = Teach | Build | Run | Head
+_RECORDS: dict[str, dict[str, Any]] = {
+    "dense": {},
+    "exact": {"precision": "float32"},
+    "top3": {"topk": TOPK, "temperatures": TOPK_TEMPERATURES},
+}
 _KINDS: dict[str, Callable[..., Job]] = {kind.__name__: kind for kind in (Teach, Build, Run, Head)}
 
 
@@ -115,39 +120,32 @@ def taught() -> Path:
     return taught_file(TEACHER, open_data(TEACHER_DATA, "train"))
 
 
+def cache_in(work: Path, records: str) -> Path:
+    return work / "caches" / records
+
+
 def built(records: str, work: Path) -> dict[str, Any]:
     """A cache of the students' images; its size, and the teacher's own metrics or the mass of its top classes."""
-    dense = work / "caches" / "dense"
-    kinds: dict[str, dict[str, Any]] = {
-        "dense": {}, "exact": {"precision": "float32"}, "top3": {"topk": TOPK, "temperatures": TOPK_TEMPERATURES}
-    }  # fmt: skip
-    config = BuildConfig(
-        TEACHER,
-        str(taught()),
-        STUDENT_DATA,
-        AUGMENT,
-        views=EPOCHS,
-        out=str(work / "caches" / records),
-        **kinds[records],
-    )
+    out = str(cache_in(work, records))
+    config = BuildConfig(TEACHER, str(taught()), STUDENT_DATA, AUGMENT, views=EPOCHS, out=out, **_RECORDS[records])
     result = build(config)
     found: dict[str, Any] = {"bytes": result.bytes, "views": result.views, "key": result.key}
     if records == "dense":
         answers = open_cache(result.path).read_evaluation()
         found |= measured(answers.logits(), answers)
     elif records == "top3":
-        view = open_cache(dense).read(0)
+        view = open_cache(cache_in(work, "dense")).read(0)
         found["mass"] = {t: float(view.dense(t).topk(TOPK).values.sum(1).mean()) for t in TOPK_TEMPERATURES}
     return found
 
 
 def trained(run: Run, work: Path) -> dict[str, Any]:
     """A student, and its metrics after the last epoch."""
-    out, cache = work / "runs" / run.name, work / "caches" / run.records
+    out, cache = work / "runs" / run.name, str(cache_in(work, run.records))
     asks = run.online and run.loss != "bdkd"  # whose teacher learns, from new weights
     train(
         TrainConfig(
-            run.loss, str(cache), STUDENT_DATA, run.student, EPOCHS, str(out), resume=(out / "config.json").exists(),
+            run.loss, cache, STUDENT_DATA, run.student, EPOCHS, str(out), resume=(out / "config.json").exists(),
             seed=run.seed, batch_size=STUDENT_BATCH, lr=run.lr, weight_decay=run.decay,
             views=None if run.online else run.views, online=run.online, fresh_views=run.online,
             weights=str(taught()) if asks else None, evaluate_every=EPOCHS,
@@ -162,7 +160,7 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
         # Whatever it learnt from, it is compared with the teacher's whole answers.
-        **measured(answered, open_cache(work / "caches" / "dense").read_evaluation()),
+        **measured(answered, open_cache(cache_in(work, "dense")).read_evaluation()),
         "training_seconds": sum(line["seconds"] for line in lines),
         "loss_by_epoch": [round(line["loss"], 5) for line in lines],
     }

@@ -48,12 +48,12 @@ def heads(file: Path, seed: int) -> dict[str, dict[str, float]]:
     y = labels[train].repeat(half)
     unseen, truth = (values[:, test].flatten(0, 1) for values in (inputs, logits[:half]))
     target = labels[test].repeat(half)[:, None]
+    rest = 1 - truth.softmax(1).gather(1, target)[:, 0]
     found: dict[str, dict[str, float]] = {"kl": {}, "others": {}}
 
     def fit(name: str, loss: Loss, records: Records | None) -> None:
         answers = fitted(loss, x, y, records, logits.shape[2], seed)(unseen)
         found["kl"][name] = float(kl(truth, answers).mean())
-        rest = 1 - truth.softmax(1).gather(1, target)[:, 0]
         without = (z.scatter(1, target, NOTHING) for z in (truth, answers))
         found["others"][name] = float((rest * kl(*without)).mean())
 
@@ -70,8 +70,7 @@ def heads(file: Path, seed: int) -> dict[str, dict[str, float]]:
 
 def kl(teacher: Tensor, student: Tensor) -> Tensor:
     """[N] KL(softmax(teacher), softmax(student)) of logits [N, C], in nats."""
-    log_p, log_q = F.log_softmax(teacher, 1), F.log_softmax(student, 1)
-    return (log_p.exp() * (log_p - log_q)).sum(1)
+    return F.kl_div(F.log_softmax(student, 1), F.log_softmax(teacher, 1), reduction="none", log_target=True).sum(1)
 
 
 def components(logits: Tensor, train: Tensor) -> Tensor:

@@ -8,13 +8,13 @@ from typing import Any
 
 from matplotlib import pyplot
 from matplotlib.axes import Axes
-from study_head import DENSE, KS, TAILS
+from study_head import KS, TAILS
 from study_protocol import EPOCHS, MARGIN, Results, Run, choose
-from study_report import METRICS, Section, by_seed, differences, estimate, head_values, sections
+from study_report import EXACT, METRICS, Section, by_seed, differences, estimate, head_values, over_dense, sections
 
 
 def plot_views(results: Results, section: Section, panels: Sequence[Axes]) -> None:
-    views = {label: int(label.split()[-1]) for label, _ in section.pairs if "," not in label}
+    views = {label: int(label.split()[-1]) for label, _ in section.pairs if label != EXACT}
     for axes, (metric, heading, factor, _) in zip(panels, METRICS, strict=True):
         found = {
             views[a]: [factor * x for x in differences(results, section.runs[a], section.runs[b], metric)]
@@ -96,7 +96,7 @@ def plot_heads(results: Results, panels: Sequence[Axes]) -> None:
     for axes, (part, heading) in zip(panels, parts.items(), strict=True):
         values = head_values(results, part)
         for i, tail in enumerate(TAILS):
-            found = [estimate([a - b for a, b in zip(values[f"{k} {tail}"], values[DENSE], strict=True)]) for k in KS]
+            found = [estimate(over_dense(values, f"{k} {tail}")) for k in KS]
             beside = [k * 1.03 ** (i - (len(TAILS) - 1) / 2) for k in KS]  # else one hides another
             axes.errorbar(
                 beside, [e.mean for e in found], [e.half or 0 for e in found], marker="o", capsize=3, label=tail

@@ -37,6 +37,7 @@ from kdcache.train.presets import make_loss
 METRICS = (("top1", "top-1, %", 100, 2), ("nll", "NLL", 1, 4), ("ece", "ECE", 1, 4))
 MORE = (*METRICS, ("agreement", "agreement, %", 100, 2), ("kl", "KL", 1, 4))
 SAME = ("loss_by_epoch", "test", "held_out")
+EXACT = f"V = {EPOCHS}, float32"
 NOT_YET = "*Not run yet.*"
 
 
@@ -105,7 +106,7 @@ def sections(chosen: Chosen) -> dict[str, Section]:
     small = {label: where("small", loss=loss) for label, loss in named.items()}
     pairs = [("kd", "ce"), ("nkd", "ce"), ("nkd", "kd")]
     views = {f"V = {v}": where("views", views=v) for v in VIEWS}
-    views |= {f"V = {EPOCHS}": core["nkd"], f"V = {EPOCHS}, float32": where("views", records="exact")}
+    views |= {f"V = {EPOCHS}": core["nkd"], EXACT: where("views", records="exact")}
     views["online"] = where("views", online=True)
     others = dict.fromkeys(run.loss for run in where("losses", online=False))
     losses = core | {loss: where("losses", loss=loss, online=False) for loss in others}
@@ -130,6 +131,11 @@ def head_values(results: Results, part: str = "kl") -> dict[str, list[float]]:
     """KL by head, or its part among the `others`, over seeds in their order."""
     found = [results[head.name][part] for head in group("imagenet", Chosen()) if head.name in results]
     return {name: [kl[name] for kl in found] for name in (found[0] if found else {})}
+
+
+def over_dense(values: dict[str, list[float]], name: str) -> list[float]:
+    """A head's differences to the one of dense records, seed by seed."""
+    return [a - b for a, b in zip(values[name], values[DENSE], strict=True)]
 
 
 # Tables
@@ -213,15 +219,13 @@ def heads_table(results: Results, part: str) -> str:
     found = head_values(results, part)
     if not found:
         return NOT_YET
-    dense = found[DENSE]
 
     def cell(name: str) -> str:
-        minus = [a - b for a, b in zip(found[name], dense, strict=True)]
-        return f"{plain(estimate(found[name]), 1, 3)}; {signed(minus, 1, 3)}"
+        return f"{plain(estimate(found[name]), 1, 3)}; {signed(over_dense(found, name), 1, 3)}"
 
     rows = [[f"K = {k}", *(cell(f"{k} {tail}") for tail in TAILS)] for k in KS]
-    whole, none = (plain(estimate(values), 1, 3) for values in (dense, found["ce"]))
-    text = f"Dense: {whole}; no teacher (`ce`): {none}; {len(dense)} divisions of the images."
+    whole, none = (plain(estimate(found[name]), 1, 3) for name in (DENSE, "ce"))
+    text = f"Dense: {whole}; no teacher (`ce`): {none}; {len(found[DENSE])} divisions of the images."
     return markdown(["", *TAILS], rows) + f"\n\n{text}"
 
 
@@ -235,11 +239,9 @@ def verdict(results: Results, section: Section) -> str:
     if not any(words.values()):
         return NOT_YET
     equal, other = (", ".join(words[key]) or "none" for key in (True, False))
-    whole = f"V = {EPOCHS}, float32"
-    runs = [{run.seed: run for run in section.runs[label]} for label in (whole, "online")]
-    both = [tuple(of[seed].name for of in runs) for seed in sorted(runs[0])]
-    both = [names for names in both if all(name in results for name in names)]
-    same = sum(all(results[a][key] == results[b][key] for key in SAME) for a, b in both)
+    pairs = zip(section.runs[EXACT], section.runs["online"], strict=True)
+    both = [(results[a.name], results[b.name]) for a, b in pairs if {a.name, b.name} <= results.keys()]
+    same = sum(all(a[key] == b[key] for key in SAME) for a, b in both)
     return (
         f"Equal to the teacher in the loop within {100 * MARGIN:g} point: {equal}. Not shown to be: {other}.\n\n"
         f"With float32 records {same} of {len(both)} students have the same loss in every epoch and the same metrics "
@@ -256,9 +258,8 @@ def mass_text(results: Results) -> str:
 
 def cost_table(results: Results, chosen: Chosen | None) -> str:
     """Seconds on the clock and of all cores; and after how many students the cache has paid."""
-    stages = {
-        "teach": "teach", "build, dense": "build-dense", "build, float32": "build-exact", "build, top 3": "build-top3"
-    }  # fmt: skip
+    caches = {"dense": "build-dense", "float32": "build-exact", "top 3": "build-top3"}
+    stages = {"teach": "teach", **{f"build, {label}": name for label, name in caches.items()}}
     jobs = {label: [results[name]] for label, name in stages.items() if name in results}
     if chosen:
         of = sections(chosen)
@@ -282,8 +283,9 @@ def cost_table(results: Results, chosen: Chosen | None) -> str:
         spent = median("build, dense", "cpu_seconds")
         paid = f"after {spent / saved:.2f} students" if saved > 0 else "never"
         text.append(f"By core-seconds the dense cache pays for itself {paid}.")
-    caches = {label[7:]: some[0]["bytes"] for label, some in jobs.items() if "build" in label}
-    text += [f"The {label} cache takes {size(count)}." for label, count in caches.items()]
+    text += [
+        f"The {label} cache takes {size(results[name]['bytes'])}." for label, name in caches.items() if name in results
+    ]
     machines = sorted({f"{job['processor']}, torch {job['torch']}" for some in jobs.values() for job in some})
     head = ["", "runs", "median on the clock", "of core-seconds", "of the training alone"]
     return f"{markdown(head, rows)}\n\n{' '.join(text)} Measured on {'; '.join(machines)}."
