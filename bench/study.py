@@ -279,8 +279,8 @@ def stages(group: str, teacher_epochs: int) -> list[Job]:
     """What a group's runs need, which is not among the results but in the work folder."""
     if group == "imagenet":
         return []
-    more = {"views": [Build("exact")], "topk": [Build("top3")]}
-    return [Teach(teacher_epochs), Build("dense"), *more.get(group, [])]
+    others = {"views": [Build("exact")], "more": [Build("exact")], "topk": [Build("top3")]}
+    return [Teach(teacher_epochs), Build("dense"), *others.get(group, [])]
 
 
 def go_on(a: argparse.Namespace) -> int:

@@ -12,14 +12,16 @@ from study_head import KS, TAILS
 from study_protocol import EPOCHS, MARGIN, Results, Run, choose
 from study_report import EXACT, METRICS, Section, by_seed, differences, estimate, head_values, over_dense, sections
 
+FEW_IMAGES = 20  # a bin of fewer is pale
+
 
 def plot_views(results: Results, section: Section, panels: Sequence[Axes]) -> None:
-    views = {label: int(label.split()[-1]) for label, _ in section.pairs if label != EXACT}
+    pairs = [pair for pair in section.pairs if pair[1] == EXACT]
+    views = {label: int(label.split()[-1]) for label, _ in pairs}
     for axes, (metric, heading, factor, _) in zip(panels, METRICS, strict=True):
         found = {
             views[a]: [factor * x for x in differences(results, section.runs[a], section.runs[b], metric)]
-            for a, b in section.pairs
-            if a in views
+            for a, b in pairs
         }
         found = {v: values for v, values in found.items() if values}
         for v, values in found.items():
@@ -33,7 +35,7 @@ def plot_views(results: Results, section: Section, panels: Sequence[Axes]) -> No
         axes.set_xscale("log", base=2)
         axes.set_xticks([*found], map(str, found))
         axes.set_xlabel(f"views in the cache, of {EPOCHS} epochs")
-        axes.set_ylabel(f"{heading.replace('%', 'points')}, minus teacher in the loop")
+        axes.set_ylabel(f"{heading.replace('%', 'points')}, minus {EXACT}, V = {EPOCHS}")
         axes.grid(alpha=0.3)
 
 
@@ -66,10 +68,12 @@ def plot_reliability(pooled: dict[str, list[tuple[float, float, float]]], panels
         ece = sum(n * abs(c - a) for n, c, a in bins) / total
         width = 1 / len(bins)
         edges = [i * width for i in range(len(bins))]
-        axes.bar(
+        bars = axes.bar(
             edges, [a if n else 0 for n, _, a in bins], width, align="edge", color="tab:blue", edgecolor="white",
-            alpha=0.8, label="accuracy",
+            label="accuracy",
         )  # fmt: skip
+        for bar, (n, *_) in zip(bars, bins, strict=True):
+            bar.set_alpha(0.25 if 0 < n < FEW_IMAGES else 0.8)
         axes.plot([c for n, c, _ in bins if n], [a for n, _, a in bins if n], ".", color="black", markersize=4)
         shares = [n / total for n, *_ in bins]
         axes.step([*edges, 1], [*shares, shares[-1]], where="post", color="tab:orange", label="share of images")
@@ -126,7 +130,7 @@ def write_plots(results: Results, folder: Path) -> None:
     if (chosen := choose(results)) is None:
         return
     of = sections(chosen)
-    if by_seed(results, of["views"].runs["online"], "top1"):
+    if by_seed(results, of["views"].runs[EXACT], "top1"):
         save("views", 1, 3, (12, 4), lambda panels: plot_views(results, of["views"], panels))
     if differences(results, of["core"].runs["nkd"], of["core"].runs["ce"], "top1"):
         count = sum(bool(by_seed(results, runs, "top1")) for runs in of["losses"].runs.values())

@@ -32,6 +32,8 @@ NKDS = ("nkd", "nkd:gamma=1.5,temperature=2", "nkd:gamma=1.5,temperature=1")
 MARGIN = 0.01
 
 SEEDS, FEW_SEEDS = range(5), range(2)
+# Added when five left intervals wider than the margin; float32 records stand for the teacher in the loop.
+MORE_SEEDS = range(5, 10)
 VIEWS = (1, 4, 16)
 TAILS = ("prior", "uniform", "renorm", "drop")
 TOPK_NKDS = ("nkd:gamma=1.5,temperature=1", "nkd")  # T = 1 and, by the preset, T = 3
@@ -93,7 +95,7 @@ class Chosen:
         return Run(loss, seed, self.lr, self.decay, **more)
 
 
-GROUPS = ("tune", "core", "views", "losses", "topk", "imagenet", "small")
+GROUPS = ("tune", "core", "views", "losses", "topk", "imagenet", "more", "small")
 
 
 def recipe_runs() -> list[Run]:
@@ -147,6 +149,9 @@ def group(name: str, chosen: Chosen) -> list[Run] | list[Head]:
                     run(chosen.nkd, seed, online=True),
                 )
             ]
+        case "more":
+            cached = [{"views": 4}, {"views": 16}, {}, {"records": "exact"}]
+            return [run(chosen.nkd, seed, **how) for seed in MORE_SEEDS for how in cached]
         case "losses":
             others = [loss for loss in LOSSES if loss not in ("ce", "kd", "nkd")]
             cached = [run(loss, seed) for seed in FEW_SEEDS for loss in others]

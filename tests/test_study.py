@@ -119,6 +119,9 @@ def test_what_is_run():
     kinds = {(run.views, run.online, run.records) for run in runs["views"]}
     cached = {(views, False, "dense") for views in (1, 4, 16)}
     assert kinds == cached | {(20, False, "exact"), (20, True, "dense")}
+    kinds = {(run.views, run.online, run.records) for run in runs["more"]}
+    assert kinds == {(4, False, "dense"), (16, False, "dense"), (20, False, "dense"), (20, False, "exact")}
+    assert {run.seed for run in runs["more"]} == set(range(5, 10))
     tested = {run.loss for run in core + runs["losses"]}
     assert {loss.partition(":")[0] for loss in tested} == set(LOSSES)
     topk = [run for run in runs["topk"] if run.records == "top3"]
@@ -209,9 +212,9 @@ def test_equal_is_what_lies_within_the_margin_and_not_what_merely_may():
         return 0.6 + 1e-3 * near * (-1) ** (run.seed + run.views)
 
     text = r.verdict(of_runs([run for runs in section.runs.values() for run in runs], value), section)
-    equal, other = text.split("Not shown to be")
-    assert equal.endswith(": V = 16, V = 20, V = 20, float32. ") and other.startswith(": V = 1, V = 4.\n")
-    assert "With float32 records 5 of 5 students" in other
+    same, equal = text.split("\n\n")
+    assert same.startswith("With float32 records 5 of 5 students")
+    assert equal == "Equal to float32 within 1 point: V = 16, V = 20. Not shown to be: V = 1, V = 4."
 
 
 def test_a_heads_kl_is_its_two_parts(tmp_path):
