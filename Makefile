@@ -23,7 +23,8 @@ demo: $(READY)
 	@$(BIN)/kdcache demo
 
 test: lint
-	$(BIN)/python -m pytest
+	@# A process a core, a file at a time; threads of so many would only wait for each other.
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n "$$(nproc)" --maxprocesses 8 --dist loadfile
 
 lint: $(READY)
 	$(BIN)/ruff check
