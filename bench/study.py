@@ -53,7 +53,7 @@ from kdcache.pipeline.build import BuildConfig, build
 from kdcache.pipeline.datasets import open_data
 from kdcache.pipeline.progress import duration
 from kdcache.pipeline.render import Renderer
-from kdcache.pipeline.teachers import read_weights, taught_file
+from kdcache.pipeline.teachers import read_weights, taught_file, weights_hash
 from kdcache.train.bench import machine
 from kdcache.train.evaluate import metrics, predict
 from kdcache.train.run import TrainConfig, student_of, train
@@ -162,6 +162,7 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
         # Whatever it learnt from, it is compared with the teacher's whole answers.
         **measured(answered, open_cache(cache_in(work, "dense")).read_evaluation()),
         "training_seconds": sum(line["seconds"] for line in lines),
+        "weights": weights_hash(state),
         "loss_by_epoch": [round(line["loss"], 5) for line in lines],
     }
 

@@ -68,7 +68,8 @@ def of_runs(runs, value):
         part = {**found, "reliability": BINS}
         out[run.name] = {
             "settings": vars(run), "held_out": part, "test": part, "seconds": 300.0, "cpu_seconds": 290.0 * run.cost,
-            "training_seconds": 250.0, "loss_by_epoch": [value(run, "top1")], **PROCESSOR,
+            "training_seconds": 250.0, "weights": str(value(run, "top1")), "loss_by_epoch": [value(run, "top1")],
+            **PROCESSOR,
         }  # fmt: skip
     return out
 
