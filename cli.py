@@ -41,8 +41,39 @@ def _once(e: click.ClickException) -> click.ClickException | SystemExit:
     return e if first_to_say(e.format_message()) else SystemExit(e.exit_code)
 
 
+class _Command(click.Command):
+    def invoke(self, ctx: click.Context) -> Any:
+        _tell_code(ctx)
+        return super().invoke(ctx)
+
+
+def _tell_code(ctx: click.Context) -> None:
+    """Say which code a kdcache.toml that lies in the working directory makes run: nobody typed it for this command."""
+    from kdcache.pipeline.settings import FILE
+
+    for param in ctx.command.params:
+        name = param.name or ""
+        if name not in _CODE or ctx.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
+            continue
+        setting = ctx.find_root().obj[ctx.info_name][_flag(param)]
+        if setting.origin.startswith(FILE) and _names_function(setting.value):
+            _say(f"note: {setting.origin} = {setting.value} is a function of your own, which is imported and called")
+
+
+_CODE = {"data", "teacher", "student"}
+
+
+def _names_function(text: str) -> bool:
+    """Whether a --data, --teacher or --student is module:function."""
+    from kdcache.pipeline.datasets import is_function
+
+    return is_function(text) and not text.startswith("timm/")
+
+
 class _Main(click.Group):
     """Every mistake is one clear line; settings come from flags, the environment, then kdcache.toml."""
+
+    command_class = _Command
 
     def invoke(self, ctx: click.Context) -> Any:
         before: Callable[[Any], object] = sys.unraisablehook
@@ -79,6 +110,7 @@ class _Main(click.Group):
                 }
                 for command, chosen in found.items()
             }
+            ctx.obj = found
             return super().invoke(ctx)
         except click.BadParameter as e:
             if e.ctx and e.param and e.ctx.get_parameter_source(e.param.name or "") is ParameterSource.DEFAULT_MAP:
@@ -486,6 +518,8 @@ def train(as_json: bool, **options: Any) -> None:
 @click.argument("run")
 @click.option("--data", metavar="NAME[:PATH]", help="[the run's]")
 @click.option("--cache", metavar="PATH|KEY|NAME|URL", help="[the run's]")
+@click.option("--student", metavar="NAME", help="[the run's, unless it is a function]")
+@click.option("--teacher", metavar="NAME", help="Of --loss bdkd --online [the run's, unless it is a function].")
 @_registry
 @_device
 @_workers
@@ -705,6 +739,7 @@ def info(as_json: bool, cache: str, registry: str | None) -> None:
 @main.command()
 @click.argument("cache")
 @click.option("--data", metavar="NAME[:PATH]", help="Where the images are [by the name in the cache].")
+@click.option("--teacher", metavar="NAME", help="[by the name in the cache, unless it is a function]")
 @_weights
 @_class_map
 @click.option(

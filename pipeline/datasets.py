@@ -38,6 +38,7 @@ from kdcache.pipeline.imagefiles import Progress, Triple, one_line
 
 FINGERPRINTED_FILES = 4096
 _FOLDERS = {"imagenet": ("val",), "imagefolder": ("val", "test", "eval")}  # names of the eval split's folder
+_ARRAYS = ("digits", "cifar10", "cifar100", "fashion-mnist")
 _KNOWN = "digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH and module:function"
 
 
@@ -179,6 +180,12 @@ def list_unreadable(
         files = _list_folder(name, path, split, unlabelled)
         return imagefiles.unreadable_files(files.root, files.paths, progress)
     return open_data(spec, split, unlabelled=unlabelled).unreadable(progress)
+
+
+def is_function(spec: str) -> bool:
+    """Whether open_data would import a module for this spec."""
+    name, path = _parse(spec)
+    return path is not None and name not in (*_FOLDERS, *_ARRAYS)
 
 
 def _parse(spec: str) -> tuple[str, Path | None]:

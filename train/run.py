@@ -18,11 +18,12 @@ from kdcache.cache.records import Records, encode
 from kdcache.cache.registry import Registry
 from kdcache.cache.store import Cache
 from kdcache.pipeline.beton import Beton
-from kdcache.pipeline.datasets import Dataset, open_data
+from kdcache.pipeline.datasets import Dataset, is_function, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.info import one_line
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.render import RENDERER, Renderer
+from kdcache.pipeline.stored import stored_data, stored_network
 from kdcache.pipeline.teachers import (
     Classifier,
     Teacher,
@@ -91,13 +92,13 @@ def find_cache(data: str, teacher: str | None = None, registry: Registry | None 
     Where there is none, the only one in the registry.
     NotFoundError where there is none; InputError that lists them where there are several.
     """
-    name, _, path = data.partition(":")
+    name = data if is_function(data) else data.partition(":")[0]
     opened: dict[bool, Dataset] = {}
     found: dict[str, Cache] = {}
     caches, bad = list_caches() if registry is None else registry.caches()
     for cache in caches:
         identity = cache.identity
-        if identity.data.name != (name if not path or name in ("imagenet", "imagefolder") else identity.data.name):
+        if identity.data.name != name:
             continue
         if teacher and identity.teacher.network != teacher:
             continue
@@ -334,9 +335,12 @@ class Judge:
         return predict(model, self._data, self._renderers[size], dtype)
 
 
-def student_of(path: Path, state: dict[str, Tensor], notes: dict[str, Any]) -> Classifier:
-    """The student in a run's file of weights, given what `read_weights` found there; on the CPU."""
-    name = notes["student"]
+def student_of(path: Path, state: dict[str, Tensor], notes: dict[str, Any], student: str | None = None) -> Classifier:
+    """The student in a run's file of weights, given what `read_weights` found there; on the CPU.
+
+    student: the network's name, by default that in the notes, unless it is a function.
+    """
+    name = student or stored_network(notes["student"], path, "--student")
     network = build_network(name, notes["classes"], notes["input_size"])
     load_fitting(network, state, f"the weights in {path} and {name}")
     return Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(memory_format=torch.channels_last)
@@ -346,11 +350,16 @@ def evaluate_run(
     where: str,
     data: str | None = None,
     cache: str | None = None,
+    student: str | None = None,
+    teacher: str | None = None,
     device: str | None = None,
     workers: int | None = None,
     registry: str | None = None,
 ) -> dict[str, Any]:
-    """Metrics of a run folder's best weights or of a weights file that kdcache wrote."""
+    """Metrics of a run folder's best weights or of a weights file that kdcache wrote.
+
+    student, and teacher where one learnt beside it, name the networks where the file names functions.
+    """
     path = Path(where)
     if not path.exists():
         raise NotFoundError(f"there is no run folder or weights file {where}")
@@ -364,18 +373,22 @@ def evaluate_run(
     if not {"student", "classes", "data", "cache"} <= notes.keys():
         raise InputError(f"{path} is a taught teacher: its accuracy stands in its notes, see kdcache build")
     on = pick_device(device)
-    model = student_of(path, state, notes).to(on)
+    model = student_of(path, state, notes, student).to(on)
     place = notes.get("cache_path")
     found = _open(cache or (place if place and _exists(place) else notes["cache"]), registry)
     if cache is None and found.key != notes["cache"]:
         raise MismatchError(f"{found.path} is not the cache of this run any more: give the one to use with --cache")
-    evaluation = open_data(data or notes["data"], "eval", unlabelled=found.identity.record.labels == 0)
+    evaluation = open_data(
+        data or stored_data(notes["data"], path), "eval", unlabelled=found.identity.record.labels == 0
+    )
     require_data(found, evaluation)
-    beside = _beside(path, notes, on)
+    beside = _beside(path, notes, teacher, on)
     return {"weights": str(path), **Judge(found, evaluation, notes["input_size"], on, workers)(model, beside=beside)}
 
 
-def _beside(path: Path, notes: dict[str, Any], device: torch.device) -> tuple[Classifier, int] | None:
+def _beside(
+    path: Path, notes: dict[str, Any], teacher: str | None, device: torch.device
+) -> tuple[Classifier, int] | None:
     """The teacher that learnt with the student of these weights, as filed beside them, and its input size."""
     if not notes.get("beside_teacher"):
         return None
@@ -383,8 +396,9 @@ def _beside(path: Path, notes: dict[str, Any], device: torch.device) -> tuple[Cl
     if not file.exists():
         raise NotFoundError(f"{path} learnt beside a teacher, whose weights are not there any more: {file}")
     state, theirs = read_weights(file)
-    network = build_network(theirs["network"], notes["classes"], theirs["input_size"])
-    load_fitting(network, state, f"the weights in {file} and {theirs['network']}")
+    name = teacher or stored_network(theirs["network"], file, "--teacher")
+    network = build_network(name, notes["classes"], theirs["input_size"])
+    load_fitting(network, state, f"the weights in {file} and {name}")
     model = Classifier(network, tuple(theirs["mean"]), tuple(theirs["std"])).to(device)
     model.to(memory_format=torch.channels_last)
     return model, theirs["input_size"]
@@ -426,7 +440,7 @@ def _resumed(config: TrainConfig) -> dict[str, Any]:
 def _same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, device: torch.device) -> Teacher:
     """The live teacher, which must be the one that the cache was built by."""
     had = cache.identity.teacher
-    name = config.teacher or had.network
+    name = config.teacher or stored_network(had.network, cache.path, "--teacher")
     amp = "bf16" if had.numeric == "bf16" else None
     teacher = load_teacher(name, data, device, weights=config.weights, amp=amp)
     if found := had.differences(teacher.identity, theirs="found"):
@@ -452,12 +466,13 @@ def _learning_teacher(
     else:
         if config.weights:
             raise InputError("--weights are those of a taught teacher: give --loss bdkd:start=taught")
+        name = config.teacher or stored_network(had.network, cache.path, "--teacher")
         # A seed that no student has: two of one kind must not start from equal weights.
-        network = seeded(-1 - config.seed, lambda: build_network(had.network, record.classes, had.input_size))
+        network = seeded(-1 - config.seed, lambda: build_network(name, record.classes, had.input_size))
         model = Classifier(network, mean, std).to(device)
         model.to(memory_format=torch.channels_last)
-        if (answers := try_out(model, had.network, had.input_size)) != record.classes:
-            raise InputError(f"{had.network} answers for {answers} classes, the cache holds {record.classes}")
+        if (answers := try_out(model, name, had.input_size)) != record.classes:
+            raise InputError(f"{name} answers for {answers} classes, the cache holds {record.classes}")
     notes = {
         "network": had.network, "input_size": had.input_size, "mean": list(mean), "std": list(std),
         "class_names": list(data.class_names),
