@@ -627,11 +627,12 @@ def remove_command(as_json: bool, cache: str | None, registry: str | None, name:
     """
     from kdcache.cache.care import find, remove, remove_name
     from kdcache.pipeline.info import removed_line, summary
-    from kdcache.pipeline.share import require_registry
 
     if (cache is None) == (name is None):
         raise click.UsageError("Give a cache, or --name NAME.")
     if name is not None:
+        from kdcache.pipeline.share import require_registry
+
         url = require_registry(registry)
         _confirm(f"Remove the name {name} from {url}?", yes)
         remove_name(name, url)

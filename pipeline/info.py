@@ -6,12 +6,9 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from kdcache.cache.errors import KdcacheError
 from kdcache.cache.registry import Registry
 from kdcache.cache.store import Cache, shard_name
-from kdcache.pipeline.build import teacher_top1
 from kdcache.pipeline.progress import size
 
 _SAMPLE = 10_000  # records, enough for a mean
@@ -170,6 +167,11 @@ def fidelity(cache: Cache) -> dict[str, Any]:
 
     mass: by temperature, the mean probability of the stored classes and labels, and of the tail.
     """
+    # Here, because ls needs none of it and torch takes seconds to import.
+    import torch
+
+    from kdcache.pipeline.build import teacher_top1
+
     views = cache.views
     chosen = sorted({views[i * (len(views) - 1) // (_VIEWS - 1)] for i in range(_VIEWS)} if views else ())
     top1: dict[str, float] = {}
