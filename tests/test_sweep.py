@@ -40,11 +40,12 @@ def home(tmp_path_factory):
 
 
 SETTINGS = {"epochs": 1, "batch_size": 256, "lr": 0.01}
-QUICK = ["--epochs", "1", "--batch-size", "256", "--lr", "0.01"]
+QUICK = {"--epochs": "1", "--batch-size": "256", "--lr": "0.01"}
 
 
 def invoke(*args, **env):
-    return CliRunner().invoke(main, ["train", *QUICK, *map(str, args)], env=env, catch_exceptions=False)
+    quick = [word for item in QUICK.items() if item[0] not in args for word in item]
+    return CliRunner().invoke(main, ["train", *quick, *map(str, args)], env=env, catch_exceptions=False)
 
 
 def figures(summary):
