@@ -215,6 +215,13 @@ def _print(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
         click.echo(json.dumps(facts, indent=2, default=str) if as_json else _safe(text))
 
 
+def _figure(name: str, value: float) -> str:
+    """For people: rates in percent, all else as it is."""
+    from kdcache.pipeline.progress import percent
+
+    return percent(value) if name.split("_")[-1] in ("top1", "top5", "agreement") else f"{value:.4f}"
+
+
 def _say(text: str) -> None:
     if not _later_rank():
         click.echo(_safe(text), err=True)
@@ -558,7 +565,7 @@ def train(as_json: bool, **options: Any) -> None:
         _print(result, as_json, table(result))
         sys.exit(1 if any("error" in one for one in result["runs"]) else 0)
     summary = run(config, _say)
-    line = "  ".join(f"{k} {v:.4f}" for k, v in summary.items() if isinstance(v, float))
+    line = "  ".join(f"{k} {_figure(k, v)}" for k, v in summary.items() if isinstance(v, float))
     _print(summary, as_json, f"{summary['run']}: {line}")
 
 
@@ -580,7 +587,7 @@ def evaluate(as_json: bool, run: str, **options: Any) -> None:
     from kdcache.train.run import evaluate_run
 
     found = evaluate_run(run, **options)
-    _print(found, as_json, "\n".join(f"{k:13} {v:.4f}" for k, v in found.items() if isinstance(v, float)))
+    _print(found, as_json, "\n".join(f"{k:13} {_figure(k, v)}" for k, v in found.items() if isinstance(v, float)))
 
 
 @main.command(name="import")
@@ -764,7 +771,10 @@ def gc(as_json: bool, registry: str | None, older: float, local_store_size: int 
     for one in result["found"]:
         why = one["why"] if one["kept"] is None else f"stays: {one['kept']}"
         lines.append(f"{size(one['bytes']):>9}  {one['path']}: {why}")
-    lines.append(f"{size(result['freed'])} freed" if delete else f"{size(result['bytes'])} may go: add --delete")
+    if not lines:
+        lines = ["nothing to remove"]
+    else:
+        lines.append(f"{size(result['freed'])} freed" if delete else f"{size(result['bytes'])} may go: add --delete")
     _print(result, as_json, "\n".join(lines))
 
 

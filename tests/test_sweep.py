@@ -65,7 +65,7 @@ def test_every_combination_is_trained_as_alone_and_compared(home, tmp_path):
     assert figures(result["runs"][3]["summary"]) == figures(alone)
 
     lines = table(result).splitlines()
-    assert lines[0].split() == ["loss", "seeds", "top-1", "nll", "ece", "agreement", "s", "an", "epoch"]
+    assert lines[0].split() == ["loss", "seeds", "top-1", "(%)", "nll", "ece", "agreement", "(%)", "s", "an", "epoch"]
     assert len(lines) == 3
     for row, (loss, line) in enumerate(zip(result["losses"], lines[1:], strict=True)):
         top1 = [r["summary"]["top1"] for r in result["runs"][2 * row : 2 * row + 2]]
