@@ -14,6 +14,9 @@ from kdcache.cache.errors import CorruptError, MismatchError
 FORMAT: Final = 1
 # Far above any real one; a larger file is refused before it is parsed.
 MAX_JSON_BYTES = 1 << 20
+# How uint8 records are coded (records.py): gaps and tails in steps of so many nats, and the code of an empty tail.
+STEP = 1 / 8
+NO_TAIL = 254  # 255 is left to show a hole
 
 Sha256 = str
 
@@ -123,6 +126,11 @@ class RecordIdentity(Strict):
         if list(self.lacks) != sorted(set(self.lacks)) or (self.dense and "target_gap" in self.lacks):
             raise ValueError("what is lacking is named once, in order, and dense records lack no gap")
         return self
+
+
+def id_dtype(classes: int) -> str:
+    """The smallest unsigned type that holds every class id and one value more, which marks a hole, by its name."""
+    return "uint8" if classes < 2**8 else "uint16" if classes < 2**16 else "uint32"
 
 
 class Identity(Strict):

@@ -27,7 +27,7 @@ from kdcache.pipeline import provenance
 from kdcache.pipeline.classmap import map_labels
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for, stored_classes
-from kdcache.pipeline.progress import Progress, duration, size
+from kdcache.pipeline.progress import Progress, duration, percent, size
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import RENDERER, Renderer
 from kdcache.pipeline.spool import SPOOL_SECONDS, WAITING_SECONDS, Spool, Writer, clear, spool_folder
@@ -245,7 +245,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
     share = f", {computed:,} of {images:,} images by this build" if computed < images else ""
     say(
         f"done in {duration(seconds)}: {size(cache.size())}{share}"
-        + (f"; teacher's top-1 on the evaluation split {100 * top1:.2f}" if top1 is not None else "")
+        + (f"; teacher's top-1 on the evaluation split {percent(top1)}" if top1 is not None else "")
     )
     return BuildResult(path, key, views, cache.size(), computed, seconds, top1)
 

@@ -268,7 +268,7 @@ def _decode_all(root: Path, paths: Sequence[str], sizes: np.ndarray) -> torch.Te
 def _refusal(root: Path, paths: Sequence[str], bad: Sequence[int], reason: str) -> InputError:
     return InputError(
         f"{root / paths[bad[0]]}: {reason}; {len(bad)} of {len(paths)} images in {root} cannot be read: "
-        "`kdcache build --list-unreadable` lists every one"
+        "kdcache build --list-unreadable with the same --data lists every one"
     )
 
 

@@ -331,7 +331,7 @@ def _from_timm(name: str, classes: int) -> nn.Module:
         timm: Any = importlib.import_module("timm")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "timm":
-            raise InputError(f"network {name!r} needs timm: pip install 'kdcache[timm]'") from error
+            raise InputError(f"network {name!r} needs timm: pip install timm") from error
         raise InputError(f"network {name!r}: timm cannot be imported: {_line(error)}") from error
     plain = name.removeprefix("timm/")
     if not timm.is_model(plain):  # also keeps out hf-hub: names, which would go to the network

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable
 from dataclasses import dataclass, replace
@@ -46,6 +47,7 @@ from kdcache.train.runfolder import RunFolder, read_config
 from kdcache.train.trainer import PARTNER, SAVE_EVERY, fit, seeded
 
 _WORTH_COMPILING = 10_000  # batches in a run
+_EXAMPLE = "resnet34"  # of a teacher, where the user has named none
 
 
 @dataclass(frozen=True)
@@ -114,8 +116,9 @@ def find_cache(data: str, teacher: str | None = None, registry: Registry | None 
             found[cache.key] = cache
     if not found:
         by = f" by {teacher}" if teacher else ""
+        build = shlex.join(["kdcache", "build", "--teacher", teacher or _EXAMPLE, "--data", data])
         also = f" ({len(bad)} that cannot be read are left out: see kdcache ls)" if bad else ""
-        raise NotFoundError(f"no cache of {data}{by} with a complete view{also}: run kdcache build --data {data} first")
+        raise NotFoundError(f"no cache of {data}{by} with a complete view{also}: run {build} first")
     if len(found) > 1:
         raise InputError(
             f"{len(found)} caches of {data} match, choose one with --cache: " + "; ".join(map(one_line, found.values()))

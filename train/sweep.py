@@ -19,7 +19,7 @@ FILE = "sweep.json"
 _OUT = "runs/sweep"
 # What the table shows of each summary: heading, key, factor, digits.
 _COLUMNS = (
-    ("top-1", "top1", 100, 2), ("nll", "nll", 1, 4), ("ece", "ece", 1, 4), ("agreement", "agreement", 100, 2),
+    ("top-1 (%)", "top1", 100, 2), ("nll", "nll", 1, 4), ("ece", "ece", 1, 4), ("agreement (%)", "agreement", 100, 2),
     ("s an epoch", "seconds_an_epoch", 1, 1),
 )  # fmt: skip
 

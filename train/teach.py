@@ -17,6 +17,7 @@ from kdcache.pipeline.build import BuildConfig, BuildResult, check_options
 from kdcache.pipeline.datasets import list_unreadable, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.progress import percent
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.share import build_shared
@@ -122,7 +123,7 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
         file_classifier(path, model, {**notes, "metrics": history[-1]})
         shutil.rmtree(work)
     ranks.wait()  # for the file
-    say(f"{config.teacher} has top-1 {100 * history[-1]['top1']:.2f} on {data.name}'s evaluation split: {path}")
+    say(f"{config.teacher} has top-1 {percent(history[-1]['top1'])} on {data.name}'s evaluation split: {path}")
     return path, history[-1]["top1"]
 
 
