@@ -16,6 +16,7 @@ FORMAT: Final = 1
 MAX_JSON_BYTES = 1 << 20
 
 Sha256 = str
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 class Strict(BaseModel):
@@ -31,7 +32,10 @@ class Strict(BaseModel):
 
 
 class TeacherIdentity(Strict):
-    """The network that answers: architecture, its tensors' hash, and how it wants its pixels."""
+    """The network that answers: architecture, its tensors' hash, and how it wants its pixels.
+
+    interpolation: how they are resized. Bilinear is left out of the JSON, as in the time when there was no other.
+    """
 
     architecture: str
     weights: Sha256
@@ -39,6 +43,14 @@ class TeacherIdentity(Strict):
     std: tuple[float, float, float]
     input_size: int = Field(ge=1)
     numeric: Literal["float32", "bf16"]
+    interpolation: Interpolation = "bilinear"
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        out: dict[str, Any] = handler(self)
+        if self.interpolation == "bilinear":
+            del out["interpolation"]
+        return out
 
     @property
     def network(self) -> str:

@@ -238,6 +238,10 @@ def source_of(
     config = BuildConfig(
         teacher=i.teacher.network,
         weights=weights,
+        teacher_size=i.teacher.input_size,
+        teacher_mean=i.teacher.mean,
+        teacher_std=i.teacher.std,
+        teacher_interpolation=i.teacher.interpolation,
         data=data or i.data.name,
         augment=i.views.policy,
         topk=i.record.k or i.record.classes,
