@@ -303,6 +303,21 @@ def _temperatures(ctx: click.Context, param: click.Parameter, value: str) -> tup
     return found
 
 
+def _rgb(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, float, float] | None:
+    """0.5,0.5,0.5, or 0.5 for all three."""
+    if value is None:
+        return None
+    try:
+        numbers = [float(v) for v in value.split(",")]
+        r, g, b = numbers * 3 if len(numbers) == 1 else numbers
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not three numbers such as 0.485,0.456,0.406") from None
+    dividing = param.name == "teacher_std"
+    if not all((0 < v if dividing else 0 <= v) and v <= 1 for v in (r, g, b)):
+        raise click.BadParameter(f"{value!r}: pixels count from 0 to 1 here" + ", and 0 divides nothing" * dividing)
+    return r, g, b
+
+
 def _views(ctx: click.Context, param: click.Parameter, value: str | None) -> range | None:
     if value is None:
         return None
@@ -401,6 +416,12 @@ def teach(as_json: bool, **options: Any) -> None:
 @main.command()
 @click.option("--teacher", metavar="NAME", help="A network's name.  [required]")
 @_weights
+@click.option("--teacher-size", type=click.IntRange(1, 4096), help="Pixels of its images [as its source says].")
+@click.option("--teacher-mean", metavar="R,G,B", callback=_rgb, help="Taken from values in 0..1 [as its source says].")
+@click.option("--teacher-std", metavar="R,G,B", callback=_rgb, help="Divides them then [as its source says].")
+@click.option(
+    "--teacher-interpolation", type=click.Choice(["bilinear", "bicubic"]), help="Resizes them [as its source says]."
+)
 @_data
 @_augment
 @click.option("--views", type=click.IntRange(1, 100_000), help="How many augmented views [by dataset].")

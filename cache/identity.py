@@ -19,6 +19,7 @@ STEP = 1 / 8
 NO_TAIL = 254  # 255 is left to show a hole
 
 Sha256 = str
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 class Strict(BaseModel):
@@ -34,7 +35,10 @@ class Strict(BaseModel):
 
 
 class TeacherIdentity(Strict):
-    """The network that answers: architecture, its tensors' hash, and how it wants its pixels."""
+    """The network that answers: architecture, its tensors' hash, and how it wants its pixels.
+
+    interpolation: how they are resized. Bilinear is left out of the JSON, as in the time when there was no other.
+    """
 
     architecture: str
     weights: Sha256
@@ -42,6 +46,14 @@ class TeacherIdentity(Strict):
     std: tuple[float, float, float]
     input_size: int = Field(ge=1)
     numeric: Literal["float32", "bf16"]
+    interpolation: Interpolation = "bilinear"
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        out: dict[str, Any] = handler(self)
+        if self.interpolation == "bilinear":
+            del out["interpolation"]
+        return out
 
     @property
     def network(self) -> str:

@@ -19,7 +19,7 @@ from kdcache.cache import arrays
 from kdcache.cache.errors import InputError
 from kdcache.cache.files import make_folder, sha256
 from kdcache.cache.home import caches_folder
-from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
+from kdcache.cache.identity import DataIdentity, Identity, Interpolation, RecordIdentity, ViewsIdentity
 from kdcache.cache.leases import Leases
 from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, tail_distribution
 from kdcache.cache.store import Cache, SplitStore, require_folder, shard_name
@@ -27,6 +27,7 @@ from kdcache.pipeline import provenance
 from kdcache.pipeline.classmap import map_labels
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for, stored_classes
+from kdcache.pipeline.pixels import RGB, Wanted
 from kdcache.pipeline.progress import Progress, duration, percent, size
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import RENDERER, Renderer
@@ -66,7 +67,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build. None means the default for the dataset's kind (defaults.py)."""
+    """What to build. None means the default for the dataset's kind (defaults.py), of teacher_* what its source says."""
 
     teacher: str
     weights: str | None = None
@@ -90,6 +91,10 @@ class BuildConfig:
     views_per_decode: int = VIEWS_PER_DECODE
     compile: bool | None = None
     part: int = PART
+    teacher_size: int | None = None
+    teacher_mean: RGB | None = None
+    teacher_std: RGB | None = None
+    teacher_interpolation: Interpolation | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +127,18 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
     device = pick_device(config.device)
     data = open_data(config.data, "train", unlabelled=config.unlabelled)
     evaluation = open_data(config.data, "eval", unlabelled=config.unlabelled)
-    teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp)
+    wanted = Wanted(config.teacher_size, config.teacher_mean, config.teacher_std, config.teacher_interpolation)
+    teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp, wanted=wanted)
+    say(f"teacher: {teacher.about}")
     if teacher.classes < 2:
         raise InputError(f"the teacher has {teacher.classes} classes, at least 2 are needed: is {config.data} right?")
     check_options(config, teacher.classes)
     to_teacher = _class_map(data, config.class_map, teacher)
+    if not config.class_map and teacher.class_names is None and data.class_names:
+        say(
+            "note: nothing tells the names of the teacher's classes: its class i is taken for the data's class i "
+            "(--class-map FILE says otherwise)"
+        )
     labels = [to_teacher[split.labels] for split in (data, evaluation)]
     mapped = not np.array_equal(to_teacher, np.arange(len(to_teacher)))
     policy = check_policy(config.augment or defaults_for(data).augment)
@@ -319,7 +331,8 @@ def answers(
 def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) -> Renderer:
     """Images as the teacher wants them."""
     identity = source.identity
-    return Renderer(data, identity.teacher.input_size, source.teacher.device, identity.views.policy, workers)
+    shown, device = identity.teacher, source.teacher.device
+    return Renderer(data, shown.input_size, device, identity.views.policy, workers, shown.interpolation)
 
 
 @dataclass(eq=False)

@@ -83,10 +83,8 @@ class Dataset:
 
     @property
     def image_size(self) -> int | None:
-        """The side in pixels of square images held in memory, else None."""
-        if self.images is None or self.images.shape[1] != self.images.shape[2]:
-            return None
-        return self.images.shape[1]
+        """Of images held in memory the side in pixels, the longer one where they are not square; else None."""
+        return None if self.images is None else max(self.images.shape[1:3])
 
     def decode(self, index: int) -> torch.Tensor:
         """The whole image, uint8 [3, H, W]. InputError where its file cannot be read or has changed."""

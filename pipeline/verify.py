@@ -241,6 +241,10 @@ def source_of(
     config = BuildConfig(
         teacher=teacher or stored_network(i.teacher.network, cache.path, "--teacher"),
         weights=weights,
+        teacher_size=i.teacher.input_size,
+        teacher_mean=i.teacher.mean,
+        teacher_std=i.teacher.std,
+        teacher_interpolation=i.teacher.interpolation,
         data=data or stored_data(i.data.name, cache.path),
         augment=i.views.policy,
         topk=i.record.k or i.record.classes,

@@ -186,7 +186,7 @@ def packed(tmp_path: Path) -> Path:
 def test_fashion_mnist_from_debians_files(packed: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arraysets, "DEBIAN_FASHION_MNIST", packed)
     data = open_data("fashion-mnist", "eval")
-    assert data.images is not None and data.images.shape == (3, 3, 4, 3) and data.image_size is None
+    assert data.images is not None and data.images.shape == (3, 3, 4, 3) and data.image_size == 4
     assert data.images[1, 2].tolist() == [[20] * 3, [21] * 3, [22] * 3, [23] * 3]
     assert data.labels.tolist() == [[0], [1], [2]] and data.class_names[1] == "Trouser"
     assert data.mean[0] == pytest.approx(29.5 / 255)  # of the 60 pixels of train

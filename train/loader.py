@@ -220,7 +220,10 @@ class OnlineLoader:
         self._views = None if fresh_views else cache.views[:views]
         self._order = _Order(len(data), batch_size, rank, world, seed)
         self._student_images = _renderer(cache, data, image_size, teacher.device, workers)
-        self._teacher_images = _renderer(cache, data, teacher.input_size, teacher.device, workers)
+        self._teacher_images = Renderer(
+            data, teacher.input_size, teacher.device, cache.identity.views.policy, workers,
+            cache.identity.teacher.interpolation,
+        )  # fmt: skip
         self._labels = _labels(cache, teacher.device)
 
     def set_epoch(self, epoch: int) -> None:
@@ -248,11 +251,12 @@ class OnlineLoader:
     def _images(
         self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the student and what the teacher sees: one rendering where the sizes are equal."""
-        mine = self._student_images.batches(parameters, batches)
-        if self._student_images.size == self._teacher_images.size:
+        """What the student and what the teacher sees: one rendering where both want the same."""
+        student, teacher = self._student_images, self._teacher_images
+        mine = student.batches(parameters, batches)
+        if (student.size, student.interpolation) == (teacher.size, teacher.interpolation):
             return ((images, images) for images in mine)
-        return zip(mine, self._teacher_images.batches(parameters, batches), strict=True)
+        return zip(mine, teacher.batches(parameters, batches), strict=True)
 
 
 class PlainLoader:

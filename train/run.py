@@ -22,13 +22,13 @@ from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.datasets import Dataset, is_function, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.info import one_line
-from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.networks import build_network, load_fitting
+from kdcache.pipeline.pixels import Wanted
 from kdcache.pipeline.render import RENDERER, Renderer
 from kdcache.pipeline.stored import stored_data, stored_network
 from kdcache.pipeline.teachers import (
     Classifier,
     Teacher,
-    load_fitting,
     load_teacher,
     pick_device,
     read_weights,
@@ -445,7 +445,7 @@ def _same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, devi
     had = cache.identity.teacher
     name = config.teacher or stored_network(had.network, cache.path, "--teacher")
     amp = "bf16" if had.numeric == "bf16" else None
-    teacher = load_teacher(name, data, device, weights=config.weights, amp=amp)
+    teacher = load_teacher(name, data, device, weights=config.weights, amp=amp, wanted=Wanted.of(had))
     if found := had.differences(teacher.identity, theirs="found"):
         raise MismatchError(f"the live teacher is not that of cache {cache.key[:12]}: {'; '.join(found)}")
     return teacher
@@ -478,6 +478,6 @@ def _learning_teacher(
             raise InputError(f"{name} answers for {answers} classes, the cache holds {record.classes}")
     notes = {
         "network": had.network, "input_size": had.input_size, "mean": list(mean), "std": list(std),
-        "class_names": list(data.class_names),
+        "interpolation": had.interpolation, "class_names": list(data.class_names),
     }  # fmt: skip
     return LearningTeacher(model, had.input_size, loss, recipe, notes)

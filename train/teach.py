@@ -17,11 +17,12 @@ from kdcache.pipeline.build import BuildConfig, BuildResult, check_options
 from kdcache.pipeline.datasets import list_unreadable, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.pixels import pixels_of_data
 from kdcache.pipeline.progress import percent
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.share import build_shared
-from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, file_classifier, pick_device, taught_file, try_out
+from kdcache.pipeline.teachers import Classifier, file_classifier, pick_device, taught_file, try_out
 from kdcache.pipeline.views import check_policy
 from kdcache.train import ranks
 from kdcache.train.evaluate import metrics, predict
@@ -72,7 +73,7 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
     defaults = defaults_for(data)
     policy = check_policy(config.augment or defaults.augment)
     batch = config.batch_size or min(defaults.train_batch, len(data))
-    size = data.image_size or IMAGENET_SIZE
+    size = pixels_of_data(data).size
     network = seeded(config.seed, lambda: build_network(config.teacher, len(data.class_names), size))
     model = Classifier(network, data.mean, data.std).to(device)
     model.to(memory_format=torch.channels_last)
@@ -141,7 +142,7 @@ def build_and_teach(
             taught = taught_file(config.teacher, data)
             if not taught.exists():
                 check_options(config, len(data.class_names))
-                build_network(config.teacher, len(data.class_names), data.image_size or IMAGENET_SIZE)  # a known name?
+                build_network(config.teacher, len(data.class_names), pixels_of_data(data).size)  # a known name?
                 _teach_once(config, taught, say)
             config = replace(config, weights=str(taught))  # also where --unlabelled makes it other data
     return build_shared(config, registry, publish, say)
