@@ -34,6 +34,7 @@ from kdcache.cache.home import home as default_home
 from kdcache.pipeline import arraysets, imagefiles
 from kdcache.pipeline.arraysets import Arrays
 from kdcache.pipeline.classfolders import Listing, list_split
+from kdcache.pipeline.decode import decode_file
 from kdcache.pipeline.imagefiles import Progress, Triple, one_line
 
 FINGERPRINTED_FILES = 4096
@@ -91,7 +92,7 @@ class Dataset:
         if self.images is not None:
             return self.images[index].permute(2, 0, 1).contiguous()
         assert self.root is not None
-        return imagefiles.decode_file(self.root / self.paths[index], self.sizes[index])
+        return decode_file(self.root / self.paths[index], self.sizes[index])
 
     def fingerprint(self, full: bool = False) -> str:
         """sha256, in hexadecimal, of labels, class names, order and pixels; not of places and times.

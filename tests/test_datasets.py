@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, FashionMNIST
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline import arraysets, datasets
+from kdcache.pipeline import arraysets, datasets, imagefiles
 from kdcache.pipeline.datasets import Dataset, list_unreadable, open_data
 from kdcache.pipeline.imagefiles import IMAGENET_MEAN, IMAGENET_STD
 
@@ -80,8 +80,8 @@ def test_larger_images_stay_in_files_and_their_headers_are_read_once(
     assert np.array_equal(data.decode(0), np.asarray(Image.open(top / "train/cat/1.png")).transpose(2, 0, 1))
 
     opened = []
-    open_image = Image.open
-    monkeypatch.setattr(Image, "open", lambda *args, **kw: opened.append(args) or open_image(*args, **kw))
+    size = imagefiles.image_size
+    monkeypatch.setattr(imagefiles, "image_size", lambda path: opened.append(path) or size(path))
     assert np.array_equal(open_data(f"imagefolder:{top}", "train").sizes, data.sizes)
     assert not opened
     (memory,) = (home / "datasets").iterdir()
