@@ -149,7 +149,7 @@ def memory_as_it_is_found():
 @pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
 @pytest.mark.parametrize(("clip", "accumulate"), [(None, 1), (0.5, 1), (None, 2)])
 def test_a_first_step_that_overflows_leaves_no_trace(memory_as_it_is_found, name, clip, accumulate, resumed):
-    """The steps after it are those of a plain loop in float64 that never had it; also where it was stopped in between."""
+    """The steps after it are those of a plain loop in float64 that never had it, resumed before them or not."""
     torch.manual_seed(0)
     start = [torch.randn(3, 3), torch.randn(3)]
     slopes = [[torch.randn_like(w) for w in start] for _ in range(4)]

@@ -143,7 +143,7 @@ class Updater:
     def _fill_momentum(self) -> None:
         """Start fused SGD's momentum from zeros, which gives the same first step as torch's own start.
 
-        Torch gives it memory as it finds it, to be filled by the first step. One whose gradients overflow fills nothing.
+        Torch gives it memory as it finds it, which the first step fills. One whose gradients overflow fills nothing.
         """
         for optimiser in self._optimisers:
             if self._scaler.is_enabled() and isinstance(optimiser, torch.optim.SGD) and optimiser.defaults["momentum"]:
