@@ -551,7 +551,7 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
 @click.option("--student", metavar="NAME", help="A network's name [by dataset].")
 @_epochs
 @click.option("--out", cls=_Own, metavar="DIR", help="The run's folder, or that of several runs [runs/...].")
-@click.option("--resume", is_flag=True, help="Go on with what is in --out.")
+@click.option("--resume", is_flag=True, help="Go on with what is in --out, with its own settings.")
 @_batch
 @_lr
 @_decay
@@ -590,6 +590,10 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
     "--evaluate-every", type=click.IntRange(1), default=1, show_default=True, metavar="EPOCHS",
     help="How often the student is evaluated; after the last epoch always.",
 )  # fmt: skip
+@click.option(
+    "--validation", type=_Number(0, 1, min_open=True, max_open=True), metavar="FRACTION",
+    help="Hold out such a part of the training images, 0.1 for one, and file the weights that are best on it too.",
+)  # fmt: skip
 @_device
 @click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Run the network in half precision.")
 @_workers
@@ -603,6 +607,7 @@ def train(as_json: bool, **options: Any) -> None:
              kdcache train --loss ce --loss nkd --loss dkd:beta=2 --seed 0 --seed 1 --seed 2
              kdcache train --loss nkd --data cifar10 --cache cifar10.beton     (by FFCV's loader)
              kdcache train --loss nkd --registry s3://bucket/kd --cache r34-imagenet-v1
+             kdcache train --resume --out runs/digits-resnet8-nkd-seed0
              torchrun --nproc-per-node 4 -m kdcache.cli train --loss nkd       (by 4 processes, each a GPU of its own)
     """
     from kdcache.train.run import TrainConfig
@@ -611,20 +616,50 @@ def train(as_json: bool, **options: Any) -> None:
 
     if not options["online"] and _for_all("weights"):
         options["weights"] = None  # the setting is for commands that run the teacher
-    losses, seeds = options.pop("loss"), options.pop("seed")
+    losses, seeds, given = options.pop("loss"), options.pop("seed"), _given()
+    if options["resume"]:
+        losses, seeds = _asked(options["out"], losses, seeds, given)
     config = TrainConfig(losses[0], seed=seeds[0], **options)
     if len(losses) * len(seeds) > 1:
-        result = sweep(config, losses, seeds, _say)
+        result = sweep(config, losses, seeds, _say, given)
         _print(result, as_json, table(result))
         sys.exit(1 if any("error" in one for one in result["runs"]) else 0)
-    summary = run(config, _say)
-    line = "  ".join(f"{k} {_figure(k, v)}" for k, v in summary.items() if isinstance(v, float))
-    _print(summary, as_json, f"{summary['run']}: {line}")
+    summary = run(config, _say, given=given)
+    lines = [f"{summary['run']}: {_figures(summary)}"]
+    if best := summary.get("best"):
+        lines.append(f"best on the part held out, epoch {best['epoch']}: {_figures(best)}")
+    _print(summary, as_json, "\n".join(lines))
+
+
+def _asked(
+    out: str | None, losses: tuple[str, ...], seeds: tuple[int, ...], given: set[str]
+) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
+    """What is resumed in `out`: the losses and seeds that were typed, else those of a sweep there, else one run's."""
+    from kdcache.train.sweep import asked_before
+
+    before = asked_before(out)
+    if before is None and not {"loss", "seed"} & given:
+        ctx = click.get_current_context()
+        is_set = ctx.get_parameter_source("loss") is ParameterSource.DEFAULT_MAP
+        return (losses[0] if is_set else None,), seeds[:1]
+    if before is None:
+        return losses, seeds
+    return (losses if "loss" in given else before[0]), (seeds if "seed" in given else before[1])
+
+
+def _given() -> set[str]:
+    """The parameters of the current command that stand on the command line."""
+    ctx = click.get_current_context()
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+
+
+def _figures(facts: dict[str, Any]) -> str:
+    return "  ".join(f"{k} {_figure(k, v)}" for k, v in facts.items() if isinstance(v, float))
 
 
 @main.command(name="eval")
 @click.argument("run")
-@click.option("--data", cls=_Own, metavar="NAME[:PATH]", help="[the run's]")
+@click.option("--data", cls=_Own, metavar="NAME[:PATH]", help="Any labelled data with the run's classes [the run's].")
 @click.option("--cache", cls=_Own, metavar="PATH|KEY|NAME|URL", help="[the run's]")
 @click.option("--student", cls=_Own, metavar="NAME", help="[the run's, unless it is a function]")
 @click.option("--teacher", cls=_Own, metavar="NAME", help="That learnt beside it [the run's, unless it is a function].")
@@ -635,9 +670,12 @@ def train(as_json: bool, **options: Any) -> None:
 def evaluate(as_json: bool, run: str, **options: Any) -> None:
     """Top-1, top-5, NLL, Brier score, ECE, agreement with the teacher and KL to it.
 
-    Of a run's best weights, or of a weights file.
+    Of a run's last weights, or of a weights file. On other data than the run's, whose classes are found by name,
+    without the teacher.
 
+    \b
     Example: kdcache eval runs/digits-resnet8-nkd-seed0
+             kdcache eval runs/birds/best.safetensors --data imagefolder:/data/other-birds
     """
     from kdcache.train.run import evaluate_run
 

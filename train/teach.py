@@ -88,6 +88,7 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
     settings = {
         "teacher": config.teacher, "data": data.fingerprint(), "augment": policy, "epochs": recipe.epochs,
         "batch_size": batch, "lr": recipe.lr, "weight_decay": recipe.decay, "seed": config.seed, "amp": config.amp,
+        "stream": "teaching",
     }  # fmt: skip
     loader = PlainLoader(
         data, policy, batch, size, seed=config.seed, device=device, workers=config.workers,
