@@ -303,7 +303,8 @@ def answers(
     last bit.
     """
     bounds = [range(i, min(i + batch, rows.stop)) for i in range(rows.start, rows.stop, batch)]
-    bounds = bounds[(min(starts) - rows.start) // batch :]
+    # A view that lacks nothing starts at the very end, which is inside of a short last batch.
+    bounds = [b for b in bounds if min(starts) <= b.start]
     filled = [np.pad(np.arange(b.start, b.stop), (0, batch - len(b)), mode="edge") for b in bounds]
     wanted = [[place for place, start in enumerate(starts) if start <= b.start] for b in bounds]
     y = torch.from_numpy(labels[rows.start : rows.stop]).to(source.teacher.device)
