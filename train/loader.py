@@ -245,6 +245,16 @@ class OnlineLoader:
         if not finite:
             raise KdcacheError("the teacher's logits are not finite: lower --lr where it learns, or check its weights")
 
+    def answers(self, view: int) -> Iterator[Records]:
+        """The live teacher's records of all training samples in this view, batch by batch; a rank gives its share."""
+        views, samples = self._cache.identity.views, len(self._data)
+        parameters = draw(views.policy, views.seed, view, range(samples), self._data.sizes)
+        batches = np.split(np.arange(samples), range(self._order.batch_size, samples, self._order.batch_size))
+        mine = batches[self._order.rank :: self._order.world]
+        labels = labels_of(self._labels, mine)
+        for y, seen in zip(labels, self._teacher_images.batches(parameters, mine), strict=True):
+            yield encode(self._teacher.logits(seen), y if y.numel() else None, precision="float32")
+
     def _images(
         self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
@@ -298,15 +308,15 @@ class _Order:
             raise InputError(f"a batch of {batch_size} does not fit the data's {samples} samples")
         if batch_size < world:
             raise InputError(f"a batch of {batch_size} cannot be split over {world} ranks")
-        self._samples, self._batch_size, self._seed = samples, batch_size, seed
-        self._rank, self._world = rank, world
+        self.batch_size, self.rank, self.world = batch_size, rank, world
+        self._samples, self._seed = samples, seed
         self.epoch = 0
 
     def __len__(self) -> int:
-        return self._samples // self._batch_size
+        return self._samples // self.batch_size
 
     def batches(self) -> list[NDArray[np.int64]]:
-        return epoch_batches(self._samples, self._batch_size, self._seed, self.epoch, self._rank, self._world)
+        return epoch_batches(self._samples, self.batch_size, self._seed, self.epoch, self.rank, self.world)
 
 
 def _renderer(

@@ -40,7 +40,7 @@ from kdcache.train.features import FeatureLoss
 from kdcache.train.loader import CachedLoader, OnlineLoader, require_data
 from kdcache.train.losses import BDKD, IKL, USKD, Loss
 from kdcache.train.optimisers import Amp, Optimiser, Recipe, default_rates, require_autocast
-from kdcache.train.presets import head_mass_warning, make_loss, options_of, require_served
+from kdcache.train.presets import described, head_mass_warning, make_loss, options_of, require_served
 from kdcache.train.runfolder import RunFolder, read_config
 from kdcache.train.trainer import PARTNER, SAVE_EVERY, fit, seeded
 
@@ -161,7 +161,7 @@ def _train(
     require_data(cache, evaluation)
     defaults = defaults_for(data)
     size = config.image_size or data.image_size or cache.identity.teacher.input_size
-    loss = make_loss(config.loss, size)
+    loss = make_loss(config.loss, record.classes)
     # The live teacher answers for all classes, at any temperature.
     require_served(loss, record.model_copy(update={"k": None}) if config.online else record)
     student = config.student or defaults.student
@@ -237,14 +237,15 @@ def _train(
         "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
         "cache_path": str(cache.path.absolute()), "ranks": ranks.world(), "sync_bn": config.sync_bn,
     }  # fmt: skip
-    ready = prepared(loss, cache, model, size, config.online, say)
+    live = loader if isinstance(loader, OnlineLoader) else None
+    ready = prepared(loss, cache, model, size, config.online, say, live)
     folder = ranks.from_first(lambda: RunFolder(path, settings, resume))
     if keep_finished and (finished := folder.read_summary()):
         say(f"{path} is finished already")
         return finished
     how = "beside its teacher on" if partner else "online" if config.online else "from cache"
     say(
-        f"{student} on {data.name} with {loss}, {how} {cache.key[:12]} "
+        f"{student} on {data.name} with {described(config.loss, record.classes)}, {how} {cache.key[:12]} "
         f"({len(cache.views)} views), {recipe.epochs} epochs on {device}: {path}"
     )
     notes = {
@@ -282,16 +283,27 @@ def _train(
 
 
 def prepared(
-    loss: Loss, cache: Cache | Beton, model: Classifier, size: int, online: bool, say: Callable[[str], None]
+    loss: Loss,
+    cache: Cache | Beton,
+    model: Classifier,
+    size: int,
+    online: bool,
+    say: Callable[[str], None],
+    live: OnlineLoader | None = None,
 ) -> Loss:
-    """The loss with all that it takes from view 0 and from the student; a warning where the tail is most of it."""
-    needs_view = isinstance(loss, IKL) or (loss.needs.temperatures and not cache.identity.record.dense)
-    if needs_view and (cache.views or not online):
-        records = cache.read(cache.views[0])
-        if isinstance(loss, IKL):
-            loss.prepare(records.to(next(model.parameters()).device))
-        if not online and (warning := head_mass_warning(loss, records)):
-            say(f"warning: {warning}")
+    """The loss with all that it takes from view 0 and from the student; a warning where the tail is most of it.
+
+    live: answers where the cache has no view with all classes.
+    """
+    dense, softened = cache.identity.record.dense, loss.needs.temperatures or loss.needs.standardised
+    if isinstance(loss, IKL) and loss.pairs == "prior":
+        if live is not None and not (dense and cache.views):
+            say(f"the teacher answers view 0 once, for the class prior of {loss.name}")
+            loss.prepare(live.answers(0))
+        else:
+            loss.prepare(cache.read(cache.views[0]).to(next(model.parameters()).device))
+    if softened and not (online or dense) and (warning := head_mass_warning(loss, cache.read(cache.views[0]))):
+        say(f"warning: {warning}")
     return FeatureLoss(loss, model, size, cache.identity.record.classes) if isinstance(loss, USKD) else loss
 
 

@@ -12,7 +12,7 @@ from typing import Any
 from kdcache.cache.errors import InputError, KdcacheError, machine_error
 from kdcache.cache.files import replace_file
 from kdcache.train import ranks
-from kdcache.train.presets import SMALL_IMAGES, make_loss
+from kdcache.train.presets import read_spec
 from kdcache.train.run import TrainConfig, cache_of, train
 
 FILE = "sweep.json"
@@ -41,7 +41,7 @@ def _sweep(
     config: TrainConfig, losses: Sequence[str], seeds: Sequence[int], say: Callable[[str], None]
 ) -> dict[str, Any]:
     for spec in losses:
-        make_loss(spec, SMALL_IMAGES)
+        read_spec(spec)
     if len(set(losses)) < len(losses) or len(set(seeds)) < len(seeds):
         raise InputError("a loss or a seed is given twice")
     out = Path(config.out or _OUT)
