@@ -153,8 +153,9 @@ def encode(
 
     k: classes to store; None or C: dense, exact at every temperature. precision: of gaps and tail; uint8 for top-k
     records and float16 for dense ones unless told. tail_std: store what logit standardisation needs (dense records have
-    it anyway). InputError for k > C, labels out of range, uint8 dense, and logits that are not finite. check: off, the
-    caller sees to labels and logits: on a GPU, to look at them here is to wait for them.
+    it anyway). InputError for k > C, labels out of range, uint8 dense, logits that are not finite, and with tail_std
+    those whose std float16 cannot hold. check: off, the caller sees to labels, logits and std (`require_std`): on a
+    GPU, to look at them here is to wait for them.
     """
     z = logits.detach().float()
     count, classes = z.shape
@@ -187,6 +188,8 @@ def encode(
         sigma = z.std(1, keepdim=True).half().float()
         std = torch.cat([sigma, torch.logsumexp(rest / ((sigma + STD_FLOOR) * STD_TAU), 1, keepdim=True)], 1)
         std = _floor(std).half()
+        if check:
+            require_std(std, classes)
     if precision == "uint8":
         coded = torch.diff(torch.round(gaps / STEP), dim=1, prepend=torch.zeros_like(gaps[:, :1]))
         gaps = coded.clamp(max=255).to(torch.uint8)
@@ -196,6 +199,15 @@ def encode(
     else:
         gaps, tail = _float(gaps, getattr(torch, precision)), _floor(tail).half()
     return Records(ids.to(dtype), gaps, target_gap, tail, y.to(dtype), classes, tuple(temperatures), std)
+
+
+def require_std(tail_std: Tensor, classes: int) -> None:
+    """InputError where a standard deviation [B, 2] (the first column) was too large for float16."""
+    if bool(torch.isinf(tail_std[:, 0]).any()):
+        raise InputError(
+            f"the teacher's logits have a standard deviation above {torch.finfo(torch.float16).max:,.0f}, more than "
+            f"--tail-std can store: build without it, or dense records with --topk {classes} --precision float32"
+        )
 
 
 def default_precision(dense: bool) -> Precision:

@@ -22,7 +22,7 @@ from kdcache.cache.files import make_folder, sha256
 from kdcache.cache.home import caches_folder
 from kdcache.cache.identity import DataIdentity, Identity, Interpolation, RecordIdentity, ViewsIdentity
 from kdcache.cache.leases import Leases
-from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, tail_distribution
+from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, require_std, tail_distribution
 from kdcache.cache.store import Cache, SplitStore, require_folder, shard_name
 from kdcache.pipeline import provenance, suspicions
 from kdcache.pipeline.classmap import map_labels
@@ -495,6 +495,8 @@ class _Builder:
         if not finite.all():
             split, sample = lot.shard.store.split, at[int(finite.argmin())]
             raise InputError(f"the teacher's logits are not finite: view {lot.shard.view}, sample {sample} of {split}")
+        if "tail_std" in found:
+            require_std(torch.from_numpy(found["tail_std"]), self.source.identity.record.classes)
         lot.spool.add(found, sums)
 
     def _commit(self, lot: _Lot) -> None:

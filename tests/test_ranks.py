@@ -67,7 +67,7 @@ def loss_cases():
     cases = {}
     for name in LOSSES:
         for labels, weights in ((y[:, 0], None), (y, share)):
-            loss = make_loss(name, 32)
+            loss = make_loss(name, 100)
             if weights is not None and not loss.needs.mixed:
                 continue
             if loss.needs.features:
@@ -146,7 +146,7 @@ def kept_in_an_evaluation(path):
     loader = Batches([(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), None)] * 3)
     folder = ranks.from_first(lambda: RunFolder(path, {}, False))
     with pytest.raises(Killed):
-        fit(model, make_loss("ce", 4), loader, Recipe(1, 0.1), killed, folder, say=lambda _: None)
+        fit(model, make_loss("ce", 10), loader, Recipe(1, 0.1), killed, folder, say=lambda _: None)
     return ranks.from_first(folder.load_state)["training"]["batch"]
 
 

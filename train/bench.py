@@ -44,7 +44,7 @@ from kdcache.pipeline.progress import Progress, duration
 from kdcache.pipeline.teachers import Classifier, file_classifier, pick_device, try_out
 from kdcache.train.layouts import noise_cache, reading_cases
 from kdcache.train.loader import CachedLoader, OnlineLoader
-from kdcache.train.losses import Loss
+from kdcache.train.losses import CE, Loss
 from kdcache.train.optimisers import Amp, Recipe
 from kdcache.train.presets import make_loss, options_of, require_served
 from kdcache.train.run import prepared
@@ -200,7 +200,7 @@ class _Bench:
         self.batch = config.batch_size or self.defaults.train_batch
         self.build_batch = _build_batch(config, self.defaults, self.samples)
         self.size = config.image_size or source.train.image_size or source.teacher.input_size
-        self.loss = make_loss(config.loss, self.size)
+        self.loss = make_loss(config.loss, record.classes)
         require_served(self.loss, record)
         self.student = config.student or self.defaults.student
         network = seeded(0, lambda: build_network(self.student, record.classes, self.size))
@@ -318,7 +318,7 @@ class _Bench:
         seen = seen.contiguous(memory_format=torch.channels_last)
         self.model.train()
         cases = {
-            "ce": self._steps(self._loader(cache), self._learner(make_loss("ce", self.size))),
+            "ce": self._steps(self._loader(cache), self._learner(CE())),
             "cached": self._steps(self._loader(cache), learn),
             "online": self._steps(online, learn),
             "data alone": self._steps(self._loader(cache), lambda batch: None),
@@ -347,7 +347,7 @@ class _Bench:
                 fit(self.model, of, loader, self.recipe, lambda _: {}, say=lambda _: None)[0]["seconds"]
             )
 
-        return self._in_turns("epochs", {"ce": epoch(make_loss("ce", self.size)), "cached": epoch(loss)}, *_EPOCHS)
+        return self._in_turns("epochs", {"ce": epoch(CE()), "cached": epoch(loss)}, *_EPOCHS)
 
     def _reading(self, cache: Cache) -> dict[str, list[float]]:
         """Seconds a record: READ_RECORDS of the kind that the cache holds, beside other layouts of the same."""

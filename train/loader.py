@@ -137,7 +137,15 @@ class EpochOrder:
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """This rank's part of each batch."""
         found = epoch_batches(self._samples, self._batch_size, self._seed, epoch, self._rank, self._world)
-        return found if self._chosen is None else [self._chosen[batch] for batch in found]
+        return self._places(found)
+
+    def in_order(self) -> list[NDArray[np.int64]]:
+        """This rank's share of the batches that hold all samples once, in ascending order; the last may be short."""
+        all_of_them = np.split(np.arange(self._samples), range(self._batch_size, self._samples, self._batch_size))
+        return self._places(all_of_them[self._rank :: self._world])
+
+    def _places(self, batches: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        return batches if self._chosen is None else [self._chosen[batch] for batch in batches]
 
 
 class _Epochs:
@@ -317,6 +325,14 @@ class OnlineLoader(_Epochs):
             yield images, labels, encode(answers, y, precision="float32", check=False)
         if not finite:
             raise KdcacheError("the teacher's logits are not finite: lower --lr where it learns, or check its weights")
+
+    def answers(self, view: int) -> Iterator[Records]:
+        """The live teacher's records of all training samples in this view, batch by batch; a rank gives its share."""
+        views, mine = self._cache.identity.views, self._order.in_order()
+        parameters = draw(views.policy, views.seed, view, range(len(self._data)), self._data.sizes)
+        labels = labels_of(self._labels, mine)
+        for y, seen in zip(labels, self._teacher_images.batches(parameters, mine), strict=True):
+            yield encode(self._teacher.logits(seen), y if y.numel() else None, precision="float32")
 
     def _images(
         self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]

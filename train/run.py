@@ -45,7 +45,7 @@ from kdcache.train.loader import CachedLoader, OnlineLoader, require_data
 from kdcache.train.losses import BDKD, IKL, USKD, Loss
 from kdcache.train.optimisers import Amp, Optimiser, Recipe, default_rates, require_autocast
 from kdcache.train.otherdata import labels_of_other, whole_of
-from kdcache.train.presets import head_mass_warning, make_loss, options_of, require_served
+from kdcache.train.presets import described, head_mass_warning, make_loss, options_of, require_served
 from kdcache.train.resuming import exists, given_by, place_of, placed, resumed
 from kdcache.train.runfolder import RunFolder, best_of, settings_of
 from kdcache.train.trainer import PARTNER, SAVE_EVERY, fit, seeded
@@ -205,7 +205,7 @@ def _train(
     count = len(data) if samples is None else len(samples)
     defaults = defaults_for(data)
     size = config.image_size or data.image_size or cache.identity.teacher.input_size
-    loss = make_loss(config.loss or DEFAULT_LOSS, size)
+    loss = make_loss(config.loss or DEFAULT_LOSS, record.classes)
     # The live teacher answers for all classes, at any temperature.
     require_served(loss, record.model_copy(update={"k": None}) if config.online else record)
     student = config.student or defaults.student
@@ -285,7 +285,8 @@ def _train(
         "validation": config.validation, "teacher": config.teacher, "save_every": config.save_every,
         "weights": _placed_weights(config.weights), "evaluate_every": config.evaluate_every,
     }  # fmt: skip
-    ready = prepared(loss, cache, model, size, config.online, say, samples)
+    live = loader if isinstance(loader, OnlineLoader) else None
+    ready = prepared(loss, cache, model, size, config.online, say, samples, live)
     folder = ranks.from_first(lambda: RunFolder(path, settings, config.resume))
     if keep_finished and (finished := folder.read_summary()):
         say(f"{path} is finished already")
@@ -293,7 +294,7 @@ def _train(
     how = "beside its teacher on" if partner else "online" if config.online else "from cache"
     on = f"{count:,} of {len(data):,} images of {data.name}" if validate else data.name
     say(
-        f"{student} on {on} with {loss}, {how} {cache.key[:12]} "
+        f"{student} on {on} with {described(config.loss or DEFAULT_LOSS, record.classes)}, {how} {cache.key[:12]} "
         f"({_views_said(config, len(cache.views))}), {recipe.epochs} epochs on {device}: {path}"
     )
     has = cache.identity.evaluation
@@ -371,20 +372,26 @@ def prepared(
     online: bool,
     say: Callable[[str], None],
     samples: NDArray[np.int64] | None = None,
+    live: OnlineLoader | None = None,
 ) -> Loss:
     """The loss with all that it takes from view 0 and from the student; a warning where the tail is most of it.
 
-    samples: those that it may learn from; by default all.
+    samples: those that it may learn from; by default all. live: answers where the cache has no view with all classes.
     """
-    needs_view = isinstance(loss, IKL) or (loss.needs.temperatures and not cache.identity.record.dense)
-    if needs_view and (cache.views or not online):
+    dense, softened = cache.identity.record.dense, loss.needs.temperatures or loss.needs.standardised
+
+    def first_view() -> Records:
         records = cache.read(cache.views[0])
-        if samples is not None:
-            records = records[torch.from_numpy(samples)]
-        if isinstance(loss, IKL):
-            loss.prepare(records.to(next(model.parameters()).device))
-        if not online and (warning := head_mass_warning(loss, records)):
-            say(f"warning: {warning}")
+        return records if samples is None else records[torch.from_numpy(samples)]
+
+    if isinstance(loss, IKL) and loss.pairs == "prior":
+        if live is not None and not (dense and cache.views):
+            say(f"the teacher answers view 0 once, for the class prior of {loss.name}")
+            loss.prepare(live.answers(0))
+        else:
+            loss.prepare(first_view().to(next(model.parameters()).device))
+    if softened and not (online or dense) and (warning := head_mass_warning(loss, first_view())):
+        say(f"warning: {warning}")
     return FeatureLoss(loss, model, size, cache.identity.record.classes) if isinstance(loss, USKD) else loss
 
 
