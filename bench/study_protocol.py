@@ -150,7 +150,7 @@ def group(name: str, chosen: Chosen) -> list[Run] | list[Head]:
                 )
             ]
         case "more":
-            cached = [{"views": 4}, {"views": 16}, {}, {"records": "exact"}]
+            cached = [*({"views": v} for v in VIEWS[1:]), {}, {"records": "exact"}]
             return [run(chosen.nkd, seed, **how) for seed in MORE_SEEDS for how in cached]
         case "losses":
             others = [loss for loss in LOSSES if loss not in ("ce", "kd", "nkd")]

@@ -20,21 +20,14 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.errors import InputError, UnservedError
+from kdcache.cache.identity import NO_TAIL, STEP, id_dtype
 
 Tail = Literal["prior", "uniform", "bucket", "renorm", "drop"]
 Precision = Literal["uint8", "float16", "float32"]
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
-STEP = 1 / 8
-# 255 is left to show a hole.
-NO_TAIL = 254
 # Logit standardisation, as published: softmax((z - mean) / (1e-7 + std) / 2).
 STD_TAU, STD_FLOOR = 2.0, 1e-7
-
-
-def class_dtype(classes: int) -> torch.dtype:
-    """The smallest unsigned type that holds every class id and one value more, which marks a hole."""
-    return torch.uint8 if classes < 2**8 else torch.uint16 if classes < 2**16 else torch.uint32
 
 
 @dataclass(frozen=True, eq=False)
@@ -178,7 +171,7 @@ def encode(
     if check and y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
         raise InputError(f"labels reach from {int(y.min())} to {int(y.max())}, the teacher has {classes} classes")
     top = z.amax(1, keepdim=True)
-    dtype = class_dtype(classes)
+    dtype = getattr(torch, id_dtype(classes))
     target_gap = _float(top - z.gather(1, y), torch.float16)
     if k == classes:
         gaps = _float(top - z, getattr(torch, precision))

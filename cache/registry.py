@@ -32,7 +32,8 @@ from kdcache.cache.remote import LocalStore, Remote, SharedFolder
 from kdcache.cache.store import Cache
 
 KEY = re.compile(r"[0-9a-f]{64}")
-DIGITS = re.compile(r"[0-9a-f]{6,64}")
+DIGITS = re.compile(r"[0-9a-f]{4,64}")
+_NEVER_A_NAME = re.compile(r"[0-9a-f]{6,64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _URL = re.compile(r"(?P<root>.+://.+?)/(?P<kind>caches|names)/(?P<what>[^/]+)/?")
 _WEIGHTS = re.compile(r"([0-9a-f]{64})\.safetensors")
@@ -118,7 +119,7 @@ class Registry:
         """Have `name` stand for nothing; NotFoundError where it does not exist."""
         check_name(name)
         if self.objects.size(f"names/{name}") is None:
-            raise NotFoundError(f"{self.url} has no cache named {name}: see kdcache ls")
+            raise NotFoundError(f"{self.url} has no cache named {name}: see kdcache ls --registry {self.url}")
         self.objects.remove([f"names/{name}"])
 
     def _named(self, name: str) -> Named:
@@ -130,21 +131,27 @@ class Registry:
         return named
 
     def find(self, what: str) -> str:
-        """The key that is meant by a key, by at least six of its first digits, or by a name."""
+        """The key that is meant by a key, by at least four of its first digits, or by a name, which comes first."""
         if KEY.fullmatch(what):
             return what
-        if DIGITS.fullmatch(what):
+        if DIGITS.fullmatch(what) and not self.has_name(what):
             found = [key for key in self.keys() if key.startswith(what)]
             if len(found) == 1:
                 return found[0]
             if found:
-                raise InputError(f"several caches in {self.url} begin with {what}: {', '.join(k[:16] for k in found)}")
-            raise NotFoundError(f"no cache in {self.url} begins with {what}: see kdcache ls")
+                keys = ", ".join(key[:16] for key in found)
+                raise InputError(f"several caches in {self.url} begin with {what}: {keys}; give more digits")
+            raise NotFoundError(f"no cache in {self.url} begins with {what}: see kdcache ls --registry {self.url}")
         check_name(what)
         try:
             return self._named(what).key
         except NotFoundError:
-            raise NotFoundError(f"{self.url} has no cache named {what}: see kdcache ls") from None
+            raise NotFoundError(f"{self.url} has no cache named {what}: see kdcache ls --registry {self.url}") from None
+
+    def has_name(self, name: str) -> bool:
+        """Whether this is a name that stands for a cache. Digits can be one only where they are fewer than six."""
+        may_be = _NAME.fullmatch(name) and not _NEVER_A_NAME.fullmatch(name)
+        return bool(may_be) and self.objects.size(f"names/{name}") is not None
 
     def give_name(self, name: str, key: str, move: bool) -> None:
         """Have `name` stand for a key; InputError where it stands for another one, unless `move`."""
@@ -176,7 +183,7 @@ class Registry:
         try:
             content = self.objects.read(f"{prefix}/identity.json", MAX_JSON_BYTES)
         except NotFoundError:
-            raise NotFoundError(f"{self.url} has no cache {key[:16]}: see kdcache ls") from None
+            raise NotFoundError(f"{self.url} has no cache {key[:16]}: see kdcache ls --registry {self.url}") from None
         where = f"{self.url}/{prefix}/identity.json"
         identity = parse(Identity, content, where, "ask who keeps the registry to remove that cache")
         if identity.key != key:
@@ -284,7 +291,7 @@ class Registry:
 
 def check_name(name: str) -> None:
     """InputError for what cannot name a cache."""
-    if not _NAME.fullmatch(name) or DIGITS.fullmatch(name):
+    if not _NAME.fullmatch(name) or _NEVER_A_NAME.fullmatch(name):
         raise InputError(
             f"{name!r} is no name for a cache: up to 100 letters, digits, dots, - and _, the first a letter or digit, "
             "and not six or more of 0-9 a-f alone, which is a key"

@@ -6,14 +6,11 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from kdcache.cache.errors import KdcacheError
 from kdcache.cache.home import registry_beside, weights_file
 from kdcache.cache.registry import KEY, Registry
 from kdcache.cache.store import Cache, shard_name
-from kdcache.pipeline.build import teacher_top1
-from kdcache.pipeline.progress import size
+from kdcache.pipeline.progress import percent, size
 
 _SAMPLE = 10_000  # records, enough for a mean
 _THREADS = 8  # that read commits, which may be far away
@@ -84,7 +81,7 @@ def _shared_line(cache: Cache, found: dict[str, Any]) -> str:
     parts, published = [one_line(cache)], found["published"]
     if published:
         if published["evaluation_top1"] is not None:
-            parts.append(f"teacher's top-1 {100 * published['evaluation_top1']:.2f}")
+            parts.append(f"teacher's top-1 {percent(published['evaluation_top1'])}")
         parts.append(f"by {published['by']} on {published['time'][:10]}")
     if found["teacher_weights"]:
         parts.append("with its teacher")
@@ -135,12 +132,13 @@ def describe(cache: Cache, found: dict[str, Any]) -> str:
         lines.append(f"fidelity     not readable: {found['unreadable']}")
     else:
         if (top1 := fidelity["evaluation_top1"]) is not None:
-            lines.append(f"teacher      top-1 {100 * top1:.2f} on the evaluation split")
+            lines.append(f"teacher      top-1 {percent(top1)} on the evaluation split")
         if fidelity["view_top1"]:
-            views = ", ".join(f"{100 * top1:.2f} on view {view}" for view, top1 in fidelity["view_top1"].items())
+            views = ", ".join(f"{percent(top1)} on view {view}" for view, top1 in fidelity["view_top1"].items())
             lines.append(f"teacher      top-1 {views}")
         for t, part in fidelity["mass"].items():
-            lines.append(f"mass         {part['head']:.3f} stored, {part['tail']:.3f} in the tail, at temperature {t}")
+            head, tail = percent(part["head"]), percent(part["tail"])
+            lines.append(f"mass         {head} stored, {tail} in the tail, at temperature {t}")
     for one in found["built"]:
         who = {name: value for name, value in one.items() if name not in ("views", "first", "last", "command")}
         times = " to ".join(dict.fromkeys((one["first"], one["last"])))
@@ -191,6 +189,11 @@ def fidelity(cache: Cache) -> dict[str, Any]:
 
     mass: by temperature, the mean probability of the stored classes and labels, and of the tail.
     """
+    # Here, because ls needs none of it and torch takes seconds to import.
+    import torch
+
+    from kdcache.pipeline.build import teacher_top1
+
     views = cache.views
     chosen = sorted({views[i * (len(views) - 1) // (_VIEWS - 1)] for i in range(_VIEWS)} if views else ())
     top1: dict[str, float] = {}

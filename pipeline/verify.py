@@ -27,6 +27,7 @@ from kdcache.pipeline.build import (
 )
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.progress import Progress
+from kdcache.pipeline.stored import stored_data, stored_network
 
 # Total variation between stored and replayed distributions, by the teacher's numeric type: the mean over records, and
 # that of any one record. A code that rounding tips moves a single record by up to 6%.
@@ -219,6 +220,7 @@ def _total_variation(a: Records, b: Records, prior: torch.Tensor | None) -> torc
 def source_of(
     cache: Cache,
     data: str | None = None,
+    teacher: str | None = None,
     weights: str | None = None,
     class_map: str | None = None,
     device: str | None = None,
@@ -227,7 +229,8 @@ def source_of(
 ) -> Source:
     """The data and the live teacher that the cache names; what differs from it is for verify to find.
 
-    numeric: in which type it answers, by default the cache's. registry: where its weights are looked for too.
+    data, teacher: by default those that the cache names, unless these are functions. numeric: in which type it answers,
+    by default the cache's. registry: where its weights are looked for too.
 
     InputError, NotFoundError or MismatchError where there is no such teacher or data to ask.
     """
@@ -238,9 +241,13 @@ def source_of(
         place = f"--data {i.data.name}:PATH"
         raise InputError(f"where are the images? give {place}, or --depth contents to do without them")
     config = BuildConfig(
-        teacher=i.teacher.network,
+        teacher=teacher or stored_network(i.teacher.network, cache.path, "--teacher"),
         weights=teacherstore.weights_of(i, cache.path, weights, registry),
-        data=data or i.data.name,
+        teacher_size=i.teacher.input_size,
+        teacher_mean=i.teacher.mean,
+        teacher_std=i.teacher.std,
+        teacher_interpolation=i.teacher.interpolation,
+        data=data or stored_data(i.data.name, cache.path),
         augment=i.views.policy,
         topk=i.record.k or i.record.classes,
         temperatures=i.record.temperatures or TEMPERATURES,

@@ -125,17 +125,83 @@ def test_a_view_that_could_not_be_read_is_read_again(home, data, tmp_path):
     with pytest.raises(KdcacheError, match="missing"):
         list(loader.steps())
     (tmp_path / "elsewhere").rename(views)
-    assert len(list(loader.steps())) == len(loader)
+    assert len(list(loader.steps())) == len(loader) and loader.epoch == 0
 
 
 def test_iterating_gives_normalised_images(home, data):
     loader = CachedLoader(open_cache(home / "default"), "digits", BATCH)
     images, labels, records = next(iter(loader))
+    loader.set_epoch(0)
     pixels, _, _ = next(loader.steps())
     assert images.dtype == torch.float32 and labels.dtype == torch.int64 and isinstance(records, Records)
     mean = torch.tensor(data.mean).view(1, 3, 1, 1)
     std = torch.tensor(data.std).view(1, 3, 1, 1)
     torch.testing.assert_close(images, (pixels / 255 - mean) / std)
+
+
+def kinds_of_loader(home, data):
+    """One loader of each kind that is made without FFCV, from a cache of three views where it has one."""
+    cache = open_cache(home / "default")
+    yield "cached", lambda **o: CachedLoader(cache, data, BATCH, **o)
+    yield "online", lambda **o: OnlineLoader(cache, data, teacher_of(home).teacher, BATCH, **o)
+    yield "fresh", lambda **o: OnlineLoader(cache, data, teacher_of(home).teacher, BATCH, fresh_views=True, **o)
+    yield "plain", lambda **o: PlainLoader(data, "crop", BATCH, 8, seed=0, device=torch.device("cpu"), **o)
+
+
+def first_of(loader):
+    """The pixels and labels of the first batch of an epoch, as one array."""
+    images, labels, _ = next(loader.steps())
+    return torch.cat([images.flatten(1).long(), labels.unsqueeze(1)], 1)
+
+
+def test_every_loader_goes_on_to_the_next_epoch_by_itself(home, data):
+    for kind, make in kinds_of_loader(home, data):
+        told, own = make(), make()
+        want = []
+        for epoch in range(5):
+            told.set_epoch(epoch)
+            want.append(first_of(told))
+        assert len({x.numpy().tobytes() for x in want}) == 5, kind
+        for epoch in range(5):
+            assert torch.equal(first_of(own), want[epoch]), kind
+            assert (own.epoch, own.view) == (epoch, epoch % 3 if kind in ("cached", "online") else epoch)
+        own.sampler.set_epoch(2)  # as Lightning does
+        assert (own.epoch, own.view) == (2, 2)
+        assert torch.equal(first_of(own), want[2]) and torch.equal(first_of(own), want[3]), kind
+
+
+def test_an_iterator_that_is_only_made_takes_no_epoch_and_two_at_once_take_two(home, data):
+    """Lightning makes one to see whether it can. What could not be read has not been taken either."""
+    want = {}
+    for epoch in range(3):
+        told = CachedLoader(open_cache(home / "default"), data, BATCH)
+        told.set_epoch(epoch)
+        want[epoch] = [labels for _, labels, _ in told]
+    loader = CachedLoader(open_cache(home / "default"), data, BATCH)
+    iter(loader)
+    one, other = iter(loader), iter(loader)
+    got = [(a[1], b[1]) for a, b in zip(one, other, strict=True)]
+    assert all(torch.equal(a, x) and torch.equal(b, y) for (a, b), x, y in zip(got, want[0], want[1], strict=True))
+    assert torch.equal(next(iter(loader))[1], want[2][0]) and loader.epoch == 2
+
+
+def test_the_rest_of_an_epoch_takes_that_epoch(home, data):
+    loader = CachedLoader(open_cache(home / "default"), data, BATCH)
+    loader.set_epoch(1)
+    whole = [labels for _, labels, _ in loader.steps()]
+    loader.set_epoch(1)
+    rest = [labels for _, labels, _ in loader.steps(7)]
+    assert all(map(torch.equal, rest, whole[7:])) and len(rest) == len(whole) - 7 and loader.epoch == 1
+    assert not torch.equal(next(loader.steps())[1], whole[0]) and loader.epoch == 2
+
+
+def test_ranks_go_on_together(home, data):
+    cache = open_cache(home / "default")
+    alone = CachedLoader(cache, data, BATCH)
+    parts = [CachedLoader(cache, data, BATCH, rank, 2) for rank in range(2)]
+    for _ in range(3):
+        for (_, labels, _), *theirs in zip(alone, *parts, strict=True):
+            assert torch.equal(torch.cat([part[1] for part in theirs]), labels)
 
 
 def test_epochs_take_views_in_turn(home, data, monkeypatch):

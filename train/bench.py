@@ -39,8 +39,9 @@ from kdcache.pipeline.build import (
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, Defaults, defaults_for
 from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.pixels import pixels_of_data
 from kdcache.pipeline.progress import Progress, duration
-from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, file_classifier, pick_device, try_out
+from kdcache.pipeline.teachers import Classifier, file_classifier, pick_device, try_out
 from kdcache.train.layouts import noise_cache, reading_cases
 from kdcache.train.loader import CachedLoader, OnlineLoader
 from kdcache.train.losses import Loss
@@ -158,7 +159,7 @@ def _build_batch(config: BenchConfig, defaults: Defaults, samples: int) -> int:
 
 def _untrained(name: str, data: Dataset, weights: Path) -> None:
     """File a teacher with new weights, and with batch norms that have seen pixels, so that logits have a usual size."""
-    size = data.image_size or IMAGENET_SIZE
+    size = pixels_of_data(data).size
     network = seeded(0, lambda: build_network(name, len(data.class_names), size))
     model = Classifier(network, data.mean, data.std)
     try_out(model, name, size)

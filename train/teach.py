@@ -18,10 +18,12 @@ from kdcache.pipeline.build import BuildConfig, BuildResult, check_options
 from kdcache.pipeline.datasets import list_unreadable, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.pixels import pixels_of_data
+from kdcache.pipeline.progress import percent
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.share import build_shared, find_taught
-from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, file_classifier, pick_device, taught_file, try_out
+from kdcache.pipeline.teachers import Classifier, file_classifier, pick_device, taught_file, try_out
 from kdcache.pipeline.views import check_policy
 from kdcache.train import ranks
 from kdcache.train.evaluate import metrics, predict
@@ -72,7 +74,7 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
     defaults = defaults_for(data)
     policy = check_policy(config.augment or defaults.augment)
     batch = config.batch_size or min(defaults.train_batch, len(data))
-    size = data.image_size or IMAGENET_SIZE
+    size = pixels_of_data(data).size
     network = seeded(config.seed, lambda: build_network(config.teacher, len(data.class_names), size))
     model = Classifier(network, data.mean, data.std).to(device)
     model.to(memory_format=torch.channels_last)
@@ -87,6 +89,7 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
     settings = {
         "teacher": config.teacher, "data": data.fingerprint(), "augment": policy, "epochs": recipe.epochs,
         "batch_size": batch, "lr": recipe.lr, "weight_decay": recipe.decay, "seed": config.seed, "amp": config.amp,
+        "stream": "teaching",
     }  # fmt: skip
     loader = PlainLoader(
         data, policy, batch, size, seed=config.seed, device=device, workers=config.workers,
@@ -123,7 +126,7 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
         file_classifier(path, model, {**notes, "metrics": history[-1]})
         shutil.rmtree(work)
     ranks.wait()  # for the file
-    say(f"{config.teacher} has top-1 {100 * history[-1]['top1']:.2f} on {data.name}'s evaluation split: {path}")
+    say(f"{config.teacher} has top-1 {percent(history[-1]['top1'])} on {data.name}'s evaluation split: {path}")
     return path, history[-1]["top1"]
 
 
@@ -146,7 +149,7 @@ def build_and_teach(
             weights = taught_file(config.teacher, data)
             if not weights.exists():
                 check_options(config, len(data.class_names))
-                build_network(config.teacher, len(data.class_names), data.image_size or IMAGENET_SIZE)  # a known name?
+                build_network(config.teacher, len(data.class_names), pixels_of_data(data).size)  # a known name?
                 shared = None if registry is None else open_registry(registry, store_bytes=0)
                 if found := find_taught(config, shared, say):
                     weights = found
