@@ -362,7 +362,7 @@ def test_evaluation_finds_the_remote_cache_of_a_run(tmp_path, trained):
     root, key = trained
     line = "train --loss nkd:temperature=1 --epochs 1 --batch-size 50 --data kd_toy:images --student kd_toy:net"
     assert run(f"{line} --cache {root}/caches/{key} --out run").exit_code == 0
-    assert run("eval run").exit_code == 0
+    assert run("eval run --data kd_toy:images --student kd_toy:net").exit_code == 0
     settled = json.loads((tmp_path / "run/config.json").read_text())
     assert settled["cache_path"] == f"{root}/caches/{key}"
     assert run(f"{line} --resume --out run").exit_code == 0

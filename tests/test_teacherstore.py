@@ -5,6 +5,7 @@ import multiprocessing
 import os
 import shutil
 import signal
+from dataclasses import replace
 from pathlib import Path
 
 import pytest
@@ -16,8 +17,11 @@ from kdcache.cache import errors as e
 from kdcache.cache.home import caches_folder, home, open_registry, registry_beside, teachers_folder, weights_file
 from kdcache.cache.registry import Registry
 from kdcache.pipeline import teacherstore
+from kdcache.pipeline.datasets import open_data
+from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.pixels import Wanted
 from kdcache.pipeline.share import push
-from kdcache.pipeline.teachers import Teacher, read_weights, weights_hash
+from kdcache.pipeline.teachers import Teacher, load_teacher, read_weights, weights_hash
 from kdcache.tests.test_care import age, collect
 from kdcache.tests.test_registry import (  # noqa: F401  fixtures among them
     _home,
@@ -231,6 +235,40 @@ def test_a_registry_that_cannot_be_listed_is_no_reason_to_teach_in_silence(membe
     with web_server(tmp_path) as address:
         result = run(f"{BUILD} --registry {address}")
     assert taught and "cannot be listed, so that no teacher is looked for there" in result.output
+
+
+def test_shown_otherwise_the_same_weights_are_replayed_as_the_cache_was_built(first, member, tmp_path, idle):
+    """There is one file of weights, and its notes are those of the first cache by them."""
+    root = tmp_path / "shared"
+    member("a", first)
+    key, weights = published(root)
+    brighter = json.loads(works(f"{BUILD} --teacher-mean 0.3 --registry {root} --push --json").stdout)["key"]
+    assert brighter != key and list(open_registry(str(root)).teachers()) == [weights]
+    member("b")
+    for one in (key, brighter):
+        assert json.loads(works(f"verify {one} --registry {root} --replay 64 --json").stdout)["total_variation"] == 0
+
+
+@pytest.mark.parametrize("name", ["squeezenet1_1", "timm/test_resnet"])
+def test_what_is_filed_is_the_teacher_that_was_used(name, tmp_path):
+    """Whatever its source: the same identity and the same answers, to the bit."""
+    device, data = torch.device("cpu"), open_data("digits", "train")
+    torch.save(build_network(name, 1000, 224).state_dict(), "given.pth")
+    given = load_teacher(name, data, device, weights="given.pth", wanted=Wanted(std=(0.3, 0.3, 0.3)))
+    teacherstore.keep(given, quiet)
+    filed = load_teacher(name, data, device, weights=str(weights_file(given.identity.weights)))
+    assert filed.identity == given.identity and filed.class_names is given.class_names is None
+    images = torch.randint(0, 256, (2, 3, given.input_size, given.input_size), dtype=torch.uint8)
+    assert filed.logits(images).equal(given.logits(images))
+
+
+def test_weights_that_safetensors_does_not_hold_are_said(first, member, tmp_path):
+    member("a", first)
+    given = load_teacher("resnet8", open_data("digits", "train"), torch.device("cpu"))
+    given.model.network.register_buffer("odd", torch.zeros(2, dtype=torch.complex128))
+    lines = []
+    teacherstore.keep(replace(given, identity=given.identity.model_copy(update={"weights": "e" * 64})), lines.append)
+    assert lines == ["note: the teacher's weights are not filed, safetensors has no torch.complex128"]
 
 
 # ---- in one's own home ----
