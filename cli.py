@@ -357,13 +357,18 @@ _compile = click.option(
 _json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 # One image has no statistics for a batch norm.
 _batch = click.option("--batch-size", type=click.IntRange(2), help="Images a step [by dataset].")
-_weights = click.option("--weights", metavar="FILE|NAME", help="A weights file, or a torchvision name.")
+_weights = click.option(
+    "--weights",
+    metavar="FILE|NAME|HASH",
+    help="A weights file, a torchvision name, or published weights by their hash.",
+)
 _augment = click.option("--augment", metavar="POLICY", help="crop,flip  rrc,flip  ... [by dataset].")
 _unlabelled = click.option("--unlabelled", is_flag=True, help="Build without labels (L = 0).")
 _class_map = click.option("--class-map", metavar="FILE|auto", help="Dataset's class names to the teacher's classes.")
 _registry = click.option(
     "--registry", metavar="URL|DIR", help="A team's caches: a folder, s3://..., gs://..., az://..., https://..."
 )
+_no_teacher = click.option("--no-teacher", is_flag=True, help="Publish it without the teacher's weights.")
 _store_size = click.option(
     "--local-store-size", type=_Bytes(), help="To keep here of a cache in a registry that is read from there [20GB]."
 )
@@ -463,12 +468,14 @@ def teach(as_json: bool, **options: Any) -> None:
 @click.option("--list-unreadable", is_flag=True, help="Name every image file that cannot be read, and stop.")
 @_registry
 @click.option("--push", "publish", is_flag=True, help="Publish it in the registry.")
+@_no_teacher
 @_json
 def build(
     as_json: bool,
     list_unreadable: bool,
     registry: str | None,
     publish: bool,
+    no_teacher: bool,
     teacher: str | None,
     store: Literal["zarr", "hdf5", "ffcv"],
     **options: Any,
@@ -495,7 +502,7 @@ def build(
         sys.exit(1 if found else 0)
     if teacher is None:
         raise click.UsageError("Missing option '--teacher'.")
-    result = build_and_teach(BuildConfig(teacher, **options), _say, registry, publish)
+    result = build_and_teach(BuildConfig(teacher, **options), _say, registry, publish, not no_teacher)
     if store == "zarr" or this_rank().rank:
         _print(vars(result), as_json, str(result.path))
     else:
@@ -750,9 +757,11 @@ def list_command(as_json: bool, registry: str | None) -> None:
 @click.option("--name", cls=_Own, help="Have this name stand for it in the registry.")
 @click.option("--move", is_flag=True, help="Also where that name stands for another cache.")
 @click.option("--views", cls=_Own, metavar="A:B", callback=_views, help="Views A to B - 1 [all that are complete].")
+@_no_teacher
 @_json
-def push(as_json: bool, cache: str, registry: str | None, **options: Any) -> None:
-    """Publish a cache in the registry. What is there already stays; stopped, the same command goes on.
+def push(as_json: bool, cache: str, registry: str | None, no_teacher: bool, **options: Any) -> None:
+    """Publish a cache and its teacher's weights in the registry. What is there already stays; stopped, the same command
+    goes on.
 
     \b
     Example: kdcache push 1f0c2a --registry s3://bucket/kd
@@ -760,7 +769,7 @@ def push(as_json: bool, cache: str, registry: str | None, **options: Any) -> Non
     """
     from kdcache.pipeline.share import push as run
 
-    result = run(cache, registry, say=_say, **options)
+    result = run(cache, registry, say=_say, teacher=not no_teacher, **options)
     _print(vars(result), as_json, result.where)
 
 
@@ -808,7 +817,7 @@ def remove_command(as_json: bool, cache: str | None, registry: str | None, name:
              kdcache rm --name r34-imagenet-v1 --registry s3://bucket/kd
     """
     from kdcache.cache.care import find, remove, remove_name
-    from kdcache.pipeline.info import removed_line, summary
+    from kdcache.pipeline.info import removed_line, summary, weights_place
 
     if (cache is None) == (name is None):
         raise click.UsageError("Give a cache, or --name NAME.")
@@ -822,8 +831,11 @@ def remove_command(as_json: bool, cache: str | None, registry: str | None, name:
         return
     found, shared = find(str(cache), registry)
     about, line = summary(found), removed_line(found, shared)
+    weights = weights_place(found, shared)
     _confirm(f"Remove {line}?", yes)
     remove(found, shared)
+    if weights:
+        _say(f"its teacher's weights stay ({weights}): kdcache gc lists them once no cache names them")
     _print(about, as_json, f"removed {line}")
 
 
@@ -925,7 +937,7 @@ def verify(
     named = found.identity.data.name
     if _for_all("data") and options["data"] != named and not options["data"].startswith(f"{named}:"):
         options["data"] = None  # the setting is for caches of those data
-    source = source_of(found, **options) if depth == "replay" else None
+    source = source_of(found, registry=registry, **options) if depth == "replay" else None
     report = run(found, source, contents=depth != "commits", replay=replay, repair=repair)
     seen = "looked up" if depth == "commits" else "read"
     text = [f"{report.shards} shards of {len(report.views)} complete views {seen}, {report.replayed} records replayed"]

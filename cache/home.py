@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
-from kdcache.cache.registry import DIGITS, KEY, Registry, split_url
+from kdcache.cache.registry import DIGITS, KEY, Registry, split_url, weights_name
 from kdcache.cache.remote import LOCAL_STORE_BYTES
 from kdcache.cache.store import Cache
 
@@ -36,9 +36,28 @@ def caches_folder() -> Path:
     return home() / "caches"
 
 
+def teachers_folder() -> Path:
+    """Where weights lie: taught ones in a folder for each data set, those of caches' teachers by their hash."""
+    return home() / "teachers"
+
+
+def weights_file(weights: str) -> Path:
+    """Where the weights of that hash are filed here."""
+    return teachers_folder() / weights_name(weights)
+
+
 def open_registry(url: str, store_bytes: int | None = None) -> Registry:
     """The registry in a folder or at an address. store_bytes: what may be kept here of what comes over a network."""
     return Registry(url, home() / "remote", LOCAL_STORE_BYTES if store_bytes is None else store_bytes)
+
+
+def registry_beside(cache: Path) -> Registry | None:
+    """The registry that the cache at a path or an address lies in, where it does."""
+    if found := split_url(str(cache)):
+        return open_registry(found[0], store_bytes=0)
+    folder = cache.absolute().parent
+    lies_in_one = folder.name == "caches" and folder != caches_folder().absolute() and folder.is_dir()
+    return open_registry(str(folder.parent), store_bytes=0) if lies_in_one else None
 
 
 def open_cache(where: str | os.PathLike[str], registry: str | None = None, store_bytes: int | None = None) -> Cache:

@@ -3,6 +3,7 @@
     caches/KEY/               as a cache's folder (store.py); other/SHA256: chunks whose place was taken
     caches/KEY/published/     who pushed what, when: one small file a push
     names/NAME                the key that a name stands for; the only file that may change
+    teachers/HASH.safetensors a teacher's weights, by the hash that the identities of its caches name
 
 Whatever lies there was perhaps written by somebody else's hand: keys are checked against identities, names against a
 pattern, sizes before reading.
@@ -35,7 +36,10 @@ DIGITS = re.compile(r"[0-9a-f]{4,64}")
 _NEVER_A_NAME = re.compile(r"[0-9a-f]{6,64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _URL = re.compile(r"(?P<root>.+://.+?)/(?P<kind>caches|names)/(?P<what>[^/]+)/?")
+_WEIGHTS = re.compile(r"([0-9a-f]{64})\.safetensors")
 _MOST_SMALL_BYTES = 1 << 16
+# A bucket takes 5 GB in one request.
+MOST_TEACHER_BYTES = 1 << 32
 _MOST_SEEN_BYTES = 1 << 26
 
 
@@ -229,6 +233,38 @@ class Registry:
                 bad.append(str(e))
         return good, bad
 
+    # Teachers
+
+    def teachers(self) -> dict[str, int]:
+        """The bytes of each teacher's weights by their hash; nothing for a web server."""
+        if not self.objects.listable:
+            return {}
+        return weights_among(self.objects.sizes("teachers"))
+
+    def teacher_url(self, weights: str) -> str:
+        """Where the weights of that hash lie, or would."""
+        return f"{self.url}/teachers/{weights_name(weights)}"
+
+    def has_teacher(self, weights: str) -> bool:
+        return self.objects.size(f"teachers/{weights_name(weights)}") is not None
+
+    def teacher(self, weights: str) -> bytes:
+        """The file of the weights of that hash, not yet compared with it; NotFoundError where there is none."""
+        return self.objects.read(f"teachers/{weights_name(weights)}", MOST_TEACHER_BYTES)
+
+    def add_teacher(self, weights: str, content: bytes) -> bool:
+        """Publish a file of weights; whether it is new. One that is there stays as it is."""
+        if self.has_teacher(weights):
+            return False
+        return self.objects.create(f"teachers/{weights_name(weights)}", content)
+
+    def teacher_changed(self, weights: str) -> float:
+        """When the weights of that hash were published, in seconds since 1970; NotFoundError."""
+        return self.objects.changed(f"teachers/{weights_name(weights)}")
+
+    def remove_teacher(self, weights: str) -> None:
+        self.objects.remove([f"teachers/{weights_name(weights)}"])
+
     # Provenance
 
     def record(self, cache: Cache, version: str, evaluation_top1: float | None) -> None:
@@ -260,6 +296,18 @@ def check_name(name: str) -> None:
             f"{name!r} is no name for a cache: up to 100 letters, digits, dots, - and _, the first a letter or digit, "
             "and not six or more of 0-9 a-f alone, which is a key"
         )
+
+
+def weights_name(weights: str) -> str:
+    """The name of the file of weights with that hash; CorruptError for what is no hash, as an identity may say."""
+    if not KEY.fullmatch(weights):
+        raise CorruptError(f"{weights[:80]!r} is no hash of a teacher's weights, which has 64 of the digits 0-9 a-f")
+    return f"{weights}.safetensors"
+
+
+def weights_among(sizes: dict[str, int]) -> dict[str, int]:
+    """Of files and their bytes those of teachers' weights, by hash."""
+    return {found[1]: size for name, size in sizes.items() if (found := _WEIGHTS.fullmatch(name))}
 
 
 def split_url(url: str) -> tuple[str, str] | None:

@@ -189,8 +189,15 @@ def check_options(config: BuildConfig, classes: int) -> None:
         raise InputError(f"--out {config.out}: caches are built in folders; --registry URL --push publishes them")
 
 
-def build(config: BuildConfig, say: Callable[[str], None] = print, source: Source | None = None) -> BuildResult:
+def build(
+    config: BuildConfig,
+    say: Callable[[str], None] = print,
+    source: Source | None = None,
+    begun: Callable[[], object] = lambda: None,
+) -> BuildResult:
     """Build, extend or complete the cache that `config` describes; complete ones are only named.
+
+    begun: called once the cache is there, before anything is computed for it.
 
     Any number of builds of one cache, on machines that share its folder, share the work; each returns when all of it
     is done. Killed at any moment, a later one goes on where it was; on the same machine it loses no more teacher time
@@ -215,6 +222,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
             store.require_sizes(data.sizes)
         clear(spool, cache)
         cache.tidy()
+        begun()
         say(f"cache {key[:12]} has all of {views} views already: nothing to compute ({path})")
         return BuildResult(path, key, views, cache.size(), 0, time.monotonic() - start, teacher_top1(cache))
     if found := source.identity.teacher.differences(source.teacher.identity, theirs="this teacher has"):
@@ -242,6 +250,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
         source = _compiled(source, config, batch, say)
     make_folder(path)
     cache = Cache.create(path, source.identity)
+    begun()
     # From here on in the stores whose scratch folder the lease is for.
     todo = [s._replace(store=cache.train if s.store.split == "train" else cache.evaluation) for s in todo]
     writer = provenance.writer(source.teacher)

@@ -7,7 +7,8 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kdcache.cache.errors import KdcacheError
-from kdcache.cache.registry import Registry
+from kdcache.cache.home import registry_beside, weights_file
+from kdcache.cache.registry import KEY, Registry
 from kdcache.cache.store import Cache, shard_name
 from kdcache.pipeline.progress import percent, size
 
@@ -53,21 +54,24 @@ def shared_summaries(registry: Registry) -> tuple[list[dict[str, Any]], list[str
     """
     found, lines = [], []
     caches, bad = registry.caches()
+    teachers = registry.teachers()
     for cache in caches:
         try:
-            found.append(_shared(cache, registry))
+            found.append(_shared(cache, registry, cache.identity.teacher.weights in teachers))
             lines.append(_shared_line(cache, found[-1]))
         except KdcacheError as e:
             bad.append(str(e))
     return found, lines, bad
 
 
-def _shared(cache: Cache, registry: Registry) -> dict[str, Any]:
+def _shared(cache: Cache, registry: Registry, teacher: bool) -> dict[str, Any]:
+    """teacher: whether its weights are there too."""
     published = registry.published(cache.key)
     return {
         **summary(cache),
         "registry": registry.url,
         "names": [name for name, key in registry.names.items() if key == cache.key],
+        "teacher_weights": registry.teacher_url(cache.identity.teacher.weights) if teacher else None,
         "published": published and published.model_dump(mode="json", exclude={"format", "key"}),
     }
 
@@ -79,13 +83,28 @@ def _shared_line(cache: Cache, found: dict[str, Any]) -> str:
         if published["evaluation_top1"] is not None:
             parts.append(f"teacher's top-1 {percent(published['evaluation_top1'])}")
         parts.append(f"by {published['by']} on {published['time'][:10]}")
+    if found["teacher_weights"]:
+        parts.append("with its teacher")
     return ", ".join([*parts, *found["names"]])
 
 
 def removed_line(cache: Cache, registry: Registry | None) -> str:
     """For rm: the cache, where it is, and who published it."""
-    found = {"published": None, "names": []} if registry is None else _shared(cache, registry)
+    found: dict[str, Any] = {"published": None, "names": [], "teacher_weights": None}
+    if registry is not None:
+        found = _shared(cache, registry, False)  # which stays for others
     return f"{cache.path} ({_shared_line(cache, found)})"
+
+
+def weights_place(cache: Cache, registry: Registry | None = None) -> str | None:
+    """Where its teacher's weights are: in a registry; or here, or in the registry that it lies in. None: not there."""
+    weights = cache.identity.teacher.weights
+    if not KEY.fullmatch(weights):
+        return None  # as somebody's hand may have written
+    if registry is None and (path := weights_file(weights)).exists():
+        return str(path)
+    shared = registry or registry_beside(cache.path)
+    return shared.teacher_url(weights) if shared is not None and shared.has_teacher(weights) else None
 
 
 def facts(cache: Cache) -> dict[str, Any]:
@@ -93,6 +112,7 @@ def facts(cache: Cache) -> dict[str, Any]:
     complete = cache.train.complete_views()
     under_way = sorted(set(cache.train.committed()) - set(complete))
     found = {**summary(cache), "under_way": under_way, "built": [], "fidelity": None}
+    found["teacher_weights"] = weights_place(cache)
     try:
         return {**found, "built": built(cache), "fidelity": fidelity(cache)}
     except KdcacheError as e:
@@ -104,6 +124,7 @@ def describe(cache: Cache, found: dict[str, Any]) -> str:
     lines = [one_line(cache), f"path         {found['path']}", f"key          {found['key']}"]
     under_way = f", under way: {found['under_way']}" if found["under_way"] else ""
     lines.append(f"views        {found['views']} complete{under_way}")
+    lines.append(f"weights      {found['teacher_weights'] or 'of the teacher are not here'}")
     if records := found["views"] * found["samples"]:
         each = f"{found['bytes'] / records:.1f} bytes a record, all files counted"
         lines.append(f"size         {size(found['bytes'])}, {each}")

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 
 from kdcache.cache.errors import InputError, NotFoundError
 from kdcache.cache.files import replace_file
-from kdcache.cache.home import home
+from kdcache.cache.home import teachers_folder
 from kdcache.cache.identity import Interpolation, TeacherIdentity
 from kdcache.pipeline.datasets import Dataset
 from kdcache.pipeline.networks import SMALL_STEM_UP_TO, build_network, is_torchvision, small_stem
@@ -152,7 +152,7 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 def taught_file(name: str, data: Dataset) -> Path:
     """Where `kdcache teach` files a teacher for this dataset."""
     folder = f"{data.name.replace(':', '-')}-{data.fingerprint()[:12]}"
-    return home() / "teachers" / folder / f"{name.replace('/', '-').replace(':', '-')}.safetensors"
+    return teachers_folder() / folder / f"{name.replace('/', '-').replace(':', '-')}.safetensors"
 
 
 def file_classifier(path: Path, model: Classifier, notes: dict[str, Any]) -> None:

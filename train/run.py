@@ -20,6 +20,7 @@ from kdcache.cache.home import list_caches, open_cache, open_registry
 from kdcache.cache.records import Records, encode
 from kdcache.cache.registry import Registry
 from kdcache.cache.store import Cache
+from kdcache.pipeline import teacherstore
 from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.datasets import Dataset, is_function, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
@@ -544,7 +545,11 @@ def _same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, devi
     had = cache.identity.teacher
     name = config.teacher or stored_network(had.network, cache.path, "--teacher")
     amp = "bf16" if had.numeric == "bf16" else None
-    teacher = load_teacher(name, data, device, weights=config.weights, amp=amp, wanted=Wanted.of(had))
+    weights = teacherstore.weights_of(cache.identity, cache.path, config.weights, config.registry)
+    try:
+        teacher = load_teacher(name, data, device, weights=weights, amp=amp, wanted=Wanted.of(had))
+    except NotFoundError:
+        raise teacherstore.not_to_be_had(had, config.registry) from None
     if found := had.differences(teacher.identity, theirs="found"):
         raise MismatchError(f"the live teacher is not that of cache {cache.key[:12]}: {'; '.join(found)}")
     return teacher

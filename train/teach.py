@@ -13,6 +13,7 @@ import torch
 from filelock import FileLock
 
 from kdcache.cache.errors import InputError
+from kdcache.cache.home import open_registry
 from kdcache.pipeline.build import BuildConfig, BuildResult, check_options
 from kdcache.pipeline.datasets import list_unreadable, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
@@ -21,7 +22,7 @@ from kdcache.pipeline.pixels import pixels_of_data
 from kdcache.pipeline.progress import percent
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import Renderer
-from kdcache.pipeline.share import build_shared
+from kdcache.pipeline.share import build_shared, find_taught
 from kdcache.pipeline.teachers import Classifier, file_classifier, pick_device, taught_file, try_out
 from kdcache.pipeline.views import check_policy
 from kdcache.train import ranks
@@ -130,23 +131,32 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
 
 
 def build_and_teach(
-    config: BuildConfig, say: Callable[[str], None] = print, registry: str | None = None, publish: bool = False
+    config: BuildConfig,
+    say: Callable[[str], None] = print,
+    registry: str | None = None,
+    publish: bool = False,
+    teacher: bool = True,
 ) -> BuildResult:
-    """Build what the registry lacks.
+    """Build what the registry lacks, and with `publish` push it, with the teacher's weights unless `teacher` is False.
 
-    On the embedded digits a teacher that is not there is taught first, so that the short form works.
+    On the embedded digits a teacher that is not there is taught first, so that the short form works: unless a cache of
+    them, here or in the registry, is by one already.
     """
     if config.data == DATA:
         say(f"data: {DATA}, scikit-learn's 8x8 images, to try things out; --data names your own")
         if ":" not in config.teacher and config.weights is None:
             data = open_data(DATA, "train")
-            taught = taught_file(config.teacher, data)
-            if not taught.exists():
+            weights = taught_file(config.teacher, data)
+            if not weights.exists():
                 check_options(config, len(data.class_names))
                 build_network(config.teacher, len(data.class_names), pixels_of_data(data).size)  # a known name?
-                _teach_once(config, taught, say)
-            config = replace(config, weights=str(taught))  # also where --unlabelled makes it other data
-    return build_shared(config, registry, publish, say)
+                shared = None if registry is None else open_registry(registry, store_bytes=0)
+                if found := find_taught(config, shared, say):
+                    weights = found
+                else:
+                    _teach_once(config, weights, say)
+            config = replace(config, weights=str(weights))  # also where --unlabelled makes it other data
+    return build_shared(config, registry, publish, say, teacher)
 
 
 def _teach_once(config: BuildConfig, taught: Path, say: Callable[[str], None]) -> None:
