@@ -8,7 +8,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
-from kdcache.cache.registry import DIGITS, KEY, Registry, split_url, weights_name
+from kdcache.cache.registry import DIGITS, Registry, may_be_name, split_url, weights_name
 from kdcache.cache.remote import LOCAL_STORE_BYTES
 from kdcache.cache.store import Cache
 
@@ -77,7 +77,7 @@ def open_cache(where: str | os.PathLike[str], registry: str | None = None, store
         return shared.cache(shared.find(address[1]))
     if DIGITS.fullmatch(text):
         local = [p for p in _entries() if p.name.startswith(text)]
-        if local and registry is not None and not KEY.fullmatch(text):
+        if local and registry is not None and may_be_name(text):
             shared = open_registry(registry, store_bytes)
             if shared.has_name(text):
                 raise InputError(

@@ -150,8 +150,7 @@ class Registry:
 
     def has_name(self, name: str) -> bool:
         """Whether this is a name that stands for a cache. Digits can be one only where they are fewer than six."""
-        may_be = _NAME.fullmatch(name) and not _NEVER_A_NAME.fullmatch(name)
-        return bool(may_be) and self.objects.size(f"names/{name}") is not None
+        return may_be_name(name) and self.objects.size(f"names/{name}") is not None
 
     def give_name(self, name: str, key: str, move: bool) -> None:
         """Have `name` stand for a key; InputError where it stands for another one, unless `move`."""
@@ -289,9 +288,14 @@ class Registry:
         return parse(Published, self.objects.read(path, _MOST_SMALL_BYTES), f"{self.url}/{path}", "remove it")
 
 
+def may_be_name(text: str) -> bool:
+    """Whether this can name a cache: more digits of a key cannot, and no registry needs to be asked."""
+    return bool(_NAME.fullmatch(text)) and not _NEVER_A_NAME.fullmatch(text)
+
+
 def check_name(name: str) -> None:
     """InputError for what cannot name a cache."""
-    if not _NAME.fullmatch(name) or _NEVER_A_NAME.fullmatch(name):
+    if not may_be_name(name):
         raise InputError(
             f"{name!r} is no name for a cache: up to 100 letters, digits, dots, - and _, the first a letter or digit, "
             "and not six or more of 0-9 a-f alone, which is a key"

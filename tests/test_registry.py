@@ -329,6 +329,16 @@ def test_digits_of_a_key_and_addresses_are_found(toy, root):
             open_cache(missing, root)
 
 
+def test_what_is_here_needs_no_registry_to_be_named(toy, tmp_path):
+    """Six digits and more are no name, so that one that is not mounted, or far away, is not asked."""
+    here = caches_folder() / toy.cache.key
+    shutil.copytree(toy.cache.path, here)
+    for digits in (6, 12, 64):
+        assert open_cache(toy.cache.key[:digits], str(tmp_path / "not/mounted")).path == here
+    with pytest.raises(e.NotFoundError, match="is it mounted"):
+        open_cache(toy.cache.key[:5], str(tmp_path / "not/mounted"))
+
+
 # ---- names, ls ----
 
 
