@@ -212,6 +212,34 @@ def test_ranks_go_on_together(home, data):
             assert torch.equal(torch.cat([part[1] for part in theirs]), labels)
 
 
+def test_a_teacher_is_not_taught_on_the_views_that_it_is_asked_about(home, data):
+    cache = open_cache(home / "default")
+    policy, seed = cache.identity.views.policy, cache.identity.views.seed
+    taught, asked = (
+        PlainLoader(data, policy, BATCH, 8, seed=seed, device=torch.device("cpu")),
+        CachedLoader(cache, data, BATCH),
+    )
+    for _ in range(3):
+        (images, labels, _), (other, same, _) = next(taught.steps()), next(asked.steps())
+        assert torch.equal(labels, same) and (images != other).flatten(1).any(1).float().mean() > 0.5
+
+
+def test_a_teacher_that_was_half_taught_on_them_is_not_gone_on_with(home):
+    def stop(text):
+        if text.startswith("epoch 2/"):
+            raise KeyboardInterrupt
+
+    config = TeachConfig("resnet14", epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        teach(config, stop)
+    (file,) = home.glob("teachers/*/resnet14.run/config.json")
+    now = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in now.items() if k != "stream"}))
+    with pytest.raises(KdcacheError, match=r"stream: the run has views, asked for teaching \(--force teaches it from"):
+        teach(config, quiet)
+    shutil.rmtree(file.parent)
+
+
 def test_epochs_take_views_in_turn(home, data, monkeypatch):
     cache = open_cache(home / "default")
     read = []
@@ -654,13 +682,14 @@ def test_a_run_of_an_older_version_is_resumed(home, tmp_path, monkeypatch):
     older = {k: v for k, v in later.items() if k in FIRST}
     del older["loss_options"]["gamma"]
     (out / "config.json").write_text(json.dumps(older))
-    assert train(TrainConfig(out=str(out), resume=True), quiet)["loss"] == want["loss"]
+    again = TrainConfig(cache=config.cache, out=str(out), resume=True)
+    assert train(again, quiet)["loss"] == want["loss"]
     for name, value, had in (
         ("ema", 0.9, "None"), ("optimiser", "adamw", "sgd"), ("accumulate", 2, "1"), ("validation", 0.1, "None"),
         ("loss", "nkd:gamma=8", ".*'gamma': 9.0"),
     ):  # fmt: skip
         with pytest.raises(KdcacheError, match=rf"not resumed: {name}\w*: the run has {had}.*, asked for "):
-            train(TrainConfig(out=str(out), resume=True, **{name: value}), quiet)
+            train(replace(again, **{name: value}), quiet)
     # Every setting has such a value, or is not compared.
     assert set(later) <= FIRST | set(settings_of(out)) | runfolder._FREE
 
