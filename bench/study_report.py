@@ -25,13 +25,13 @@ from study_protocol import (
     best,
     choose,
     group,
+    loss_of,
     recipe_runs,
     weight_runs,
     with_tail,
 )
 
 from kdcache.pipeline.progress import duration, size
-from kdcache.train.presets import make_loss
 
 # Name in the results, heading, factor, digits.
 METRICS = (("top1", "top-1, %", 100, 2), ("nll", "NLL", 1, 4), ("ece", "ECE", 1, 4))
@@ -116,7 +116,7 @@ def sections(chosen: Chosen) -> dict[str, Section]:
     losses["bdkd, online"] = where("losses", loss=ONLINE_BDKD, online=True)
     topk, of_dense = {}, []
     for nkd in TOPK_NKDS:
-        at = f"T = {make_loss(nkd, 32).temperature:g}"
+        at = f"T = {loss_of(nkd).temperature:g}"
         topk[f"{at}, dense"] = where("topk", loss=nkd)
         for tail in TAILS:
             topk[f"{at}, {tail}"] = where("topk", loss=with_tail(nkd, tail))
@@ -203,7 +203,7 @@ def chosen_text(results: Results) -> str:
         return NOT_YET
     return (
         f"Chosen: learning rate {chosen.lr:g}, weight decay {chosen.decay:g}; `kd` below is `{chosen.kd}`, `nkd` is "
-        f"`{chosen.nkd}` (a bare name is the preset of [Losses](losses.md))."
+        f"`{chosen.nkd}` (a bare name has the settings of [Losses](losses.md) for CIFAR-100)."
     )
 
 

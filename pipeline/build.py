@@ -8,6 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from functools import partial
+from itertools import islice
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -16,18 +17,19 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache import arrays
-from kdcache.cache.errors import InputError
+from kdcache.cache.errors import InputError, MismatchError
 from kdcache.cache.files import make_folder, sha256
 from kdcache.cache.home import caches_folder
-from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
+from kdcache.cache.identity import DataIdentity, Identity, Interpolation, RecordIdentity, ViewsIdentity
 from kdcache.cache.leases import Leases
-from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, tail_distribution
+from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, require_std, tail_distribution
 from kdcache.cache.store import Cache, SplitStore, require_folder, shard_name
-from kdcache.pipeline import provenance
+from kdcache.pipeline import provenance, suspicions
 from kdcache.pipeline.classmap import map_labels
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for, stored_classes
-from kdcache.pipeline.progress import Progress, duration, size
+from kdcache.pipeline.pixels import RGB, Wanted
+from kdcache.pipeline.progress import Progress, duration, percent, size
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import RENDERER, Renderer
 from kdcache.pipeline.spool import SPOOL_SECONDS, WAITING_SECONDS, Spool, Writer, clear, spool_folder
@@ -36,7 +38,7 @@ from kdcache.pipeline.views import ViewParameters, check_policy, draw, evaluatio
 
 PART = 262_144
 VIEWS_PER_DECODE = 4
-_PROBE = 128, 512
+_TIMED = 512  # images of the probe, at most
 _LOST_AT_MOST = 60.0
 _POLL_SECONDS = 0.5
 _LOOK_SECONDS = 5.0
@@ -66,7 +68,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build. None means the default for the dataset's kind (defaults.py)."""
+    """What to build. None means the default for the dataset's kind (defaults.py), of teacher_* what its source says."""
 
     teacher: str
     weights: str | None = None
@@ -90,6 +92,10 @@ class BuildConfig:
     views_per_decode: int = VIEWS_PER_DECODE
     compile: bool | None = None
     part: int = PART
+    teacher_size: int | None = None
+    teacher_mean: RGB | None = None
+    teacher_std: RGB | None = None
+    teacher_interpolation: Interpolation | None = None
 
 
 @dataclass(frozen=True)
@@ -122,11 +128,18 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
     device = pick_device(config.device)
     data = open_data(config.data, "train", unlabelled=config.unlabelled)
     evaluation = open_data(config.data, "eval", unlabelled=config.unlabelled)
-    teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp)
+    wanted = Wanted(config.teacher_size, config.teacher_mean, config.teacher_std, config.teacher_interpolation)
+    teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp, wanted=wanted)
+    say(f"teacher: {teacher.about}")
     if teacher.classes < 2:
         raise InputError(f"the teacher has {teacher.classes} classes, at least 2 are needed: is {config.data} right?")
     check_options(config, teacher.classes)
     to_teacher = _class_map(data, config.class_map, teacher)
+    if not config.class_map and teacher.class_names is None and data.class_names:
+        say(
+            "note: nothing tells the names of the teacher's classes: its class i is taken for the data's class i "
+            "(--class-map FILE says otherwise)"
+        )
     labels = [to_teacher[split.labels] for split in (data, evaluation)]
     mapped = not np.array_equal(to_teacher, np.arange(len(to_teacher)))
     policy = check_policy(config.augment or defaults_for(data).augment)
@@ -176,8 +189,15 @@ def check_options(config: BuildConfig, classes: int) -> None:
         raise InputError(f"--out {config.out}: caches are built in folders; --registry URL --push publishes them")
 
 
-def build(config: BuildConfig, say: Callable[[str], None] = print, source: Source | None = None) -> BuildResult:
+def build(
+    config: BuildConfig,
+    say: Callable[[str], None] = print,
+    source: Source | None = None,
+    begun: Callable[[], object] = lambda: None,
+) -> BuildResult:
     """Build, extend or complete the cache that `config` describes; complete ones are only named.
+
+    begun: called once the cache is there, before anything is computed for it.
 
     Any number of builds of one cache, on machines that share its folder, share the work; each returns when all of it
     is done. Killed at any moment, a later one goes on where it was; on the same machine it loses no more teacher time
@@ -202,8 +222,11 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
             store.require_sizes(data.sizes)
         clear(spool, cache)
         cache.tidy()
+        begun()
         say(f"cache {key[:12]} has all of {views} views already: nothing to compute ({path})")
         return BuildResult(path, key, views, cache.size(), 0, time.monotonic() - start, teacher_top1(cache))
+    if found := source.identity.teacher.differences(source.teacher.identity, theirs="this teacher has"):
+        raise MismatchError(f"cache {key[:12]} is another teacher's: {'; '.join(found)}")
     _require_place(path)
     batch = config.batch_size or min(defaults_for(source.train).build_batch, len(source.train))
     if batch > len(source.train):
@@ -215,7 +238,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
     )
     renderer = teacher_renderer(source.train, source, config.workers)
     if images:
-        rate, record_bytes = _probe(source, config, batch, images, renderer)
+        rate, record_bytes = _probe(source, config, batch, images, renderer, say)
         say(
             f"to compute: {images:,} records on {source.teacher.device}, about {duration(images / rate)} at "
             f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {path}"
@@ -227,6 +250,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
         source = _compiled(source, config, batch, say)
     make_folder(path)
     cache = Cache.create(path, source.identity)
+    begun()
     # From here on in the stores whose scratch folder the lease is for.
     todo = [s._replace(store=cache.train if s.store.split == "train" else cache.evaluation) for s in todo]
     writer = provenance.writer(source.teacher)
@@ -245,7 +269,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
     share = f", {computed:,} of {images:,} images by this build" if computed < images else ""
     say(
         f"done in {duration(seconds)}: {size(cache.size())}{share}"
-        + (f"; teacher's top-1 on the evaluation split {100 * top1:.2f}" if top1 is not None else "")
+        + (f"; teacher's top-1 on the evaluation split {percent(top1)}" if top1 is not None else "")
     )
     return BuildResult(path, key, views, cache.size(), computed, seconds, top1)
 
@@ -303,7 +327,8 @@ def answers(
     last bit.
     """
     bounds = [range(i, min(i + batch, rows.stop)) for i in range(rows.start, rows.stop, batch)]
-    bounds = bounds[(min(starts) - rows.start) // batch :]
+    # A view that lacks nothing starts at the very end, which is inside of a short last batch.
+    bounds = [b for b in bounds if min(starts) <= b.start]
     filled = [np.pad(np.arange(b.start, b.stop), (0, batch - len(b)), mode="edge") for b in bounds]
     wanted = [[place for place, start in enumerate(starts) if start <= b.start] for b in bounds]
     y = torch.from_numpy(labels[rows.start : rows.stop]).to(source.teacher.device)
@@ -319,7 +344,8 @@ def answers(
 def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) -> Renderer:
     """Images as the teacher wants them."""
     identity = source.identity
-    return Renderer(data, identity.teacher.input_size, source.teacher.device, identity.views.policy, workers)
+    shown, device = identity.teacher, source.teacher.device
+    return Renderer(data, shown.input_size, device, identity.views.policy, workers, shown.interpolation)
 
 
 @dataclass(eq=False)
@@ -478,6 +504,8 @@ class _Builder:
         if not finite.all():
             split, sample = lot.shard.store.split, at[int(finite.argmin())]
             raise InputError(f"the teacher's logits are not finite: view {lot.shard.view}, sample {sample} of {split}")
+        if "tail_std" in found:
+            require_std(torch.from_numpy(found["tail_std"]), self.source.identity.record.classes)
         lot.spool.add(found, sums)
 
     def _commit(self, lot: _Lot) -> None:
@@ -578,43 +606,39 @@ def _compiled(source: Source, config: BuildConfig, batch: int, say: Callable[[st
         return source
 
 
-def _probe(source: Source, config: BuildConfig, batch: int, images: int, renderer: Renderer) -> tuple[float, float]:
-    """The teacher's images/s and bytes a record, from seeded random images without augmentation.
+def _probe(
+    source: Source, config: BuildConfig, batch: int, images: int, renderer: Renderer, say: Callable[[str], None]
+) -> tuple[float, float]:
+    """The teacher's images/s and bytes a record, from seeded images without augmentation.
 
-    A hundredth of the images that are to be computed, at least 128 and up to 512. InputError where its accuracy on them
-    is near chance: classes in another order are the commonest silent error.
+    InputError where its answers give away that the cache would be wrong, as suspicions.py has it.
     """
-    data, identity = source.train, source.identity
-    shuffled = np.argsort(np.random.Philox(key=7).random_raw(len(data)), kind="stable")
-    index = np.sort(shuffled[: min(max(_PROBE[0], images // 100), _PROBE[1])]).astype(np.int64)
+    data, teacher, record = source.train, source.teacher, source.identity.record
+    labels = source.train_labels[:, :1].ravel()
+    ids, first = np.unique(labels, return_index=True)
+    index = suspicions.choose(labels, len(data), suspicions.count_of(len(ids), images))
     batches = [index[i : i + batch] for i in range(0, len(index), batch)]
-    parameters = evaluation_view(data.sizes, whole=data.images is not None)
-    rendered = list(renderer.batches(parameters, batches))
-    source.teacher.logits(rendered[0][:2])
+    rendered = renderer.batches(evaluation_view(data.sizes, whole=data.images is not None), batches)
+    timed = list(islice(rendered, -(-_TIMED // batch)))
+    suspicions.require_steady(teacher.logits, teacher.model, timed[0], source.identity.teacher.numeric)
     start = time.monotonic()
-    logits = torch.cat([source.teacher.logits(images) for images in rendered]).cpu()
-    rate = len(index) / (time.monotonic() - start)
-    labels = source.train_labels[index]
-    record = identity.record
-    encoded = arrays.as_arrays(arrays.encode_as(record, logits, torch.from_numpy(labels)))
-    specs = arrays.record_arrays(record, len(index), len(index))
-    record_bytes = sum(len(arrays.encode_part(spec, 0, encoded[spec.name])) for spec in specs) / len(index)
-    if labels.shape[1] and not config.allow_low_accuracy:
-        accuracy = float((logits.argmax(1).numpy() == labels[:, 0]).mean())
-        chance, limit = chance_of(source.train_labels[:, 0], len(index))
-        if accuracy < limit:
-            raise InputError(
-                f"the teacher is right on {100 * accuracy:.1f}% of {len(index)} training images, chance is "
-                f"{100 * chance:.1f}%: are its classes in another order (--class-map), or its weights untrained? "
-                "--allow-low-accuracy builds all the same"
-            )
+    answered = [teacher.logits(pixels) for pixels in timed]
+    answered = [logits.cpu() for logits in answered]
+    rate = sum(map(len, answered)) / (time.monotonic() - start)
+    with Progress("probe", len(index), "images") as progress:
+        for pixels in rendered:
+            answered.append(teacher.logits(pixels).cpu())
+            progress.advance(len(pixels))
+    logits = torch.cat(answered)
+    names = {int(i): data.class_names[at] for i, at in zip(ids, data.labels[first, :1].ravel(), strict=True)}
+    for note in suspicions.examine(logits, index, labels[index] if names else labels, names, config.allow_low_accuracy):
+        say(f"note: {note}")
+    some = slice(None, None, -(-len(index) // _TIMED))
+    few = torch.from_numpy(source.train_labels[index][some])
+    encoded = arrays.as_arrays(arrays.encode_as(record, logits[some], few))
+    specs = arrays.record_arrays(record, len(few), len(few))
+    record_bytes = sum(len(arrays.encode_part(spec, 0, encoded[spec.name])) for spec in specs) / len(few)
     return rate, record_bytes
-
-
-def chance_of(labels: NDArray[np.int64], samples: int) -> tuple[float, float]:
-    """The accuracy of guesses among the classes in `labels`, and the least that is above it on so many samples."""
-    chance = 1 / len(np.unique(labels))
-    return chance, chance + 4 * (chance * (1 - chance) / samples) ** 0.5
 
 
 def _class_map(data: Dataset, class_map: str | None, teacher: Teacher) -> NDArray[np.int64]:

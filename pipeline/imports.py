@@ -42,8 +42,8 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.home import caches_folder
 from kdcache.cache.identity import Identity, RecordIdentity, TeacherIdentity, ViewsIdentity
 from kdcache.cache.store import Cache, shard_name
-from kdcache.pipeline import provenance
-from kdcache.pipeline.build import PART, chance_of, describe_data
+from kdcache.pipeline import provenance, suspicions
+from kdcache.pipeline.build import PART, describe_data
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.progress import Progress, duration, size
 from kdcache.pipeline.views import ViewParameters
@@ -157,7 +157,7 @@ def import_logits(config: ImportConfig, say: Callable[[str], None] = print) -> I
     units = [(views, part) for views in source.units() for part in range(-(-len(data) // source.part))]
     total = source.views * len(data)
     say(f"{config.path}: top {source.k} of {classes} classes, {source.views} views of {len(data):,} samples")
-    digests, hits = [], 0
+    digests, tops = [], []
     with Progress("check", total, "records") as progress:
         for views, part in units:
             rows = range(part * source.part, min((part + 1) * source.part, len(data)))
@@ -166,9 +166,9 @@ def import_logits(config: ImportConfig, say: Callable[[str], None] = print) -> I
             digests.append(answers.digest())
             if views.start == 0 and data.labels.size:
                 top = answers.p[0].argmax(1)[:, None]
-                hits += int((np.take_along_axis(answers.ids[0], top, 1) == data.labels[rows.start : rows.stop]).sum())
+                tops.append(np.take_along_axis(answers.ids[0], top, 1)[:, 0])
     if data.labels.size and not config.allow_low_accuracy:
-        _require_accuracy(hits, data)
+        _require_classes(np.concatenate(tops).astype(np.int64), data)
     identity = Identity(
         teacher=TeacherIdentity(
             architecture=f"{config.teacher} (imported from {config.kind})",
@@ -237,13 +237,20 @@ def _classes(config: ImportConfig, data: Dataset) -> int:
     return config.classes or own
 
 
-def _require_accuracy(hits: int, data: Dataset) -> None:
-    """InputError where the stored answers are near chance: other data, or in another order."""
-    accuracy, (_, limit) = hits / len(data), chance_of(data.labels, len(data))
-    if accuracy < limit:
+def _require_classes(tops: NDArray[np.int64], data: Dataset) -> None:
+    """InputError where the stored first choices [N] are near chance, or fit after the classes change places."""
+    labels, names = data.labels[:, 0], dict(enumerate(data.class_names))
+    if len(np.unique(labels)) < 2:
+        return
+    some = suspicions.choose(labels, len(data), suspicions.count_of(len(names), len(data)))
+    advice = f"is this {data.name} in the order of classes that was stored? --allow-low-accuracy imports it"
+    suspicions.require_order(labels[some], tops[some], names, advice)
+    found = suspicions.agreement(labels, tops)
+    if found.near_chance:
         raise InputError(
-            f"the stored answers name the label of {100 * accuracy:.1f}% of the images, {100 * limit:.1f}% would be "
-            f"above chance: are they of {data.name}, with its classes in this order? --allow-low-accuracy imports them"
+            f"the stored answers name the label of {100 * found.accuracy:.1f}% of the images, "
+            f"{100 * found.limit:.1f}% would be above chance: are they of {data.name}, with its classes in this order? "
+            "--allow-low-accuracy imports them"
         )
 
 

@@ -20,7 +20,8 @@ import numpy as np
 import pytest
 import torch
 from filelock import FileLock
-from hypothesis import given
+from hypothesis import example, given
+from hypothesis import settings as settings_of_hypothesis
 from hypothesis import strategies as st
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
@@ -257,6 +258,20 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_sample(tmp_path,
     with pytest.raises(e.InputError, match=r"logits are not finite: view 1, sample 5 of train"):
         build(settings(out=str(tmp_path / "c")), quiet, source)
     assert open_cache(tmp_path / "c").views == (0,)
+
+
+def test_a_standard_deviation_that_cannot_be_stored_ends_the_build_before_it_is_committed(
+    tmp_path, source, monkeypatch
+):
+    answer = Teacher.logits
+    monkeypatch.setattr(Teacher, "logits", lambda self, images: 1e7 * answer(self, images))
+    with pytest.raises(e.InputError, match=r"above 65,504, more than --tail-std can store: build without it, or dense"):
+        build(settings(views=1, tail_std=True, out=str(tmp_path / "c")), quiet)
+    assert not (tmp_path / "c").exists()
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))  # later images alone may be so
+    with pytest.raises(e.InputError, match=r"above 65,504, more than --tail-std can store: build without it, or dense"):
+        build(settings(views=1, tail_std=True, out=str(tmp_path / "c")), quiet)
+    assert open_cache(tmp_path / "c").views == ()
 
 
 def test_a_batch_larger_than_the_data_is_refused(tmp_path, source):
@@ -1237,6 +1252,69 @@ def test_the_bytes_are_the_same_however_many_views_are_cut_from_a_decode(toy, ph
     want = content(tmp_path / "1")
     assert all(content(tmp_path / name) == want for name in ("3", "5", "resumed"))
     assert spooled(tmp_path) == []
+
+
+def of_files(photos, out, **changes):
+    """Three views of image files, cut together, in parts of 10, 10 and 4 samples; a part's last batch is short."""
+    return settings(
+        teacher="kd_toy:thousand", data=f"imagefolder:{photos}", augment="rrc,flip", views=3, topk=3, batch_size=4,
+        class_map=str(photos / "map.csv"), part=10, workers=0, out=str(out), **changes,
+    )  # fmt: skip
+
+
+def test_image_files_killed_when_all_rows_of_a_part_are_spooled_are_gone_on_with(toy, photos, tmp_path, monkeypatch):
+    script = """
+write = store.SplitStore.write_shard
+def killed(self, *args):
+    if self.split == "train":
+        os.kill(os.getpid(), signal.SIGKILL)
+    write(self, *args)
+store.SplitStore.write_shard = killed
+module.build(config, quiet, source)
+"""
+    config = of_files(photos, tmp_path / "c")
+    with start(toy, script, as_json(config), KDCACHE_HOME=tmp_path / "home") as process:
+        process.communicate(timeout=100)
+    assert process.returncode == -signal.SIGKILL
+    assert sorted(p.relative_to(tmp_path / "home").parts[2:] for p in spooled(tmp_path)) == [
+        (f"v{view:05d}-p0000-b4-cpu-0", f"{i:012d}-{min(i + 4, 10):012d}.block") for view in range(3) for i in (0, 4, 8)
+    ]
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    assert build(config, quiet).teacher_images == 3 * (24 - 10)
+    build(replace(config, out=str(tmp_path / "undisturbed")), quiet)
+    assert content(tmp_path / "c") == content(tmp_path / "undisturbed") and spooled(tmp_path) == []
+
+
+@settings_of_hypothesis(max_examples=20, deadline=None)
+@example([3, 3, 3])
+@example([3, 2, 3])
+@given(st.lists(st.integers(0, 3), min_size=1, max_size=3))
+def test_answers_go_on_from_any_state_of_the_spool(files_source, whole_answers, done):
+    """done: how many of its three batches each view has."""
+    source, views, renderer = files_source
+    starts = [min(4 * count, 10) for count in done]
+    found = list(build_module.answers(source, renderer, source.train_labels, views[: len(done)], starts, range(10), 4))
+    want = {(place, i) for place, count in enumerate(done) for i in range(count, 3)}
+    assert len(found) == len(want) and {(place, at.start // 4) for place, at, *_ in found} == want
+    for place, at, records, logits in found:
+        same, z = whole_answers[place, at]
+        assert equal(records, same) and logits.equal(z)
+
+
+@pytest.fixture(scope="module")
+def files_source(toy, photos):
+    """The source of `of_files`, the parameters of its views' first part, and a renderer."""
+    source = open_source(of_files(photos, "unused"), quiet)
+    views = [build_module.view_parameters(source.train, source.identity, view, range(10)) for view in range(3)]
+    return source, views, build_module.teacher_renderer(source.train, source, 0)
+
+
+@pytest.fixture(scope="module")
+def whole_answers(files_source):
+    """Records and logits of the first part by view and rows."""
+    source, views, renderer = files_source
+    found = build_module.answers(source, renderer, source.train_labels, views, [0, 0, 0], range(10), 4)
+    return {(place, at): answered for place, at, *answered in found}
 
 
 def test_an_image_that_cannot_be_decoded_stops_the_build_which_then_goes_on(toy, photos, tmp_path):

@@ -71,7 +71,7 @@ class BetonLoader(_Epochs):
         except ImportError as e:
             raise UnservedError(
                 f"training from a .beton needs FFCV ({' '.join(str(e).split())}): apt-get install g++ pkg-config "
-                "libturbojpeg0-dev libopencv-dev, then pip install 'kdcache[ffcv]'; the cache itself needs neither"
+                "libturbojpeg0-dev libopencv-dev, then pip install ffcv==1.0.2 setuptools; the cache needs neither"
             ) from e
         self._batch = len(np.array_split(np.arange(batch_size), world)[rank])
         self._ffcv = make_loader(beton, self._batch, None if beton.raw else self._size, workers)

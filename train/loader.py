@@ -137,7 +137,15 @@ class EpochOrder:
     def batches(self, epoch: int) -> list[NDArray[np.int64]]:
         """This rank's part of each batch."""
         found = epoch_batches(self._samples, self._batch_size, self._seed, epoch, self._rank, self._world)
-        return found if self._chosen is None else [self._chosen[batch] for batch in found]
+        return self._places(found)
+
+    def in_order(self) -> list[NDArray[np.int64]]:
+        """This rank's share of the batches that hold all samples once, in ascending order; the last may be short."""
+        all_of_them = np.split(np.arange(self._samples), range(self._batch_size, self._samples, self._batch_size))
+        return self._places(all_of_them[self._rank :: self._world])
+
+    def _places(self, batches: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        return batches if self._chosen is None else [self._chosen[batch] for batch in batches]
 
 
 class _Epochs:
@@ -296,7 +304,10 @@ class OnlineLoader(_Epochs):
         self._views = None if fresh_views else cache.views[:views]
         self._order = EpochOrder(len(data) if samples is None else samples, batch_size, rank, world, seed)
         self._student_images = _renderer(cache, data, image_size, teacher.device, workers)
-        self._teacher_images = _renderer(cache, data, teacher.input_size, teacher.device, workers)
+        self._teacher_images = Renderer(
+            data, teacher.input_size, teacher.device, cache.identity.views.policy, workers,
+            cache.identity.teacher.interpolation,
+        )  # fmt: skip
         self._labels = _labels(cache, teacher.device)
 
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
@@ -315,14 +326,23 @@ class OnlineLoader(_Epochs):
         if not finite:
             raise KdcacheError("the teacher's logits are not finite: lower --lr where it learns, or check its weights")
 
+    def answers(self, view: int) -> Iterator[Records]:
+        """The live teacher's records of all training samples in this view, batch by batch; a rank gives its share."""
+        views, mine = self._cache.identity.views, self._order.in_order()
+        parameters = draw(views.policy, views.seed, view, range(len(self._data)), self._data.sizes)
+        labels = labels_of(self._labels, mine)
+        for y, seen in zip(labels, self._teacher_images.batches(parameters, mine), strict=True):
+            yield encode(self._teacher.logits(seen), y if y.numel() else None, precision="float32")
+
     def _images(
         self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the student and what the teacher sees: one rendering where the sizes are equal."""
-        mine = self._student_images.batches(parameters, batches)
-        if self._student_images.size == self._teacher_images.size:
+        """What the student and what the teacher sees: one rendering where both want the same."""
+        student, teacher = self._student_images, self._teacher_images
+        mine = student.batches(parameters, batches)
+        if (student.size, student.interpolation) == (teacher.size, teacher.interpolation):
             return ((images, images) for images in mine)
-        return zip(mine, self._teacher_images.batches(parameters, batches), strict=True)
+        return zip(mine, teacher.batches(parameters, batches), strict=True)
 
 
 class PlainLoader(_Epochs):

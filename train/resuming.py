@@ -61,6 +61,8 @@ def _same(config: TrainConfig, name: str, before: dict[str, Any], had: dict[str,
         return str(had.get("cache")).startswith(value) or place_of(value) == before["cache"]
     if name == "data":
         return bool(placed(value) == before["data"])
+    if name == "weights":
+        return before[name] in (value, place_of(value))
     if name == "loss":
         return bool(value.partition(":")[0] == had["loss"])
     return bool(value == before[name])

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shlex
 import time
 from collections.abc import Callable, Collection
 from dataclasses import dataclass, replace
@@ -19,17 +20,18 @@ from kdcache.cache.home import list_caches, open_cache, open_registry
 from kdcache.cache.records import Records, encode
 from kdcache.cache.registry import Registry
 from kdcache.cache.store import Cache
+from kdcache.pipeline import teacherstore
 from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.datasets import Dataset, is_function, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.info import one_line
-from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.networks import build_network, load_fitting
+from kdcache.pipeline.pixels import Wanted
 from kdcache.pipeline.render import RENDERER, Renderer
 from kdcache.pipeline.stored import stored_data, stored_network
 from kdcache.pipeline.teachers import (
     Classifier,
     Teacher,
-    load_fitting,
     load_teacher,
     pick_device,
     read_weights,
@@ -44,7 +46,7 @@ from kdcache.train.loader import CachedLoader, OnlineLoader, require_data
 from kdcache.train.losses import BDKD, IKL, USKD, Loss
 from kdcache.train.optimisers import Amp, Optimiser, Recipe, default_rates, require_autocast
 from kdcache.train.otherdata import labels_of_other, whole_of
-from kdcache.train.presets import head_mass_warning, make_loss, options_of, require_served
+from kdcache.train.presets import described, head_mass_warning, make_loss, options_of, require_served
 from kdcache.train.resuming import exists, given_by, place_of, placed, resumed
 from kdcache.train.runfolder import RunFolder, best_of, settings_of
 from kdcache.train.trainer import PARTNER, SAVE_EVERY, fit, seeded
@@ -52,6 +54,7 @@ from kdcache.train.validation import held_out_part, part_of
 
 DEFAULT_LOSS = "nkd"
 _WORTH_COMPILING = 10_000  # batches in a run
+_EXAMPLE = "resnet34"  # of a teacher, where the user has named none
 
 
 @dataclass(frozen=True)
@@ -124,8 +127,9 @@ def find_cache(data: str, teacher: str | None = None, registry: Registry | None 
             found[cache.key] = cache
     if not found:
         by = f" by {teacher}" if teacher else ""
+        build = shlex.join(["kdcache", "build", "--teacher", teacher or _EXAMPLE, "--data", data])
         also = f" ({len(bad)} that cannot be read are left out: see kdcache ls)" if bad else ""
-        raise NotFoundError(f"no cache of {data}{by} with a complete view{also}: run kdcache build --data {data} first")
+        raise NotFoundError(f"no cache of {data}{by} with a complete view{also}: run {build} first")
     if len(found) > 1:
         raise InputError(
             f"{len(found)} caches of {data} match, choose one with --cache: " + "; ".join(map(one_line, found.values()))
@@ -202,7 +206,7 @@ def _train(
     count = len(data) if samples is None else len(samples)
     defaults = defaults_for(data)
     size = config.image_size or data.image_size or cache.identity.teacher.input_size
-    loss = make_loss(config.loss or DEFAULT_LOSS, size)
+    loss = make_loss(config.loss or DEFAULT_LOSS, record.classes)
     # The live teacher answers for all classes, at any temperature.
     require_served(loss, record.model_copy(update={"k": None}) if config.online else record)
     student = config.student or defaults.student
@@ -282,7 +286,8 @@ def _train(
         "validation": config.validation, "teacher": config.teacher, "save_every": config.save_every,
         "weights": _placed_weights(config.weights), "evaluate_every": config.evaluate_every,
     }  # fmt: skip
-    ready = prepared(loss, cache, model, size, config.online, say, samples)
+    live = loader if isinstance(loader, OnlineLoader) else None
+    ready = prepared(loss, cache, model, size, config.online, say, samples, live)
     folder = ranks.from_first(lambda: RunFolder(path, settings, config.resume))
     if keep_finished and (finished := folder.read_summary()):
         say(f"{path} is finished already")
@@ -290,7 +295,7 @@ def _train(
     how = "beside its teacher on" if partner else "online" if config.online else "from cache"
     on = f"{count:,} of {len(data):,} images of {data.name}" if validate else data.name
     say(
-        f"{student} on {on} with {loss}, {how} {cache.key[:12]} "
+        f"{student} on {on} with {described(config.loss or DEFAULT_LOSS, record.classes)}, {how} {cache.key[:12]} "
         f"({_views_said(config, len(cache.views))}), {recipe.epochs} epochs on {device}: {path}"
     )
     has = cache.identity.evaluation
@@ -368,20 +373,26 @@ def prepared(
     online: bool,
     say: Callable[[str], None],
     samples: NDArray[np.int64] | None = None,
+    live: OnlineLoader | None = None,
 ) -> Loss:
     """The loss with all that it takes from view 0 and from the student; a warning where the tail is most of it.
 
-    samples: those that it may learn from; by default all.
+    samples: those that it may learn from; by default all. live: answers where the cache has no view with all classes.
     """
-    needs_view = isinstance(loss, IKL) or (loss.needs.temperatures and not cache.identity.record.dense)
-    if needs_view and (cache.views or not online):
+    dense, softened = cache.identity.record.dense, loss.needs.temperatures or loss.needs.standardised
+
+    def first_view() -> Records:
         records = cache.read(cache.views[0])
-        if samples is not None:
-            records = records[torch.from_numpy(samples)]
-        if isinstance(loss, IKL):
-            loss.prepare(records.to(next(model.parameters()).device))
-        if not online and (warning := head_mass_warning(loss, records)):
-            say(f"warning: {warning}")
+        return records if samples is None else records[torch.from_numpy(samples)]
+
+    if isinstance(loss, IKL) and loss.pairs == "prior":
+        if live is not None and not (dense and cache.views):
+            say(f"the teacher answers view 0 once, for the class prior of {loss.name}")
+            loss.prepare(live.answers(0))
+        else:
+            loss.prepare(first_view().to(next(model.parameters()).device))
+    if softened and not (online or dense) and (warning := head_mass_warning(loss, first_view())):
+        say(f"warning: {warning}")
     return FeatureLoss(loss, model, size, cache.identity.record.classes) if isinstance(loss, USKD) else loss
 
 
@@ -534,7 +545,11 @@ def _same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, devi
     had = cache.identity.teacher
     name = config.teacher or stored_network(had.network, cache.path, "--teacher")
     amp = "bf16" if had.numeric == "bf16" else None
-    teacher = load_teacher(name, data, device, weights=config.weights, amp=amp)
+    weights = teacherstore.weights_of(cache.identity, cache.path, config.weights, config.registry)
+    try:
+        teacher = load_teacher(name, data, device, weights=weights, amp=amp, wanted=Wanted.of(had))
+    except NotFoundError:
+        raise teacherstore.not_to_be_had(had, config.registry) from None
     if found := had.differences(teacher.identity, theirs="found"):
         raise MismatchError(f"the live teacher is not that of cache {cache.key[:12]}: {'; '.join(found)}")
     return teacher
@@ -567,6 +582,6 @@ def _learning_teacher(
             raise InputError(f"{name} answers for {answers} classes, the cache holds {record.classes}")
     notes = {
         "network": had.network, "input_size": had.input_size, "mean": list(mean), "std": list(std),
-        "class_names": list(data.class_names),
+        "interpolation": had.interpolation, "class_names": list(data.class_names),
     }  # fmt: skip
     return LearningTeacher(model, had.input_size, loss, recipe, notes)

@@ -12,7 +12,7 @@ from typing import Any
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, machine_error
 from kdcache.cache.files import replace_file
 from kdcache.train import ranks
-from kdcache.train.presets import SMALL_IMAGES, make_loss
+from kdcache.train.presets import read_spec
 from kdcache.train.resuming import given_by, resumed
 from kdcache.train.run import TrainConfig, cache_of, train
 from kdcache.train.runfolder import settings_of
@@ -21,7 +21,7 @@ FILE = "sweep.json"
 _OUT = "runs/sweep"
 # What the table shows of each summary's last weights: heading, key, factor, digits.
 _COLUMNS = (
-    ("top-1", "top1", 100, 2), ("nll", "nll", 1, 4), ("ece", "ece", 1, 4), ("agreement", "agreement", 100, 2),
+    ("top-1 (%)", "top1", 100, 2), ("nll", "nll", 1, 4), ("ece", "ece", 1, 4), ("agreement (%)", "agreement", 100, 2),
     ("s an epoch", "seconds_an_epoch", 1, 1),
 )  # fmt: skip
 # Where a part was held out, that on which losses are to be compared.
@@ -68,7 +68,7 @@ def _sweep(
     given: Collection[str] | None,
 ) -> dict[str, Any]:
     for spec in losses:
-        make_loss(spec, SMALL_IMAGES)
+        read_spec(spec)
     if len(set(losses)) < len(losses) or len(set(seeds)) < len(seeds):
         raise InputError("a loss or a seed is given twice")
     out = Path(config.out or _OUT)
