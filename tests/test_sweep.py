@@ -123,7 +123,7 @@ def test_the_folder_is_all_that_a_sweep_needs_to_go_on(home, tmp_path):
     assert resumed.exit_code == 0, resumed.output
     again = json.loads(resumed.stdout)
     assert [figures(run["summary"]) for run in again["runs"]] == [figures(run["summary"]) for run in whole["runs"]]
-    assert table(again).splitlines()[0].split()[2:4] == ["validation", "top-1"]
+    assert table(again).splitlines()[0].split()[2:5] == ["validation", "(%)", "top-1"]
 
 
 def test_a_killed_sweep_goes_on(home, tmp_path):
