@@ -766,6 +766,15 @@ def test_a_function_that_only_the_folder_names_is_not_called(home, tmp_path):
         (out / "config.json").write_text(json.dumps({**had, name: "os:abort"}))
         with pytest.raises(KdcacheError, match=rf"names the \w+ 'os:abort', .*: .* give --{name} os:abort"):
             train(TrainConfig(out=str(out), resume=True), quiet)
+    wrong = {"data": 5, "student": ["a"], "epochs": "many", "loss_options": 3, "cache_path": 7, "amp": "fp8"}
+    for name, value in wrong.items():
+        (out / "config.json").write_text(json.dumps({**had, name: value}))
+        with pytest.raises(KdcacheError, match=r"run/config\.json is not what kdcache writes .*: give another --out"):
+            train(TrainConfig(out=str(out), resume=True), quiet)
+    for name in ("cache", "data", "loss_options"):
+        (out / "config.json").write_text(json.dumps({k: v for k, v in had.items() if k not in (name, "cache_path")}))
+        with pytest.raises(KdcacheError, match=rf"is not what kdcache writes \(no '{name}'\)"):
+            train(TrainConfig(out=str(out), resume=True), quiet)
 
 
 def test_the_views_that_are_used_are_said(home, tmp_path):
