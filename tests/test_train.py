@@ -758,7 +758,7 @@ def test_the_folder_is_all_that_is_needed_to_resume(home, tmp_path, monkeypatch)
         assert all(torch.equal(weights[name], whole[name]) for name in whole), file
 
 
-def test_a_function_that_only_the_folder_names_is_not_called(home, tmp_path):
+def test_a_function_that_only_the_folder_names_is_not_called(home, tmp_path, monkeypatch):
     out = tmp_path / "run"
     train(TrainConfig("ce", str(home / "default"), epochs=1, batch_size=512, out=str(out)), quiet)
     had = json.loads((out / "config.json").read_text())
@@ -766,6 +766,12 @@ def test_a_function_that_only_the_folder_names_is_not_called(home, tmp_path):
         (out / "config.json").write_text(json.dumps({**had, name: "os:abort"}))
         with pytest.raises(KdcacheError, match=rf"names the \w+ 'os:abort', .*: .* give --{name} os:abort"):
             train(TrainConfig(out=str(out), resume=True), quiet)
+    monkeypatch.setattr("kdcache.train.run.open_data", lambda spec, *_, **__: pytest.fail(f"{spec} is opened"))
+    (out / "config.json").write_text(json.dumps({**had, "data": "my:images"}))
+    with pytest.raises(
+        pytest.fail.Exception, match="my:images is opened"
+    ):  # also where a setting of the user's names it
+        train(TrainConfig(out=str(out), resume=True, data="my:images"), quiet, given=set())
     wrong = {"data": 5, "student": ["a"], "epochs": "many", "loss_options": 3, "cache_path": 7, "amp": "fp8"}
     for name, value in wrong.items():
         (out / "config.json").write_text(json.dumps({**had, name: value}))

@@ -39,11 +39,9 @@ def resumed(
     them are not used. InputError for a function that only the folder names; CorruptError for values that cannot be.
     """
     before = _fields_of(type(config), had, folder)
-    if "data" not in given:
-        stored_data(before["data"], folder, "--data")
-    for name in ("student", "teacher"):
-        if before.get(name) and name not in given:
-            stored_network(before[name], folder, f"--{name}")
+    for name, check in (("data", stored_data), ("student", stored_network), ("teacher", stored_network)):
+        if before.get(name) and name not in given and getattr(config, name) != before[name]:
+            check(before[name], folder, f"--{name}")
     taken = {name: value for name, value in before.items() if name not in given}
     unused = [name for name in taken if name in given_by(config) and not _same(config, name, before, had)]
     if unused:
