@@ -634,7 +634,7 @@ def train(as_json: bool, **options: Any) -> None:
     summary = run(config, _say, given=given)
     lines = [f"{summary['run']}: {_figures(summary)}"]
     if best := summary.get("best"):
-        lines.append(f"best on the part held out, epoch {best['epoch']}: {_figures(best)}")
+        lines.append(f"best on the part held out: epoch {best['epoch']}  {_figures(best)}")
     _print(summary, as_json, "\n".join(lines))
 
 
@@ -687,7 +687,8 @@ def evaluate(as_json: bool, run: str, **options: Any) -> None:
     from kdcache.train.run import evaluate_run
 
     found = evaluate_run(run, **options)
-    _print(found, as_json, "\n".join(f"{k:13} {_figure(k, v)}" for k, v in found.items() if isinstance(v, float)))
+    figures = {k: _figure(k, v) if isinstance(v, float) else v for k, v in found.items()}
+    _print(found, as_json, "\n".join(f"{k:13} {v}" for k, v in figures.items()))
 
 
 @main.command(name="import")

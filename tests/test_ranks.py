@@ -254,8 +254,10 @@ def test_ranks_train_what_one_process_trains(home):
     losses = "dist", "uskd", "bdkd:start=taught"
     weights = str(home / "teacher.safetensors")
     flags = [f for loss in losses for f in ("--loss", loss)]
-    started = torchrun(home, "two", *flags, "--epochs", "2", "--online", "--weights", weights)
-    alone = sweep(settings(home, "one", epochs=2, online=True, weights=weights), losses, [0], lambda _: None)
+    flags += ["--epochs", "2", "--online", "--weights", weights, "--teacher", "rankstudent:small"]
+    started = torchrun(home, "two", *flags)
+    live = {"online": True, "weights": weights, "teacher": "rankstudent:small"}
+    alone = sweep(settings(home, "one", epochs=2, **live), losses, [0], lambda _: None)
     output, said = started.communicate(timeout=120)
     assert started.returncode == 0, said
     together = json.loads((home / "two" / "sweep.json").read_text())

@@ -756,10 +756,10 @@ def test_build_pack_train_and_unpack(tmp_path, monkeypatch):
 
     assert json.loads(run("info c.h5 --json").stdout)["store"] == "hdf5"
     assert "3 complete" in run("info c.h5").stdout
-    assert "passed" in run(f"verify c.h5 {data}").stdout
+    assert "passed" in run(f"verify c.h5 {data} --teacher kd_stores:net").stdout
     train = f"train --student resnet8 {data} --cache c.h5 --epochs 2 --batch-size 32 --out run --json"
     summary = json.loads(run(train).stdout)
-    assert summary["top1"] == json.loads(run("eval run --json").stdout)["top1"]
+    assert summary["top1"] == json.loads(run(f"eval run {data} --json").stdout)["top1"]
     assert "kdcache unpack c.h5" in run(f"{build} --views 4 --out c.h5", 2).stderr
 
     assert json.loads(run("unpack c.h5 --json").stdout)["views"] == 3

@@ -2,6 +2,7 @@
 
 import json
 import os
+import shutil
 import signal
 import statistics
 import subprocess
@@ -103,10 +104,26 @@ def test_finished_runs_are_kept_and_others_added(home, tmp_path):
     assert damaged.exit_code == 1 and "kd-seed0/summary.json is not what kdcache writes: remove it" in damaged.stdout
     (out / "kd-seed0" / "summary.json").unlink()
     whole = json.loads(invoke("--loss", "ce", "--loss", "kd", "--out", out, "--resume", "--json").stdout)
-    assert figures(whole["runs"][1]["summary"]) == figures(now["runs"][2]["summary"])
+    assert [figures(run["summary"]) for run in whole["runs"]] == [figures(run["summary"]) for run in now["runs"]]
     # A run of other settings is an error of its own, not one that is overwritten or taken for the same.
-    other = invoke("--loss", "ce", "--seed", "0,1", "--out", out, "--resume", "--epochs", "2")
+    command = ["train", "--loss", "ce", "--seed", "0,1", "--out", str(out), "--resume", "--epochs", "2"]
+    other = CliRunner().invoke(main, command, catch_exceptions=False)
     assert other.exit_code == 1 and other.stdout.count("epochs: the run has 1, asked for 2") == 2
+
+
+def test_the_folder_is_all_that_a_sweep_needs_to_go_on(home, tmp_path):
+    """Its losses, seeds and settings; also for runs that had not begun."""
+    out = tmp_path / "s"
+    asked = ["--loss", "ce", "--loss", "dkd:beta=2,warmup=3", "--seed", "0,4", "--validation", "0.2"]
+    whole = json.loads(invoke(*asked, "--out", out, "--json").stdout)
+    shutil.rmtree(out / "dkd-beta=2-warmup=3-seed4")
+    kept = json.loads((out / "sweep.json").read_text())
+    (out / "sweep.json").write_text(json.dumps({**kept, "runs": kept["runs"][:2]}))  # as it was when it was killed
+    resumed = CliRunner().invoke(main, ["train", "--resume", "--out", str(out), "--json"], catch_exceptions=False)
+    assert resumed.exit_code == 0, resumed.output
+    again = json.loads(resumed.stdout)
+    assert [figures(run["summary"]) for run in again["runs"]] == [figures(run["summary"]) for run in whole["runs"]]
+    assert table(again).splitlines()[0].split()[2:5] == ["validation", "(%)", "top-1"]
 
 
 def test_a_killed_sweep_goes_on(home, tmp_path):
@@ -146,7 +163,7 @@ def test_one_loss_and_one_seed_is_a_run_as_ever(home, tmp_path):
 def test_lists_on_the_command_line_in_the_file_and_in_the_environment(monkeypatch, tmp_path, where):
     asked = []
 
-    def note(config, losses, seeds, say):
+    def note(config, losses, seeds, say, given):
         asked.append((losses, seeds))
         return {"runs": [], "losses": []}
 

@@ -15,16 +15,22 @@ import numpy as np
 import pytest
 import torch
 from click.testing import CliRunner
+from PIL import Image
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from kdcache import cli
 from kdcache.cache import KdcacheError, open_cache
 from kdcache.cache.records import Records
 from kdcache.cli import main
 from kdcache.pipeline import build as build_module
+from kdcache.pipeline.arraysets import digits
 from kdcache.pipeline.build import BuildConfig, build, open_source, record_batches
 from kdcache.pipeline.datasets import open_data
 from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.teachers import Classifier, read_weights
+from kdcache.pipeline.views import draw
+from kdcache.train import runfolder
 from kdcache.train.cotrain import LearningTeacher
 from kdcache.train.evaluate import metrics
 from kdcache.train.features import FeatureTap
@@ -32,9 +38,11 @@ from kdcache.train.loader import CachedLoader, OnlineLoader, PlainLoader, epoch_
 from kdcache.train.losses import IKL
 from kdcache.train.optimisers import Recipe
 from kdcache.train.presets import LOSSES, make_loss
-from kdcache.train.run import TrainConfig, evaluate_run, prepared, train
+from kdcache.train.run import TrainConfig, evaluate_run, prepared, student_of, train
+from kdcache.train.runfolder import settings_of
 from kdcache.train.teach import TeachConfig, teach
 from kdcache.train.trainer import Training, fit, seeded
+from kdcache.train.validation import held_out_part
 
 BATCH = 128
 
@@ -203,6 +211,34 @@ def test_ranks_go_on_together(home, data):
     for _ in range(3):
         for (_, labels, _), *theirs in zip(alone, *parts, strict=True):
             assert torch.equal(torch.cat([part[1] for part in theirs]), labels)
+
+
+def test_a_teacher_is_not_taught_on_the_views_that_it_is_asked_about(home, data):
+    cache = open_cache(home / "default")
+    policy, seed = cache.identity.views.policy, cache.identity.views.seed
+    taught, asked = (
+        PlainLoader(data, policy, BATCH, 8, seed=seed, device=torch.device("cpu")),
+        CachedLoader(cache, data, BATCH),
+    )
+    for _ in range(3):
+        (images, labels, _), (other, same, _) = next(taught.steps()), next(asked.steps())
+        assert torch.equal(labels, same) and (images != other).flatten(1).any(1).float().mean() > 0.5
+
+
+def test_a_teacher_that_was_half_taught_on_them_is_not_gone_on_with(home):
+    def stop(text):
+        if text.startswith("epoch 2/"):
+            raise KeyboardInterrupt
+
+    config = TeachConfig("resnet14", epochs=2)
+    with pytest.raises(KeyboardInterrupt):
+        teach(config, stop)
+    (file,) = home.glob("teachers/*/resnet14.run/config.json")
+    now = json.loads(file.read_text())
+    file.write_text(json.dumps({k: v for k, v in now.items() if k != "stream"}))
+    with pytest.raises(KdcacheError, match=r"stream: the run has views, asked for teaching \(--force teaches it from"):
+        teach(config, quiet)
+    shutil.rmtree(file.parent)
 
 
 def test_epochs_take_views_in_turn(home, data, monkeypatch):
@@ -405,21 +441,16 @@ def test_a_run_with_a_learning_teacher(home, tmp_path):
     measured = {"top1", "top5", "nll", "brier", "ece"}
     assert all({*measured, *(f"teacher_{m}" for m in measured), "teacher_loss"} <= set(line) for line in lines)
     assert all("ece" in text.split("teacher:")[0] and "ece" in text.split("teacher:")[1] for text in said[1:4])
-    best, teachers_best = (max(line[k] for line in lines) for k in ("top1", "teacher_top1"))
-    found = evaluate_run(str(out))
-    assert (found["top1"], found["teacher_top1"]) == (best, teachers_best)
     # Agreement is with the teacher of the run, not with that of the cache.
-    last = evaluate_run(str(out / "last.safetensors"))
-    assert {k: last[k] for k in ("agreement", "kl", "teacher_ece")} == pytest.approx(
-        {k: lines[-1][k] for k in ("agreement", "kl", "teacher_ece")}
-    )
+    found, figures = evaluate_run(str(out)), ("top1", "teacher_top1", "agreement", "kl", "teacher_ece")
+    assert {k: found[k] for k in figures} == pytest.approx({k: lines[-1][k] for k in figures})
     # Its weights are a teacher's.
-    teacher = teacher_of(home, weights=str(out / "teacher-best.safetensors")).teacher
+    teacher = teacher_of(home, weights=str(out / "teacher-last.safetensors")).teacher
     images = torch.as_tensor(open_data("digits", "eval").images).permute(0, 3, 1, 2)
     right = teacher.logits(images).argmax(1) == torch.from_numpy(open_data("digits", "eval").labels[:, 0])
-    assert float(right.float().mean()) == pytest.approx(teachers_best)
-    (out / "teacher-best.safetensors").unlink()
-    with pytest.raises(KdcacheError, match=r"learnt beside a teacher.*teacher-best\.safetensors"):
+    assert float(right.float().mean()) == pytest.approx(lines[-1]["teacher_top1"])
+    (out / "teacher-last.safetensors").unlink()
+    with pytest.raises(KdcacheError, match=r"learnt beside a teacher.*teacher-last\.safetensors"):
         evaluate_run(str(out))
 
 
@@ -460,8 +491,7 @@ def test_a_run_folder_holds_what_it_should(home, tmp_path):
     summary = train(TrainConfig("nkd", cache=str(home / "top3"), epochs=3, out=str(out)), quiet)
     names = {p.name for p in out.iterdir()}
     assert names == {
-        "config.json", "metrics.jsonl", "summary.json", "last.safetensors", "best.safetensors", "state.pt",
-        "tensorboard",
+        "config.json", "metrics.jsonl", "summary.json", "last.safetensors", "state.pt", "tensorboard",
     }  # fmt: skip
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     assert [line["epoch"] for line in lines] == [1, 2, 3]
@@ -471,10 +501,10 @@ def test_a_run_folder_holds_what_it_should(home, tmp_path):
     assert list((out / "tensorboard").glob("events.*"))
     assert json.loads((out / "config.json").read_text())["cache"] == open_cache(home / "top3").key
     again = evaluate_run(str(out))
-    assert measured <= set(again)
-    best = max(lines, key=lambda line: line["top1"])
-    assert again["top1"] == best["top1"] and again["nll"] == pytest.approx(best["nll"], rel=1e-6)
-    assert summary["best_top1"] == best["top1"]
+    assert measured <= set(again) and again["weights"] == str(out / "last.safetensors")
+    # What is reported is not chosen by what it is reported on.
+    assert again["top1"] == summary["top1"] == lines[-1]["top1"]
+    assert again["nll"] == pytest.approx(lines[-1]["nll"], rel=1e-6) and not [k for k in summary if "best" in k]
     with pytest.raises(KdcacheError, match="holds a run already: give --resume"):
         train(TrainConfig("nkd", cache=str(home / "top3"), epochs=3, out=str(out)), quiet)
     with pytest.raises(KdcacheError, match=r"is another run and is not resumed: .*epochs: the run has 3, asked for 4"):
@@ -537,7 +567,7 @@ def test_killed_within_an_epoch_and_resumed_equals_uninterrupted(home, tmp_path,
     a, b = (metrics_of(folder) for folder in (killed, tmp_path / "whole"))
     assert len(a) == epochs and a == b
     files = {p.name for p in (tmp_path / "whole").glob("*.safetensors")}
-    assert len(files) == (4 if "bdkd" in loss else 2) and files == {p.name for p in killed.glob("*.safetensors")}
+    assert len(files) == (2 if "bdkd" in loss else 1) and files == {p.name for p in killed.glob("*.safetensors")}
     for file in files:
         weights, whole = (read_weights(f / file)[0] for f in (killed, tmp_path / "whole"))
         assert all(torch.equal(weights[name], whole[name]) for name in whole), file
@@ -664,6 +694,221 @@ def test_a_run_in_the_default_folder_keeps_its_views(home, tmp_path, monkeypatch
     if restarted:
         monkeypatch.setenv("TORCHELASTIC_RESTART_COUNT", "1")
     assert train(replace(config, resume=not restarted), quiet)["epochs"] == 1
+
+
+# Of a run of the first version: all that its config.json held.
+FIRST = {
+    "cache", "data", "student", "loss", "loss_options", "epochs", "batch_size", "lr", "weight_decay", "momentum",
+    "warmup", "seed", "views", "image_size", "online", "fresh_views", "amp",
+}  # fmt: skip
+
+
+def test_a_run_of_an_older_version_is_resumed(home, tmp_path, monkeypatch):
+    """Settings that came later are compared with what held before them, those of the loss too."""
+    monkeypatch.setitem(runfolder._OPTIONS_BEFORE, "nkd", {"gamma": 9.0})
+    out, config = tmp_path / "run", TrainConfig("nkd:gamma=9", str(home / "default"), epochs=1, batch_size=512)
+    want = train(replace(config, out=str(out)), quiet)
+    later = json.loads((out / "config.json").read_text())
+    older = {k: v for k, v in later.items() if k in FIRST}
+    del older["loss_options"]["gamma"]
+    (out / "config.json").write_text(json.dumps(older))
+    again = TrainConfig(cache=config.cache, out=str(out), resume=True)
+    assert train(again, quiet)["loss"] == want["loss"]
+    for name, value, had in (
+        ("ema", 0.9, "None"), ("optimiser", "adamw", "sgd"), ("accumulate", 2, "1"), ("validation", 0.1, "None"),
+        ("loss", "nkd:gamma=8", ".*'gamma': 9.0"),
+    ):  # fmt: skip
+        with pytest.raises(KdcacheError, match=rf"not resumed: {name}\w*: the run has {had}.*, asked for "):
+            train(replace(again, **{name: value}), quiet)
+    # Every setting has such a value, or is not compared.
+    assert set(later) <= FIRST | set(settings_of(out)) | runfolder._FREE
+
+
+UNUSUAL = (
+    *("--loss", "nkd:gamma=2,mixed=both", "--student", "resnet8", "--views", "2", "--seed", "3", "--lr", "0.003"),
+    *("--optimiser", "adamw", "--ema", "0.9", "--accumulate", "2", "--clip", "1", "--batch-size", "100"),
+    *("--validation", "0.1", "--weight-decay", "0.1", "--warmup", "0.5", "--evaluate-every", "2", "--epochs", "3"),
+)
+
+
+def test_the_folder_is_all_that_is_needed_to_resume(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c").symlink_to(home / "default")
+
+    def invoke(*args, **env):
+        return CliRunner().invoke(main, ["train", *args], env=env, catch_exceptions=False)
+
+    assert invoke("--cache", "c", *UNUSUAL, "--out", "whole").exit_code == 0
+    with monkeypatch.context() as patch:
+        patch.setattr(cli, "_say", lambda text: text.startswith("epoch 2/3") and signal.raise_signal(signal.SIGTERM))
+        assert invoke("--cache", "c", *UNUSUAL, "--out", "run").exit_code == 130
+    differing = invoke("--resume", "--out", "run", "--epochs", "4", "--clip", "1", "--seed", "0")
+    assert differing.exit_code == 2, differing.output
+    names = "not resumed: epochs: the run has 3, asked for 4; seed: the run has 3, asked for 0"
+    assert differing.stderr.splitlines()[-1].endswith(names)
+    monkeypatch.chdir(home)  # from anywhere
+    settings = {"KDCACHE_STUDENT": "resnet20", "KDCACHE_EPOCHS": "3", "KDCACHE_LOSS": "kd"}
+    resumed = invoke("--resume", "--out", str(tmp_path / "run"), **settings)
+    assert resumed.exit_code == 0, resumed.output
+    (note,) = (text for text in resumed.stderr.splitlines() if text.startswith("note: /"))
+    assert "its own student resnet8, loss nkd:gamma=2.0" in note and "epochs" not in note
+    assert metrics_of(tmp_path / "run") == metrics_of(tmp_path / "whole")
+    for file in ("last", "best"):
+        weights, whole = (read_weights(tmp_path / f / f"{file}.safetensors")[0] for f in ("run", "whole"))
+        assert all(torch.equal(weights[name], whole[name]) for name in whole), file
+
+
+def test_a_function_that_only_the_folder_names_is_not_called(home, tmp_path, monkeypatch):
+    out = tmp_path / "run"
+    train(TrainConfig("ce", str(home / "default"), epochs=1, batch_size=512, out=str(out)), quiet)
+    had = json.loads((out / "config.json").read_text())
+    for name in ("data", "student"):
+        (out / "config.json").write_text(json.dumps({**had, name: "os:abort"}))
+        with pytest.raises(KdcacheError, match=rf"names the \w+ 'os:abort', .*: .* give --{name} os:abort"):
+            train(TrainConfig(out=str(out), resume=True), quiet)
+    monkeypatch.setattr("kdcache.train.run.open_data", lambda spec, *_, **__: pytest.fail(f"{spec} is opened"))
+    (out / "config.json").write_text(json.dumps({**had, "data": "my:images"}))
+    with pytest.raises(
+        pytest.fail.Exception, match="my:images is opened"
+    ):  # also where a setting of the user's names it
+        train(TrainConfig(out=str(out), resume=True, data="my:images"), quiet, given=set())
+    wrong = {"data": 5, "student": ["a"], "epochs": "many", "loss_options": 3, "cache_path": 7, "amp": "fp8"}
+    for name, value in wrong.items():
+        (out / "config.json").write_text(json.dumps({**had, name: value}))
+        with pytest.raises(KdcacheError, match=r"run/config\.json is not what kdcache writes .*: give another --out"):
+            train(TrainConfig(out=str(out), resume=True), quiet)
+    for name in ("cache", "data", "loss_options"):
+        (out / "config.json").write_text(json.dumps({k: v for k, v in had.items() if k not in (name, "cache_path")}))
+        with pytest.raises(KdcacheError, match=rf"is not what kdcache writes \(no '{name}'\)"):
+            train(TrainConfig(out=str(out), resume=True), quiet)
+
+
+def test_the_views_that_are_used_are_said(home, tmp_path):
+    said = []
+    config = TrainConfig("ce", str(home / "default"), epochs=1, batch_size=512)
+    train(replace(config, out=str(tmp_path / "a"), views=2), said.append)
+    train(replace(config, out=str(tmp_path / "b")), said.append)
+    train(replace(config, out=str(tmp_path / "c"), online=True, fresh_views=True), said.append)
+    found = [re.search(r"\((\d[\w ]* views|\d views|a new view every epoch)\), 1 epochs", text) for text in said]
+    assert [m[1] for m in found if m] == ["2 of 3 views", "3 views", "a new view every epoch"]
+
+
+# A part of the training images held out
+
+
+def test_the_part_held_out_is_the_same_for_every_run_and_of_every_class(data):
+    labels = data.labels[:, 0]
+    for fraction in (0.1, 0.5):
+        held = held_out_part(data, fraction)
+        want = np.floor(fraction * np.bincount(labels) + 0.5)
+        assert np.array_equal(np.bincount(labels[held]), want) and np.array_equal(held, held_out_part(data, fraction))
+    # A larger part has the smaller one in it, and none lies where another fraction of the order would.
+    assert (held_out_part(data, 0.5) | ~held_out_part(data, 0.1)).all()
+    assert len(np.unique(np.diff(np.flatnonzero(held_out_part(data, 0.1))))) > 10
+    for fraction, kept in ((1e-6, "none"), (1 - 1e-6, "all")):
+        with pytest.raises(KdcacheError, match=rf"holds out {kept} of digits's 1,442 training images"):
+            held_out_part(data, fraction)
+    with pytest.raises(KdcacheError, match="--validation chooses weights by top-1, which needs labels"):
+        held_out_part(open_data("digits", "train", unlabelled=True), 0.1)
+
+
+def test_a_loader_of_some_samples_gives_no_others(home, data):
+    """The views are the cache's own: each image, put back by its box, is that of one of the samples, once an epoch."""
+    some = np.flatnonzero(~held_out_part(data, 0.3))
+    cache = open_cache(home / "exact")
+    drawn = draw(cache.identity.views.policy, 0, 1, range(len(data)), data.sizes)
+    whole = Renderer(data, None, torch.device("cpu"), cache.identity.views.policy)
+    (pixels,) = whole.batches(drawn, [np.arange(len(data))])
+    answers = cache.read(1)
+    loader = CachedLoader(cache, data, 100, samples=some)
+    loader.set_epoch(1)
+    places = [place for batch in epoch_batches(len(some), 100, 0, 1) for place in some[batch]]
+    assert len(set(places)) == 100 * len(loader) == len(some) // 100 * 100
+    for start, (images, labels, records) in zip(range(0, len(places), 100), loader.steps(), strict=True):
+        at = torch.from_numpy(np.array(places[start : start + 100]))
+        assert torch.equal(images, pixels[at]) and torch.equal(records.gaps, answers[at].gaps)
+        assert torch.equal(labels, torch.from_numpy(data.labels)[at, 0])
+
+
+def test_the_best_weights_are_those_of_the_part_held_out(home, data, tmp_path):
+    out = tmp_path / "run"
+    config = TrainConfig("nkd", str(home / "default"), epochs=4, batch_size=128, lr=0.3, out=str(out), validation=0.2)
+    summary = train(config, quiet)
+    lines = metrics_of(out)
+    best = max(reversed(lines), key=lambda line: line["validation_top1"])
+    assert summary["best"] == best and summary["top1"] == lines[-1]["top1"]
+    held = held_out_part(data, 0.2)
+    images, labels = data.images[torch.from_numpy(held)], torch.from_numpy(data.labels[held, 0])
+    for file, line in (("last", lines[-1]), ("best", best)):
+        model = student_of(out, *read_weights(out / f"{file}.safetensors")).eval()
+        with torch.no_grad():
+            right = model(images.permute(0, 3, 1, 2)).argmax(1) == labels
+        assert float(right.float().mean()) == pytest.approx(line["validation_top1"], abs=1e-6)
+        assert evaluate_run(str(out / f"{file}.safetensors"))["top1"] == line["top1"]
+    assert evaluate_run(str(out))["weights"] == str(out / "last.safetensors")
+
+
+def test_a_part_held_out_of_a_run_with_a_learning_teacher(home, tmp_path):
+    out = tmp_path / "run"
+    train(TrainConfig("bdkd", str(home / "default"), epochs=2, online=True, out=str(out), validation=0.2), quiet)
+    lines = metrics_of(out)
+    assert all({"validation_top1", "teacher_validation_top1", "validation_agreement"} <= set(line) for line in lines)
+    best = max(reversed(lines), key=lambda line: line["teacher_validation_top1"])
+    assert read_weights(out / "teacher-best.safetensors")[1]["metrics"]["top1"] == best["teacher_top1"]
+
+
+OTHER = """
+import numpy as np
+from kdcache.pipeline.arraysets import digits
+
+def reversed_names(split):
+    images, labels, names = digits(split == "train")
+    return images, 9 - labels, names[::-1]
+
+def some(split):
+    images, labels, names = digits(split == "train")
+    chosen = (labels == 7) | (labels == 2)
+    return images[chosen], (labels[chosen] == 2).astype(int), ("7", "2")
+
+def foreign(split):
+    images, labels, names = digits(split == "train")
+    return images, labels, tuple("012345678") + ("nine",)
+"""
+
+
+def test_a_student_is_evaluated_on_other_data_with_its_classes(home, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("other_digits.py").write_text(OTHER)
+    train(TrainConfig("nkd", str(home / "default"), epochs=2, out="run"), quiet)
+    own, reordered = evaluate_run("run"), evaluate_run("run", data="other_digits:reversed_names")
+    measured = ("top1", "top5", "nll", "brier", "ece")
+    assert {k: reordered[k] for k in measured} == {k: own[k] for k in measured}
+    assert reordered["images"] == 355 and reordered["data"] == "other_digits:reversed_names"
+    assert "agreement" in own and "agreement" not in reordered
+    evaluation = open_data("digits", "eval")
+    chosen = np.isin(evaluation.labels[:, 0], (2, 7))
+    model = student_of(Path("run"), *read_weights(Path("run/last.safetensors"))).eval()
+    with torch.no_grad():
+        answers = model(evaluation.images[torch.from_numpy(chosen)].permute(0, 3, 1, 2)).argmax(1)
+    right = (answers == torch.from_numpy(evaluation.labels[chosen, 0])).float().mean()
+    assert evaluate_run("run", data="other_digits:some")["top1"] == pytest.approx(float(right))
+    with pytest.raises(KdcacheError, match=r"not trained on other_digits:foreign's classes 'nine': its own are '0', "):
+        evaluate_run("run", data="other_digits:foreign")
+
+
+@pytest.mark.parametrize("splits", [True, False])
+def test_a_folder_of_other_images_is_evaluated_whole_unless_it_has_splits(home, tmp_path, splits):
+    """Twelve images of each of three classes; where they are split, a third of them is the evaluation split."""
+    train(TrainConfig("ce", str(home / "default"), epochs=1, batch_size=512, out=str(tmp_path / "run")), quiet)
+    images, labels, _ = digits(True)
+    for c in (8, 1, 3):
+        for i, image in enumerate(images[labels == c][:12]):
+            folder = tmp_path / "pics" / (("val" if i % 3 == 0 else "train") if splits else "") / str(c)
+            folder.mkdir(parents=True, exist_ok=True)
+            Image.fromarray(image).save(folder / f"{i}.png")
+    found = evaluate_run(str(tmp_path / "run"), data=f"imagefolder:{tmp_path / 'pics'}", workers=0)
+    assert found["images"] == (12 if splits else 36)
 
 
 def test_devices_that_are_not_there():

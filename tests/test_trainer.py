@@ -322,15 +322,16 @@ def test_between_saves_it_loses_what_came_after_the_last(tmp_path, whole):
 
 @pytest.mark.parametrize("at", [None, (1, 3), (2, 5)])
 def test_evaluated_every_second_epoch_and_after_the_last(tmp_path, whole, at):
-    """Five epochs: before the first evaluation the best weights go by the loss, after it by what was measured."""
-    recipe, scores, best = settings(epochs=5), iter([0.9, 0.5, 0.7]), []
+    """Five epochs: the best weights are of one that was evaluated, and go by the part held out alone."""
+    recipe, scores, best = settings(epochs=5), iter([(0.9, 0.2), (0.5, 0.9), (0.7, 0.5)]), []
 
     def evaluate(model):
-        return {"top1": next(scores)}
+        return dict(zip(("validation_top1", "top1"), next(scores), strict=True))
 
     def look(epoch, batch):
         if batch == 0 and epoch:
-            best.append(read_weights(tmp_path / "best.safetensors")[1]["metrics"]["epoch"])
+            file = tmp_path / "best.safetensors"
+            best.append(read_weights(file)[1]["metrics"]["epoch"] if file.exists() else None)
         if (epoch, batch) == at:
             signal.raise_signal(signal.SIGTERM)
 
@@ -339,8 +340,8 @@ def test_evaluated_every_second_epoch_and_after_the_last(tmp_path, whole, at):
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, recipe, loader=Batches(look), **options)
     _, lines, _ = run(tmp_path, recipe, bool(at), Batches(look), **options)
-    assert [line.get("top1") for line in lines] == [None, 0.9, None, 0.5, 0.7]
-    assert best == [1, 2, 2, 2]
+    assert [line.get("validation_top1") for line in lines] == [None, 0.9, None, 0.5, 0.7]
+    assert best == [None, 2, 2, 2]
     assert read_weights(tmp_path / "best.safetensors")[1]["metrics"]["epoch"] == 2
     assert read_weights(tmp_path / "last.safetensors")[1]["metrics"]["epoch"] == 5
 

@@ -7,6 +7,9 @@ from dataclasses import fields, replace
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
+import pydantic
+
+from kdcache.cache.errors import CorruptError
 from kdcache.pipeline.datasets import is_function
 from kdcache.pipeline.render import RENDERER
 from kdcache.pipeline.stored import stored_data, stored_network
@@ -33,25 +36,36 @@ def resumed(
     """The run's settings, `had`, in all fields that were not given; those are compared later, by RunFolder.
 
     Fields at other values that were not given come from the environment or from kdcache.toml: one line says which of
-    them are not used. InputError for a function that only the folder names.
+    them are not used. InputError for a function that only the folder names; CorruptError for values that cannot be.
     """
-    before = {name: had[name] for name in _NAMED if name in had}
-    before["allow_renderer"] = had["renderer"] != RENDERER
-    place = had.get("cache_path")
-    before["cache"] = place if place and exists(place) else had.get("cache")
-    if "loss" in had:
-        before["loss"] = _spec(had["loss"], had.get("loss_options") or {})
-    if "data" in had and "data" not in given:
-        before["data"] = stored_data(had["data"], folder, "--data")
-    for name in ("student", "teacher"):
-        if before.get(name) and name not in given:
-            before[name] = stored_network(before[name], folder, f"--{name}")
+    before = _fields_of(type(config), had, folder)
+    for name, check in (("data", stored_data), ("student", stored_network), ("teacher", stored_network)):
+        if before.get(name) and name not in given and getattr(config, name) != before[name]:
+            check(before[name], folder, f"--{name}")
     taken = {name: value for name, value in before.items() if name not in given}
     unused = [name for name in taken if name in given_by(config) and not _same(config, name, before, had)]
     if unused:
         values = ", ".join(f"{name} {taken[name]}" for name in unused)
         say(f"note: {folder} goes on with its own {values}, not with what the settings say")
     return replace(config, **taken)
+
+
+def _fields_of(kind: type[TrainConfig], had: dict[str, Any], folder: Path) -> dict[str, Any]:
+    """The settings as fields of TrainConfig."""
+    try:
+        before = {name: had[name] for name in _NAMED if name in had}
+        before["allow_renderer"] = had["renderer"] != RENDERER
+        place = had.get("cache_path")
+        before |= {"cache": place if place and exists(place) else had["cache"], "data": had["data"]}
+        if "loss" in had:
+            before["loss"] = _spec(had["loss"], had["loss_options"])
+        pydantic.TypeAdapter(kind).validate_python(before)
+    except (KeyError, TypeError, AttributeError, pydantic.ValidationError) as e:
+        reason = f"no {e}" if isinstance(e, KeyError) else str(e)
+        if isinstance(e, pydantic.ValidationError):
+            reason = f"{e.errors()[0]['loc'][0]}: {e.errors()[0]['msg']}"
+        raise CorruptError(f"{folder / 'config.json'} is not what kdcache writes ({reason}): give another --out") from e
+    return before
 
 
 def _same(config: TrainConfig, name: str, before: dict[str, Any], had: dict[str, Any]) -> bool:
@@ -61,6 +75,8 @@ def _same(config: TrainConfig, name: str, before: dict[str, Any], had: dict[str,
         return str(had.get("cache")).startswith(value) or place_of(value) == before["cache"]
     if name == "data":
         return bool(placed(value) == before["data"])
+    if name == "weights":
+        return before[name] in (value, place_of(value))
     if name == "loss":
         return bool(value.partition(":")[0] == had["loss"])
     return bool(value == before[name])

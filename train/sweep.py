@@ -25,7 +25,7 @@ _COLUMNS = (
     ("s an epoch", "seconds_an_epoch", 1, 1),
 )  # fmt: skip
 # Where a part was held out, that on which losses are to be compared.
-_VALIDATION = ("validation", "validation_top1", 100, 2)
+_VALIDATION = ("validation (%)", "validation_top1", 100, 2)
 
 
 def sweep(

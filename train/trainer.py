@@ -324,7 +324,7 @@ def _describe(line: dict[str, Any], epochs: int) -> str:
     if "nll" in line:
         parts.append(f"nll {line['nll']:.4f}")
     if "validation_top1" in line:
-        parts.append(f"validation top-1 {100 * line['validation_top1']:.2f}")
+        parts.append(f"validation top-1 {percent(line['validation_top1'])}")
     if theirs := _of_partner(line):
         parts += [f"ece {line['ece']:.4f}"] if "ece" in line else []
         parts.append(f"teacher: loss {theirs['loss']:.4f}")
