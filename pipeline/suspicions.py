@@ -222,14 +222,19 @@ def _sign_test(more: int, fewer: int) -> float:
     return float(heads / 2**n)
 
 
-def require_order(labels: NDArray[np.int64], answers: NDArray[np.int64], names: dict[int, str], advice: str) -> None:
-    """InputError that names the classes where answers [M] fit labels [M] after a permutation; names: by class id."""
+def require_order(
+    labels: NDArray[np.int64], answers: NDArray[np.int64], names: dict[int, str], whose: str, advice: str
+) -> None:
+    """InputError that names the classes where answers [M] fit labels [M] after a permutation.
+
+    names: of the classes by id; whose: the order of the answers' classes is; advice: what to do.
+    """
     if (moves := moved_classes(labels, answers)) is None:
         return
     shown = [f"images of {names[c]} are answered as {names.get(d, d)}" for c, d in moves.pairs[:_NAMED]]
     more = f" and so on for {len(moves.pairs) - _NAMED} more classes" if len(moves.pairs) > _NAMED else ""
     raise InputError(
-        f"classes are in another order here and there: {', '.join(shown)}{more} ({moves.other} of "
+        f"{whose} classes are in another order than the data's: {', '.join(shown)}{more} ({moves.other} of "
         f"{moves.other + moves.own} that are answered as either): {advice}"
     )
 
@@ -241,7 +246,7 @@ def require_classes(labels: NDArray[np.int64], answers: NDArray[np.int64], names
     """
     if len(names) < 2:
         return
-    require_order(labels, answers, names, f"give --class-map FILE, which says which is which; {_ALLOW}")
+    require_order(labels, answers, names, "the teacher's", f"give --class-map FILE that maps them; {_ALLOW}")
     found = agreement(labels, answers)
     if found.near_chance:
         raise InputError(

@@ -69,6 +69,31 @@ def twelve():
 
 def thousand():
     return net(1000, 4, 8, 2)
+
+def forty():
+    return net(40)
+
+def probabilities():
+    return nn.Sequential(net(12), nn.Softmax(1))
+
+def constant():
+    found = net(12)
+    nn.init.zeros_(found[-1].weight)
+    return found
+
+def huge():
+    found = net(12)
+    with torch.no_grad():
+        found[-1].weight.mul_(1e5)
+    return found
+
+class Careless(nn.Sequential):
+    def forward(self, images):
+        self[8].train()
+        return super().forward(images)
+
+def careless():
+    return Careless(*list(net(12))[:-1], nn.Dropout(0.1), net(12)[-1])
 """
 BATCH, PART, PARTS = 16, 64, 3
 
@@ -396,6 +421,92 @@ def test_another_class_map_is_another_cache(tmp_path, reference, source):
     assert "class_map: the cache has None" in problem
     mapping.write_text("".join(f"{a},{i}\n" for i, a in enumerate("abcdefghijkl")))
     assert open_source(settings(class_map=str(mapping)), quiet).identity == source.identity
+
+
+def test_a_teacher_that_is_not_the_caches_is_refused_before_it_is_asked(tmp_path, reference, source, monkeypatch):
+    """As where a published cache in another numeric type is taken: complete it is named, else nobody builds on."""
+    teacher = source.teacher.identity.model_copy(update={"numeric": "bf16", "input_size": 12})
+    other = replace(source, teacher=replace(source.teacher, identity=teacher))
+    path = tmp_path / "c"
+    shutil.copytree(reference, path)
+    assert build(settings(out=str(path)), quiet, other).teacher_images == 0
+    before = content(path)
+    monkeypatch.setattr(Teacher, "logits", None)
+    for config in (settings(views=3, out=str(path)), settings(out=str(tmp_path / "new"))):
+        with pytest.raises(e.MismatchError, match=r"numeric: the cache has float32, this teacher has bf16") as caught:
+            build(config, quiet, other)
+        assert "input_size: the cache has 10, this teacher has 12" in str(caught.value)
+    assert content(path) == before and not (tmp_path / "new").exists()
+
+
+def test_one_class_of_several_has_the_sum_of_their_probabilities(tmp_path, source):
+    """Two of the toy's twelve classes to one class of the data each, and the rest left out."""
+    import kd_toy
+
+    mapping = tmp_path / "map.json"
+    groups = [[i, (5 * i + 3) % 24 + 12] for i in range(12)]
+    mapping.write_text(json.dumps(dict(zip("abcdefghijkl", groups, strict=True))))
+    config = settings(teacher="kd_toy:forty", class_map=str(mapping), topk=None, precision="float32", views=1)
+    said = []
+    merging = open_source(config, said.append)
+    assert any("makes one class of several of the teacher's, so students have the data's 12" in line for line in said)
+    build(replace(config, out=str(tmp_path / "c")), quiet, merging)
+    cache = Cache(tmp_path / "c")
+    assert cache.identity.record.classes == 12 and cache.identity.class_map not in (None, source.identity.class_map)
+    assert (cache.train.labels == source.train.labels).all()
+    assert verify(cache, open_source(config, quiet)).passed
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (source.train.mean, source.train.std))
+    images = source.evaluation.images.permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        p = kd_toy.forty().eval()((images - mean) / std).double().exp()
+    sums = torch.stack([p[:, group].sum(1) for group in groups], 1)
+    want = sums / sums.sum(1, keepdim=True)
+    np.testing.assert_allclose(cache.read_evaluation().dense(1.0), want, rtol=1e-4, atol=1e-7)
+
+
+def test_two_classes_of_the_data_may_be_one_of_the_teachers_where_a_file_says_so(tmp_path):
+    mapping = tmp_path / "map.csv"
+    mapping.write_text("".join(f"{a},{i % 11}\n" for i, a in enumerate("abcdefghijkl")))
+    said = []
+    config = settings(class_map=str(mapping), views=1, out=str(tmp_path / "c"))
+    source = open_source(config, said.append)
+    assert any("'a' and 'l' are one class of the teacher's" in line for line in said)
+    build(config, quiet, source)
+    assert (Cache(tmp_path / "c").train.labels == source.train.labels % 11).all()
+    assert verify(Cache(tmp_path / "c"), source).passed
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("probabilities", "answers with probabilities"),
+        ("constant", "answers alike to all of 128 training images"),
+        ("careless", r"answers the same image differently each time, as in training mode \(network\.8\)"),
+        ("huge", "records hold 65,504"),
+        ("net", r"among 12 classes the teacher is right on .*chance is 7\.8%"),
+    ],
+)
+def test_a_teacher_that_is_not_what_it_seems_is_refused(tmp_path, toy, teacher, message):
+    config = settings(teacher=f"kd_toy:{teacher}", allow_low_accuracy=False, out=str(tmp_path / "c"))
+    with pytest.raises(e.InputError, match=message) as caught:
+        build(config, quiet)
+    assert "\n" not in str(caught.value) and not (tmp_path / "c").exists()
+
+
+def test_a_teacher_whose_classes_change_places_is_refused_and_named(taught, tmp_path):
+    source, *_ = taught
+    said, config = [], settings(weights=str(taught[2].parent / "4.pt"), allow_low_accuracy=False, views=1)
+    build(replace(config, out=str(tmp_path / "good")), said.append, source)
+    rolled = {name: value.clone() for name, value in source.teacher.model.network.state_dict().items()}
+    for name in ("8.weight", "8.bias"):
+        rolled[name][:4] = rolled[name][:4].roll(1, 0)
+    torch.save(rolled, tmp_path / "rolled.pt")
+    config = replace(config, weights=str(tmp_path / "rolled.pt"), out=str(tmp_path / "c"))
+    with pytest.raises(e.InputError, match=r"images of [abcd] are answered as [abcd], .*--class-map FILE") as caught:
+        build(config, quiet)
+    shown = str(caught.value).split(": ")[1].split(" (")[0].split(", ")
+    assert sorted(shown) == [f"images of {a} are answered as {b}" for a, b in ("ab", "bc", "cd", "da")]
+    assert build(replace(config, allow_low_accuracy=True), quiet).teacher_images == 190
 
 
 def test_another_cache_in_the_same_place_is_refused_field_by_field(reference):

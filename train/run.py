@@ -431,6 +431,11 @@ def _same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, devi
     teacher = load_teacher(name, data, device, weights=config.weights, amp=amp)
     if found := had.differences(teacher.identity, theirs="found"):
         raise MismatchError(f"the live teacher is not that of cache {cache.key[:12]}: {'; '.join(found)}")
+    if teacher.classes != cache.identity.record.classes:
+        raise MismatchError(
+            f"the class map of cache {cache.key[:12]} makes one class of several of the teacher's, and a live teacher "
+            "does not: train without --online"
+        )
     return teacher
 
 
