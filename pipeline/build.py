@@ -206,7 +206,10 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
     if found := source.identity.teacher.differences(source.teacher.identity, theirs="this teacher has"):
         raise MismatchError(f"cache {key[:12]} is another teacher's: {'; '.join(found)}")
     _require_place(path)
-    batch = config.batch_size or min(defaults_for(source.train).build_batch, len(source.train))
+    teacher = source.teacher
+    batch = config.batch_size or defaults_for(source.train).batch_for(
+        teacher.device.type, teacher.input_size, len(source.train)
+    )
     if batch > len(source.train):
         raise InputError(f"--batch-size {batch} is larger than the data, {len(source.train):,} images: lower it")
     images = sum(len(shard.rows) for shard in todo)

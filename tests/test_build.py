@@ -34,7 +34,8 @@ from kdcache.pipeline import build as build_module
 from kdcache.pipeline import spool as spool_module
 from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build import BuildConfig, build, open_source, record_batches
-from kdcache.pipeline.datasets import Dataset
+from kdcache.pipeline.datasets import Dataset, open_data
+from kdcache.pipeline.defaults import defaults_for
 from kdcache.pipeline.info import describe, facts, one_line
 from kdcache.pipeline.render import _Pixels
 from kdcache.pipeline.teachers import Teacher
@@ -1412,6 +1413,51 @@ def whole_answers(files_source):
     source, views, renderer = files_source
     found = build_module.answers(source, renderer, source.train_labels, views, [0, 0, 0], range(10), 4)
     return {(place, at): answered for place, at, *answered in found}
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "size", "samples", "batch"),
+    [
+        ("files", "cpu", 224, 10**6, 8),
+        ("files", "cpu", 129, 10**6, 8),
+        ("files", "cpu", 128, 10**6, 32),
+        ("files", "cpu", 32, 10**6, 128),
+        ("files", "cuda", 224, 10**6, 128),
+        ("files", "cpu", 224, 5, 5),
+        ("images", "cpu", 32, 10**6, 256),
+        ("images", "cpu", 64, 10**6, 32),
+        ("images", "cuda", 64, 10**6, 256),
+        ("images", "cuda", 32, 40, 40),
+    ],
+)
+def test_the_batch_of_a_build_goes_by_device_and_input_size(source, photos, kind, device, size, samples, batch):
+    data = source.train if kind == "images" else open_data(f"imagefolder:{photos}", "train")
+    assert defaults_for(data).batch_for(device, size, samples) == batch
+
+
+def test_a_build_by_another_batch_size_goes_on_and_answers_alike(toy, photos, tmp_path, monkeypatch):
+    """What the other has spooled is left alone, because it may differ in its last bits, and goes with the shard."""
+    config = of_files(photos, tmp_path / "c")
+    source, answer, asked = open_source(config, quiet), Teacher.logits, []
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
+
+    def stop(self, images):
+        asked.append(len(images))
+        if len(asked) == 2 + 3 * 3 + 4:  # the evaluation split, part 0 in three views, and some of part 1
+            raise ZeroDivisionError
+        return answer(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "logits", stop)
+        with pytest.raises(ZeroDivisionError):
+            build(config, quiet, source)
+    assert len(spooled(tmp_path)) == 3
+    asked.clear()
+    monkeypatch.setattr(Teacher, "logits", lambda self, images: asked.append(len(images)) or answer(self, images))
+    assert build(replace(config, batch_size=None), quiet, source).teacher_images == 3 * 14
+    assert set(asked) == {8} and spooled(tmp_path) == []
+    assert verify(Cache(tmp_path / "c"), source).passed
 
 
 def test_an_image_that_cannot_be_decoded_stops_the_build_which_then_goes_on(toy, photos, tmp_path):
