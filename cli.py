@@ -10,7 +10,8 @@ import os
 import re
 import sys
 import threading
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Literal
 
@@ -20,9 +21,11 @@ from click.core import ParameterSource
 from kdcache import __version__
 
 if TYPE_CHECKING:
+    from kdcache.pipeline.settings import Option as KnownOption
     from kdcache.pipeline.settings import Setting
 
 INTERRUPTED = 130
+_SETTINGS = "kdcache.settings"  # where the context keeps those found
 
 
 class _Failure(click.ClickException):
@@ -41,8 +44,62 @@ def _once(e: click.ClickException) -> click.ClickException | SystemExit:
     return e if first_to_say(e.format_message()) else SystemExit(e.exit_code)
 
 
+class _Command(click.Command):
+    """A command that refuses an option which is given twice, where click goes by the last and says nothing."""
+
+    def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        parser = self.make_parser(ctx)
+        once = [p for p in self.get_params(ctx) if isinstance(p, click.Option) and not (p.multiple or p.count)]
+        for p in once:  # the same options again, but all that is typed for them is kept
+            if p.is_flag:
+                parser.add_option(p, p.opts, p.name, action="append_const", const=p.opts[0])
+                if p.secondary_opts:
+                    parser.add_option(p, p.secondary_opts, p.name, action="append_const", const=p.secondary_opts[0])
+            else:
+                parser.add_option(p, p.opts, p.name, action="append", nargs=p.nargs)
+        typed, _, _ = parser.parse_args(list(args))
+        for p in once:
+            values = typed.get(str(p.name), [])
+            if p.is_flag and len(set(values)) > 1:
+                raise click.UsageError(f"{' and '.join(dict.fromkeys(values))} contradict each other: give one.", ctx)
+            if not p.is_flag and len(values) > 1:
+                often = "twice" if len(values) == 2 else f"{len(values)} times"
+                given = ", ".join(map(str, values[:-1])) + f" and {values[-1]}"
+                raise click.UsageError(f"--{_flag(p)} is given {often}: {given}.", ctx)
+        return super().parse_args(ctx, args)
+
+    def invoke(self, ctx: click.Context) -> Any:
+        _tell_code(ctx)
+        return super().invoke(ctx)
+
+
+def _tell_code(ctx: click.Context) -> None:
+    """Say which code a kdcache.toml that lies in the working directory makes run: nobody typed it for this command."""
+    from kdcache.pipeline.settings import FILE
+
+    for param in ctx.command.params:
+        name = param.name or ""
+        if name not in _CODE or ctx.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
+            continue
+        setting = _setting(ctx, param)
+        if setting.origin.startswith(FILE) and _names_function(setting.value):
+            _say(f"note: {setting.origin} = {setting.value} is a function of your own, which is imported and called")
+
+
+_CODE = {"data", "teacher", "student"}
+
+
+def _names_function(text: str) -> bool:
+    """Whether a --data, --teacher or --student is module:function."""
+    from kdcache.pipeline.datasets import is_function
+
+    return is_function(text) and not text.startswith("timm/")
+
+
 class _Main(click.Group):
     """Every mistake is one clear line; settings come from flags, the environment, then kdcache.toml."""
+
+    command_class = _Command
 
     def invoke(self, ctx: click.Context) -> Any:
         before: Callable[[Any], object] = sys.unraisablehook
@@ -65,19 +122,18 @@ class _Main(click.Group):
         from kdcache.pipeline.ranks import share_cores
         from kdcache.pipeline.settings import FILE, load_settings
 
-        flags = {name: _flags(command) for name, command in self.commands.items()}
         found: dict[str, dict[str, Setting]] = {}
         try:
             share_cores()
-            found = load_settings({name: set(known) for name, known in flags.items()}, os.environ, Path(FILE))
+            found = load_settings(_known(self.commands), os.environ, Path(FILE))
+            ctx.meta[_SETTINGS] = found
             ctx.default_map = {
-                command: {
-                    flags[command][flag]: [setting.value]
-                    if flag in _repeated(self.commands[command])
-                    else setting.value
-                    for flag, setting in chosen.items()
+                name: {
+                    str(p.name): [found[name][_flag(p)].value] if p.multiple else found[name][_flag(p)].value
+                    for p in _options(command)
+                    if _flag(p) in found[name]
                 }
-                for command, chosen in found.items()
+                for name, command in self.commands.items()
             }
             return super().invoke(ctx)
         except click.BadParameter as e:
@@ -109,18 +165,70 @@ def _silent(unraisable: Any) -> None:
     pass
 
 
+class _Own(click.Option):
+    """An option that means something else than those of the same name in other commands.
+
+    A setting that names no command is not meant for it: `views = 16` is for build and not for push.
+    """
+
+
+def _options(command: click.Command) -> list[click.Option]:
+    return [p for p in command.params if isinstance(p, click.Option) and p.name]
+
+
 def _flag(param: click.Parameter) -> str:
+    """As typed, without the dashes; the first of two spellings."""
     return max(param.opts, key=len).lstrip("-")
 
 
-def _flags(command: click.Command) -> dict[str, str]:
-    """The command's options as typed, without the dashes, and the names of their parameters."""
-    return {_flag(p): p.name for p in command.params if isinstance(p, click.Option) and p.name}
+def _known(commands: Mapping[str, click.Command]) -> dict[str, dict[str, KnownOption]]:
+    """The options of each command by every spelling, for the settings."""
+    from kdcache.pipeline.settings import Option as KnownOption
+
+    lists = {_flag(p): p for command in commands.values() for p in _options(command) if p.multiple}
+    known: dict[str, dict[str, KnownOption]] = {}
+    for name, command in commands.items():
+        known[name] = {}
+        for p in _options(command):
+            option = KnownOption(_flag(p), isinstance(p, _Own), partial(_takes, p, lists.get(_flag(p))))
+            known[name].update({spelling.lstrip("-"): option for spelling in p.opts if spelling.startswith("--")})
+    return known
 
 
-def _repeated(command: click.Command) -> set[str]:
-    """Those of which click takes a list."""
-    return {_flag(p) for p in command.params if isinstance(p, click.Option) and p.multiple}
+def _takes(param: click.Option, as_list: click.Option | None, value: str) -> bool:
+    """Whether a setting for all commands is for this one too.
+
+    Not a choice that others offer and this one does not (amp = "fp16"), nor several values where another command takes
+    a list (`as_list`) and this one does not (seed = [0, 1]).
+    """
+    if isinstance(param.type, click.Choice) and value not in param.type.choices:
+        return False
+    return param.multiple or as_list is None or _count(as_list, value) == 1
+
+
+def _count(param: click.Option, value: str) -> int:
+    """How many values an option that takes several finds in a setting."""
+    if param.callback is None:
+        return 1
+    try:
+        return len(param.callback(click.Context(click.Command(None)), param, (value,)))
+    except click.BadParameter:
+        return 1
+
+
+def _for_all(name: str) -> bool:
+    """Whether the running command has the option's value from a setting that names no command."""
+    ctx = click.get_current_context()
+    if ctx.get_parameter_source(name) is not ParameterSource.DEFAULT_MAP:
+        return False
+    param = next(p for p in ctx.command.params if p.name == name)
+    return _setting(ctx, param).for_all
+
+
+def _setting(ctx: click.Context, param: click.Parameter) -> Setting:
+    """What a parameter of the running command has from a setting."""
+    found: Setting = ctx.meta[_SETTINGS][str(ctx.info_name)][_flag(param)]
+    return found
 
 
 def _system_error(e: OSError) -> str:
@@ -137,6 +245,13 @@ def _system_error(e: OSError) -> str:
 def _print(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
     if not _later_rank():
         click.echo(json.dumps(facts, indent=2, default=str) if as_json else _safe(text))
+
+
+def _figure(name: str, value: float) -> str:
+    """For people: rates in percent, all else as it is."""
+    from kdcache.pipeline.progress import percent
+
+    return percent(value) if name.split("_")[-1] in ("top1", "top5", "agreement") else f"{value:.4f}"
 
 
 def _say(text: str) -> None:
@@ -188,6 +303,21 @@ def _temperatures(ctx: click.Context, param: click.Parameter, value: str) -> tup
     return found
 
 
+def _rgb(ctx: click.Context, param: click.Parameter, value: str | None) -> tuple[float, float, float] | None:
+    """0.5,0.5,0.5, or 0.5 for all three."""
+    if value is None:
+        return None
+    try:
+        numbers = [float(v) for v in value.split(",")]
+        r, g, b = numbers * 3 if len(numbers) == 1 else numbers
+    except ValueError:
+        raise click.BadParameter(f"{value!r} is not three numbers such as 0.485,0.456,0.406") from None
+    dividing = param.name == "teacher_std"
+    if not all((0 < v if dividing else 0 <= v) and v <= 1 for v in (r, g, b)):
+        raise click.BadParameter(f"{value!r}: pixels count from 0 to 1 here" + ", and 0 divides nothing" * dividing)
+    return r, g, b
+
+
 def _views(ctx: click.Context, param: click.Parameter, value: str | None) -> range | None:
     if value is None:
         return None
@@ -227,13 +357,18 @@ _compile = click.option(
 _json = click.option("--json", "as_json", is_flag=True, help="Print facts as JSON.")
 # One image has no statistics for a batch norm.
 _batch = click.option("--batch-size", type=click.IntRange(2), help="Images a step [by dataset].")
-_weights = click.option("--weights", metavar="FILE|NAME", help="A weights file, or a torchvision name.")
+_weights = click.option(
+    "--weights",
+    metavar="FILE|NAME|HASH",
+    help="A weights file, a torchvision name, or published weights by their hash.",
+)
 _augment = click.option("--augment", metavar="POLICY", help="crop,flip  rrc,flip  ... [by dataset].")
 _unlabelled = click.option("--unlabelled", is_flag=True, help="Build without labels (L = 0).")
 _class_map = click.option("--class-map", metavar="FILE|auto", help="Dataset's class names to the teacher's classes.")
 _registry = click.option(
     "--registry", metavar="URL|DIR", help="A team's caches: a folder, s3://..., gs://..., az://..., https://..."
 )
+_no_teacher = click.option("--no-teacher", is_flag=True, help="Publish it without the teacher's weights.")
 _store_size = click.option(
     "--local-store-size", type=_Bytes(), help="To keep here of a cache in a registry that is read from there [20GB]."
 )
@@ -286,6 +421,12 @@ def teach(as_json: bool, **options: Any) -> None:
 @main.command()
 @click.option("--teacher", metavar="NAME", help="A network's name.  [required]")
 @_weights
+@click.option("--teacher-size", type=click.IntRange(1, 4096), help="Pixels of its images [as its source says].")
+@click.option("--teacher-mean", metavar="R,G,B", callback=_rgb, help="Taken from values in 0..1 [as its source says].")
+@click.option("--teacher-std", metavar="R,G,B", callback=_rgb, help="Divides them then [as its source says].")
+@click.option(
+    "--teacher-interpolation", type=click.Choice(["bilinear", "bicubic"]), help="Resizes them [as its source says]."
+)
 @_data
 @_augment
 @click.option("--views", type=click.IntRange(1, 100_000), help="How many augmented views [by dataset].")
@@ -301,7 +442,7 @@ def teach(as_json: bool, **options: Any) -> None:
 @click.option("--tail-std", is_flag=True, help="With top-k records: store what --loss logit-std needs.")
 @_class_map
 @_unlabelled
-@click.option("--out", metavar="PATH", help="The cache's folder [under KDCACHE_HOME, by its key].")
+@click.option("--out", cls=_Own, metavar="PATH", help="The cache's folder [under KDCACHE_HOME, by its key].")
 @click.option(
     "--store",
     type=click.Choice(["zarr", "hdf5", "ffcv"]),
@@ -310,7 +451,9 @@ def teach(as_json: bool, **options: Any) -> None:
     help="Also pack it into one file.",
 )
 @_seed
-@click.option("--batch-size", type=click.IntRange(1), help="Images that the teacher gets at once [by dataset].")
+@click.option(
+    "--batch-size", cls=_Own, type=click.IntRange(1), help="Images that the teacher gets at once [by dataset]."
+)
 @_device
 @_amp
 @_workers
@@ -325,12 +468,14 @@ def teach(as_json: bool, **options: Any) -> None:
 @click.option("--list-unreadable", is_flag=True, help="Name every image file that cannot be read, and stop.")
 @_registry
 @click.option("--push", "publish", is_flag=True, help="Publish it in the registry.")
+@_no_teacher
 @_json
 def build(
     as_json: bool,
     list_unreadable: bool,
     registry: str | None,
     publish: bool,
+    no_teacher: bool,
     teacher: str | None,
     store: Literal["zarr", "hdf5", "ffcv"],
     **options: Any,
@@ -357,7 +502,7 @@ def build(
         sys.exit(1 if found else 0)
     if teacher is None:
         raise click.UsageError("Missing option '--teacher'.")
-    result = build_and_teach(BuildConfig(teacher, **options), _say, registry, publish)
+    result = build_and_teach(BuildConfig(teacher, **options), _say, registry, publish, not no_teacher)
     if store == "zarr" or this_rank().rank:
         _print(vars(result), as_json, str(result.path))
     else:
@@ -368,8 +513,8 @@ def build(
 @main.command()
 @click.argument("cache")
 @click.option("--to", type=click.Choice(["hdf5", "ffcv"]), required=True, help="One file, for h5py or FFCV's loader.")
-@click.option("--out", metavar="FILE", help="[beside the cache, with .h5 or .beton]")
-@click.option("--views", metavar="A:B", callback=_views, help="Views A to B - 1 [all that are complete].")
+@click.option("--out", cls=_Own, metavar="FILE", help="[beside the cache, with .h5 or .beton]")
+@click.option("--views", cls=_Own, metavar="A:B", callback=_views, help="Views A to B - 1 [all that are complete].")
 @click.option("--data", metavar="NAME[:PATH]", help="For ffcv: where the images are [by the name in the cache].")
 @_json
 def pack(as_json: bool, cache: str, **options: Any) -> None:
@@ -388,7 +533,7 @@ def pack(as_json: bool, cache: str, **options: Any) -> None:
 
 @main.command()
 @click.argument("file")
-@click.option("--out", metavar="DIR", help="The cache's folder [under KDCACHE_HOME, by its key].")
+@click.option("--out", cls=_Own, metavar="DIR", help="The cache's folder [under KDCACHE_HOME, by its key].")
 @_json
 def unpack(as_json: bool, file: str, out: str | None) -> None:
     """Make a folder of a packed cache (HDF5), which can be built on.
@@ -412,8 +557,8 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
 @_data
 @click.option("--student", metavar="NAME", help="A network's name [by dataset].")
 @_epochs
-@click.option("--out", metavar="DIR", help="The run's folder, or that of several runs [runs/...].")
-@click.option("--resume", is_flag=True, help="Go on with what is in --out.")
+@click.option("--out", cls=_Own, metavar="DIR", help="The run's folder, or that of several runs [runs/...].")
+@click.option("--resume", is_flag=True, help="Go on with what is in --out, with its own settings.")
 @_batch
 @_lr
 @_decay
@@ -433,7 +578,7 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
     help="Of everything drawn at random. Given several times: every loss is trained with each.",
 )  # fmt: skip
 @click.option(
-    "--optimiser", type=click.Choice(["sgd", "adamw", "muon"]), default="sgd", show_default=True,
+    "--optimiser", "--optimizer", type=click.Choice(["sgd", "adamw", "muon"]), default="sgd", show_default=True,
     help="sgd: Nesterov's, rates by dataset; adamw: lr 0.001, decay 0.05; muon: lr 0.02, decay 0.01, of the weights of "
     "two dimensions, all others by sgd at the dataset's rates. In proportion to the batch (sgd) or to its root.",
 )  # fmt: skip
@@ -452,6 +597,10 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
     "--evaluate-every", type=click.IntRange(1), default=1, show_default=True, metavar="EPOCHS",
     help="How often the student is evaluated; after the last epoch always.",
 )  # fmt: skip
+@click.option(
+    "--validation", type=_Number(0, 1, min_open=True, max_open=True), metavar="FRACTION",
+    help="Hold out such a part of the training images, 0.1 for one, and file the weights that are best on it too.",
+)  # fmt: skip
 @_device
 @click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Run the network in half precision.")
 @_workers
@@ -465,27 +614,62 @@ def train(as_json: bool, **options: Any) -> None:
              kdcache train --loss ce --loss nkd --loss dkd:beta=2 --seed 0 --seed 1 --seed 2
              kdcache train --loss nkd --data cifar10 --cache cifar10.beton     (by FFCV's loader)
              kdcache train --loss nkd --registry s3://bucket/kd --cache r34-imagenet-v1
+             kdcache train --resume --out runs/digits-resnet8-nkd-seed0
              torchrun --nproc-per-node 4 -m kdcache.cli train --loss nkd       (by 4 processes, each a GPU of its own)
     """
     from kdcache.train.run import TrainConfig
     from kdcache.train.run import train as run
     from kdcache.train.sweep import sweep, table
 
-    losses, seeds = options.pop("loss"), options.pop("seed")
+    if not options["online"] and _for_all("weights"):
+        options["weights"] = None  # the setting is for commands that run the teacher
+    losses, seeds, given = options.pop("loss"), options.pop("seed"), _given()
+    if options["resume"]:
+        losses, seeds = _asked(options["out"], losses, seeds, given)
     config = TrainConfig(losses[0], seed=seeds[0], **options)
     if len(losses) * len(seeds) > 1:
-        result = sweep(config, losses, seeds, _say)
+        result = sweep(config, losses, seeds, _say, given)
         _print(result, as_json, table(result))
         sys.exit(1 if any("error" in one for one in result["runs"]) else 0)
-    summary = run(config, _say)
-    line = "  ".join(f"{k} {v:.4f}" for k, v in summary.items() if isinstance(v, float))
-    _print(summary, as_json, f"{summary['run']}: {line}")
+    summary = run(config, _say, given=given)
+    lines = [f"{summary['run']}: {_figures(summary)}"]
+    if best := summary.get("best"):
+        lines.append(f"best on the part held out, epoch {best['epoch']}: {_figures(best)}")
+    _print(summary, as_json, "\n".join(lines))
+
+
+def _asked(
+    out: str | None, losses: tuple[str, ...], seeds: tuple[int, ...], given: set[str]
+) -> tuple[tuple[str | None, ...], tuple[int, ...]]:
+    """What is resumed in `out`: the losses and seeds that were typed, else those of a sweep there, else one run's."""
+    from kdcache.train.sweep import asked_before
+
+    before = asked_before(out)
+    if before is None and not {"loss", "seed"} & given:
+        ctx = click.get_current_context()
+        is_set = ctx.get_parameter_source("loss") is ParameterSource.DEFAULT_MAP
+        return (losses[0] if is_set else None,), seeds[:1]
+    if before is None:
+        return losses, seeds
+    return (losses if "loss" in given else before[0]), (seeds if "seed" in given else before[1])
+
+
+def _given() -> set[str]:
+    """The parameters of the current command that stand on the command line."""
+    ctx = click.get_current_context()
+    return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
+
+
+def _figures(facts: dict[str, Any]) -> str:
+    return "  ".join(f"{k} {_figure(k, v)}" for k, v in facts.items() if isinstance(v, float))
 
 
 @main.command(name="eval")
 @click.argument("run")
-@click.option("--data", metavar="NAME[:PATH]", help="[the run's]")
-@click.option("--cache", metavar="PATH|KEY|NAME|URL", help="[the run's]")
+@click.option("--data", cls=_Own, metavar="NAME[:PATH]", help="Any labelled data with the run's classes [the run's].")
+@click.option("--cache", cls=_Own, metavar="PATH|KEY|NAME|URL", help="[the run's]")
+@click.option("--student", cls=_Own, metavar="NAME", help="[the run's, unless it is a function]")
+@click.option("--teacher", cls=_Own, metavar="NAME", help="That learnt beside it [the run's, unless it is a function].")
 @_registry
 @_device
 @_workers
@@ -493,14 +677,17 @@ def train(as_json: bool, **options: Any) -> None:
 def evaluate(as_json: bool, run: str, **options: Any) -> None:
     """Top-1, top-5, NLL, Brier score, ECE, agreement with the teacher and KL to it.
 
-    Of a run's best weights, or of a weights file.
+    Of a run's last weights, or of a weights file. On other data than the run's, whose classes are found by name,
+    without the teacher.
 
+    \b
     Example: kdcache eval runs/digits-resnet8-nkd-seed0
+             kdcache eval runs/birds/best.safetensors --data imagefolder:/data/other-birds
     """
     from kdcache.train.run import evaluate_run
 
     found = evaluate_run(run, **options)
-    _print(found, as_json, "\n".join(f"{k:13} {v:.4f}" for k, v in found.items() if isinstance(v, float)))
+    _print(found, as_json, "\n".join(f"{k:13} {_figure(k, v)}" for k, v in found.items() if isinstance(v, float)))
 
 
 @main.command(name="import")
@@ -508,8 +695,10 @@ def evaluate(as_json: bool, run: str, **options: Any) -> None:
 @click.argument("path")
 @click.option("--data", required=True, metavar="NAME[:PATH]", help="The images they are of: imagenet:PATH, ...")
 @click.option("--classes", type=click.IntRange(2, 2**32 - 1), help="Of the teacher [the dataset's].")
-@click.option("--teacher", default="unknown", show_default=True, metavar="NAME", help="What to call it.")
-@click.option("--image-size", type=click.IntRange(8), default=224, show_default=True, help="The teacher's, in pixels.")
+@click.option("--teacher", cls=_Own, default="unknown", show_default=True, metavar="NAME", help="What to call it.")
+@click.option(
+    "--image-size", cls=_Own, type=click.IntRange(8), default=224, show_default=True, help="The teacher's, in pixels."
+)
 @click.option(
     "--temperature", type=_Number(0, 1000, min_open=True, max_open=True), default=1.0, show_default=True,
     help="Of the stored softmax (FKD's --temp).",
@@ -517,7 +706,7 @@ def evaluate(as_json: bool, run: str, **options: Any) -> None:
 @_unlabelled
 @click.option("--allow-low-accuracy", is_flag=True, help="Import although the stored answers are near chance.")
 @click.option("--full-fingerprint", is_flag=True, help="Hash every file's contents, not 4,096 of them.")
-@click.option("--out", metavar="PATH", help="The cache's folder [under KDCACHE_HOME, by its key].")
+@click.option("--out", cls=_Own, metavar="PATH", help="The cache's folder [under KDCACHE_HOME, by its key].")
 @_json
 def import_command(as_json: bool, **options: Any) -> None:
     """Make a cache of logits that TinyViT's or FKD's code has stored. Stopped, the same command goes on.
@@ -565,12 +754,14 @@ def list_command(as_json: bool, registry: str | None) -> None:
 @main.command()
 @click.argument("cache")
 @_registry
-@click.option("--name", help="Have this name stand for it in the registry.")
+@click.option("--name", cls=_Own, help="Have this name stand for it in the registry.")
 @click.option("--move", is_flag=True, help="Also where that name stands for another cache.")
-@click.option("--views", metavar="A:B", callback=_views, help="Views A to B - 1 [all that are complete].")
+@click.option("--views", cls=_Own, metavar="A:B", callback=_views, help="Views A to B - 1 [all that are complete].")
+@_no_teacher
 @_json
-def push(as_json: bool, cache: str, registry: str | None, **options: Any) -> None:
-    """Publish a cache in the registry. What is there already stays; stopped, the same command goes on.
+def push(as_json: bool, cache: str, registry: str | None, no_teacher: bool, **options: Any) -> None:
+    """Publish a cache and its teacher's weights in the registry. What is there already stays; stopped, the same command
+    goes on.
 
     \b
     Example: kdcache push 1f0c2a --registry s3://bucket/kd
@@ -578,15 +769,15 @@ def push(as_json: bool, cache: str, registry: str | None, **options: Any) -> Non
     """
     from kdcache.pipeline.share import push as run
 
-    result = run(cache, registry, say=_say, **options)
+    result = run(cache, registry, say=_say, teacher=not no_teacher, **options)
     _print(vars(result), as_json, result.where)
 
 
 @main.command()
 @click.argument("cache", metavar="KEY|NAME|URL")
 @_registry
-@click.option("--views", metavar="A:B", callback=_views, help="Views A to B - 1 [all that are complete].")
-@click.option("--out", metavar="DIR", help="The cache's folder [under KDCACHE_HOME, by its key].")
+@click.option("--views", cls=_Own, metavar="A:B", callback=_views, help="Views A to B - 1 [all that are complete].")
+@click.option("--out", cls=_Own, metavar="DIR", help="The cache's folder [under KDCACHE_HOME, by its key].")
 @_json
 def pull(as_json: bool, cache: str, registry: str | None, **options: Any) -> None:
     """Copy a cache from the registry, verified. Stopped, the same command goes on.
@@ -614,7 +805,7 @@ _typed_registry = click.option(
 @main.command(name="rm")
 @click.argument("cache", metavar="KEY|PATH|NAME", required=False)
 @_typed_registry
-@click.option("--name", help="Remove just this name from the registry.")
+@click.option("--name", cls=_Own, help="Remove just this name from the registry.")
 @click.option("--yes", is_flag=True, help="Do not ask.")
 @_json
 def remove_command(as_json: bool, cache: str | None, registry: str | None, name: str | None, yes: bool) -> None:
@@ -626,12 +817,13 @@ def remove_command(as_json: bool, cache: str | None, registry: str | None, name:
              kdcache rm --name r34-imagenet-v1 --registry s3://bucket/kd
     """
     from kdcache.cache.care import find, remove, remove_name
-    from kdcache.pipeline.info import removed_line, summary
-    from kdcache.pipeline.share import require_registry
+    from kdcache.pipeline.info import removed_line, summary, weights_place
 
     if (cache is None) == (name is None):
         raise click.UsageError("Give a cache, or --name NAME.")
     if name is not None:
+        from kdcache.pipeline.share import require_registry
+
         url = require_registry(registry)
         _confirm(f"Remove the name {name} from {url}?", yes)
         remove_name(name, url)
@@ -639,8 +831,11 @@ def remove_command(as_json: bool, cache: str | None, registry: str | None, name:
         return
     found, shared = find(str(cache), registry)
     about, line = summary(found), removed_line(found, shared)
+    weights = weights_place(found, shared)
     _confirm(f"Remove {line}?", yes)
     remove(found, shared)
+    if weights:
+        _say(f"its teacher's weights stay ({weights}): kdcache gc lists them once no cache names them")
     _print(about, as_json, f"removed {line}")
 
 
@@ -681,7 +876,10 @@ def gc(as_json: bool, registry: str | None, older: float, local_store_size: int 
     for one in result["found"]:
         why = one["why"] if one["kept"] is None else f"stays: {one['kept']}"
         lines.append(f"{size(one['bytes']):>9}  {one['path']}: {why}")
-    lines.append(f"{size(result['freed'])} freed" if delete else f"{size(result['bytes'])} may go: add --delete")
+    if not lines:
+        lines = ["nothing to remove"]
+    else:
+        lines.append(f"{size(result['freed'])} freed" if delete else f"{size(result['bytes'])} may go: add --delete")
     _print(result, as_json, "\n".join(lines))
 
 
@@ -705,6 +903,7 @@ def info(as_json: bool, cache: str, registry: str | None) -> None:
 @main.command()
 @click.argument("cache")
 @click.option("--data", metavar="NAME[:PATH]", help="Where the images are [by the name in the cache].")
+@click.option("--teacher", cls=_Own, metavar="NAME", help="[by the name in the cache, unless it is a function]")
 @_weights
 @_class_map
 @click.option(
@@ -735,7 +934,10 @@ def verify(
     from kdcache.pipeline.verify import verify as run
 
     found = open_cache(cache, registry)
-    source = source_of(found, **options) if depth == "replay" else None
+    named = found.identity.data.name
+    if _for_all("data") and options["data"] != named and not options["data"].startswith(f"{named}:"):
+        options["data"] = None  # the setting is for caches of those data
+    source = source_of(found, registry=registry, **options) if depth == "replay" else None
     report = run(found, source, contents=depth != "commits", replay=replay, repair=repair)
     seen = "looked up" if depth == "commits" else "read"
     text = [f"{report.shards} shards of {len(report.views)} complete views {seen}, {report.replayed} records replayed"]
@@ -748,7 +950,7 @@ def verify(
 
 
 @main.command()
-@click.option("--out", metavar="DIR", help="Keep everything in this empty folder.")
+@click.option("--out", cls=_Own, metavar="DIR", help="Keep everything in this empty folder.")
 @_json
 def demo(as_json: bool, out: str | None) -> None:
     """Teach, build and train on the embedded digits; ends with a table.
@@ -777,7 +979,7 @@ def demo(as_json: bool, out: str | None) -> None:
 @_amp
 @click.option("--compile", is_flag=True, help="Compile teacher and student.")
 @_workers
-@click.option("--out", metavar="FILE", help="Write the figures as JSON.")
+@click.option("--out", cls=_Own, metavar="FILE", help="Write the figures as JSON.")
 @_json
 def bench(as_json: bool, out: str | None, **options: Any) -> None:
     """Measure what a teacher costs here: in every step, in a build, and after how many students a cache has paid.

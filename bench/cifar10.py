@@ -48,7 +48,7 @@ def cached_beside_online(data: str, exact: Path, default: Path, steps: int, seed
     cached = {name: CachedLoader(c, images, BATCH, seed=seed, views=views) for name, c in caches.items()}
     model = Classifier(seeded(seed, lambda: build_network(STUDENT, 10, 32)), images.mean, images.std)
     model.to(memory_format=torch.channels_last)
-    loss = make_loss("nkd", 32)
+    loss = make_loss("nkd", 10)
     recipe = Recipe(epochs=-(-steps // len(online)), lr=0.1)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.1, momentum=0.9, weight_decay=5e-4, nesterov=True)
     worst = {name: {"relative_error": 0.0, "cosine": 1.0} for name in caches}

@@ -27,12 +27,12 @@ from kdcache.train.run import TrainConfig
 from kdcache.train.sweep import sweep
 from kdcache.train.teach import TeachConfig, teach
 
-TEACHER, STUDENT, SIZE = "resnet32", "resnet20", 32
+TEACHER, STUDENT, CLASSES = "resnet32", "resnet20", 10
 
 
 def sweeps() -> dict[str, tuple[list[str], bool]]:
     """What is trained from which records: losses, and whether the teacher learns too."""
-    needs = {name: make_loss(name, SIZE).needs for name in LOSSES}
+    needs = {name: make_loss(name, CLASSES).needs for name in LOSSES}
     served = [name for name, n in needs.items() if (n.temperatures or n.standardised) and not n.dense]
     return {"dense": (list(LOSSES), False), "top 3": (served, False), "teacher learns": (["bdkd"], True)}
 

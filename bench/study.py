@@ -42,6 +42,7 @@ from study_protocol import (
     Run,
     cost_left,
     protocol,
+    spelled,
     todo,
 )
 from study_report import write_report
@@ -55,14 +56,13 @@ from kdcache.pipeline.progress import duration
 from kdcache.pipeline.render import Renderer
 from kdcache.pipeline.teachers import read_weights, taught_file, weights_hash
 from kdcache.train.bench import machine
-from kdcache.train.evaluate import metrics, predict
+from kdcache.train.evaluate import metrics, predict, reliability
 from kdcache.train.run import TrainConfig, student_of, train
 from kdcache.train.teach import TeachConfig, teach
 
 TEACHER_DATA, STUDENT_DATA = "study_data:teacher", "study_data:students"
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "study.json"
-BINS = 15
 _LOOK_SECONDS = 1.0
 # glibc gives a step's tensors back and asks for them anew in every step: a quarter of the time where pages are dear.
 _KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
@@ -145,9 +145,9 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
     asks = run.online and run.loss != "bdkd"  # whose teacher learns, from new weights
     train(
         TrainConfig(
-            run.loss, cache, STUDENT_DATA, run.student, EPOCHS, str(out), resume=(out / "config.json").exists(),
-            seed=run.seed, batch_size=STUDENT_BATCH, lr=run.lr, weight_decay=run.decay,
-            views=None if run.online else run.views, online=run.online, fresh_views=run.online,
+            spelled(run.loss), cache, STUDENT_DATA, run.student, EPOCHS, str(out),
+            resume=(out / "config.json").exists(), seed=run.seed, batch_size=STUDENT_BATCH, lr=run.lr,
+            weight_decay=run.decay, views=None if run.online else run.views, online=run.online, fresh_views=run.online,
             weights=str(taught()) if asks else None, evaluate_every=EPOCHS,
         ),
         keep_finished=True,
@@ -174,18 +174,9 @@ def measured(logits: Tensor, records: Records) -> dict[str, dict[str, Any]]:
     for name, rows in parts_of_evaluation().items():
         z, y = logits[rows], labels[rows]
         figures = metrics(z, y, records[rows])
-        found[name] = {**{key: round(value, 6) for key, value in figures.items()}, "reliability": reliability(z, y)}
+        bins = [[int(n), round(sure, 6), round(right, 6)] for n, sure, right in reliability(z, y).tolist()]
+        found[name] = {**{key: round(value, 6) for key, value in figures.items()}, "reliability": bins}
     return found
-
-
-def reliability(logits: Tensor, labels: Tensor) -> list[list[float]]:
-    """[count, mean confidence, accuracy] of the most probable class in 15 bins of equal width (low, high]."""
-    confidence, predicted = logits.softmax(1).max(1)
-    right = (predicted == labels).double()
-    at = (confidence.double() * BINS).ceil().long().clamp(1, BINS) - 1
-    columns = torch.stack([torch.ones_like(right), confidence.double(), right], 1)
-    sums = torch.zeros(BINS, 3, dtype=torch.double).index_add_(0, at, columns).tolist()
-    return [[int(n), round(sure / max(n, 1), 6), round(correct / max(n, 1), 6)] for n, sure, correct in sums]
 
 
 def child(job: Job, work: Path, logits: Path | None) -> None:

@@ -27,7 +27,7 @@ from kdcache.cache.records import class_prior, tail_distribution
 from kdcache.train.losses import CE, NKD, Loss
 
 KS, TAILS, DENSE = (5, 10, 20, 50), ("prior", "uniform", "renorm", "drop"), "dense"
-GAMMA, TEMPERATURE = 1.5, 1.0  # nkd's preset for images of more than 64 pixels
+GAMMA, TEMPERATURE = 1.5, 1.0  # nkd's preset for more than 200 classes
 COMPONENTS, EPOCHS, BATCH, LR, DECAY = 64, 40, 128, 0.01, 0.1
 NOTHING = -1e4  # a logit without any probability, though its logarithm is finite
 

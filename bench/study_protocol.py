@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from study_data import HELD_OUT, STUDENTS
 
-from kdcache.train.presets import LOSSES
+from kdcache.train.losses import CMKD, DIST, Loss
+from kdcache.train.presets import LOSSES, make_loss, spec_of
 
 TEACHER, STUDENT, SMALL_STUDENT = "resnet56", "resnet20", "resnet8"
 TEACHER_EPOCHS, EPOCHS = 10, 20
@@ -36,10 +37,25 @@ SEEDS, FEW_SEEDS = range(5), range(2)
 MORE_SEEDS = range(5, 10)
 VIEWS = (1, 4, 16)
 TAILS = ("prior", "uniform", "renorm", "drop")
-TOPK_NKDS = ("nkd:gamma=1.5,temperature=1", "nkd")  # T = 1 and, by the preset, T = 3
+TOPK_NKDS = ("nkd:gamma=1.5,temperature=1", "nkd")  # T = 1 and, as for CIFAR-100, T = 3
 ONLINE_BDKD = "bdkd"
 
+# When the study ran, options that were not given had the settings for CIFAR-100, whatever the number of classes, and
+# correlations had no eps.
+PRESET_CLASSES = 100
+
 Results = Mapping[str, Mapping[str, Any]]
+
+
+def loss_of(spec: str) -> Loss:
+    """The loss that the study calls by this name."""
+    loss = make_loss(spec, PRESET_CLASSES)
+    return replace(loss, eps=0.0) if isinstance(loss, DIST | CMKD) and "eps=" not in spec else loss
+
+
+def spelled(spec: str) -> str:
+    """The same, with every option spelled out."""
+    return spec_of(loss_of(spec))
 
 
 @dataclass(frozen=True)
@@ -150,7 +166,7 @@ def group(name: str, chosen: Chosen) -> list[Run] | list[Head]:
                 )
             ]
         case "more":
-            cached = [{"views": 4}, {"views": 16}, {}, {"records": "exact"}]
+            cached = [*({"views": v} for v in VIEWS[1:]), {}, {"records": "exact"}]
             return [run(chosen.nkd, seed, **how) for seed in MORE_SEEDS for how in cached]
         case "losses":
             others = [loss for loss in LOSSES if loss not in ("ce", "kd", "nkd")]

@@ -25,13 +25,13 @@ from study_protocol import (
     best,
     choose,
     group,
+    loss_of,
     recipe_runs,
     weight_runs,
     with_tail,
 )
 
 from kdcache.pipeline.progress import duration, size
-from kdcache.train.presets import make_loss
 
 # Name in the results, heading, factor, digits.
 METRICS = (("top1", "top-1, %", 100, 2), ("nll", "NLL", 1, 4), ("ece", "ECE", 1, 4))
@@ -93,7 +93,8 @@ class Section:
 
 
 def sections(chosen: Chosen) -> dict[str, Section]:
-    every = {name: group(name, chosen) for name in ("core", "views", "losses", "topk", "more", "small")}
+    every = {name: group(name, chosen) for name in ("core", "views", "losses", "topk", "small")}
+    every["views"] = every["views"] + group("more", chosen)
 
     def where(name: str, **has: Any) -> list[Run]:
         return [
@@ -104,10 +105,10 @@ def sections(chosen: Chosen) -> dict[str, Section]:
     core = {label: where("core", loss=loss) for label, loss in named.items()}
     small = {label: where("small", loss=loss) for label, loss in named.items()}
     pairs = [("kd", "ce"), ("nkd", "ce"), ("nkd", "kd")]
-    views = {f"V = {v}": where("views", views=v) + where("more", views=v) for v in VIEWS}
-    views[f"V = {EPOCHS}"] = core["nkd"] + where("more", views=EPOCHS, records="dense")
+    views = {f"V = {v}": where("views", views=v) for v in VIEWS}
+    views[f"V = {EPOCHS}"] = core["nkd"] + where("views", views=EPOCHS, records="dense", online=False)
     of_exact = [(label, EXACT) for label in views]
-    views[EXACT] = where("views", records="exact") + where("more", records="exact")
+    views[EXACT] = where("views", records="exact")
     of_online = [(label, "online") for label in views]
     views["online"] = where("views", online=True)
     others = dict.fromkeys(run.loss for run in where("losses", online=False))
@@ -115,7 +116,7 @@ def sections(chosen: Chosen) -> dict[str, Section]:
     losses["bdkd, online"] = where("losses", loss=ONLINE_BDKD, online=True)
     topk, of_dense = {}, []
     for nkd in TOPK_NKDS:
-        at = f"T = {make_loss(nkd, 32).temperature:g}"
+        at = f"T = {loss_of(nkd).temperature:g}"
         topk[f"{at}, dense"] = where("topk", loss=nkd)
         for tail in TAILS:
             topk[f"{at}, {tail}"] = where("topk", loss=with_tail(nkd, tail))
@@ -202,7 +203,7 @@ def chosen_text(results: Results) -> str:
         return NOT_YET
     return (
         f"Chosen: learning rate {chosen.lr:g}, weight decay {chosen.decay:g}; `kd` below is `{chosen.kd}`, `nkd` is "
-        f"`{chosen.nkd}` (a bare name is the preset of [Losses](losses.md))."
+        f"`{chosen.nkd}` (a bare name has the settings of [Losses](losses.md) for CIFAR-100)."
     )
 
 
@@ -246,7 +247,7 @@ def verdict(results: Results, section: Section) -> str:
     both = [(results[a], results[b]) for a, b in pairs if {a, b} <= results.keys()]
     same = sum(a["weights"] == b["weights"] for a, b in both)
     return (
-        f"With float32 records {same} of {len(both)} students end with the very weights, bit by bit, that the "
+        f"With {EXACT} records {same} of {len(both)} students end with the very weights, bit by bit, that the "
         "teacher in the loop gives.\n\n"
         f"Equal to {EXACT} within {100 * MARGIN:g} point: {equal}. Not shown to be: {other}."
     )
@@ -261,7 +262,7 @@ def mass_text(results: Results) -> str:
 
 def cost_table(results: Results, chosen: Chosen | None) -> str:
     """Seconds on the clock and of all cores; and after how many students the cache has paid."""
-    caches = {"dense": "build-dense", "float32": "build-exact", "top 3": "build-top3"}
+    caches = {"dense": "build-dense", EXACT: "build-exact", "top 3": "build-top3"}
     stages = {"teach": "teach", **{f"build, {label}": name for label, name in caches.items()}}
     jobs = {label: [results[name]] for label, name in stages.items() if name in results}
     if chosen:

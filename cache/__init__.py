@@ -1,9 +1,30 @@
 """What is stored, and how it is read: knows nothing of images or models."""
 
-from kdcache.cache.errors import KdcacheError
-from kdcache.cache.home import open_cache
-from kdcache.cache.identity import Identity
-from kdcache.cache.records import Records, encode
-from kdcache.cache.store import Cache
+from importlib import import_module
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from kdcache.cache.errors import KdcacheError
+    from kdcache.cache.home import open_cache
+    from kdcache.cache.identity import Identity
+    from kdcache.cache.records import Records, encode
+    from kdcache.cache.store import Cache
+else:
+    _HOMES = {
+        "Cache": "store",
+        "Identity": "identity",
+        "KdcacheError": "errors",
+        "Records": "records",
+        "encode": "records",
+        "open_cache": "home",
+    }
+
+    def __getattr__(name: str) -> object:
+        """Import each name when it is first used: Records and encode need torch, which takes seconds to import."""
+        if name not in _HOMES:
+            raise AttributeError(f"module {__name__!r} has no attribute {name!r}")
+        found = globals()[name] = getattr(import_module(f"{__name__}.{_HOMES[name]}"), name)
+        return found
+
 
 __all__ = ["Cache", "Identity", "KdcacheError", "Records", "encode", "open_cache"]

@@ -11,11 +11,10 @@ import math
 from collections.abc import Mapping
 from dataclasses import dataclass
 from functools import cache, lru_cache
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import google_crc32c
 import numpy as np
-import torch
 import zarr
 from numcodecs import blosc
 from numpy.typing import NDArray
@@ -25,8 +24,13 @@ from zarr.storage import MemoryStore
 
 from kdcache.cache.errors import CorruptError
 from kdcache.cache.files import Content
-from kdcache.cache.identity import RecordIdentity
-from kdcache.cache.records import NO_TAIL, STEP, Records, class_dtype, encode
+from kdcache.cache.identity import NO_TAIL, STEP, RecordIdentity
+from kdcache.cache.identity import id_dtype as id_dtype
+
+if TYPE_CHECKING:  # torch takes seconds to import, and much that is done with a cache needs no tensors
+    import torch
+
+    from kdcache.cache.records import Records
 
 # Blosc never grows data by more than its header and a few bytes a block, and takes no more than this at once.
 _OVERHEAD = 4096
@@ -119,6 +123,8 @@ def _notes(name: str, record: RecordIdentity) -> tuple[tuple[str, Any], ...]:
 
 def encode_as(record: RecordIdentity, logits: torch.Tensor, labels: torch.Tensor, check: bool = True) -> Records:
     """Logits [B, C] and labels [B, L] as a cache stores them; check: as in `encode`."""
+    from kdcache.cache.records import encode
+
     return encode(logits, labels, record.k, record.temperatures, record.precision, record.tail_std, check)
 
 
@@ -141,6 +147,9 @@ def as_records(
     record: RecordIdentity, stored: Mapping[str, NDArray[Any]], labels: NDArray[Any], prior: torch.Tensor | None
 ) -> Records:
     """The inverse of as_arrays; arrays without elements may be missing. labels [B, L]; shares memory."""
+    import torch
+
+    from kdcache.cache.records import Records
 
     def tensor(name: str, dtype: str) -> torch.Tensor:
         found = stored.get(name)
@@ -157,11 +166,6 @@ def as_records(
         tail_std=torch.from_numpy(stored["tail_std"]) if record.tail_std else None,
         prior=prior,
     )
-
-
-def id_dtype(classes: int) -> str:
-    """The NumPy name of the type in which class ids are stored."""
-    return str(class_dtype(classes)).removeprefix("torch.")
 
 
 def _open(store: dict[str, Buffer], spec: ArraySpec) -> Any:

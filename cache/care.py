@@ -20,17 +20,26 @@ from typing import Any
 
 from kdcache.cache import files
 from kdcache.cache.errors import BusyError, CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
-from kdcache.cache.home import caches_folder, home, list_caches, open_cache, open_registry
+from kdcache.cache.home import (
+    caches_folder,
+    home,
+    list_caches,
+    open_cache,
+    open_registry,
+    teachers_folder,
+    weights_file,
+)
 from kdcache.cache.leases import Leases
 from kdcache.cache.objects import FolderObjects
 from kdcache.cache.pack import clear_leaving
-from kdcache.cache.registry import KEY, Registry, split_url
+from kdcache.cache.registry import KEY, Registry, split_url, weights_among
 from kdcache.cache.remote import LOCAL_STORE_BYTES, LocalStore
 from kdcache.cache.store import Cache
 
 HOUR, DAY = 3600.0, 86400.0
 _TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp|\..+\.packing")
 _LAST = "identity.json"
+_UNNAMED = "a teacher's weights that no cache names, not used for long"
 _PARTS = ("commits", "eval", "labels", "prior", "sizes", "tail_sums", "views", "other", "published", "scratch")
 
 
@@ -147,8 +156,10 @@ def _drop(path: Path) -> None:
 def leavings(days: float, registry: str | None = None, store_bytes: int | None = None) -> Iterator[Leaving]:
     """What may go under KDCACHE_HOME (but what the spool knows), and in a registry. Nothing is changed.
 
-    days: the grace period of caches without a name in the registry. store_bytes: the local store's limit.
+    days: the grace period of caches without a name in the registry, and of teachers' weights that no cache names.
+    store_bytes: the local store's limit.
     """
+    before = time.time() - max(days * DAY, HOUR)
     for cache in list_caches()[0]:
         if cache.writable and not cache.packed and not cache.path.is_symlink():
             yield from _of_builders(cache)
@@ -158,6 +169,7 @@ def leavings(days: float, registry: str | None = None, store_bytes: int | None =
         elif Path(where) == home() and "spool" in folders:
             folders.remove("spool")
         yield from _temporary(Path(where), names)
+    yield from _teachers(before)
     store = LocalStore(home() / "remote" / "chunks", LOCAL_STORE_BYTES if store_bytes is None else store_bytes)
     beyond = [size for path, size in store.beyond() if not path.name.startswith(".")]
     if beyond:
@@ -168,7 +180,7 @@ def leavings(days: float, registry: str | None = None, store_bytes: int | None =
             store.make_room,
         )
     if registry is not None:
-        yield from _in_registry(open_registry(registry).require_writable(), time.time() - max(days * DAY, HOUR))
+        yield from _in_registry(open_registry(registry).require_writable(), before)
 
 
 def gc(found: Sequence[Leaving], delete: bool) -> dict[str, Any]:
@@ -210,6 +222,29 @@ def _temporary(folder: Path, names: list[str]) -> Iterator[Leaving]:
             yield Leaving(str(path), found[0], "a temporary file of a process that has died", remove)
 
 
+def _teachers(before: float) -> Iterator[Leaving]:
+    """Weights here that no cache here names, and that were not used since `before`."""
+    for path, size in sorted(_unneeded(before).items()):
+        yield Leaving(str(path), size, _UNNAMED, partial(_remove_weights, path, before))
+
+
+def _unneeded(before: float) -> dict[Path, int]:
+    """The bytes of those files."""
+    caches, bad = list_caches()
+    if bad:
+        return {}  # who knows what those name; ls says what is wrong with them
+    needed = {cache.identity.teacher.weights for cache in caches}
+    here = dict.fromkeys(files.names(teachers_folder()), 0)
+    found = {weights_file(w): weights_file(w).lstat() for w in weights_among(here) if w not in needed}
+    return {path: about.st_size for path, about in found.items() if about.st_mtime < before}
+
+
+def _remove_weights(path: Path, before: float) -> None:
+    if path not in _unneeded(before):
+        raise BusyError(f"{path} is needed again")
+    path.unlink()
+
+
 def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
     objects = shared.objects
     if isinstance(objects, FolderObjects) and not objects.root.is_dir():
@@ -227,6 +262,9 @@ def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
                 yield from _of_builders(Cache(cache.path))
         except (CorruptError, MismatchError, NotFoundError):
             continue  # what is no cache is not removed; ls says what is wrong with it
+    for weights, size in _teachers_there(shared, before).items():
+        remove = partial(_remove_teacher_there, shared, weights, before)
+        yield Leaving(shared.teacher_url(weights), size, _UNNAMED, remove)
     if isinstance(objects, FolderObjects):
         for name in ("names", "scratch"):
             folder = objects.at(f"{name}/x").parent
@@ -236,6 +274,22 @@ def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
             if mirror.name not in keys:
                 why = f"what was known of a cache that is gone from {shared.url}"
                 yield Leaving(str(mirror), extent(mirror)[0], why, partial(shared.forget, mirror.name))
+
+
+def _teachers_there(shared: Registry, before: float) -> dict[str, int]:
+    """The bytes of weights that no cache there names, and that were published before `before`, by their hash."""
+    there = shared.teachers()
+    try:
+        needed = {shared.open(key).identity.teacher.weights for key in (shared.keys() if there else ())}
+    except (CorruptError, MismatchError, NotFoundError):
+        return {}  # who knows what that one names; ls says what is wrong with it
+    return {w: size for w, size in there.items() if w not in needed and shared.teacher_changed(w) < before}
+
+
+def _remove_teacher_there(shared: Registry, weights: str, before: float) -> None:
+    if weights not in _teachers_there(shared, before):
+        raise BusyError(f"{shared.teacher_url(weights)} is needed again")
+    shared.remove_teacher(weights)
 
 
 def _remove_old(cache: Cache, shared: Registry, before: float) -> None:

@@ -113,7 +113,7 @@ class PackedFile:
             raise CorruptError(f"{self.path} holds no {file}")
 
     def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
-        raise InputError(f"{self.path} is packed, its chunks are others than a folder's: kdcache unpack it first")
+        raise InputError(f"{self.path} is packed, in other chunks than a folder: first kdcache unpack {self.path}")
 
     def rows(
         self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None

@@ -3,13 +3,12 @@
 from __future__ import annotations
 
 import os
-import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
-from kdcache.cache.registry import Registry, split_url
+from kdcache.cache.registry import DIGITS, KEY, Registry, split_url, weights_name
 from kdcache.cache.remote import LOCAL_STORE_BYTES
 from kdcache.cache.store import Cache
 
@@ -37,13 +36,32 @@ def caches_folder() -> Path:
     return home() / "caches"
 
 
+def teachers_folder() -> Path:
+    """Where weights lie: taught ones in a folder for each data set, those of caches' teachers by their hash."""
+    return home() / "teachers"
+
+
+def weights_file(weights: str) -> Path:
+    """Where the weights of that hash are filed here."""
+    return teachers_folder() / weights_name(weights)
+
+
 def open_registry(url: str, store_bytes: int | None = None) -> Registry:
     """The registry in a folder or at an address. store_bytes: what may be kept here of what comes over a network."""
     return Registry(url, home() / "remote", LOCAL_STORE_BYTES if store_bytes is None else store_bytes)
 
 
+def registry_beside(cache: Path) -> Registry | None:
+    """The registry that the cache at a path or an address lies in, where it does."""
+    if found := split_url(str(cache)):
+        return open_registry(found[0], store_bytes=0)
+    folder = cache.absolute().parent
+    lies_in_one = folder.name == "caches" and folder != caches_folder().absolute() and folder.is_dir()
+    return open_registry(str(folder.parent), store_bytes=0) if lies_in_one else None
+
+
 def open_cache(where: str | os.PathLike[str], registry: str | None = None, store_bytes: int | None = None) -> Cache:
-    """The cache in a folder or a packed file, or under KDCACHE_HOME by its key or at least six digits of it.
+    """The cache in a folder or a packed file, or under KDCACHE_HOME by its key or at least four digits of it.
 
     Else in the registry, by its key or name; or at ROOT/caches/KEY or ROOT/names/NAME, where ROOT is an address.
     """
@@ -53,18 +71,26 @@ def open_cache(where: str | os.PathLike[str], registry: str | None = None, store
     if Path(text).exists():
         return Cache(Path(text))
     if "://" in text:
-        if (found := split_url(text)) is None:
+        if (address := split_url(text)) is None:
             raise InputError(f"{text} is no cache's address: that ends in /caches/KEY or /names/NAME")
-        shared = open_registry(found[0], store_bytes)
-        return shared.cache(shared.find(found[1]))
-    if re.fullmatch(r"[0-9a-f]{6,64}", text):
+        shared = open_registry(address[0], store_bytes)
+        return shared.cache(shared.find(address[1]))
+    if DIGITS.fullmatch(text):
         local = [p for p in _entries() if p.name.startswith(text)]
+        if local and registry is not None and not KEY.fullmatch(text):
+            shared = open_registry(registry, store_bytes)
+            if shared.has_name(text):
+                raise InputError(
+                    f"{text} is a name in {shared.url}, and cache {local[0].name[:16]} here begins with it: give more "
+                    f"digits of the key, or {shared.url}/names/{text}"
+                )
         # A folder before what was packed from it.
         folders = [p for p in local if p.is_dir()]
         if len({p.name[:64] for p in local}) == 1 and len(folders or local) == 1:
             return Cache((folders or local)[0])
         if local:
-            raise InputError(f"several caches begin with {text}: {', '.join(p.name[:16] + p.name[64:] for p in local)}")
+            found = ", ".join(p.name[:16] + p.name[64:] for p in local)
+            raise InputError(f"several caches begin with {text}: {found}; give more digits")
     if registry is not None and "/" not in text:
         shared = open_registry(registry, store_bytes)
         key = shared.find(text)

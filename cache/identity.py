@@ -14,8 +14,12 @@ from kdcache.cache.errors import CorruptError, MismatchError
 FORMAT: Final = 1
 # Far above any real one; a larger file is refused before it is parsed.
 MAX_JSON_BYTES = 1 << 20
+# How uint8 records are coded (records.py): gaps and tails in steps of so many nats, and the code of an empty tail.
+STEP = 1 / 8
+NO_TAIL = 254  # 255 is left to show a hole
 
 Sha256 = str
+Interpolation = Literal["bilinear", "bicubic"]
 
 
 class Strict(BaseModel):
@@ -31,7 +35,10 @@ class Strict(BaseModel):
 
 
 class TeacherIdentity(Strict):
-    """The network that answers: architecture, its tensors' hash, and how it wants its pixels."""
+    """The network that answers: architecture, its tensors' hash, and how it wants its pixels.
+
+    interpolation: how they are resized. Bilinear is left out of the JSON, as in the time when there was no other.
+    """
 
     architecture: str
     weights: Sha256
@@ -39,6 +46,14 @@ class TeacherIdentity(Strict):
     std: tuple[float, float, float]
     input_size: int = Field(ge=1)
     numeric: Literal["float32", "bf16"]
+    interpolation: Interpolation = "bilinear"
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        out: dict[str, Any] = handler(self)
+        if self.interpolation == "bilinear":
+            del out["interpolation"]
+        return out
 
     @property
     def network(self) -> str:
@@ -123,6 +138,11 @@ class RecordIdentity(Strict):
         if list(self.lacks) != sorted(set(self.lacks)) or (self.dense and "target_gap" in self.lacks):
             raise ValueError("what is lacking is named once, in order, and dense records lack no gap")
         return self
+
+
+def id_dtype(classes: int) -> str:
+    """The smallest unsigned type that holds every class id and one value more, which marks a hole, by its name."""
+    return "uint8" if classes < 2**8 else "uint16" if classes < 2**16 else "uint32"
 
 
 class Identity(Strict):

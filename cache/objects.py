@@ -104,6 +104,12 @@ class FolderObjects:
         found = (Path(where, name) for where, _, names in os.walk(top) for name in names)
         return max((file.lstat().st_mtime for file in found), default=0.0)
 
+    def changed(self, path: str) -> float:
+        file = self.at(path)
+        if not file.is_file():
+            raise NotFoundError(f"{file} is missing")
+        return file.lstat().st_mtime
+
     def remove(self, paths: list[str]) -> None:
         for path in paths:
             self.at(path).unlink(missing_ok=True)
@@ -228,6 +234,14 @@ class NetworkObjects:
             return max((meta["last_modified"].timestamp() for meta in found), default=0.0)
 
         return self._try(f"{folder}/", latest)
+
+    def changed(self, path: str) -> float:
+        """When the object was made, in seconds since 1970; NotFoundError."""
+
+        def last() -> float:
+            return obstore.head(self._store, path)["last_modified"].timestamp()
+
+        return self._try(path, last)
 
     def remove(self, paths: list[str]) -> None:
         """Remove objects, in any order; those that are not there are passed over."""

@@ -20,21 +20,14 @@ import torch
 from torch import Tensor
 
 from kdcache.cache.errors import InputError, UnservedError
+from kdcache.cache.identity import NO_TAIL, STEP, id_dtype
 
 Tail = Literal["prior", "uniform", "bucket", "renorm", "drop"]
 Precision = Literal["uint8", "float16", "float32"]
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
-STEP = 1 / 8
-# 255 is left to show a hole.
-NO_TAIL = 254
 # Logit standardisation, as published: softmax((z - mean) / (1e-7 + std) / 2).
 STD_TAU, STD_FLOOR = 2.0, 1e-7
-
-
-def class_dtype(classes: int) -> torch.dtype:
-    """The smallest unsigned type that holds every class id and one value more, which marks a hole."""
-    return torch.uint8 if classes < 2**8 else torch.uint16 if classes < 2**16 else torch.uint32
 
 
 @dataclass(frozen=True, eq=False)
@@ -160,8 +153,9 @@ def encode(
 
     k: classes to store; None or C: dense, exact at every temperature. precision: of gaps and tail; uint8 for top-k
     records and float16 for dense ones unless told. tail_std: store what logit standardisation needs (dense records have
-    it anyway). InputError for k > C, labels out of range, uint8 dense, and logits that are not finite. check: off, the
-    caller sees to labels and logits: on a GPU, to look at them here is to wait for them.
+    it anyway). InputError for k > C, labels out of range, uint8 dense, logits that are not finite, and with tail_std
+    those whose std float16 cannot hold. check: off, the caller sees to labels, logits and std (`require_std`): on a
+    GPU, to look at them here is to wait for them.
     """
     z = logits.detach().float()
     count, classes = z.shape
@@ -178,7 +172,7 @@ def encode(
     if check and y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
         raise InputError(f"labels reach from {int(y.min())} to {int(y.max())}, the teacher has {classes} classes")
     top = z.amax(1, keepdim=True)
-    dtype = class_dtype(classes)
+    dtype = getattr(torch, id_dtype(classes))
     target_gap = _float(top - z.gather(1, y), torch.float16)
     if k == classes:
         gaps = _float(top - z, getattr(torch, precision))
@@ -194,6 +188,8 @@ def encode(
         sigma = z.std(1, keepdim=True).half().float()
         std = torch.cat([sigma, torch.logsumexp(rest / ((sigma + STD_FLOOR) * STD_TAU), 1, keepdim=True)], 1)
         std = _floor(std).half()
+        if check:
+            require_std(std, classes)
     if precision == "uint8":
         coded = torch.diff(torch.round(gaps / STEP), dim=1, prepend=torch.zeros_like(gaps[:, :1]))
         gaps = coded.clamp(max=255).to(torch.uint8)
@@ -203,6 +199,15 @@ def encode(
     else:
         gaps, tail = _float(gaps, getattr(torch, precision)), _floor(tail).half()
     return Records(ids.to(dtype), gaps, target_gap, tail, y.to(dtype), classes, tuple(temperatures), std)
+
+
+def require_std(tail_std: Tensor, classes: int) -> None:
+    """InputError where a standard deviation [B, 2] (the first column) was too large for float16."""
+    if bool(torch.isinf(tail_std[:, 0]).any()):
+        raise InputError(
+            f"the teacher's logits have a standard deviation above {torch.finfo(torch.float16).max:,.0f}, more than "
+            f"--tail-std can store: build without it, or dense records with --topk {classes} --precision float32"
+        )
 
 
 def default_precision(dense: bool) -> Precision:

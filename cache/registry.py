@@ -3,6 +3,7 @@
     caches/KEY/               as a cache's folder (store.py); other/SHA256: chunks whose place was taken
     caches/KEY/published/     who pushed what, when: one small file a push
     names/NAME                the key that a name stands for; the only file that may change
+    teachers/HASH.safetensors a teacher's weights, by the hash that the identities of its caches name
 
 Whatever lies there was perhaps written by somebody else's hand: keys are checked against identities, names against a
 pattern, sizes before reading.
@@ -31,10 +32,14 @@ from kdcache.cache.remote import LocalStore, Remote, SharedFolder
 from kdcache.cache.store import Cache
 
 KEY = re.compile(r"[0-9a-f]{64}")
-_DIGITS = re.compile(r"[0-9a-f]{6,64}")
+DIGITS = re.compile(r"[0-9a-f]{4,64}")
+_NEVER_A_NAME = re.compile(r"[0-9a-f]{6,64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _URL = re.compile(r"(?P<root>.+://.+?)/(?P<kind>caches|names)/(?P<what>[^/]+)/?")
+_WEIGHTS = re.compile(r"([0-9a-f]{64})\.safetensors")
 _MOST_SMALL_BYTES = 1 << 16
+# A bucket takes 5 GB in one request.
+MOST_TEACHER_BYTES = 1 << 32
 _MOST_SEEN_BYTES = 1 << 26
 
 
@@ -114,7 +119,7 @@ class Registry:
         """Have `name` stand for nothing; NotFoundError where it does not exist."""
         check_name(name)
         if self.objects.size(f"names/{name}") is None:
-            raise NotFoundError(f"{self.url} has no cache named {name}: see kdcache ls")
+            raise NotFoundError(f"{self.url} has no cache named {name}: see kdcache ls --registry {self.url}")
         self.objects.remove([f"names/{name}"])
 
     def _named(self, name: str) -> Named:
@@ -126,21 +131,27 @@ class Registry:
         return named
 
     def find(self, what: str) -> str:
-        """The key that is meant by a key, by at least six of its first digits, or by a name."""
+        """The key that is meant by a key, by at least four of its first digits, or by a name, which comes first."""
         if KEY.fullmatch(what):
             return what
-        if _DIGITS.fullmatch(what):
+        if DIGITS.fullmatch(what) and not self.has_name(what):
             found = [key for key in self.keys() if key.startswith(what)]
             if len(found) == 1:
                 return found[0]
             if found:
-                raise InputError(f"several caches in {self.url} begin with {what}: {', '.join(k[:16] for k in found)}")
-            raise NotFoundError(f"no cache in {self.url} begins with {what}: see kdcache ls")
+                keys = ", ".join(key[:16] for key in found)
+                raise InputError(f"several caches in {self.url} begin with {what}: {keys}; give more digits")
+            raise NotFoundError(f"no cache in {self.url} begins with {what}: see kdcache ls --registry {self.url}")
         check_name(what)
         try:
             return self._named(what).key
         except NotFoundError:
-            raise NotFoundError(f"{self.url} has no cache named {what}: see kdcache ls") from None
+            raise NotFoundError(f"{self.url} has no cache named {what}: see kdcache ls --registry {self.url}") from None
+
+    def has_name(self, name: str) -> bool:
+        """Whether this is a name that stands for a cache. Digits can be one only where they are fewer than six."""
+        may_be = _NAME.fullmatch(name) and not _NEVER_A_NAME.fullmatch(name)
+        return bool(may_be) and self.objects.size(f"names/{name}") is not None
 
     def give_name(self, name: str, key: str, move: bool) -> None:
         """Have `name` stand for a key; InputError where it stands for another one, unless `move`."""
@@ -172,7 +183,7 @@ class Registry:
         try:
             content = self.objects.read(f"{prefix}/identity.json", MAX_JSON_BYTES)
         except NotFoundError:
-            raise NotFoundError(f"{self.url} has no cache {key[:16]}: see kdcache ls") from None
+            raise NotFoundError(f"{self.url} has no cache {key[:16]}: see kdcache ls --registry {self.url}") from None
         where = f"{self.url}/{prefix}/identity.json"
         identity = parse(Identity, content, where, "ask who keeps the registry to remove that cache")
         if identity.key != key:
@@ -222,6 +233,38 @@ class Registry:
                 bad.append(str(e))
         return good, bad
 
+    # Teachers
+
+    def teachers(self) -> dict[str, int]:
+        """The bytes of each teacher's weights by their hash; nothing for a web server."""
+        if not self.objects.listable:
+            return {}
+        return weights_among(self.objects.sizes("teachers"))
+
+    def teacher_url(self, weights: str) -> str:
+        """Where the weights of that hash lie, or would."""
+        return f"{self.url}/teachers/{weights_name(weights)}"
+
+    def has_teacher(self, weights: str) -> bool:
+        return self.objects.size(f"teachers/{weights_name(weights)}") is not None
+
+    def teacher(self, weights: str) -> bytes:
+        """The file of the weights of that hash, not yet compared with it; NotFoundError where there is none."""
+        return self.objects.read(f"teachers/{weights_name(weights)}", MOST_TEACHER_BYTES)
+
+    def add_teacher(self, weights: str, content: bytes) -> bool:
+        """Publish a file of weights; whether it is new. One that is there stays as it is."""
+        if self.has_teacher(weights):
+            return False
+        return self.objects.create(f"teachers/{weights_name(weights)}", content)
+
+    def teacher_changed(self, weights: str) -> float:
+        """When the weights of that hash were published, in seconds since 1970; NotFoundError."""
+        return self.objects.changed(f"teachers/{weights_name(weights)}")
+
+    def remove_teacher(self, weights: str) -> None:
+        self.objects.remove([f"teachers/{weights_name(weights)}"])
+
     # Provenance
 
     def record(self, cache: Cache, version: str, evaluation_top1: float | None) -> None:
@@ -248,11 +291,23 @@ class Registry:
 
 def check_name(name: str) -> None:
     """InputError for what cannot name a cache."""
-    if not _NAME.fullmatch(name) or _DIGITS.fullmatch(name):
+    if not _NAME.fullmatch(name) or _NEVER_A_NAME.fullmatch(name):
         raise InputError(
             f"{name!r} is no name for a cache: up to 100 letters, digits, dots, - and _, the first a letter or digit, "
             "and not six or more of 0-9 a-f alone, which is a key"
         )
+
+
+def weights_name(weights: str) -> str:
+    """The name of the file of weights with that hash; CorruptError for what is no hash, as an identity may say."""
+    if not KEY.fullmatch(weights):
+        raise CorruptError(f"{weights[:80]!r} is no hash of a teacher's weights, which has 64 of the digits 0-9 a-f")
+    return f"{weights}.safetensors"
+
+
+def weights_among(sizes: dict[str, int]) -> dict[str, int]:
+    """Of files and their bytes those of teachers' weights, by hash."""
+    return {found[1]: size for name, size in sizes.items() if (found := _WEIGHTS.fullmatch(name))}
 
 
 def split_url(url: str) -> tuple[str, str] | None:

@@ -207,7 +207,7 @@ class Remote(ZarrChunks):
         )
 
     def more(self, view: int) -> str:
-        return f"kdcache build --registry {self._objects.url} --views {view + 1} --push adds it"
+        return f"kdcache build with --registry {self._objects.url} --views {view + 1} --push adds it"
 
     def size(self) -> int:
         if self._objects.listable:

@@ -27,10 +27,9 @@ from contextlib import contextmanager, suppress
 from functools import cached_property, partial
 from pathlib import Path
 from types import MappingProxyType
-from typing import Any, Literal, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, TypeVar
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdcache.cache import arrays, files
@@ -45,10 +44,14 @@ from kdcache.cache.errors import (
 )
 from kdcache.cache.files import Content
 from kdcache.cache.hdf5 import PackedFile
-from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
+from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, NO_TAIL, Identity, Strict, canonical, parse
 from kdcache.cache.leases import Leases
 from kdcache.cache.place import Folder, Place, StoredFile
-from kdcache.cache.records import NO_TAIL, Records, class_prior
+
+if TYPE_CHECKING:  # torch takes seconds to import, and what only lists, moves or checks a cache needs no tensors
+    import torch
+
+    from kdcache.cache.records import Records
 
 T = TypeVar("T")
 _SHARD = re.compile(r"v([0-9]{5,9})-p([0-9]{4,9})\.json")
@@ -612,6 +615,8 @@ class Cache:
         if not np.isfinite(prior).all() or not (prior > 0).all():
             again = self._place.remedy("commits/prior.json")
             raise CorruptError(f"{self.path / 'prior'} holds values that are no probabilities; {again}")
+        import torch
+
         self._prior = torch.from_numpy(prior)
         return self._prior
 
@@ -619,6 +624,10 @@ class Cache:
         """Fix the prior from view 0, once that is complete; it never changes later."""
         if self.identity.record.dense or self.train.has("prior") or 0 not in self.train.complete_views():
             return
+        import torch
+
+        from kdcache.cache.records import class_prior
+
         sums = np.zeros(self._prior_array.shape)
         for part in range(self.train.parts):
             sums += self.train.read_shard(0, part, with_tail_sums=True)["tail_sums"][0]

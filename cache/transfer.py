@@ -22,6 +22,7 @@ from kdcache.cache.remote import other
 from kdcache.cache.store import Cache, Commit, SplitStore, join, metadata_files
 
 Advance = Callable[[int], object]
+Begun = Callable[[], object]
 _Item = tuple[SplitStore, str, list[tuple[str, ArraySpec, int]]]
 
 _THREADS = 16
@@ -38,10 +39,16 @@ class Moved:
     kept: list[str] = field(default_factory=list)
 
 
-def into_folder(source: Cache, folder: Path, views: Sequence[int], advance: Advance = lambda n: None) -> Moved:
+def into_folder(
+    source: Cache,
+    folder: Path,
+    views: Sequence[int],
+    advance: Advance = lambda n: None,
+    begun: Begun = lambda: None,
+) -> Moved:
     """Copy complete views of `source`, and all that belongs to them, into the cache in `folder`, made if there is none.
 
-    `advance` counts commits. MismatchError where another cache is there.
+    `advance` counts commits; `begun` is called once the identity is there. MismatchError where another cache is there.
     """
     if folder.is_dir():
         for where, folders, _ in os.walk(folder):
@@ -51,6 +58,7 @@ def into_folder(source: Cache, folder: Path, views: Sequence[int], advance: Adva
                         f"{Path(where, name)} is a symbolic link: nothing is written through it; remove it"
                     )
     target = Cache.create(folder, source.identity)
+    begun()
 
     def move(item: _Item) -> Moved:
         store, name, wanted = item
@@ -66,13 +74,19 @@ def into_folder(source: Cache, folder: Path, views: Sequence[int], advance: Adva
 
 
 def into_bucket(
-    source: Cache, objects: NetworkObjects, prefix: str, views: Sequence[int], advance: Advance = lambda n: None
+    source: Cache,
+    objects: NetworkObjects,
+    prefix: str,
+    views: Sequence[int],
+    advance: Advance = lambda n: None,
+    begun: Begun = lambda: None,
 ) -> Moved:
     """The same into the objects below `prefix`."""
     identity = canonical(source.identity)
     if not objects.create(f"{prefix}/identity.json", identity):
         raise MismatchError(f"{objects.url}/{prefix}/identity.json is another one than that of {source.path}")
     objects.require_create_only(f"{prefix}/identity.json")
+    begun()
     there = objects.sizes(prefix)
 
     def put(file: str, content: Content) -> bool:

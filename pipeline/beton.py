@@ -537,7 +537,9 @@ class Beton:
         trailer: tuple[bytes, int, int, bytes] = _TRAILER.unpack(self.content[end - _TRAILER.size : end].tobytes())
         digest, length, version, magic = trailer
         if magic != _MAGIC:
-            raise InputError(f"{self.path} is damaged, or not packed by kdcache: make one with kdcache pack --to ffcv")
+            raise InputError(
+                f"{self.path} is damaged, or not packed by kdcache: make one with kdcache pack CACHE --to ffcv"
+            )
         if version > _VERSION:
             raise MismatchError(
                 f"{self.path} has version {version}, this kdcache reads up to {_VERSION}: update kdcache"

@@ -20,14 +20,15 @@ from kdcache.cache import arrays
 from kdcache.cache.errors import InputError, MismatchError
 from kdcache.cache.files import make_folder
 from kdcache.cache.home import caches_folder
-from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
+from kdcache.cache.identity import DataIdentity, Identity, Interpolation, RecordIdentity, ViewsIdentity
 from kdcache.cache.leases import Leases
-from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, tail_distribution
+from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, require_std, tail_distribution
 from kdcache.cache.store import Cache, SplitStore, require_folder, shard_name
 from kdcache.pipeline import classmap, provenance, suspicions
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for, stored_classes
-from kdcache.pipeline.progress import Progress, duration, size
+from kdcache.pipeline.pixels import RGB, Wanted
+from kdcache.pipeline.progress import Progress, duration, percent, size
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import RENDERER, Renderer
 from kdcache.pipeline.spool import SPOOL_SECONDS, WAITING_SECONDS, Spool, Writer, clear, spool_folder
@@ -66,7 +67,7 @@ class Shard(NamedTuple):
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build. None means the default for the dataset's kind (defaults.py)."""
+    """What to build. None means the default for the dataset's kind (defaults.py), of teacher_* what its source says."""
 
     teacher: str
     weights: str | None = None
@@ -90,6 +91,10 @@ class BuildConfig:
     views_per_decode: int = VIEWS_PER_DECODE
     compile: bool | None = None
     part: int = PART
+    teacher_size: int | None = None
+    teacher_mean: RGB | None = None
+    teacher_std: RGB | None = None
+    teacher_interpolation: Interpolation | None = None
 
 
 @dataclass(frozen=True)
@@ -122,7 +127,14 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
     device = pick_device(config.device)
     data = open_data(config.data, "train", unlabelled=config.unlabelled)
     evaluation = open_data(config.data, "eval", unlabelled=config.unlabelled)
-    teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp)
+    wanted = Wanted(config.teacher_size, config.teacher_mean, config.teacher_std, config.teacher_interpolation)
+    teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp, wanted=wanted)
+    say(f"teacher: {teacher.about}")
+    if not config.class_map and teacher.class_names is None and data.class_names:
+        say(
+            "note: nothing tells the names of the teacher's classes: its class i is taken for the data's class i "
+            "(--class-map FILE says otherwise)"
+        )
     teacher, to_teacher, class_map = _class_map(data, config.class_map, teacher, say)
     if teacher.classes < 2:
         raise InputError(f"the teacher has {teacher.classes} classes, at least 2 are needed: is {config.data} right?")
@@ -175,8 +187,15 @@ def check_options(config: BuildConfig, classes: int) -> None:
         raise InputError(f"--out {config.out}: caches are built in folders; --registry URL --push publishes them")
 
 
-def build(config: BuildConfig, say: Callable[[str], None] = print, source: Source | None = None) -> BuildResult:
+def build(
+    config: BuildConfig,
+    say: Callable[[str], None] = print,
+    source: Source | None = None,
+    begun: Callable[[], object] = lambda: None,
+) -> BuildResult:
     """Build, extend or complete the cache that `config` describes; complete ones are only named.
+
+    begun: called once the cache is there, before anything is computed for it.
 
     Any number of builds of one cache, on machines that share its folder, share the work; each returns when all of it
     is done. Killed at any moment, a later one goes on where it was; on the same machine it loses no more teacher time
@@ -201,6 +220,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
             store.require_sizes(data.sizes)
         clear(spool, cache)
         cache.tidy()
+        begun()
         say(f"cache {key[:12]} has all of {views} views already: nothing to compute ({path})")
         return BuildResult(path, key, views, cache.size(), 0, time.monotonic() - start, teacher_top1(cache))
     if found := source.identity.teacher.differences(source.teacher.identity, theirs="this teacher has"):
@@ -231,6 +251,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
         source = _compiled(source, config, batch, say)
     make_folder(path)
     cache = Cache.create(path, source.identity)
+    begun()
     # From here on in the stores whose scratch folder the lease is for.
     todo = [s._replace(store=cache.train if s.store.split == "train" else cache.evaluation) for s in todo]
     writer = provenance.writer(source.teacher)
@@ -249,7 +270,7 @@ def build(config: BuildConfig, say: Callable[[str], None] = print, source: Sourc
     share = f", {computed:,} of {images:,} images by this build" if computed < images else ""
     say(
         f"done in {duration(seconds)}: {size(cache.size())}{share}"
-        + (f"; teacher's top-1 on the evaluation split {100 * top1:.2f}" if top1 is not None else "")
+        + (f"; teacher's top-1 on the evaluation split {percent(top1)}" if top1 is not None else "")
     )
     return BuildResult(path, key, views, cache.size(), computed, seconds, top1)
 
@@ -324,7 +345,8 @@ def answers(
 def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) -> Renderer:
     """Images as the teacher wants them."""
     identity = source.identity
-    return Renderer(data, identity.teacher.input_size, source.teacher.device, identity.views.policy, workers)
+    shown, device = identity.teacher, source.teacher.device
+    return Renderer(data, shown.input_size, device, identity.views.policy, workers, shown.interpolation)
 
 
 @dataclass(eq=False)
@@ -483,6 +505,8 @@ class _Builder:
         if not finite.all():
             split, sample = lot.shard.store.split, at[int(finite.argmin())]
             raise InputError(f"the teacher's logits are not finite: view {lot.shard.view}, sample {sample} of {split}")
+        if "tail_std" in found:
+            require_std(torch.from_numpy(found["tail_std"]), self.source.identity.record.classes)
         lot.spool.add(found, sums)
 
     def _commit(self, lot: _Lot) -> None:
@@ -602,7 +626,7 @@ def _probe(
     answered = [teacher.logits(pixels) for pixels in timed]
     answered = [logits.cpu() for logits in answered]
     rate = sum(map(len, answered)) / (time.monotonic() - start)
-    with Progress("probe", len(index), "images") as progress:
+    with Progress("probe", len(index) - sum(map(len, answered)), "images") as progress:
         for pixels in rendered:
             answered.append(teacher.logits(pixels).cpu())
             progress.advance(len(pixels))

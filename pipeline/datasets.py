@@ -34,10 +34,12 @@ from kdcache.cache.home import home as default_home
 from kdcache.pipeline import arraysets, imagefiles
 from kdcache.pipeline.arraysets import Arrays
 from kdcache.pipeline.classfolders import Listing, list_split
+from kdcache.pipeline.decode import decode_file
 from kdcache.pipeline.imagefiles import Progress, Triple, one_line
 
 FINGERPRINTED_FILES = 4096
 _FOLDERS = {"imagenet": ("val",), "imagefolder": ("val", "test", "eval")}  # names of the eval split's folder
+_ARRAYS = ("digits", "cifar10", "cifar100", "fashion-mnist")
 _KNOWN = "digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH and module:function"
 
 
@@ -82,17 +84,15 @@ class Dataset:
 
     @property
     def image_size(self) -> int | None:
-        """The side in pixels of square images held in memory, else None."""
-        if self.images is None or self.images.shape[1] != self.images.shape[2]:
-            return None
-        return self.images.shape[1]
+        """Of images held in memory the side in pixels, the longer one where they are not square; else None."""
+        return None if self.images is None else max(self.images.shape[1:3])
 
     def decode(self, index: int) -> torch.Tensor:
         """The whole image, uint8 [3, H, W]. InputError where its file cannot be read or has changed."""
         if self.images is not None:
             return self.images[index].permute(2, 0, 1).contiguous()
         assert self.root is not None
-        return imagefiles.decode_file(self.root / self.paths[index], self.sizes[index])
+        return decode_file(self.root / self.paths[index], self.sizes[index])
 
     def fingerprint(self, full: bool = False) -> str:
         """sha256, in hexadecimal, of labels, class names, order and pixels; not of places and times.
@@ -179,6 +179,12 @@ def list_unreadable(
         files = _list_folder(name, path, split, unlabelled)
         return imagefiles.unreadable_files(files.root, files.paths, progress)
     return open_data(spec, split, unlabelled=unlabelled).unreadable(progress)
+
+
+def is_function(spec: str) -> bool:
+    """Whether open_data would import a module for this spec."""
+    name, path = _parse(spec)
+    return path is not None and name not in (*_FOLDERS, *_ARRAYS)
 
 
 def _parse(spec: str) -> tuple[str, Path | None]:

@@ -1,14 +1,11 @@
-"""Image files in folders: which there are, their sizes, their pixels.
-
-Pixels always come from torchvision's decoder (PIL's JPEG levels may differ), sizes from the files' headers.
-"""
+"""Image files in folders: which there are, their sizes, their pixels."""
 
 import contextlib
 import hashlib
 import io
 import math
 import os
-import re
+import stat
 import time
 import zipfile
 from collections.abc import Callable, Sequence
@@ -20,12 +17,11 @@ from typing import TypeVar
 
 import numpy as np
 import torch
-from PIL import Image, UnidentifiedImageError
 from torchvision.datasets.folder import IMG_EXTENSIONS
-from torchvision.io import ImageReadMode
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.files import replace_file
+from kdcache.pipeline.decode import decode_file, image_size
 
 Progress = Callable[[int, int], None]  # files done, files in all
 Triple = tuple[float, float, float]
@@ -35,7 +31,6 @@ SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 _UNDECODABLE = tuple(sorted(set(IMG_EXTENSIONS) - set(SUFFIXES)))
-_FORMATS = ("JPEG", "PNG", "WEBP", "GIF")  # what the decoder can tell apart by content, whatever the suffix
 _SMALL_SIDE = 64  # pixels
 _SMALL_TOTAL = 1 << 30  # bytes
 _CHUNK = 256  # files a task
@@ -107,26 +102,6 @@ def load_folder(root: Path, paths: Sequence[str], home: Path, *, decode: bool = 
     return Folder(sizes, images if decode else None, mean, std)
 
 
-def decode_file(path: Path, size: np.ndarray | None = None) -> torch.Tensor:
-    """uint8 [3, H, W] as stored: an orientation in the EXIF data is ignored.
-
-    InputError names a file that cannot be decoded, or that is not of the `size` (H, W) that its header gave.
-    """
-    try:
-        data = torch.from_numpy(np.fromfile(path, dtype=np.uint8))
-        # The operator of torchvision.io.decode_image, whose wrapper warns for every image since 0.29.
-        image: torch.Tensor = torch.ops.image.decode_image(data, ImageReadMode.RGB.value)
-    except (OSError, RuntimeError) as e:
-        raise InputError(f"{path}: {_reason(e)}") from e
-    if image.dtype != torch.uint8:
-        raise InputError(f"{path}: has more than 8 bits a channel: convert it to 8")
-    if image.ndim != 3:
-        raise InputError(f"{path}: holds several images: convert it to a single one")
-    if size is not None and image.shape[1:] != tuple(size):
-        raise InputError(f"{path}: has changed since its header was read: open the dataset again")
-    return image
-
-
 def unreadable_files(root: Path, paths: Sequence[str], progress: Progress | None = None) -> list[str]:
     """Decodes every file; one line 'path: reason' for each that cannot be."""
 
@@ -153,7 +128,7 @@ def file_digests(root: Path, paths: Sequence[str]) -> list[bytes]:
             with (root / paths[i]).open("rb") as f:
                 return hashlib.file_digest(f, "sha256").digest()
         except OSError as e:
-            raise InputError(f"{root / paths[i]}: {_reason(e)}") from e
+            raise InputError(f"{root / paths[i]}: cannot be read: {e.strerror}") from e
 
     return _each(digest, len(paths))
 
@@ -199,7 +174,9 @@ def _stat(root: Path, paths: Sequence[str]) -> list[tuple[int, int]]:
         try:
             entry = os.stat(paths[i], dir_fd=folder)
         except OSError as e:
-            raise InputError(f"{root / paths[i]}: {_reason(e)}") from e
+            raise InputError(f"{root / paths[i]}: cannot be read: {e.strerror}") from e
+        if not stat.S_ISREG(entry.st_mode):
+            raise InputError(f"{root / paths[i]}: not a plain file")
         return entry.st_size, entry.st_mtime_ns
 
     try:
@@ -230,10 +207,9 @@ def _recall(memory: Path, n: int) -> Folder | None:
 def _header_sizes(root: Path, paths: Sequence[str]) -> np.ndarray:
     def size(i: int) -> tuple[int, int] | str:
         try:
-            with Image.open(root / paths[i], formats=_FORMATS) as image:
-                return image.height, image.width
-        except (OSError, ValueError, Image.DecompressionBombError) as e:
-            return _reason(e)
+            return image_size(root / paths[i])
+        except InputError as e:
+            return str(e)
 
     sizes = _each(size, len(paths))
     if bad := [i for i, found in enumerate(sizes) if isinstance(found, str)]:
@@ -261,26 +237,17 @@ def _decode_all(root: Path, paths: Sequence[str], sizes: np.ndarray) -> torch.Te
 
     problems = _each(decode, len(paths))
     if bad := [i for i, problem in enumerate(problems) if problem]:
-        raise _refusal(root, paths, bad, str(problems[bad[0]]).removeprefix(f"{root / paths[bad[0]]}: "))
+        raise _refusal(root, paths, bad, str(problems[bad[0]]))
     return torch.from_numpy(pixels)
 
 
-def _refusal(root: Path, paths: Sequence[str], bad: Sequence[int], reason: str) -> InputError:
+def _refusal(root: Path, paths: Sequence[str], bad: Sequence[int], first: str) -> InputError:
     return InputError(
-        f"{root / paths[bad[0]]}: {reason}; {len(bad)} of {len(paths)} images in {root} cannot be read: "
-        "`kdcache build --list-unreadable` lists every one"
+        f"{first}; {len(bad)} of {len(paths)} images in {root} cannot be read: "
+        "kdcache build --list-unreadable with the same --data lists every one"
     )
 
 
 def one_line(error: Exception) -> str:
     """The error's kind and message."""
     return " ".join(f"{type(error).__name__}: {error}".split())
-
-
-def _reason(error: Exception) -> str:
-    """One line, without the file's name and the decoder's source position."""
-    if isinstance(error, UnidentifiedImageError):
-        return "not a JPEG, PNG, WebP or GIF image"
-    if isinstance(error, OSError):
-        return f"cannot be read: {error.strerror or error}"
-    return "cannot be decoded: " + re.sub(r"^.*\.cpp:\d+, ", "", str(error).splitlines()[0])

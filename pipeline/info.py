@@ -6,13 +6,11 @@ import json
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
-import torch
-
 from kdcache.cache.errors import KdcacheError
-from kdcache.cache.registry import Registry
+from kdcache.cache.home import registry_beside, weights_file
+from kdcache.cache.registry import KEY, Registry
 from kdcache.cache.store import Cache, shard_name
-from kdcache.pipeline.build import teacher_top1
-from kdcache.pipeline.progress import size
+from kdcache.pipeline.progress import percent, size
 
 _SAMPLE = 10_000  # records, enough for a mean
 _THREADS = 8  # that read commits, which may be far away
@@ -56,21 +54,24 @@ def shared_summaries(registry: Registry) -> tuple[list[dict[str, Any]], list[str
     """
     found, lines = [], []
     caches, bad = registry.caches()
+    teachers = registry.teachers()
     for cache in caches:
         try:
-            found.append(_shared(cache, registry))
+            found.append(_shared(cache, registry, cache.identity.teacher.weights in teachers))
             lines.append(_shared_line(cache, found[-1]))
         except KdcacheError as e:
             bad.append(str(e))
     return found, lines, bad
 
 
-def _shared(cache: Cache, registry: Registry) -> dict[str, Any]:
+def _shared(cache: Cache, registry: Registry, teacher: bool) -> dict[str, Any]:
+    """teacher: whether its weights are there too."""
     published = registry.published(cache.key)
     return {
         **summary(cache),
         "registry": registry.url,
         "names": [name for name, key in registry.names.items() if key == cache.key],
+        "teacher_weights": registry.teacher_url(cache.identity.teacher.weights) if teacher else None,
         "published": published and published.model_dump(mode="json", exclude={"format", "key"}),
     }
 
@@ -80,15 +81,30 @@ def _shared_line(cache: Cache, found: dict[str, Any]) -> str:
     parts, published = [one_line(cache)], found["published"]
     if published:
         if published["evaluation_top1"] is not None:
-            parts.append(f"teacher's top-1 {100 * published['evaluation_top1']:.2f}")
+            parts.append(f"teacher's top-1 {percent(published['evaluation_top1'])}")
         parts.append(f"by {published['by']} on {published['time'][:10]}")
+    if found["teacher_weights"]:
+        parts.append("with its teacher")
     return ", ".join([*parts, *found["names"]])
 
 
 def removed_line(cache: Cache, registry: Registry | None) -> str:
     """For rm: the cache, where it is, and who published it."""
-    found = {"published": None, "names": []} if registry is None else _shared(cache, registry)
+    found: dict[str, Any] = {"published": None, "names": [], "teacher_weights": None}
+    if registry is not None:
+        found = _shared(cache, registry, False)  # which stays for others
     return f"{cache.path} ({_shared_line(cache, found)})"
+
+
+def weights_place(cache: Cache, registry: Registry | None = None) -> str | None:
+    """Where its teacher's weights are: in a registry; or here, or in the registry that it lies in. None: not there."""
+    weights = cache.identity.teacher.weights
+    if not KEY.fullmatch(weights):
+        return None  # as somebody's hand may have written
+    if registry is None and (path := weights_file(weights)).exists():
+        return str(path)
+    shared = registry or registry_beside(cache.path)
+    return shared.teacher_url(weights) if shared is not None and shared.has_teacher(weights) else None
 
 
 def facts(cache: Cache) -> dict[str, Any]:
@@ -96,6 +112,7 @@ def facts(cache: Cache) -> dict[str, Any]:
     complete = cache.train.complete_views()
     under_way = sorted(set(cache.train.committed()) - set(complete))
     found = {**summary(cache), "under_way": under_way, "built": [], "fidelity": None}
+    found["teacher_weights"] = weights_place(cache)
     try:
         return {**found, "built": built(cache), "fidelity": fidelity(cache)}
     except KdcacheError as e:
@@ -107,6 +124,7 @@ def describe(cache: Cache, found: dict[str, Any]) -> str:
     lines = [one_line(cache), f"path         {found['path']}", f"key          {found['key']}"]
     under_way = f", under way: {found['under_way']}" if found["under_way"] else ""
     lines.append(f"views        {found['views']} complete{under_way}")
+    lines.append(f"weights      {found['teacher_weights'] or 'of the teacher are not here'}")
     if records := found["views"] * found["samples"]:
         each = f"{found['bytes'] / records:.1f} bytes a record, all files counted"
         lines.append(f"size         {size(found['bytes'])}, {each}")
@@ -114,12 +132,13 @@ def describe(cache: Cache, found: dict[str, Any]) -> str:
         lines.append(f"fidelity     not readable: {found['unreadable']}")
     else:
         if (top1 := fidelity["evaluation_top1"]) is not None:
-            lines.append(f"teacher      top-1 {100 * top1:.2f} on the evaluation split")
+            lines.append(f"teacher      top-1 {percent(top1)} on the evaluation split")
         if fidelity["view_top1"]:
-            views = ", ".join(f"{100 * top1:.2f} on view {view}" for view, top1 in fidelity["view_top1"].items())
+            views = ", ".join(f"{percent(top1)} on view {view}" for view, top1 in fidelity["view_top1"].items())
             lines.append(f"teacher      top-1 {views}")
         for t, part in fidelity["mass"].items():
-            lines.append(f"mass         {part['head']:.3f} stored, {part['tail']:.3f} in the tail, at temperature {t}")
+            head, tail = percent(part["head"]), percent(part["tail"])
+            lines.append(f"mass         {head} stored, {tail} in the tail, at temperature {t}")
     for one in found["built"]:
         who = {name: value for name, value in one.items() if name not in ("views", "first", "last", "command")}
         times = " to ".join(dict.fromkeys((one["first"], one["last"])))
@@ -170,6 +189,11 @@ def fidelity(cache: Cache) -> dict[str, Any]:
 
     mass: by temperature, the mean probability of the stored classes and labels, and of the tail.
     """
+    # Here, because ls needs none of it and torch takes seconds to import.
+    import torch
+
+    from kdcache.pipeline.build import teacher_top1
+
     views = cache.views
     chosen = sorted({views[i * (len(views) - 1) // (_VIEWS - 1)] for i in range(_VIEWS)} if views else ())
     top1: dict[str, float] = {}

@@ -18,7 +18,7 @@ Every network takes images [B, 3, H, W] and gives logits [B, classes]. A name is
     with a 1x1 stride 1 stem.
 
 - a torchvision model; where the CIFAR network has the name (vgg13), torchvision's is `torchvision/NAME`
-- `timm/NAME`
+- `timm/NAME`, perhaps with the tag of its pretrained weights: `timm/NAME.TAG`
 - `module:function`, the module found on the Python path or in the current directory
 
 Weights are drawn from torch's global generator, so the caller seeds.
@@ -28,7 +28,8 @@ import difflib
 import importlib
 import inspect
 import sys
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections import OrderedDict
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from functools import cache, partial
 from pathlib import Path
@@ -68,9 +69,44 @@ def build_network(name: str, classes: int, image_size: int) -> nn.Module:
     )
 
 
+def load_fitting(network: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
+    """Load every tensor, or an InputError that calls them `what` and names the layers that do not fit.
+
+    The count of batches that a batch norm has seen may be missing, as in files from before torch 0.4.1.
+    """
+    own = network.state_dict()
+    problems = [
+        f"{k} is {tuple(state[k].shape)}, the network has {tuple(own[k].shape)}"
+        for k in own
+        if k in state and state[k].shape != own[k].shape
+    ]
+    missing, unexpected = own.keys() - state.keys(), state.keys() - own.keys()
+    if not problems:
+        versioned = OrderedDict(state)
+        # Without a version some classes refuse, and others translate the names of their first one.
+        versioned._metadata = {"": own._metadata[""]}  # type: ignore[attr-defined]
+        try:
+            found = network.load_state_dict(versioned, strict=False)
+        except RuntimeError as error:
+            raise InputError(f"{what} do not fit: {_line(error)}") from error
+        missing, unexpected = set(found.missing_keys), set(found.unexpected_keys)
+    missing = {name for name in missing if not name.endswith("num_batches_tracked")}
+    for title, names in (("missing", missing), ("not in the network", unexpected)):
+        if names:
+            problems.append(f"{len(names)} {title} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})")
+    if problems:
+        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
+        raise InputError(f"{what} do not fit: {'; '.join(problems[:5])}{more}")
+
+
 def names() -> list[str]:
     """The CIFAR networks, then torchvision's. timm/NAME and module:function are further names."""
     return [*_CIFAR, *(f"torchvision/{n}" if n in _CIFAR else n for n in _torchvision_names())]
+
+
+def is_torchvision(name: str) -> bool:
+    """Whether build_network makes one of torchvision's classifiers of it."""
+    return name not in _CIFAR and name.removeprefix("torchvision/") in _torchvision_names()
 
 
 def small_stem(name: str, image_size: int) -> bool:
@@ -327,18 +363,28 @@ def _from_torchvision(name: str, classes: int, image_size: int) -> nn.Module:
 
 
 def _from_timm(name: str, classes: int) -> nn.Module:
+    timm, plain = import_timm(name)
+    network: nn.Module = timm.create_model(plain, pretrained=False, num_classes=classes)
+    return network
+
+
+def import_timm(name: str) -> tuple[Any, str]:
+    """The module timm, and its own name for the network `timm/NAME`, perhaps with .TAG. InputError without either."""
     try:
         timm: Any = importlib.import_module("timm")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "timm":
-            raise InputError(f"network {name!r} needs timm: pip install 'kdcache[timm]'") from error
+            raise InputError(f"network {name!r} needs timm: pip install timm") from error
         raise InputError(f"network {name!r}: timm cannot be imported: {_line(error)}") from error
     plain = name.removeprefix("timm/")
     if not timm.is_model(plain):  # also keeps out hf-hub: names, which would go to the network
         hint = _suggestion(plain, timm.list_models(), prefix="timm/")
         raise InputError(f"unknown network {name!r}{hint} (timm has no such model)")
-    network: nn.Module = timm.create_model(plain, pretrained=False, num_classes=classes)
-    return network
+    network, _, tag = plain.partition(".")
+    if tag and plain not in (known := timm.list_models(f"{network}.*", pretrained=True)):
+        hint = _suggestion(plain, known, prefix="timm/")
+        raise InputError(f"unknown network {name!r}{hint} (timm has no weights {tag!r} of {network})")
+    return timm, plain
 
 
 def _from_function(name: str, classes: int) -> nn.Module:

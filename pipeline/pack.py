@@ -16,6 +16,7 @@ from kdcache.cache.store import Cache, shard_name
 from kdcache.pipeline.beton import pack_beton
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.progress import Progress, duration, size
+from kdcache.pipeline.stored import stored_data
 
 FileStore = Literal["hdf5", "ffcv"]
 Say = Callable[[str], None]
@@ -87,7 +88,8 @@ def _images(cache: Cache, data: str | None) -> Dataset:
     identity = cache.identity
     if data is None and identity.data.name in ("imagenet", "imagefolder"):
         raise InputError(f"where are the images? give --data {identity.data.name}:PATH")
-    return open_data(data or identity.data.name, "train", unlabelled=identity.record.labels == 0)
+    data = data or stored_data(identity.data.name, cache.path)
+    return open_data(data, "train", unlabelled=identity.record.labels == 0)
 
 
 def _beside(cache: Path, to: FileStore, views: range | None) -> Path:

@@ -53,6 +53,11 @@ def duration(seconds: float) -> str:
     return f"{s // 3600} h {s % 3600 // 60} min"
 
 
+def percent(rate: float) -> str:
+    """A rate in 0..1, as such as the share of right answers, for people: 97.75%. Programs get the fraction itself."""
+    return f"{100 * rate:.2f}%"
+
+
 def size(count: float) -> str:
     """Bytes in decimal units: 1.2 MB."""
     for unit in ("B", "kB", "MB", "GB"):

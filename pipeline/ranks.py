@@ -39,7 +39,7 @@ def cores() -> int:
 
 def share_cores() -> None:
     """Let torch compute with this rank's share of the cores, where torchrun's own 1 is all that was said of it."""
-    import torch
-
     if this_rank().local_world > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
+        import torch  # only here: it takes seconds
+
         torch.set_num_threads(cores())

@@ -21,9 +21,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 from torch.utils.data import DataLoader, default_collate
 from torch.utils.data import Dataset as TorchDataset
+from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
 from kdcache.cache.errors import InputError, KdcacheError
+from kdcache.cache.identity import Interpolation
 from kdcache.pipeline.datasets import Dataset
 from kdcache.pipeline.ranks import cores
 from kdcache.pipeline.views import ViewParameters, padding
@@ -32,10 +34,12 @@ RENDERER = "torch-uint8-1"
 _CUTS = 32  # that a worker process makes at once
 
 
-def render(image: Tensor, box: Sequence[int], flip: bool, size: tuple[int, int]) -> Tensor:
+def render(
+    image: Tensor, box: Sequence[int], flip: bool, size: tuple[int, int], interpolation: Interpolation = "bilinear"
+) -> Tensor:
     """Cut the box (top, left, height, width) from image uint8 [3, H, W], resize to `size` and flip: [3, *size].
 
-    Antialiased bilinear; pixels outside of the image are black.
+    Antialiased; pixels outside of the image are black.
     """
     top, left, height, width = (int(b) for b in box)
     y0, y1 = (min(max(y, 0), image.shape[1]) for y in (top, top + height))
@@ -48,7 +52,7 @@ def render(image: Tensor, box: Sequence[int], flip: bool, size: tuple[int, int])
     if (height, width) != size:
         # In the layout that it was decoded in: the same values in half the time.
         whole = inside.unsqueeze(0).contiguous(memory_format=torch.channels_last)
-        inside = tv.resize(whole, list(size), antialias=True)[0]
+        inside = tv.resize(whole, list(size), InterpolationMode(interpolation), antialias=True)[0]
     return inside.flip(2) if flip else inside
 
 
@@ -131,6 +135,7 @@ class _Cuts(TorchDataset[Tensor | str]):
 
     data: Dataset
     size: tuple[int, int]
+    interpolation: Interpolation
 
     def __getitem__(self, task: _Task) -> Tensor | str:
         cuts: list[Tensor] = []
@@ -144,7 +149,8 @@ class _Cuts(TorchDataset[Tensor | str]):
             except KdcacheError as e:
                 return str(e)
             drawn = zip(task.boxes[i].tolist(), task.flips[i].tolist(), strict=True)
-            cuts += [render(image, box, flip, self.size).permute(1, 2, 0) for box, flip in drawn]
+            rendered = (render(image, box, flip, self.size, self.interpolation) for box, flip in drawn)
+            cuts += [one.permute(1, 2, 0) for one in rendered]
         stacked: Tensor = default_collate(cuts)  # in a worker straight into memory that is shared
         return stacked.view(len(task.samples), views, *self.size, 3)
 
@@ -162,9 +168,15 @@ class Renderer:
     """
 
     def __init__(
-        self, data: Dataset, size: int | None, device: torch.device, policy: str = "none", workers: int | None = None
+        self,
+        data: Dataset,
+        size: int | None,
+        device: torch.device,
+        policy: str = "none",
+        workers: int | None = None,
+        interpolation: Interpolation = "bilinear",
     ) -> None:
-        self.data, self.device = data, device
+        self.data, self.device, self.interpolation = data, device, interpolation
         self.workers = cores() if workers is None else workers
         own = None if data.images is None else (int(data.sizes[0, 0]), int(data.sizes[0, 1]))
         if size is not None:
@@ -192,7 +204,7 @@ class Renderer:
         elif (images := self.data.images) is not None and _whole(parameters.boxes, self.data):
             for batch in batches:
                 pixels = images[torch.from_numpy(batch)].permute(0, 3, 1, 2)
-                resized = tv.resize(pixels, list(self.size), antialias=True)
+                resized = tv.resize(pixels, list(self.size), InterpolationMode(self.interpolation), antialias=True)
                 flips = torch.from_numpy(parameters.flips[batch - first]).view(-1, 1, 1, 1)
                 resized = torch.where(flips, resized.flip(3), resized)
                 yield resized.contiguous(memory_format=torch.channels_last).to(self.device)
@@ -227,7 +239,9 @@ class Renderer:
             counts.append(len(new))
         workers, ahead = min(self.workers, len(tasks)), 2 * max(counts, default=0)
         if (loader := self._idle) is None or not loader.serves(workers, ahead):
-            loader = _Loader(_Cuts(self.data, self.size), workers, ahead, self.device.type == "cuda")
+            loader = _Loader(
+                _Cuts(self.data, self.size, self.interpolation), workers, ahead, self.device.type == "cuda"
+            )
         # Not for another call before this one is through.
         self._idle = None
         done = loader.run(tasks)

@@ -5,7 +5,7 @@ from __future__ import annotations
 import difflib
 import os
 import tomllib
-from collections.abc import Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -15,22 +15,37 @@ FILE = "kdcache.toml"
 _PREFIX = "KDCACHE_"
 _OWN = {"KDCACHE_HOME"}
 
-Options = Mapping[str, set[str]]  # of each command, as on the command line: batch-size
+
+class Option(NamedTuple):
+    """What the settings need to know of an option of a command.
+
+    name: as on the command line, batch-size; an option with two spellings has the first. own: it means something else
+    than the options of that name in other commands, so that no setting for all commands is meant for it. takes:
+    whether a value for all commands is one for this command, where others take more kinds of values than it does.
+    """
+
+    name: str
+    own: bool = False
+    takes: Callable[[str], bool] = lambda value: True
+
+
+Options = Mapping[str, Mapping[str, Option]]  # of each command, by every spelling
 
 
 class Setting(NamedTuple):
-    """What would stand on the command line, and where it was found."""
+    """What would stand on the command line, and where it was found; for_all: it names no command."""
 
     value: str
     origin: str
+    for_all: bool = False
 
 
 def load_settings(commands: Options, environment: Mapping[str, str], file: Path) -> dict[str, dict[str, Setting]]:
     """Settings by command and option: the environment over the file, what names the command over what does not.
 
-    In the file an option stands at the top, for every command that has it, or in a table [command]; in the
-    environment as KDCACHE_OPTION or KDCACHE_COMMAND_OPTION (empty: not set). InputError for a key that no command
-    has.
+    In the file an option stands at the top, for every command in which it has this meaning, or in a table [command];
+    in the environment as KDCACHE_OPTION or KDCACHE_COMMAND_OPTION (empty: not set). InputError for a key that no
+    command has, for one that means something else in each command and names none, and for one that stands twice.
     """
     found: dict[str, dict[str, Setting]] = {command: {} for command in commands}
     _from_file(found, commands, file)
@@ -46,44 +61,69 @@ def _from_file(found: dict[str, dict[str, Setting]], commands: Options, file: Pa
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"{file} is not valid TOML: {e}") from e
     tables = {key: value for key, value in content.items() if isinstance(value, dict)}
+    top: dict[str, str] = {}
     for key, value in content.items():
         if key not in tables:
             where = f"{file}: {key}"
-            _everywhere(found, commands, _spelled(key), Setting(_text(value, where), where))
+            _everywhere(found, commands, _spelled(key), Setting(_text(value, where), where, for_all=True), top)
     for command, table in tables.items():
         if command not in commands:
             raise InputError(f"{file}: no command [{command}]{_nearest(command, commands)}")
+        inside: dict[str, str] = {}
         for key, value in table.items():
             where, option = f"{file}: [{command}] {key}", _spelled(key)
             if option not in commands[command]:
                 raise InputError(f"{where}: {command} has no such option{_nearest(option, commands[command])}")
-            found[command][option] = Setting(_text(value, where), where)
+            _once(inside, commands[command][option].name, where)
+            found[command][commands[command][option].name] = Setting(_text(value, where), where)
 
 
 def _from_environment(found: dict[str, dict[str, Setting]], commands: Options, environment: Mapping[str, str]) -> None:
     for_one: list[tuple[str, str, Setting]] = []
+    top: dict[str, str] = {}
     for variable, text in environment.items():
         if not variable.startswith(_PREFIX) or variable in _OWN or not text:
             continue
-        setting, name = Setting(_home(text), variable), _spelled(variable.removeprefix(_PREFIX).lower())
+        name = _spelled(variable.removeprefix(_PREFIX).lower())
         command, _, option = name.partition("-")
         if option in commands.get(command, ()):
-            for_one.append((command, option, setting))
-        elif command in commands and option:
+            for_one.append((command, commands[command][option].name, Setting(_home(text), variable)))
+        elif command in commands and option and not any(name in options for options in commands.values()):
             raise InputError(f"{variable}: {command} has no such option{_nearest(option, commands[command])}")
         else:
-            _everywhere(found, commands, name, setting)
+            _everywhere(found, commands, name, Setting(_home(text), variable, for_all=True), top)
+    inside: dict[str, str] = {}
     for command, option, setting in for_one:
+        _once(inside, f"{command} {option}", setting.origin)
         found[command][option] = setting
 
 
-def _everywhere(found: dict[str, dict[str, Setting]], commands: Options, option: str, setting: Setting) -> None:
-    having = [command for command, options in commands.items() if option in options]
+def _everywhere(
+    found: dict[str, dict[str, Setting]], commands: Options, name: str, setting: Setting, before: dict[str, str]
+) -> None:
+    """Give every command the setting for which it is meant. before: the settings for all so far, with their origins."""
+    having = {command: options[name] for command, options in commands.items() if name in options}
     if not having:
-        near = _nearest(option, set().union(*commands.values()))
+        near = _nearest(name, set().union(*commands.values()))
         raise InputError(f"{setting.origin}: no command has such an option{near}")
-    for command in having:
-        found[command][option] = setting
+    shared = {command: option for command, option in having.items() if not option.own}
+    if not shared:
+        first = next(iter(having))
+        variable = f"{_PREFIX}{first}_{name}".upper().replace("-", "_")
+        raise InputError(
+            f"{setting.origin}: {name} means something else in each of {', '.join(having)}: name the command, as in "
+            f"a table [{first}] of {FILE} or in {variable}"
+        )
+    _once(before, next(iter(shared.values())).name, setting.origin)
+    # A value that none of them takes goes to all: their own checks say what is wrong with it.
+    for command, option in ({c: o for c, o in shared.items() if o.takes(setting.value)} or shared).items():
+        found[command][option.name] = setting
+
+
+def _once(before: dict[str, str], option: str, origin: str) -> None:
+    if option in before:
+        raise InputError(f"{origin}: the same stands in {before[option]}; remove one of the two")
+    before[option] = origin
 
 
 def _text(value: Any, where: str) -> str:

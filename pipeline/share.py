@@ -4,32 +4,38 @@ from __future__ import annotations
 
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field, replace
+from functools import partial
 from pathlib import Path
 
 from filelock import FileLock
 
 from kdcache import __version__
-from kdcache.cache.errors import InputError
-from kdcache.cache.home import caches_folder, home, open_cache, open_registry
+from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
+from kdcache.cache.home import caches_folder, home, list_caches, open_cache, open_registry
 from kdcache.cache.objects import FolderObjects
 from kdcache.cache.pack import choose_views
 from kdcache.cache.registry import Registry, check_name, split_url
 from kdcache.cache.store import Cache
 from kdcache.cache.transfer import Moved, count, into_bucket, into_folder, require_movable
+from kdcache.pipeline import teacherstore
 from kdcache.pipeline.build import BuildConfig, BuildResult, Source, build, open_source, teacher_top1
-from kdcache.pipeline.defaults import defaults_for
+from kdcache.pipeline.datasets import open_data
+from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.progress import Progress, duration, size
 from kdcache.pipeline.ranks import this_rank
 
 Say = Callable[[str], None]
+_THREADS = 8  # that read identities, which may be far away
 
 
 @dataclass(frozen=True)
 class ShareResult:
     """What was pushed or pulled: key, where it is now, its views; bytes and commits that went, and that were there.
 
-    kept: commits that were there with other rows, as another machine computes them; they stay.
+    kept: commits that were there with other rows, as another machine computes them; they stay. teacher: of a push, what
+    became of the teacher's weights.
     """
 
     key: str
@@ -40,6 +46,7 @@ class ShareResult:
     there: int
     seconds: float
     kept: list[str] = field(default_factory=list)
+    teacher: teacherstore.Published | None = None
 
 
 def require_registry(registry: str | None) -> str:
@@ -59,32 +66,54 @@ def push(
     name: str | None = None,
     move: bool = False,
     say: Say = print,
+    teacher: bool = True,
 ) -> ShareResult:
-    """Publish complete views of a cache, all by default, and a name for it; what is there already stays as it is."""
+    """Publish complete views of a cache, all by default, and a name for it; what is there already stays as it is.
+
+    teacher: with its teacher's weights.
+    """
     shared = open_registry(require_registry(registry)).require_writable()
     if name is not None:
         check_name(name)
     elif move:
         raise InputError("--move is for a name: give --name too")
     found = open_cache(cache)
-    result = _publish(found, shared, choose_views(found, views), say)
+    result = _publish(found, shared, choose_views(found, views), say, teacher)
     if name is not None:
         shared.give_name(name, found.key, move)
         say(f"{name} is cache {found.key[:12]}")
     return result
 
 
-def _publish(cache: Cache, shared: Registry, views: Sequence[int], say: Say) -> ShareResult:
+def _publish(cache: Cache, shared: Registry, views: Sequence[int], say: Say, teacher: bool) -> ShareResult:
     require_movable(cache)
     start, prefix = time.monotonic(), f"caches/{cache.key}"
+    became: list[teacherstore.Published | None] = []
+    lines: list[str] = []
+
+    def begun() -> None:  # now gc in the registry knows that the teacher's weights are needed
+        became.append(_publish_teacher(cache, shared, lines.append, teacher))
+
     with Progress("push", count(cache, views), "parts") as progress:
         if isinstance(shared.objects, FolderObjects):
-            moved = into_folder(cache, shared.objects.at(f"{prefix}/identity.json").parent, views, progress.advance)
+            folder = shared.objects.at(f"{prefix}/identity.json").parent
+            moved = into_folder(cache, folder, views, progress.advance, begun)
         else:
-            moved = into_bucket(cache, shared.objects, prefix, views, progress.advance)
+            moved = into_bucket(cache, shared.objects, prefix, views, progress.advance, begun)
+    for line in lines:
+        say(line)
     if moved.new:
         shared.record(cache, __version__, teacher_top1(cache))
-    return _result("pushed", moved, cache, f"{shared.url}/{prefix}", len(views), start, say)
+    result = _result("pushed", moved, cache, f"{shared.url}/{prefix}", len(views), start, say)
+    return replace(result, teacher=became[0])
+
+
+def _publish_teacher(cache: Cache, shared: Registry, say: Say, wanted: bool) -> teacherstore.Published | None:
+    if cache.identity.views.imported:
+        return None
+    if not wanted:
+        return "kept back"
+    return teacherstore.publish(cache.identity.teacher, cache.path, shared, say)
 
 
 def pull(
@@ -120,41 +149,135 @@ def _result(done: str, moved: Moved, cache: Cache, where: str, views: int, start
 
 
 def build_shared(
-    config: BuildConfig, registry: str | None = None, publish: bool = False, say: Say = print
+    config: BuildConfig, registry: str | None = None, publish: bool = False, say: Say = print, teacher: bool = True
 ) -> BuildResult:
     """Build what the registry lacks: views that are published are pulled, the teacher runs for the others.
 
-    publish: push the result. In a folder that is shared it is built right there, so that all who build it divide the
-    work by leases.
+    publish: push the result, and unless `teacher` is False the teacher's weights. In a folder that is shared it is
+    built right there, so that all who build it divide the work by leases.
     """
-    if registry is None:
-        if publish:
-            require_registry(registry)
-        return build(config, say)
-    shared = open_registry(registry, store_bytes=0)
     if publish:
+        require_registry(registry)
+    shared = None if registry is None else open_registry(registry, store_bytes=0)
+    if shared is not None and publish:
         shared.require_writable()
-    source = open_source(config, say)
+    source = _open(config, shared, say)
+    if shared is None:
+        return build(config, say, source, partial(_keep, source, say))
     views = config.views if config.views is not None else defaults_for(source.train).views
     source = _as_published(source, config, shared, views, say)
-    key = source.identity.key
+    key, keep = source.identity.key, partial(_keep, source, say)
     own = caches_folder() / key
     if publish and config.out is None and isinstance(shared.objects, FolderObjects):
         path = shared.objects.at(f"caches/{key}/identity.json").parent
         if _is_cache(own):
             _fetch(Cache(own), path, views, say)
-        result = build(replace(config, out=str(path)), say, source)
+
+        def begun() -> None:  # before it is built, for those who build it too
+            keep()
+            if this_rank().rank == 0:
+                _publish_teacher(Cache(path), shared, say, teacher)
+
+        result = build(replace(config, out=str(path)), say, source, begun)
         if result.teacher_images and this_rank().rank == 0:
             shared.record(Cache(path), __version__, result.teacher_top1)
         return result
     path = Path(config.out) if config.out else own
-    if not set(range(views)) <= _complete(path) and shared.has(key):
+    if _lacks(path, views) and shared.has(key):
         _fetch(shared.cache(key), path, views, say)
-    result = build(replace(config, out=str(path)), say, source)
+    result = build(replace(config, out=str(path)), say, source, keep)
     if publish and this_rank().rank == 0:  # each returns when all of it is done
         cache = Cache(path)
-        _publish(cache, shared, [v for v in cache.views if v < views], say)
+        _publish(cache, shared, [v for v in cache.views if v < views], say, teacher)
     return result
+
+
+def _keep(source: Source, say: Say) -> None:
+    """File the teacher's weights, in one of the processes that build together."""
+    if this_rank().rank == 0:
+        teacherstore.keep(source.teacher, say)
+
+
+def _open(config: BuildConfig, shared: Registry | None, say: Say) -> Source:
+    """The data and the teacher; one that is not here is looked for among those that caches of this data are by."""
+    registries = [] if shared is None else [shared]
+    if config.weights is not None:
+        return open_source(replace(config, weights=teacherstore.named_weights(config.weights, registries, say)), say)
+    try:
+        return open_source(config, say)
+    except NotFoundError:
+        if (weights := find_taught(config, shared, say)) is None:
+            raise
+    return open_source(replace(config, weights=str(weights)), say)
+
+
+def find_taught(config: BuildConfig, shared: Registry | None, say: Say) -> Path | None:
+    """The weights of the only teacher, of that architecture, that caches of this data are by, here or in a registry.
+
+    None where there is none. InputError where there are several, which it lists; NotFoundError where the weights of the
+    only one are not to be had.
+    """
+    found = _caches_of(config, shared, say)
+    if not found:
+        return None
+    what = f"{config.teacher} on this {config.data} data"
+    if len({cache.identity.teacher.weights for cache in found}) > 1:
+        each = "; ".join(f"--weights {c.identity.teacher.weights[:12]} of {_described(c, shared)}" for c in found)
+        raise InputError(f"there are caches by several teachers {what}: choose one by {each}")
+    first = found[0]
+    registries = [] if shared is None else [shared]
+    weights = teacherstore.find_weights(first.identity.teacher, registries, say)
+    if weights is None:
+        where = "not here: give --registry URL, where they may be published, or --weights FILE"
+        if shared is not None:
+            where = f"neither here nor in {shared.url}: ask who has them to run kdcache push, or give --weights FILE"
+        raise NotFoundError(
+            f"{_described(first, shared)}, is by a {what}, whose weights are {where}; kdcache teach teaches another, "
+            "and kdcache train --cache needs none"
+        )
+    say(f"no {config.teacher} was taught here: that of {_described(first, shared)}, is taken")
+    return weights
+
+
+def _described(cache: Cache, shared: Registry | None) -> str:
+    if shared is None or cache.path.parent == caches_folder():
+        return f"cache {cache.key[:12]} here"
+    published = shared.published(cache.key)
+    by = f", published by {published.by} on {published.time[:10]}" if published else ""
+    return f"cache {cache.key[:12]} in {shared.url}{by}"
+
+
+def _caches_of(config: BuildConfig, shared: Registry | None, say: Say) -> list[Cache]:
+    """Caches here and in the registry of this data by this architecture: one a teacher, those here before others."""
+    caches = list_caches()[0]
+    if shared is not None and shared.objects.listable:
+        with ThreadPoolExecutor(_THREADS) as threads:
+            caches += [cache for cache in threads.map(partial(_opened, shared), shared.keys()) if cache]
+    elif shared is not None:
+        say(f"note: {shared.url} cannot be listed, so that no teacher is looked for there")
+    prints: dict[tuple[bool, bool], str] = {}
+    found: dict[str, Cache] = {}
+    for cache in caches:
+        data, teacher = cache.identity.data, cache.identity.teacher
+        if cache.identity.views.imported or teacher.network != config.teacher:
+            continue
+        unlabelled = cache.identity.record.labels == 0
+        if unlabelled != config.unlabelled and config.data != DATA:  # digits' teacher is taught with labels in any case
+            continue
+        if (kind := (unlabelled, data.full_contents)) not in prints:
+            data_here = open_data(config.data, "train", unlabelled=unlabelled)
+            prints[kind] = data_here.fingerprint(data.full_contents)
+        if data.fingerprint == prints[kind]:
+            found.setdefault(teacher.weights, cache)
+    return list(found.values())
+
+
+def _opened(shared: Registry, key: str) -> Cache | None:
+    """The cache; None for what is none: ls says what is wrong with it."""
+    try:
+        return shared.open(key)
+    except (CorruptError, MismatchError, NotFoundError):
+        return None
 
 
 def _fetch(theirs: Cache, path: Path, views: int, say: Say) -> None:
@@ -164,13 +287,16 @@ def _fetch(theirs: Cache, path: Path, views: int, say: Say) -> None:
     (home() / "remote").mkdir(parents=True, exist_ok=True)
     with FileLock(home() / "remote" / f"{theirs.key}.lock"):  # of several processes one pulls
         wanted = sorted({v for v in theirs.views if v < views} - _complete(path))
-        if wanted:
+        if wanted or not (_is_cache(path) and Cache(path).complete):
             say(f"{len(wanted)} of {views} views of cache {theirs.key[:12]} are in {theirs.path}")
             _pull(theirs, path, wanted)
 
 
 def _as_published(source: Source, config: BuildConfig, shared: Registry, views: int, say: Say) -> Source:
-    """The source of the other numeric type, where no type is asked for and only that one is published, complete."""
+    """The source in the other numeric type, where no type is asked for and only that one is published, complete.
+
+    Its teacher answers in that type too, so that whatever is still computed is what the identity says.
+    """
     identity = source.identity
     if config.amp is not None or _is_cache(caches_folder() / identity.key) or shared.has(identity.key):
         return source
@@ -178,14 +304,19 @@ def _as_published(source: Source, config: BuildConfig, shared: Registry, views: 
     other = identity.model_copy(update={"teacher": identity.teacher.model_copy(update={"numeric": numeric})})
     if shared.has(other.key):
         theirs = shared.cache(other.key)
-        if theirs.finished and set(range(views)) <= set(theirs.views):
+        if theirs.complete and set(range(views)) <= set(theirs.views):
             say(f"note: {shared.url} has it by a teacher in {numeric}, cache {other.key[:12]}: that one is taken")
-            return replace(source, identity=other)
+            return replace(source, identity=other, teacher=replace(source.teacher, identity=other.teacher))
     return source
 
 
 def _is_cache(path: Path) -> bool:
     return (path / "identity.json").exists()
+
+
+def _lacks(path: Path, views: int) -> bool:
+    """Whether the cache there is not whole, up to that many views."""
+    return not (_is_cache(path) and set(range(views)) <= _complete(path) and Cache(path).complete)
 
 
 def _complete(path: Path) -> set[int]:

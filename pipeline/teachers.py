@@ -13,7 +13,6 @@ from typing import Any
 
 import pydantic
 import torch
-import torchvision
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
@@ -21,15 +20,17 @@ from torch import Tensor, nn
 
 from kdcache.cache.errors import InputError, NotFoundError
 from kdcache.cache.files import replace_file
-from kdcache.cache.home import home
-from kdcache.cache.identity import TeacherIdentity
+from kdcache.cache.home import teachers_folder
+from kdcache.cache.identity import Interpolation, TeacherIdentity
 from kdcache.pipeline.datasets import Dataset
-from kdcache.pipeline.networks import build_network, small_stem
+from kdcache.pipeline.networks import SMALL_STEM_UP_TO, build_network, is_torchvision, small_stem
+from kdcache.pipeline.pixels import RGB, Found, Wanted, pixels_of_data
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import normalised
+from kdcache.pipeline.sources import from_file, from_function, from_name, names_weights
+from kdcache.pipeline.timm_source import weights_of as timm_weights_of
 
-RGB = tuple[float, float, float]
-IMAGENET_SIZE = 224
+WHAT_THE_SOURCE_SAYS = Wanted()
 
 
 class Classifier(nn.Module):
@@ -55,13 +56,18 @@ class Classifier(nn.Module):
 
 @dataclass(frozen=True, eq=False)
 class Teacher:
-    """A network that only answers. class_names: by class id where known; compiled: the model, where it is."""
+    """A network that only answers.
+
+    class_names: by class id, where its source tells. about: what it is, and what says how it wants its images.
+    compiled: the model, where it is.
+    """
 
     identity: TeacherIdentity
     model: Classifier
     classes: int
     class_names: tuple[str, ...] | None
     device: torch.device
+    about: str = ""
     compiled: Callable[[Tensor], Tensor] | None = None
 
     @property
@@ -146,7 +152,7 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 def taught_file(name: str, data: Dataset) -> Path:
     """Where `kdcache teach` files a teacher for this dataset."""
     folder = f"{data.name.replace(':', '-')}-{data.fingerprint()[:12]}"
-    return home() / "teachers" / folder / f"{name.replace('/', '-').replace(':', '-')}.safetensors"
+    return teachers_folder() / folder / f"{name.replace('/', '-').replace(':', '-')}.safetensors"
 
 
 def file_classifier(path: Path, model: Classifier, notes: dict[str, Any]) -> None:
@@ -163,6 +169,7 @@ class _Notes(BaseModel):
     input_size: int = Field(ge=1)
     mean: RGB
     std: RGB
+    interpolation: Interpolation = "bilinear"
     class_names: tuple[str, ...]
     # Of a student:
     student: str | None = None
@@ -224,70 +231,63 @@ def _first_sentence(error: Exception) -> str:
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
-def load_fitting(network: nn.Module, state: dict[str, Tensor], what: str) -> None:
-    """Load every tensor, or an InputError that names the layers that do not fit."""
-    own = network.state_dict()
-    problems = [
-        f"{k} is {tuple(state[k].shape)}, the network has {tuple(own[k].shape)}"
-        for k in own
-        if k in state and state[k].shape != own[k].shape
-    ]
-    for title, names in (("missing", own.keys() - state.keys()), ("not in the network", state.keys() - own.keys())):
-        if names:
-            problems.append(f"{len(names)} {title} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})")
-    if problems:
-        more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
-        raise InputError(f"{what} do not fit: {'; '.join(problems[:5])}{more}")
-    network.load_state_dict(state)
-
-
 def load_teacher(
-    name: str, data: Dataset, device: torch.device, *, weights: str | None = None, amp: str | None = None
+    name: str,
+    data: Dataset,
+    device: torch.device,
+    *,
+    weights: str | None = None,
+    amp: str | None = None,
+    wanted: Wanted = WHAT_THE_SOURCE_SAYS,
 ) -> Teacher:
     """The teacher `name` for a dataset's train split.
 
     weights: a file (safetensors or a state dict), a torchvision weights name such as IMAGENET1K_V1, or None: the
-    teacher that `kdcache teach` filed for this dataset, else, for imagenet, torchvision's IMAGENET1K_V1.
-    NotFoundError where there is none; InputError where weights do not fit.
+    teacher that `kdcache teach` filed for this dataset; else those that a name of timm's tells (timm/resnet50.a1_in1k);
+    else, for imagenet, torchvision's IMAGENET1K_V1 or timm's first. wanted: how its images are prepared, where that is
+    not as the source of the weights says.
+
+    NotFoundError where there is none; InputError where weights do not fit, or cannot be fetched.
     """
-    size = data.image_size or IMAGENET_SIZE
-    mean, std = data.mean, data.std
-    names: tuple[str, ...] | None = data.class_names or None
-    notes: dict[str, Any] = {}
-    if ":" in name and weights is None:
-        network = build_network(name, len(data.class_names), size)
-    else:
-        if weights is None:
-            taught = taught_file(name, data)
-            if not taught.exists() and data.name == "imagenet" and not name.startswith("timm/"):
-                weights = "IMAGENET1K_V1"
-            elif not taught.exists():
-                with torch.device("meta"):
-                    build_network(name, 2, size)  # a name that no network has is an error of its own
-                raise NotFoundError(_untaught(name, data))
-            else:
-                weights = str(taught)
-        if weights.isidentifier() and weights.upper() == weights and not Path(weights).exists():
-            network, mean, std, size, names = _pretrained(name, weights)
-        else:
-            state, notes = read_weights(Path(weights))
-            if not state:
-                raise InputError(f"{weights} holds no tensors")
-            size, names = notes.get("input_size", size), notes.get("class_names")
-            mean, std = notes.get("mean", mean), notes.get("std", std)
-            network = build_network(name, _count_classes(name, size, state, len(data.class_names)), size)
-            load_fitting(network, state, f"the weights in {weights} and {name}")
-    model = Classifier(network, mean, std).eval().to(device)
+    found = _find(name, data, weights, wanted)
+    pixels = wanted.over(found.pixels)
+    model = Classifier(found.network, pixels.mean, pixels.std).eval().to(device)
     model.to(memory_format=torch.channels_last)
     identity = TeacherIdentity(
-        architecture=architecture(name, size),
-        weights=weights_hash(network.state_dict()),
-        mean=mean,
-        std=std,
-        input_size=size,
+        architecture=architecture(name, found.network),
+        weights=weights_hash(found.network.state_dict()),
+        mean=pixels.mean,
+        std=pixels.std,
+        input_size=pixels.size,
         numeric="bf16" if amp == "bf16" else "float32",
+        interpolation=pixels.interpolation,
     )
-    return Teacher(identity, model, try_out(model, name, size), names, device)
+    classes = try_out(model, name, pixels.size)
+    names = found.class_names if found.class_names and len(found.class_names) == classes else None
+    asked = f" ({wanted} as asked for)" if str(wanted) else ""
+    about = f"{' '.join(filter(None, (name, found.label)))}, {pixels}, {found.origin}{asked}"
+    return Teacher(identity, model, classes, names, device, about)
+
+
+def _find(name: str, data: Dataset, weights: str | None, wanted: Wanted) -> Found:
+    """The network with its weights, by the rules of load_teacher."""
+    if weights is not None and names_weights(weights):
+        return from_name(name, weights, wanted)
+    if weights is None:
+        if ":" in name:
+            return from_function(name, data, wanted)
+        taught = taught_file(name, data)
+        if not taught.exists():
+            timms = name.startswith("timm/")
+            if (timms and "." in name) or (data.name == "imagenet" and (timms or is_torchvision(name))):
+                return from_name(name, None, wanted)
+            with torch.device("meta"):
+                build_network(name, 2, pixels_of_data(data).size)  # a name that no network has is an error of its own
+            raise NotFoundError(_untaught(name, data))
+        weights = str(taught)
+    path = Path(weights)
+    state, notes = read_weights(path)
+    return from_file(name, path, state, notes, data, wanted)
 
 
 def try_out(model: Classifier, name: str, size: int) -> int:
@@ -311,44 +311,19 @@ def try_out(model: Classifier, name: str, size: int) -> int:
 def _untaught(name: str, data: Dataset) -> str:
     if not data.labels.shape[1]:
         return f"no {name} is filed for the unlabelled {data.name}: give --weights FILE"
-    pretrained = name in torchvision.models.list_models(module=torchvision.models)
+    pretrained = ""
+    if is_torchvision(name):
+        pretrained = ", or --weights IMAGENET1K_V1 with --class-map"
+    elif name.startswith("timm/") and (tags := timm_weights_of(name)):
+        pretrained = f", or with --class-map one of {tags}"
     return (
         f"no {name} has been taught on this {data.name} data: run kdcache teach with the same --teacher and --data "
-        "first, or give --weights FILE" + (", or --weights IMAGENET1K_V1 with --class-map" if pretrained else "")
+        f"first, or give --weights FILE{pretrained}"
     )
 
 
-def architecture(name: str, image_size: int) -> str:
+def architecture(name: str, network: nn.Module) -> str:
     """The network's name in an identity: with its stem, which the name alone does not tell."""
-    return f"{name} (3x3 stem)" if ":" not in name and small_stem(name, image_size) else name
-
-
-def _count_classes(name: str, size: int, state: dict[str, Tensor], default: int) -> int:
-    """How many classes the weights answer for: the length of the tensors that change with the class count."""
-    with torch.device("meta"):
-        two, three = (build_network(name, classes, size).state_dict() for classes in (2, 3))
-    for layer in two:
-        if two[layer].shape != three[layer].shape and layer in state:
-            return int(state[layer].shape[0])
-    return default
-
-
-def _pretrained(name: str, weights: str) -> tuple[nn.Module, RGB, RGB, int, tuple[str, ...]]:
-    try:
-        enum = torchvision.models.get_model_weights(name)
-    except ValueError as e:
-        raise InputError(f"torchvision has no pretrained weights for {name!r}: give --weights FILE") from e
-    if weights not in enum.__members__:
-        raise InputError(f"{name} has no weights {weights}: take one of {', '.join(enum.__members__)}")
-    chosen = enum[weights]
-    try:
-        state = chosen.get_state_dict(progress=True, check_hash=True, weights_only=True)
-    except (OSError, RuntimeError) as e:
-        raise InputError(
-            f"cannot fetch {weights} of {name} ({e}): fetch {chosen.url} yourself and give --weights FILE"
-        ) from e
-    presets = chosen.transforms()
-    network = torchvision.models.get_model(name)
-    load_fitting(network, state, f"{weights} and {name}")
-    size = presets.crop_size[0]
-    return network, tuple(presets.mean), tuple(presets.std), size, tuple(chosen.meta["categories"])
+    stem = getattr(network, "conv1", None)
+    small = isinstance(stem, nn.Conv2d) and stem.kernel_size == (3, 3) and small_stem(name, SMALL_STEM_UP_TO)
+    return f"{name} (3x3 stem)" if small else name

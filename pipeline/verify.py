@@ -16,6 +16,7 @@ from kdcache.cache.arrays import ArraySpec
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.records import TEMPERATURES, Records
 from kdcache.cache.store import Cache, SplitStore, shard_name
+from kdcache.pipeline import teacherstore
 from kdcache.pipeline.build import (
     BuildConfig,
     Source,
@@ -26,6 +27,7 @@ from kdcache.pipeline.build import (
 )
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.progress import Progress
+from kdcache.pipeline.stored import stored_data, stored_network
 
 # Total variation between stored and replayed distributions, by the teacher's numeric type: the mean over records, and
 # that of any one record. A code that rounding tips moves a single record by up to 6%.
@@ -218,14 +220,17 @@ def _total_variation(a: Records, b: Records, prior: torch.Tensor | None) -> torc
 def source_of(
     cache: Cache,
     data: str | None = None,
+    teacher: str | None = None,
     weights: str | None = None,
     class_map: str | None = None,
     device: str | None = None,
     numeric: Literal["float32", "bf16"] | None = None,
+    registry: str | None = None,
 ) -> Source:
     """The data and the live teacher that the cache names; what differs from it is for verify to find.
 
-    numeric: in which type it answers, by default the cache's.
+    data, teacher: by default those that the cache names, unless these are functions. numeric: in which type it answers,
+    by default the cache's. registry: where its weights are looked for too.
 
     InputError, NotFoundError or MismatchError where there is no such teacher or data to ask.
     """
@@ -236,9 +241,13 @@ def source_of(
         place = f"--data {i.data.name}:PATH"
         raise InputError(f"where are the images? give {place}, or --depth contents to do without them")
     config = BuildConfig(
-        teacher=i.teacher.network,
-        weights=weights,
-        data=data or i.data.name,
+        teacher=teacher or stored_network(i.teacher.network, cache.path, "--teacher"),
+        weights=teacherstore.weights_of(i, cache.path, weights, registry),
+        teacher_size=i.teacher.input_size,
+        teacher_mean=i.teacher.mean,
+        teacher_std=i.teacher.std,
+        teacher_interpolation=i.teacher.interpolation,
+        data=data or stored_data(i.data.name, cache.path),
         augment=i.views.policy,
         topk=i.record.k or i.record.classes,
         temperatures=i.record.temperatures or TEMPERATURES,
@@ -253,9 +262,16 @@ def source_of(
         part=i.part,
     )
     try:
-        return open_source(config)
-    except NotFoundError:
-        # Teachers are filed by their data: it is the data that is wrong where they differ from the cache's.
+        source = open_source(config)
+        if config.weights is None and source.identity.teacher.weights != i.teacher.weights:
+            raise NotFoundError  # a teacher of that name and data that is another one
+    except (InputError, NotFoundError) as e:
+        # A teacher of other data does not fit them: it is the data that is wrong where they differ from the cache's.
         found = describe_data(open_data(config.data, "train", unlabelled=config.unlabelled), i.data.full_contents)
         i.require(i.model_copy(update={"data": found}), str(cache.path))
+        if isinstance(e, NotFoundError):
+            raise teacherstore.not_to_be_had(i.teacher, registry) from None
         raise
+    if weights is None:
+        i.require(i.model_copy(update={"data": source.identity.data}), str(cache.path))
+    return source

@@ -1,8 +1,9 @@
 """View parameters: a pure function of (policy, seed, view, sample, image size).
 
 Uniforms are raw Philox 4x64 words mapped by our own formula: NumPy keeps the raw stream stable, not its
-distributions. The counter is (sample's first block, view), so any range of samples is drawn without the others.
-Drawing (here) and applying (render.py) are apart, and no other image randomness exists in either stage.
+distributions. The key is (seed, stream) and the counter (sample's first block, view), so any range of samples is
+drawn without the others. Drawing (here) and applying (render.py) are apart, and no other image randomness exists in
+either stage.
 """
 
 from __future__ import annotations
@@ -19,6 +20,10 @@ from numpy.typing import NDArray
 from kdcache.cache.errors import CorruptError, InputError
 
 POLICIES = ("none", "flip", "crop", "crop,flip", "rrc", "rrc,flip")
+# Streams, the second word of the key: whatever the seeds, two streams never give the same draw. Caches have stream 0,
+# the orders of training (loader.py) stream 1.
+_VIEWS = 0
+TEACHING = 2**32  # far from those that a later kind of view may need
 _WORDS = 4  # of one Philox block
 _RRC_TRIES = 10
 # RandomResizedCrop as torchvision has it: area 8-100%, aspect 3/4-4/3 log-uniform. The aspect is one of 4,096
@@ -64,11 +69,16 @@ def padding(policy: str, height: int, width: int) -> int:
     return max(1, min(height, width) // 8) if "crop" in policy.split(",") else 0
 
 
-def draw(policy: str, seed: int, view: int, samples: range, sizes: NDArray[np.int32]) -> ViewParameters:
-    """Parameters of a view for samples (contiguous); sizes int32 [n, 2] are their images' H and W."""
+def draw(
+    policy: str, seed: int, view: int, samples: range, sizes: NDArray[np.int32], stream: int = _VIEWS
+) -> ViewParameters:
+    """Parameters of a view for samples (contiguous); sizes int32 [n, 2] are their images' H and W.
+
+    stream: that of caches, or TEACHING, so that no cached view is one that the teacher was trained on.
+    """
     pieces = check_policy(policy).split(",")
     blocks = 1 if "rrc" not in pieces else 1 + 2 * _RRC_TRIES // _WORDS
-    u = _uniforms(seed, view, samples, blocks)
+    u = _uniforms(seed, stream, view, samples, blocks)
     height, width = sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
     flips = u[:, 0] < 0.5 if "flip" in pieces else np.zeros(len(samples), np.bool_)
     if "rrc" in pieces:
@@ -102,10 +112,10 @@ def evaluation_view(sizes: NDArray[np.int32], whole: bool) -> ViewParameters:
     return ViewParameters(boxes.astype(np.int32), np.zeros(len(sizes), np.bool_))
 
 
-def _uniforms(seed: int, view: int, samples: range, blocks: int) -> NDArray[np.float64]:
+def _uniforms(seed: int, stream: int, view: int, samples: range, blocks: int) -> NDArray[np.float64]:
     """[n, 4 * blocks] numbers in [0, 1), multiples of 2^-53."""
     counter = np.array([samples.start * blocks, view, 0, 0], np.uint64)
-    philox = np.random.Philox(key=np.array([seed, 0], np.uint64), counter=counter)
+    philox = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=counter)
     raw = philox.random_raw(len(samples) * blocks * _WORDS).reshape(len(samples), blocks * _WORDS)
     return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
 

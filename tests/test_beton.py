@@ -512,6 +512,7 @@ def test_damage_while_the_file_is_open(packed, copy):
         byte = f.read(1)
         f.seek(-1, os.SEEK_CUR)
         f.write(bytes([byte[0] ^ 16]))
+    loader.set_epoch(0)
     with pytest.raises(e.CorruptError, match="the record of view 0 of sample 17 is damaged; remove it"):
         list(loader.steps())
     loader.set_epoch(1)
@@ -538,11 +539,25 @@ def test_a_view_that_could_not_be_drawn_is_drawn_again(packed, monkeypatch):
 
 
 @needs_ffcv
+def test_it_goes_on_to_the_next_epoch_by_itself(packed):
+    own, told = BetonLoader(Beton(packed[2]), 10), BetonLoader(Beton(packed[2]), 10)
+    for epoch in range(3):
+        told.set_epoch(epoch)
+        assert all(torch.equal(a[0], b[0]) for a, b in zip(own.steps(), told.steps(), strict=True))
+        assert own.epoch == epoch and own.view == told.view == own.beton.views[epoch % len(own.beton.views)]
+    own.sampler.set_epoch(0)
+    told.set_epoch(0)
+    assert torch.equal(next(own.steps())[0], next(told.steps())[0])
+
+
+@needs_ffcv
 def test_no_thread_outlives_its_epoch(packed):
     loader = BetonLoader(Beton(packed[2]), 2)
     threads = torch.get_num_threads()
     a, b = loader.steps(), loader.steps()
-    assert next(a)[0].equal(next(b)[0]) and next(a)[0].equal(next(b)[0])  # two at once do not disturb each other
+    first = next(a)[0]
+    loader.set_epoch(0)
+    assert first.equal(next(b)[0]) and next(a)[0].equal(next(b)[0])  # two at once do not disturb each other
     assert len(ffcv_threads()) == 2
     a.close()
     del b

@@ -286,6 +286,20 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_sample(tmp_path,
     assert open_cache(tmp_path / "c").views == (0,)
 
 
+def test_a_standard_deviation_that_cannot_be_stored_ends_the_build_before_it_is_committed(
+    tmp_path, source, monkeypatch
+):
+    answer = Teacher.logits
+    monkeypatch.setattr(Teacher, "logits", lambda self, images: 1e7 * answer(self, images))
+    with pytest.raises(e.InputError, match=r"above 65,504, more than --tail-std can store: build without it, or dense"):
+        build(settings(views=1, tail_std=True, out=str(tmp_path / "c")), quiet)
+    assert not (tmp_path / "c").exists()
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))  # later images alone may be so
+    with pytest.raises(e.InputError, match=r"above 65,504, more than --tail-std can store: build without it, or dense"):
+        build(settings(views=1, tail_std=True, out=str(tmp_path / "c")), quiet)
+    assert open_cache(tmp_path / "c").views == ()
+
+
 def test_a_batch_larger_than_the_data_is_refused(tmp_path, source):
     with pytest.raises(e.InputError, match=r"--batch-size 151 is larger than the data, 150 images"):
         build(settings(batch_size=151, out=str(tmp_path / "c")), quiet, source)

@@ -15,7 +15,7 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, FashionMNIST
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline import arraysets, datasets
+from kdcache.pipeline import arraysets, datasets, imagefiles
 from kdcache.pipeline.datasets import Dataset, list_unreadable, open_data
 from kdcache.pipeline.imagefiles import IMAGENET_MEAN, IMAGENET_STD
 
@@ -80,8 +80,8 @@ def test_larger_images_stay_in_files_and_their_headers_are_read_once(
     assert np.array_equal(data.decode(0), np.asarray(Image.open(top / "train/cat/1.png")).transpose(2, 0, 1))
 
     opened = []
-    open_image = Image.open
-    monkeypatch.setattr(Image, "open", lambda *args, **kw: opened.append(args) or open_image(*args, **kw))
+    size = imagefiles.image_size
+    monkeypatch.setattr(imagefiles, "image_size", lambda path: opened.append(path) or size(path))
     assert np.array_equal(open_data(f"imagefolder:{top}", "train").sizes, data.sizes)
     assert not opened
     (memory,) = (home / "datasets").iterdir()
@@ -186,7 +186,7 @@ def packed(tmp_path: Path) -> Path:
 def test_fashion_mnist_from_debians_files(packed: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(arraysets, "DEBIAN_FASHION_MNIST", packed)
     data = open_data("fashion-mnist", "eval")
-    assert data.images is not None and data.images.shape == (3, 3, 4, 3) and data.image_size is None
+    assert data.images is not None and data.images.shape == (3, 3, 4, 3) and data.image_size == 4
     assert data.images[1, 2].tolist() == [[20] * 3, [21] * 3, [22] * 3, [23] * 3]
     assert data.labels.tolist() == [[0], [1], [2]] and data.class_names[1] == "Trouser"
     assert data.mean[0] == pytest.approx(29.5 / 255)  # of the 60 pixels of train

@@ -327,13 +327,13 @@ def test_students_are_trained_and_judged(place, fkd, tmp_path):
 @pytest.mark.parametrize("name", LOSSES)
 def test_losses_that_are_served_need_nothing_more(fkd, data, name):
     """Each loss either refuses before training, or is finite on these very records."""
-    cache, loss = open_cache(fkd[0].path), make_loss(name, 224)
+    cache, loss = open_cache(fkd[0].path), make_loss(name, 1000)
     records = cache.read(1)
     if name in ("nkd", "dkd", "wsld"):
         with pytest.raises(UnservedError, match="lacks"):
             require_served(loss, cache.identity.record)
         with pytest.raises(UnservedError, match="these imported records lack the teacher's gap to the label"):
-            make_loss(f"{name}:temperature=1", 224)(torch.zeros(30, 5), records.labels[:, 0].long(), records)
+            make_loss(f"{name}:temperature=1", 1000)(torch.zeros(30, 5), records.labels[:, 0].long(), records)
     elif loss.needs.dense or loss.needs.standardised:
         with pytest.raises(UnservedError):
             require_served(loss, cache.identity.record)
@@ -353,7 +353,7 @@ def test_kd_is_that_of_the_stored_answers_with_an_even_rest(fkd, truth):
     np.put_along_axis(target, order, kept, 1)
     z = RNG(3).normal(0, 2, p.shape)
     want = (target * (np.log(target) - np.log(softmax64(z)))).sum(1).mean()
-    got = make_loss("kd:alpha=0,beta=1", 224)(torch.tensor(z).float(), records.labels[:, 0].long(), records)
+    got = make_loss("kd:alpha=0,beta=1", 1000)(torch.tensor(z).float(), records.labels[:, 0].long(), records)
     assert float(got) == pytest.approx(want, rel=2e-3)
 
 

@@ -267,7 +267,7 @@ def test_timm_missing(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, "timm", None)
     with pytest.raises(InputError) as caught:
         build_network("timm/resnet18", 10, 32)
-    assert str(caught.value) == "network 'timm/resnet18' needs timm: pip install 'kdcache[timm]'"
+    assert str(caught.value) == "network 'timm/resnet18' needs timm: pip install timm"
 
 
 def test_timm() -> None:

@@ -67,7 +67,7 @@ def loss_cases():
     cases = {}
     for name in LOSSES:
         for labels, weights in ((y[:, 0], None), (y, share)):
-            loss = make_loss(name, 32)
+            loss = make_loss(name, 100)
             if weights is not None and not loss.needs.mixed:
                 continue
             if loss.needs.features:
@@ -146,7 +146,7 @@ def kept_in_an_evaluation(path):
     loader = Batches([(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), None)] * 3)
     folder = ranks.from_first(lambda: RunFolder(path, {}, False))
     with pytest.raises(Killed):
-        fit(model, make_loss("ce", 4), loader, Recipe(1, 0.1), killed, folder, say=lambda _: None)
+        fit(model, make_loss("ce", 10), loader, Recipe(1, 0.1), killed, folder, say=lambda _: None)
     return ranks.from_first(folder.load_state)["training"]["batch"]
 
 
@@ -232,12 +232,12 @@ def settings(home, out, **more):
     return TrainConfig("dist", batch_size=95, lr=0.01, **of, **more)
 
 
-def torchrun(home, out, *flags, count=RANKS, restarts=0):
+def torchrun(home, out, *flags, count=RANKS, restarts=0, batch=95):
     """A training as `settings` says."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", str(count), "--max-restarts", str(restarts),
         "-m", "kdcache.cli", "train", "--cache", str(home / "cache"), "--student", "rankstudent:small",
-        "--batch-size", "95", "--lr", "0.01", "--out", str(home / out), *flags,
+        "--batch-size", str(batch), "--lr", "0.01", "--out", str(home / out), *flags,
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
     return subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
@@ -338,7 +338,7 @@ def test_torchrun_that_is_stopped_ends_its_ranks_and_one_process_goes_on(home, w
 
 
 def test_what_all_ranks_refuse_is_said_once(home):
-    started = torchrun(home, "refused", "--loss", "kd", "--batch-size", "2", "--epochs", "1", count=3)
+    started = torchrun(home, "refused", "--loss", "kd", "--epochs", "1", count=3, batch=2)
     _, said = started.communicate(timeout=120)
     assert started.returncode != 0
     lines = [line for line in said.splitlines() if line.startswith("Error: ")]

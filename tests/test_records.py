@@ -205,6 +205,20 @@ def test_logits_that_are_not_finite_are_refused(bad):
         encode(torch.tensor([[0.0, bad]]), None)
 
 
+def test_a_standard_deviation_that_float16_cannot_hold_is_refused():
+    z = torch.tensor([[1.0, 0.0, -1.0]])
+    held = encode(z * 65504, None, 2, tail_std=True)  # the deviation of (1, 0, -1) is 1
+    assert held.tail_std is not None and float(held.tail_std[0, 0]) == 65504
+    with pytest.raises(
+        KdcacheError, match=r"above 65,504, more than --tail-std can store: .*--topk 3 --precision float32"
+    ):
+        encode(torch.cat([z, z * 65600]), None, 2, tail_std=True)
+    encode(z * 65600, None, 2)
+    want = torch.softmax(z.double() / 2, 1)
+    dense = encode(z * 65600, None, precision="float32")
+    torch.testing.assert_close(dense.standardised().dense().double(), want, rtol=1e-5, atol=0)
+
+
 def test_what_cannot_be_stored_or_read_says_why():
     z = torch.zeros(2, 10)
     with pytest.raises(KdcacheError, match="k = 11 does not fit 10"):

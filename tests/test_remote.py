@@ -23,9 +23,11 @@ import torch
 from kdcache.cache import Cache, files, objects, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import caches_folder, home, open_registry
+from kdcache.cache.objects import open_objects
 from kdcache.cache.place import StoredFile
 from kdcache.cache.remote import LocalStore
 from kdcache.pipeline import build as build_module
+from kdcache.pipeline import share
 from kdcache.pipeline.share import build_shared, pull, push
 from kdcache.pipeline.teachers import Teacher
 from kdcache.tests.test_build import TOY, settings
@@ -151,6 +153,57 @@ def test_a_published_cache_of_the_other_numeric_type_is_taken_and_named(tmp_path
     assert b.key == a.key and b.teacher_images == 0 and any("bf16" in line for line in lines)
     more = build_shared(settings(views=3), root, say=quiet)
     assert more.key != a.key and more.teacher_images == 40 + 3 * 150
+
+
+@pytest.mark.parametrize("publish", [False, True])
+def test_one_of_the_other_numeric_type_that_is_under_way_is_not_gone_on_with(tmp_path, root, monkeypatch, publish):
+    """Its evaluation split would be answered in float32 under an identity that says bf16."""
+    live_in(tmp_path, monkeypatch, "a")
+    a = build_shared(settings(amp="bf16"), root, publish=True, say=quiet)
+    shutil.copytree(a.path, tmp_path / "whole")
+    # As while another builder, who has leased it, still computes the records of the evaluation split.
+    there, folder = open_objects(root), f"caches/{a.key}/eval"
+    gone = [name for name in there.sizes(folder) if name.startswith(("commits/v", "views/"))]
+    there.remove([f"{folder}/{name}" for name in gone])
+    theirs = open_registry(root).cache(a.key) if publish else open_registry(root).open(a.key)
+    assert len(gone) > 3 and theirs.finished and theirs.views == (0, 1) and not theirs.complete
+    live_in(tmp_path, monkeypatch, "b")
+    b = build_shared(settings(), root, publish=publish, say=quiet)
+    assert b.key != a.key and b.teacher_images == 40 + 2 * 150
+    made, whole = Cache(b.path), Cache(tmp_path / "whole")
+    alone = Cache(build_module.build(settings(out=str(tmp_path / "alone")), quiet).path)
+    assert made.identity == alone.identity and alone.identity.teacher.numeric == "float32"
+    assert same(made.read_evaluation(), alone.read_evaluation())
+    assert not open_registry(root).open(a.key).evaluation.complete_views()
+    # Who asks for bf16 completes it, in bf16.
+    live_in(tmp_path, monkeypatch, "c")
+    c = build_shared(settings(amp="bf16"), root, publish=publish, say=quiet)
+    assert c.key == a.key and same(Cache(c.path).read_evaluation(), whole.read_evaluation())
+    assert not same(whole.read_evaluation(), made.read_evaluation())
+
+
+def test_a_source_of_the_other_numeric_type_answers_in_it(tmp_path, root, monkeypatch):
+    """Whatever of the published cache has still to be computed, it is in the type that its identity says."""
+    live_in(tmp_path, monkeypatch, "a")
+    a = build_shared(settings(amp="bf16"), root, publish=True, say=quiet)
+    live_in(tmp_path, monkeypatch, "b")
+    config = settings()
+    source = share._as_published(build_module.open_source(config), config, open_registry(root), 2, quiet)
+    assert source.identity == open_registry(root).cache(a.key).identity
+    assert source.teacher.identity == source.identity.teacher and source.teacher.identity.numeric == "bf16"
+    build_module.build(settings(out=str(tmp_path / "anew")), quiet, source)
+    anew, want = Cache(tmp_path / "anew"), open_registry(root).cache(a.key)
+    assert all(same(anew.read(view), want.read(view)) for view in (0, 1))
+
+
+def test_a_cache_whose_evaluation_split_alone_is_missing_here_is_completed_from_there(tmp_path, root, monkeypatch):
+    live_in(tmp_path, monkeypatch, "a")
+    build_shared(settings(), root, publish=True, say=quiet)
+    live_in(tmp_path, monkeypatch, "b")
+    b = build_shared(settings(), root, say=quiet)
+    (b.path / "eval/commits/v00000-p0000.json").unlink()
+    again = build_shared(settings(), root, say=quiet)
+    assert again.teacher_images == 0 and Cache(b.path).complete
 
 
 def test_what_is_complete_here_needs_no_registry(tmp_path):
@@ -309,7 +362,7 @@ def test_evaluation_finds_the_remote_cache_of_a_run(tmp_path, trained):
     root, key = trained
     line = "train --loss nkd:temperature=1 --epochs 1 --batch-size 50 --data kd_toy:images --student kd_toy:net"
     assert run(f"{line} --cache {root}/caches/{key} --out run").exit_code == 0
-    assert run("eval run").exit_code == 0
+    assert run("eval run --data kd_toy:images --student kd_toy:net").exit_code == 0
     settled = json.loads((tmp_path / "run/config.json").read_text())
     assert settled["cache_path"] == f"{root}/caches/{key}"
     assert run(f"{line} --resume --out run").exit_code == 0

@@ -11,7 +11,6 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.train.evaluate import metrics
 from kdcache.train.presets import LOSSES
 
 BENCH = Path(__file__).parents[1] / "bench"
@@ -247,14 +246,11 @@ def test_differences_are_of_the_seeds_that_both_have():
     assert r.differences(found, a, b, "nll") == pytest.approx([0.2 - 1, 0.2 - 2, 0.2 - 3])
 
 
-def test_reliability_gives_the_products_ece():
-    torch.manual_seed(0)
-    logits, labels = torch.randn(3000, 10) * 3, torch.randint(0, 10, (3000,))
-    logits[0] = torch.tensor([1e4, *[0.0] * 9])  # confidence 1
-    bins = module("study").reliability(logits, labels)
-    assert sum(n for n, *_ in bins) == 3000 and len(bins) == 15
-    ece = sum(n * abs(sure - right) for n, sure, right in bins) / 3000
-    assert ece == pytest.approx(metrics(logits, labels)["ece"], abs=1e-5)
+def test_a_bare_name_has_the_settings_that_it_had_when_the_study_ran():
+    spelled = module("study_protocol").spelled
+    assert spelled("nkd") == "nkd:gamma=3.5,temperature=3,tail=prior,mixed=heavier"
+    assert spelled("nkd:tail=drop,gamma=1") == "nkd:gamma=1,temperature=3,tail=drop,mixed=heavier"
+    assert spelled("dist") == "dist:alpha=1,beta=2,temperature=4,eps=0"
 
 
 def test_the_page_is_filled_from_the_results_and_nothing_else(tmp_path):

@@ -29,6 +29,7 @@ from kdcache.train.cotrain import LearningTeacher
 from kdcache.train.evaluate import metrics
 from kdcache.train.features import FeatureTap
 from kdcache.train.loader import CachedLoader, OnlineLoader, PlainLoader, epoch_batches
+from kdcache.train.losses import IKL
 from kdcache.train.optimisers import Recipe
 from kdcache.train.presets import LOSSES, make_loss
 from kdcache.train.run import TrainConfig, evaluate_run, prepared, train
@@ -125,17 +126,83 @@ def test_a_view_that_could_not_be_read_is_read_again(home, data, tmp_path):
     with pytest.raises(KdcacheError, match="missing"):
         list(loader.steps())
     (tmp_path / "elsewhere").rename(views)
-    assert len(list(loader.steps())) == len(loader)
+    assert len(list(loader.steps())) == len(loader) and loader.epoch == 0
 
 
 def test_iterating_gives_normalised_images(home, data):
     loader = CachedLoader(open_cache(home / "default"), "digits", BATCH)
     images, labels, records = next(iter(loader))
+    loader.set_epoch(0)
     pixels, _, _ = next(loader.steps())
     assert images.dtype == torch.float32 and labels.dtype == torch.int64 and isinstance(records, Records)
     mean = torch.tensor(data.mean).view(1, 3, 1, 1)
     std = torch.tensor(data.std).view(1, 3, 1, 1)
     torch.testing.assert_close(images, (pixels / 255 - mean) / std)
+
+
+def kinds_of_loader(home, data):
+    """One loader of each kind that is made without FFCV, from a cache of three views where it has one."""
+    cache = open_cache(home / "default")
+    yield "cached", lambda **o: CachedLoader(cache, data, BATCH, **o)
+    yield "online", lambda **o: OnlineLoader(cache, data, teacher_of(home).teacher, BATCH, **o)
+    yield "fresh", lambda **o: OnlineLoader(cache, data, teacher_of(home).teacher, BATCH, fresh_views=True, **o)
+    yield "plain", lambda **o: PlainLoader(data, "crop", BATCH, 8, seed=0, device=torch.device("cpu"), **o)
+
+
+def first_of(loader):
+    """The pixels and labels of the first batch of an epoch, as one array."""
+    images, labels, _ = next(loader.steps())
+    return torch.cat([images.flatten(1).long(), labels.unsqueeze(1)], 1)
+
+
+def test_every_loader_goes_on_to_the_next_epoch_by_itself(home, data):
+    for kind, make in kinds_of_loader(home, data):
+        told, own = make(), make()
+        want = []
+        for epoch in range(5):
+            told.set_epoch(epoch)
+            want.append(first_of(told))
+        assert len({x.numpy().tobytes() for x in want}) == 5, kind
+        for epoch in range(5):
+            assert torch.equal(first_of(own), want[epoch]), kind
+            assert (own.epoch, own.view) == (epoch, epoch % 3 if kind in ("cached", "online") else epoch)
+        own.sampler.set_epoch(2)  # as Lightning does
+        assert (own.epoch, own.view) == (2, 2)
+        assert torch.equal(first_of(own), want[2]) and torch.equal(first_of(own), want[3]), kind
+
+
+def test_an_iterator_that_is_only_made_takes_no_epoch_and_two_at_once_take_two(home, data):
+    """Lightning makes one to see whether it can. What could not be read has not been taken either."""
+    want = {}
+    for epoch in range(3):
+        told = CachedLoader(open_cache(home / "default"), data, BATCH)
+        told.set_epoch(epoch)
+        want[epoch] = [labels for _, labels, _ in told]
+    loader = CachedLoader(open_cache(home / "default"), data, BATCH)
+    iter(loader)
+    one, other = iter(loader), iter(loader)
+    got = [(a[1], b[1]) for a, b in zip(one, other, strict=True)]
+    assert all(torch.equal(a, x) and torch.equal(b, y) for (a, b), x, y in zip(got, want[0], want[1], strict=True))
+    assert torch.equal(next(iter(loader))[1], want[2][0]) and loader.epoch == 2
+
+
+def test_the_rest_of_an_epoch_takes_that_epoch(home, data):
+    loader = CachedLoader(open_cache(home / "default"), data, BATCH)
+    loader.set_epoch(1)
+    whole = [labels for _, labels, _ in loader.steps()]
+    loader.set_epoch(1)
+    rest = [labels for _, labels, _ in loader.steps(7)]
+    assert all(map(torch.equal, rest, whole[7:])) and len(rest) == len(whole) - 7 and loader.epoch == 1
+    assert not torch.equal(next(loader.steps())[1], whole[0]) and loader.epoch == 2
+
+
+def test_ranks_go_on_together(home, data):
+    cache = open_cache(home / "default")
+    alone = CachedLoader(cache, data, BATCH)
+    parts = [CachedLoader(cache, data, BATCH, rank, 2) for rank in range(2)]
+    for _ in range(3):
+        for (_, labels, _), *theirs in zip(alone, *parts, strict=True):
+            assert torch.equal(torch.cat([part[1] for part in theirs]), labels)
 
 
 def test_epochs_take_views_in_turn(home, data, monkeypatch):
@@ -177,7 +244,7 @@ def test_cached_equals_online_step_by_step(home, data, name):
     teacher = teacher_of(home).teacher
     online = OnlineLoader(open_cache(home / "exact"), data, teacher, BATCH)
     cached = {k: CachedLoader(open_cache(home / k), data, BATCH) for k in ("exact", "default")}
-    model, loss = student(), make_loss(name, 8)
+    model, loss = student(), make_loss(name, 10)
     optimiser = torch.optim.SGD(model.parameters(), lr=0.05, momentum=0.9)
     steps = 0
     for epoch in range(4):
@@ -242,10 +309,39 @@ def test_a_run_from_the_cache_is_bit_equal_to_one_from_the_same_encode(home):
     finals = []
     for loader in (CachedLoader(cache, source.train, BATCH), SlabsFromTheTeacher(cache, source, BATCH)):
         model = student()
-        fit(model, make_loss("nkd", 8), loader, Recipe(epochs=3, lr=0.05), lambda m: {}, say=quiet)
+        fit(model, make_loss("nkd", 10), loader, Recipe(epochs=3, lr=0.05), lambda m: {}, say=quiet)
         finals.append(model.state_dict())
     for name, tensor in finals[0].items():
         assert torch.equal(tensor, finals[1][name]), name
+
+
+def test_online_the_class_prior_of_ikl_is_the_live_teachers_where_the_cache_has_not_all_classes(home, data, tmp_path):
+    """The same students as beside the dense cache of the same views, which holds these answers."""
+    config = TrainConfig("ikl:pairs=prior", cache=str(home / "top3"), epochs=2, batch_size=256, views=2)
+    with pytest.raises(KdcacheError, match="holds the top 3: build one with --topk 10"):
+        train(replace(config, out=str(tmp_path / "cached")), quiet)
+    said = []
+    of = {}
+    for name in ("top3", "exact"):
+        one = replace(config, cache=str(home / name), online=True, out=str(tmp_path / name))
+        of[name] = train(one, said.append)
+    assert [line for line in said if "class prior" in line] == [
+        "the teacher answers view 0 once, for the class prior of ikl"
+    ]
+    assert of["top3"]["loss"] == pytest.approx(of["exact"]["loss"], rel=1e-4)
+    assert of["top3"]["nll"] == pytest.approx(of["exact"]["nll"], rel=1e-2)
+
+
+@pytest.mark.parametrize("world", [1, 3])
+def test_a_live_teachers_class_prior_is_the_mean_of_its_answers_to_view_0_by_class(home, data, world):
+    cache, teacher = open_cache(home / "top3"), teacher_of(home).teacher
+    parts = [OnlineLoader(cache, data, teacher, 200, rank=rank, world=world) for rank in range(world)]
+    loss = IKL(pairs="prior", temperature2=2.0)
+    loss.prepare(records for loader in parts for records in loader.answers(0))
+    exact = open_cache(home / "exact").read(0)
+    p, y = torch.softmax(exact.logits().double() / 2.0, 1), exact.labels[:, 0].long()
+    want = torch.stack([p[y == label].mean(0) for label in range(10)])
+    torch.testing.assert_close(loss._prior.double(), want, rtol=1e-4, atol=1e-6)
 
 
 def test_online_training_runs_and_fresh_views_go_on(home, tmp_path):
@@ -390,7 +486,7 @@ def test_every_loss_trains(home, tmp_path, name):
     config = {"epochs": 2, "batch_size": 256, "data": "digits"}
     dense = train(TrainConfig(name, cache=str(home / "default"), out=str(tmp_path / "dense"), **config), quiet)
     assert math.isfinite(dense["loss"]) and math.isfinite(dense["nll"])
-    if make_loss(name, 8).needs.dense:
+    if make_loss(name, 10).needs.dense:
         with pytest.raises(KdcacheError, match="holds the top 3: build one with --topk 10"):
             train(TrainConfig(name, cache=str(home / "top3"), out=str(tmp_path / "top3"), **config), quiet)
     else:
@@ -496,16 +592,16 @@ def _on_cpu(argument):
 def test_no_step_brings_a_value_to_the_host(home, data, name):
     """Nor does a loader after its first step: a GPU would be waited for."""
     caches = {kind: open_cache(home / kind) for kind in ("default", "top3")}
-    if make_loss(name, 8).needs.dense:
+    if make_loss(name, 10).needs.dense:
         del caches["top3"]
     loaders = {kind: CachedLoader(cache, data, BATCH) for kind, cache in caches.items()}
     recipes = {kind: Recipe(1, 0.01, optimiser=o, **ALL) for kind, o in zip(loaders, ("sgd", "adamw"), strict=False)}
     recipes["online"] = Recipe(1, 0.01, optimiser="muon", **ALL)
-    partner = LearningTeacher(student(1), 8, make_loss(name, 8), recipes["online"], {}) if name == "bdkd" else None
+    partner = LearningTeacher(student(1), 8, make_loss(name, 10), recipes["online"], {}) if name == "bdkd" else None
     loaders["online"] = OnlineLoader(caches["default"], data, partner or teacher_of(home).teacher, BATCH)
     for kind, loader in loaders.items():
         model, beside = student(), partner if kind == "online" else None
-        loss = prepared(make_loss(name, 8), caches.get(kind, caches["default"]), model, 8, kind == "online", quiet)
+        loss = prepared(make_loss(name, 10), caches.get(kind, caches["default"]), model, 8, kind == "online", quiet)
         training = Training(model, loss, recipes[kind], len(loader), beside)
         model.train()
         steps = loader.steps()

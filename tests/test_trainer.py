@@ -137,6 +137,58 @@ def test_an_overflow_in_fp16_leaves_the_weights_and_lowers_the_scale():
     assert not any(torch.equal(a, b) for a, b in zip(before, model.parameters(), strict=True))
 
 
+@pytest.fixture
+def memory_as_it_is_found():
+    """Empty tensors hold nan, so that a value that nobody has set shows."""
+    torch.use_deterministic_algorithms(True)
+    yield
+    torch.use_deterministic_algorithms(False)
+
+
+@pytest.mark.parametrize("resumed", [False, True])
+@pytest.mark.parametrize("name", ["sgd", "adamw", "muon"])
+@pytest.mark.parametrize(("clip", "accumulate"), [(None, 1), (0.5, 1), (None, 2)])
+def test_a_first_step_that_overflows_leaves_no_trace(memory_as_it_is_found, name, clip, accumulate, resumed):
+    """The steps after it are those of a plain loop in float64 that never had it, resumed before them or not."""
+    torch.manual_seed(0)
+    start = [torch.randn(3, 3), torch.randn(3)]
+    slopes = [[torch.randn_like(w) for w in start] for _ in range(4)]
+    recipe = settings(optimiser=name, amp="fp16", clip=clip)
+    weights = [nn.Parameter(w.clone()) for w in start]
+    updater = Updater(weights, recipe, torch.device("cpu"))
+    if resumed:  # before it had taken any step, by a version that fills nothing
+        state = updater.state_dict()
+        updater.load_state_dict({**state, "optimisers": [{**o, "state": {}} for o in state["optimisers"]]})
+    for step, slope in enumerate([[w * float("inf") for w in start], *slopes]):
+        for _ in range(accumulate):
+            updater.backward(sum((w * s).sum() for w, s in zip(weights, slope, strict=True)), accumulate)
+        updater.update(step, 5)
+
+    want = [nn.Parameter(w.double()) for w in start]
+    if name == "adamw":
+        made = [torch.optim.AdamW(want, 0.05, weight_decay=0.01)]
+    elif name == "sgd":
+        made = [torch.optim.SGD(want, 0.05, 0.9, weight_decay=0.01, nesterov=True)]
+    else:
+        made = [torch.optim.Muon(want[:1], 0.05, weight_decay=0.01)]
+        made.append(torch.optim.SGD(want[1:], 0.03, 0.9, weight_decay=0.001, nesterov=True))
+    peaks = [o.param_groups[0]["lr"] for o in made]
+    for step, slope in enumerate(slopes, start=1):
+        for w, s in zip(want, slope, strict=True):
+            w.grad = s.double()
+        if clip:
+            nn.utils.clip_grad_norm_(want, clip)
+        for optimiser, peak in zip(made, peaks, strict=True):
+            optimiser.param_groups[0]["lr"] = recipe.rate(step, 5, peak)
+            optimiser.step()
+    for got, expected in zip(weights, want, strict=True):
+        # Muon orthogonalises in bfloat16.
+        torch.testing.assert_close(got.double(), expected, **({"rtol": 1e-5, "atol": 1e-6} if name != "muon" else MUON))
+
+
+MUON = {"rtol": 2e-2, "atol": 2e-2}
+
+
 @pytest.mark.parametrize("clip", [None, 1.0])
 @pytest.mark.parametrize("overflows", [0, 1])
 def test_an_overflow_in_one_of_muons_optimisers_stops_both(overflows, clip):

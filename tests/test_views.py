@@ -9,7 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache import KdcacheError
-from kdcache.pipeline.views import POLICIES, ViewParameters, check_policy, draw, evaluation_view, padding
+from kdcache.pipeline.views import POLICIES, TEACHING, ViewParameters, check_policy, draw, evaluation_view, padding
 
 M = (1 << 64) - 1
 
@@ -40,6 +40,26 @@ def test_the_draw_is_philox_as_published(seed, view, sample):
     got = draw("crop,flip", seed, view, range(sample, sample + 1), sizes_of(1))
     assert got.boxes.tolist() == [[int(u[1] * 9) - 4, int(u[2] * 9) - 4, 32, 32]]
     assert got.flips.tolist() == [u[0] < 0.5]
+
+
+@pytest.mark.parametrize("policy", ["crop,flip", "rrc,flip"])
+def test_a_teacher_is_taught_on_views_that_no_cache_holds(policy):
+    sizes = np.random.default_rng(0).integers(30, 500, (40, 2)).astype(np.int32)
+    cached = {draw(policy, s, v, range(40), sizes).digest() for s in (0, 1, 2**32, 2**63 - 1) for v in range(64)}
+    taught = {draw(policy, s, e, range(40), sizes, TEACHING).digest() for s in (0, 1, 2**32) for e in range(64)}
+    assert len(cached) == 256 and len(taught) == 192 and not cached & taught
+
+
+def test_the_views_of_caches_stay_as_they_are():
+    """Digests that stand in the commits of caches of every release."""
+    sizes = np.random.default_rng(0).integers(30, 500, (40, 2)).astype(np.int32)
+    pinned = {
+        ("crop,flip", 0, 0): "04250ff7d7c31072",
+        ("crop,flip", 7, 63): "56172d1ef91cb643",
+        ("rrc,flip", 0, 1): "fe5ebc74cede2f9d",
+    }
+    for (policy, seed, view), digest in pinned.items():
+        assert draw(policy, seed, view, range(40), sizes).digest().startswith(digest)
 
 
 @settings(max_examples=60, deadline=None)

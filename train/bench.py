@@ -39,11 +39,12 @@ from kdcache.pipeline.build import (
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, Defaults, defaults_for
 from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.pixels import pixels_of_data
 from kdcache.pipeline.progress import Progress, duration
-from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, Teacher, file_classifier, pick_device, try_out
+from kdcache.pipeline.teachers import Classifier, Teacher, file_classifier, pick_device, try_out
 from kdcache.train.layouts import noise_cache, reading_cases
 from kdcache.train.loader import CachedLoader, OnlineLoader
-from kdcache.train.losses import Loss
+from kdcache.train.losses import CE, Loss
 from kdcache.train.optimisers import Amp, Recipe
 from kdcache.train.presets import make_loss, options_of, require_served
 from kdcache.train.run import prepared
@@ -158,7 +159,7 @@ def _build_batch(config: BenchConfig, defaults: Defaults, samples: int, teacher:
 
 def _untrained(name: str, data: Dataset, weights: Path) -> None:
     """File a teacher with new weights, and with batch norms that have seen pixels, so that logits have a usual size."""
-    size = data.image_size or IMAGENET_SIZE
+    size = pixels_of_data(data).size
     network = seeded(0, lambda: build_network(name, len(data.class_names), size))
     model = Classifier(network, data.mean, data.std)
     try_out(model, name, size)
@@ -199,7 +200,7 @@ class _Bench:
         self.batch = config.batch_size or self.defaults.train_batch
         self.build_batch = _build_batch(config, self.defaults, self.samples, source.teacher)
         self.size = config.image_size or source.train.image_size or source.teacher.input_size
-        self.loss = make_loss(config.loss, self.size)
+        self.loss = make_loss(config.loss, record.classes)
         require_served(self.loss, record)
         self.student = config.student or self.defaults.student
         network = seeded(0, lambda: build_network(self.student, record.classes, self.size))
@@ -317,7 +318,7 @@ class _Bench:
         seen = seen.contiguous(memory_format=torch.channels_last)
         self.model.train()
         cases = {
-            "ce": self._steps(self._loader(cache), self._learner(make_loss("ce", self.size))),
+            "ce": self._steps(self._loader(cache), self._learner(CE())),
             "cached": self._steps(self._loader(cache), learn),
             "online": self._steps(online, learn),
             "data alone": self._steps(self._loader(cache), lambda batch: None),
@@ -346,7 +347,7 @@ class _Bench:
                 fit(self.model, of, loader, self.recipe, lambda _: {}, say=lambda _: None)[0]["seconds"]
             )
 
-        return self._in_turns("epochs", {"ce": epoch(make_loss("ce", self.size)), "cached": epoch(loss)}, *_EPOCHS)
+        return self._in_turns("epochs", {"ce": epoch(CE()), "cached": epoch(loss)}, *_EPOCHS)
 
     def _reading(self, cache: Cache) -> dict[str, list[float]]:
         """Seconds a record: READ_RECORDS of the kind that the cache holds, beside other layouts of the same."""

@@ -18,7 +18,7 @@ from kdcache.cache.records import Records
 from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.render import normalised, render
 from kdcache.pipeline.views import ViewParameters
-from kdcache.train.loader import _Order, labels_of
+from kdcache.train.loader import EpochOrder, _Epochs, labels_of
 
 if TYPE_CHECKING:
     from kdcache.train.decoders import Epoch
@@ -26,10 +26,11 @@ if TYPE_CHECKING:
 _COMPARED = 64
 
 
-class BetonLoader:
+class BetonLoader(_Epochs):
     """Iterates over (images, labels, records) of an epoch like CachedLoader, from a packed file alone.
 
-    The same samples in the same order, cut by the same boxes, with the same records; raw images also pixel by pixel.
+    The same samples in the same epochs and order, cut by the same boxes, with the same records; raw images also pixel
+    by pixel.
     Image files are resized by FFCV, which is another renderer than the cache's: MismatchError unless allow_renderer
     (see difference). image_size: pixels for the student, of image files only; by default the teacher's. workers:
     threads that decode. UnservedError without FFCV; InputError for a policy or size that FFCV cannot render.
@@ -48,6 +49,7 @@ class BetonLoader:
         views: int | None = None,
         workers: int | None = None,
         allow_renderer: bool = False,
+        samples: NDArray[np.int64] | None = None,
     ) -> None:
         self.beton = beton
         self._views = beton.views[:views]
@@ -55,7 +57,7 @@ class BetonLoader:
             raise NotFoundError(f"{beton.path} has {len(self._views)} views, not {views}: pack more")
         self._size = _student_size(beton, image_size, allow_renderer)
         beton.check_pixels()
-        self._order = _Order(len(beton), batch_size, rank, world, seed)
+        self._order = EpochOrder(len(beton) if samples is None else samples, batch_size, rank, world, seed)
         self._device = torch.device(device)
         self._labels = torch.from_numpy(beton.labels.astype(np.int64)).to(self._device)
         if self._labels.shape[1] == 1:
@@ -69,19 +71,12 @@ class BetonLoader:
         except ImportError as e:
             raise UnservedError(
                 f"training from a .beton needs FFCV ({' '.join(str(e).split())}): apt-get install g++ pkg-config "
-                "libturbojpeg0-dev libopencv-dev, then pip install 'kdcache[ffcv]'; the cache itself needs neither"
+                "libturbojpeg0-dev libopencv-dev, then pip install ffcv==1.0.2 setuptools; the cache needs neither"
             ) from e
         self._batch = len(np.array_split(np.arange(batch_size), world)[rank])
         self._ffcv = make_loader(beton, self._batch, None if beton.raw else self._size, workers)
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdcache-view")
         self._drawn: dict[int, Future[ViewParameters]] = {}
-
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, counted from 0: its view and its order."""
-        self._order.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._order)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
         for images, labels, records in self.steps():
@@ -89,13 +84,16 @@ class BetonLoader:
 
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """The same with the images as rendered: uint8. CorruptError names a sample whose bytes are damaged."""
-        now, after = (self._views[(self._order.epoch + i) % len(self._views)] for i in (0, 1))
+        chosen = self._order.next_epoch
+        now, after = self._view_of(chosen), self._view_of(chosen + 1)
         self._drawn = {v: f for v, f in self._drawn.items() if v in (now, after) and not _failed(f)}
         for view in (now, after):
             if view not in self._drawn:
                 self._drawn[view] = self._thread.submit(self.beton.parameters, view)
-        batches = self._order.batches()[start:]
-        epoch = self._start(now, self._drawn[now].result(), np.concatenate(batches))
+        parameters = self._drawn[now].result()
+        self._order.begin(chosen)
+        batches = self._order.batches(chosen)[start:]
+        epoch = self._start(now, parameters, np.concatenate(batches))
         try:
             of_batches = labels_of(self._labels, batches)
             for index, labels, ((pixels, decoded), (rows, whole)) in zip(batches, of_batches, epoch, strict=True):
@@ -108,7 +106,7 @@ class BetonLoader:
 
     def difference(self) -> float:
         """How far FFCV's pixels are from the cache's own renderer's: mean absolute levels (of 255), first samples."""
-        view = self._views[0]
+        view = self.beton.views[0]
         parameters = self.beton.parameters(view)
         index = np.arange(min(_COMPARED, self._batch))
         epoch = self._start(view, parameters, index)

@@ -16,7 +16,7 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.home import home_at
 from kdcache.cache.store import Cache
 from kdcache.pipeline.build import BuildConfig, build
-from kdcache.pipeline.progress import duration, size
+from kdcache.pipeline.progress import duration, percent, size
 from kdcache.train.run import TrainConfig, train
 from kdcache.train.teach import TeachConfig, teach
 
@@ -64,9 +64,9 @@ def _run(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
     records = Cache(built.path).train.samples * built.views
     say("")
     say(f"{'':18}{'top-1':>8}{'nll':>8}{'time an epoch':>16}")
-    say(f"{'teacher ' + TEACHER:18}{100 * top1:8.2f}{'':8}{teaching / TEACHER_EPOCHS:14.2f} s")
+    say(f"{'teacher ' + TEACHER:18}{percent(top1):>8}{'':8}{teaching / TEACHER_EPOCHS:14.2f} s")
     for loss, run in runs.items():
-        line = f"{'student, ' + loss:18}{100 * run['top1']:8.2f}{run['nll']:8.3f}{run['seconds_an_epoch']:14.2f} s"
+        line = f"{'student, ' + loss:18}{percent(run['top1']):>8}{run['nll']:8.3f}{run['seconds_an_epoch']:14.2f} s"
         say(line)
     say("")
     say(f"teach: {duration(teaching)}; build: {duration(built.seconds)} for {records:,} records, {size(built.bytes)}")

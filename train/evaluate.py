@@ -41,13 +41,10 @@ def metrics(logits: Tensor, labels: Tensor, teacher: Records | None = None) -> d
     """top1, top5, agreement (with the teacher's most probable class) and ece in 0..1; brier in 0..2; nll, kl in nats.
 
     logits [N, C]; labels [N], or empty without labels. brier: the squared distance between the probabilities and the
-    one-hot label, summed over classes (Brier 1950). ece: expected calibration error of the top class over 15 bins
-    (Guo et al. 2017). kl: mean KL(teacher, student) at temperature 1, the teacher's tail as modelled; left
-    out where the records do not hold temperature 1.
+    one-hot label, summed over classes (Brier 1950). ece: expected calibration error of the top class over the bins of
+    `reliability` (Guo et al. 2017). kl: mean KL(teacher, student) at temperature 1, the teacher's tail as modelled;
+    left out where the records do not hold temperature 1.
     """
-    # Slow to import, and help screens need none of it.
-    from torchmetrics.functional.classification import multiclass_calibration_error
-
     out: dict[str, float] = {}
     if labels.numel():
         ranked = logits.topk(min(5, logits.shape[1]), dim=1).indices == labels.unsqueeze(1)
@@ -55,12 +52,28 @@ def metrics(logits: Tensor, labels: Tensor, teacher: Records | None = None) -> d
         out["top5"] = float(ranked.any(1).float().mean())
         out["nll"] = float(F.cross_entropy(logits, labels))
         p = logits.softmax(1)
-        # |p - e_y|^2 without a one-hot matrix; torchmetrics has no Brier score.
+        # |p - e_y|^2 without a one-hot matrix.
         out["brier"] = float((p.square().sum(1) - 2 * p.gather(1, labels.unsqueeze(1)).squeeze(1) + 1).mean())
-        out["ece"] = float(multiclass_calibration_error(p, labels, num_classes=logits.shape[1], n_bins=_ECE_BINS))
+        count, confidence, accuracy = reliability(logits, labels).T
+        out["ece"] = float((count * (accuracy - confidence).abs()).sum() / count.sum())
     if teacher is not None:
         out["agreement"] = float((logits.argmax(1) == teacher.predictions()).float().mean())
         if teacher.classes is None or 1.0 in teacher.temperatures:
             soft = teacher.softened(1.0)
             out["kl"] = float((-soft.entropy() - soft.cross(F.log_softmax(logits, 1))).mean())
     return out
+
+
+def reliability(logits: Tensor, labels: Tensor) -> Tensor:
+    """float64 [15, 3]: images, mean confidence and accuracy of the most probable class, by bins of its probability.
+
+    logits [N, C]; labels [N]. The bins are (0, 1/15] to (14/15, 1], as in Guo et al. 2017 (arXiv 1706.04599). An empty
+    bin has zeros.
+    """
+    # torchmetrics 1.9 puts a probability of exactly 1 into a bin of its own.
+    confidence, predicted = logits.double().softmax(1).max(1)
+    edges = torch.arange(1, _ECE_BINS, dtype=torch.float64, device=logits.device) / _ECE_BINS
+    columns = torch.stack([torch.ones_like(confidence), confidence, (predicted == labels).double()], 1)
+    sums = columns.new_zeros(_ECE_BINS, 3).index_add_(0, torch.bucketize(confidence, edges), columns)
+    sums[:, 1:] /= sums[:, :1].clamp(min=1)
+    return sums

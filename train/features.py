@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import ClassVar
 
 import torch
@@ -45,21 +46,24 @@ class FeatureLoss:
 class FeatureTap:
     """After each forward pass, `features` [B, F] of the last map that is larger than the network's final one.
 
-    That is the output of the stage before the last: layer3 of torchvision's ResNets, stages.1 of the CIFAR ones.
-    `channels`: F. UnservedError for a network without such maps (a vision transformer).
+    That is the output of the stage before the last: layer3 of torchvision's ResNets, stages.1 of the CIFAR ones,
+    features.5 of Swin. Maps are [B, F, H, W] or, as Swin's, [B, H, W, F]. `channels`: F. UnservedError for a network
+    without such maps (a vision transformer).
     """
 
     features: Tensor
 
     def __init__(self, model: Classifier, image_size: int) -> None:
-        stages = list(_stages(model.network))
-        sizes: list[tuple[nn.Module, torch.Size]] = []
+        maps: list[_Map] = []
+        pooled = False  # what follows the global average is no map any more
 
         def note(module: nn.Module, _: object, output: object) -> None:
-            if isinstance(output, Tensor) and output.ndim == 4 and output.shape[2] > 1:
-                sizes.append((module, output.shape))
+            nonlocal pooled
+            pooled = pooled or _is_pool(module, output)
+            if not pooled and isinstance(output, Tensor) and (found := _map_of(module, output)):
+                maps.append(found)
 
-        hooks = [stage.register_forward_hook(note) for stage in stages]
+        hooks = [stage.register_forward_hook(note) for stage in _stages(model.network)]
         training = model.training
         with torch.no_grad():
             device = next(model.parameters()).device
@@ -67,15 +71,56 @@ class FeatureTap:
         model.train(training)
         for hook in hooks:
             hook.remove()
-        larger = [(module, shape) for module, shape in sizes if shape[2] > sizes[-1][1][2]]
+        larger = [i for i, one in enumerate(maps) if one.side > maps[-1].side]
         if not larger:
-            raise UnservedError("this student has no stage before its last map; choose a convolutional one")
-        module, shape = larger[-1]
-        self.channels = int(shape[1])
-        module.register_forward_hook(self._take)
+            raise UnservedError(
+                "uskd needs a student with a stage before its last map, such as a convolutional network or Swin; this "
+                "one has none"
+            )
+        chosen = maps[larger[-1]]
+        # A cube says nothing of its layout: the maps around it do, which are of one kind in a network.
+        near = sorted((abs(i - larger[-1]), one.channels_last) for i, one in enumerate(maps) if not one.cubic)
+        channels_last = near[0][1] if chosen.cubic and near else chosen.channels_last
+        self.channels = chosen.shape[3 if channels_last else 1]
+        self._space = (1, 2) if channels_last else (2, 3)
+        chosen.module.register_forward_hook(self._take)
 
     def _take(self, module: nn.Module, _: object, output: Tensor) -> None:
-        self.features = output.mean((2, 3))
+        self.features = output.mean(self._space)
+
+
+@dataclass(frozen=True)
+class _Map:
+    """A module's output for one square image: [1, F, S, S], or [1, S, S, F] with the channels last."""
+
+    module: nn.Module
+    shape: tuple[int, int, int, int]
+
+    @property
+    def side(self) -> int:
+        return self.shape[2]
+
+    @property
+    def cubic(self) -> bool:
+        return self.shape[1] == self.shape[2] == self.shape[3]
+
+    @property
+    def channels_last(self) -> bool:
+        return self.shape[1] == self.shape[2] != self.shape[3]
+
+
+def _map_of(module: nn.Module, output: Tensor) -> _Map | None:
+    """The module's output as a map, if it is one: images are square, so two neighbouring sides are equal."""
+    if output.ndim != 4 or output.shape[2] not in (output.shape[1], output.shape[3]):
+        return None
+    _, a, b, c = output.shape
+    return _Map(module, (1, a, b, c))
+
+
+def _is_pool(module: nn.Module, output: object) -> bool:
+    """Whether this averages a map: a stage has parameters, also where its own map is a single pixel."""
+    single = isinstance(output, Tensor) and output.ndim == 4 and output.shape[2:] == (1, 1)
+    return single and not any(True for _ in module.parameters())
 
 
 def _stages(network: nn.Module) -> list[nn.Module]:

@@ -22,7 +22,7 @@ from kdcache.pipeline.beton import Beton
 from kdcache.pipeline.build import describe_data
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.render import RENDERER, Renderer, normalised, order_on
-from kdcache.pipeline.views import ViewParameters, draw, imported_view
+from kdcache.pipeline.views import TEACHING, ViewParameters, draw, imported_view
 
 _GATHERED = 1 << 22  # bytes: far fewer calls than by batch, and still in the processor's caches
 
@@ -97,17 +97,104 @@ def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
     return drawn
 
 
-class CachedLoader:
+class EpochOrder:
+    """Which samples stand in which batch of which epoch, and which epoch comes next: a loader's `sampler`.
+
+    epoch: the one that was begun last, or that set_epoch has chosen since. Each beginning takes the next epoch, unless
+    set_epoch has chosen one. samples: how many there are, or the chosen ones' places, int64 in ascending order.
+    """
+
+    def __init__(self, samples: int | NDArray[np.int64], batch_size: int, rank: int, world: int, seed: int) -> None:
+        self._chosen = None if isinstance(samples, int) else samples
+        self._samples = samples if isinstance(samples, int) else len(samples)
+        if not 1 <= batch_size <= self._samples:
+            raise InputError(f"a batch of {batch_size} does not fit the data's {self._samples} samples")
+        if batch_size < world:
+            raise InputError(f"a batch of {batch_size} cannot be split over {world} ranks")
+        self._batch_size, self._seed = batch_size, seed
+        self._rank, self._world = rank, world
+        self._epoch, self._begun = 0, False
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that begins next, counted from 0."""
+        self._epoch, self._begun = epoch, False
+
+    @property
+    def next_epoch(self) -> int:
+        return self._epoch + self._begun
+
+    def begin(self, epoch: int) -> None:
+        """Note that the first batch of this epoch is ready: only then has it been taken."""
+        self._epoch, self._begun = epoch, True
+
+    def __len__(self) -> int:
+        return self._samples // self._batch_size
+
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """This rank's part of each batch."""
+        found = epoch_batches(self._samples, self._batch_size, self._seed, epoch, self._rank, self._world)
+        return self._places(found)
+
+    def in_order(self) -> list[NDArray[np.int64]]:
+        """This rank's share of the batches that hold all samples once, in ascending order; the last may be short."""
+        all_of_them = np.split(np.arange(self._samples), range(self._batch_size, self._samples, self._batch_size))
+        return self._places(all_of_them[self._rank :: self._world])
+
+    def _places(self, batches: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        return batches if self._chosen is None else [self._chosen[batch] for batch in batches]
+
+
+class _Epochs:
+    """What the loaders have in common: an order of epochs, each of which takes a view."""
+
+    _order: EpochOrder
+    _views: Sequence[int] | None  # in turn; None: view e in epoch e
+
+    @property
+    def sampler(self) -> EpochOrder:
+        """For frameworks that choose the epoch by `loader.sampler.set_epoch(e)`."""
+        return self._order
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was begun last, or that set_epoch has chosen since; counted from 0."""
+        return self._order.epoch
+
+    @property
+    def view(self) -> int:
+        """The view that `epoch` takes."""
+        return self._view_of(self.epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that begins next, counted from 0: its view and its order."""
+        self._order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._order)
+
+    def _view_of(self, epoch: int) -> int:
+        return epoch if self._views is None else self._views[epoch % len(self._views)]
+
+
+class CachedLoader(_Epochs):
     """Iterates over (images, labels, records) of an epoch, in an order that depends on (seed, epoch) alone.
 
     images: float32 [B, 3, S, S], normalised by the dataset's mean and std, in the view that the records belong
-    to; labels: int64 [B] in the teacher's classes ([B, L] unless L = 1); records: Records of B. Epoch e takes
-    complete view e mod V. batch_size is that of all `world` ranks together; samples that fill no batch are left
-    out of the epoch.
+    to; labels: int64 [B] in the teacher's classes ([B, L] unless L = 1); records: Records of B. batch_size is that of
+    all `world` ranks together; samples that fill no batch are left out of the epoch.
+
+    Epoch e takes complete view e mod V. The first iterator reads epoch 0 and each later one the epoch after the last
+    that was begun, from its first batch on; set_epoch(e), also as sampler.set_epoch(e), chooses another. `epoch` and
+    `view` say what is read.
 
     data: a Dataset, or its name as in --data. image_size: pixels for the student, by default those of the images
-    (in memory) or of the teacher (files). views: use only the first so many. Raises MismatchError when the data
-    are not the cache's, NotFoundError when no view is complete.
+    (in memory) or of the teacher (files). views: use only the first so many. samples: train on these alone, places in
+    ascending order. Raises MismatchError when the data are not the cache's, NotFoundError when no view is complete.
     """
 
     def __init__(
@@ -123,6 +210,7 @@ class CachedLoader:
         image_size: int | None = None,
         views: int | None = None,
         workers: int | None = None,
+        samples: NDArray[np.int64] | None = None,
     ) -> None:
         unlabelled = cache.identity.record.labels == 0
         self.cache = cache
@@ -138,7 +226,7 @@ class CachedLoader:
             raise NotFoundError(f"{cache.path} has no complete view: run kdcache build again to finish it")
         if views is not None and views > len(self._views):
             raise NotFoundError(f"{cache.path} has {len(self._views)} complete views, not {views}: build more")
-        self._order = _Order(len(self.data), batch_size, rank, world, seed)
+        self._order = EpochOrder(len(self.data) if samples is None else samples, batch_size, rank, world, seed)
         self._device = torch.device(device)
         self._renderer = _renderer(cache, self.data, image_size, self._device, workers)
         self._mean, self._std = (
@@ -148,27 +236,22 @@ class CachedLoader:
         self._slabs: dict[int, Future[tuple[Records, ViewParameters]]] = {}
         self._in_use = Counter[int]()
 
-    def set_epoch(self, epoch: int) -> None:
-        """Choose the epoch, counted from 0: its view and its order."""
-        self._order.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._order)
-
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
         for images, labels, records in self.steps():
             yield normalised(images, self._mean, self._std), labels, records
 
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """The same with the images as rendered: uint8. start: leave out so many batches, unrendered."""
-        now, after = (self._views[(self._order.epoch + i) % len(self._views)] for i in (0, 1))
+        epoch = self._order.next_epoch
+        now, after = self._view_of(epoch), self._view_of(epoch + 1)
         spare = self._drop_others(now, after)
         for view in (now, after):
             if view not in self._slabs:
                 self._slabs[view] = self._thread.submit(self._read, view, spare)
                 spare = None
         records, parameters = self._slabs[now].result()
-        batches = self._order.batches()[start:]
+        self._order.begin(epoch)
+        batches = self._order.batches(epoch)[start:]
         rendered = self._renderer.batches(parameters, batches)
         self._in_use[now] += 1
         try:
@@ -193,10 +276,10 @@ class CachedLoader:
         return self.cache.read(view, spare).to(self._device), stored_view(self.cache, self.data, view)
 
 
-class OnlineLoader:
+class OnlineLoader(_Epochs):
     """The baseline: the same views in the same order, answered by the live teacher in every step.
 
-    fresh_views: epoch e takes view e, a new one every epoch, instead of view e mod V.
+    fresh_views: epoch e takes view e, a new one every epoch, instead of view e mod V. Epochs go on as in CachedLoader.
     """
 
     def __init__(
@@ -213,28 +296,26 @@ class OnlineLoader:
         workers: int | None = None,
         rank: int = 0,
         world: int = 1,
+        samples: NDArray[np.int64] | None = None,
     ) -> None:
         if not fresh_views and not cache.views:
             raise NotFoundError(f"{cache.path} has no complete view; --fresh-views needs none")
         self._cache, self._data, self._teacher = cache, data, teacher
         self._views = None if fresh_views else cache.views[:views]
-        self._order = _Order(len(data), batch_size, rank, world, seed)
+        self._order = EpochOrder(len(data) if samples is None else samples, batch_size, rank, world, seed)
         self._student_images = _renderer(cache, data, image_size, teacher.device, workers)
-        self._teacher_images = _renderer(cache, data, teacher.input_size, teacher.device, workers)
+        self._teacher_images = Renderer(
+            data, teacher.input_size, teacher.device, cache.identity.views.policy, workers,
+            cache.identity.teacher.interpolation,
+        )  # fmt: skip
         self._labels = _labels(cache, teacher.device)
-
-    def set_epoch(self, epoch: int) -> None:
-        self._order.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._order)
 
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """(images uint8 [B, 3, S, S], labels, dense float32 records of the live teacher)."""
-        epoch, views = self._order.epoch, self._cache.identity.views
-        view = epoch if self._views is None else self._views[epoch % len(self._views)]
-        parameters = draw(views.policy, views.seed, view, range(len(self._data)), self._data.sizes)
-        batches = self._order.batches()[start:]
+        epoch, views = self._order.next_epoch, self._cache.identity.views
+        parameters = draw(views.policy, views.seed, self._view_of(epoch), range(len(self._data)), self._data.sizes)
+        self._order.begin(epoch)
+        batches = self._order.batches(epoch)[start:]
         finite = torch.ones((), dtype=torch.bool, device=self._teacher.device)
         of_batches = labels_of(self._labels, batches)
         for labels, (images, seen) in zip(of_batches, self._images(parameters, batches), strict=True):
@@ -245,18 +326,30 @@ class OnlineLoader:
         if not finite:
             raise KdcacheError("the teacher's logits are not finite: lower --lr where it learns, or check its weights")
 
+    def answers(self, view: int) -> Iterator[Records]:
+        """The live teacher's records of all training samples in this view, batch by batch; a rank gives its share."""
+        views, mine = self._cache.identity.views, self._order.in_order()
+        parameters = draw(views.policy, views.seed, view, range(len(self._data)), self._data.sizes)
+        labels = labels_of(self._labels, mine)
+        for y, seen in zip(labels, self._teacher_images.batches(parameters, mine), strict=True):
+            yield encode(self._teacher.logits(seen), y if y.numel() else None, precision="float32")
+
     def _images(
         self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
-        """What the student and what the teacher sees: one rendering where the sizes are equal."""
-        mine = self._student_images.batches(parameters, batches)
-        if self._student_images.size == self._teacher_images.size:
+        """What the student and what the teacher sees: one rendering where both want the same."""
+        student, teacher = self._student_images, self._teacher_images
+        mine = student.batches(parameters, batches)
+        if (student.size, student.interpolation) == (teacher.size, teacher.interpolation):
             return ((images, images) for images in mine)
-        return zip(mine, self._teacher_images.batches(parameters, batches), strict=True)
+        return zip(mine, teacher.batches(parameters, batches), strict=True)
 
 
-class PlainLoader:
-    """Images and labels alone, a new view every epoch: for teaching a teacher."""
+class PlainLoader(_Epochs):
+    """Images and labels alone, for teaching a teacher: epoch e takes view e of a draw that no cache is built from.
+
+    Epochs go on as in CachedLoader.
+    """
 
     def __init__(
         self,
@@ -272,41 +365,19 @@ class PlainLoader:
         world: int = 1,
     ) -> None:
         self._data, self._policy, self._seed = data, policy, seed
-        self._order = _Order(len(data), batch_size, rank, world, seed)
+        self._views = None
+        self._order = EpochOrder(len(data), batch_size, rank, world, seed)
         self._renderer = Renderer(data, size, device, policy, workers)
         self._labels = torch.from_numpy(data.labels[:, 0]).to(device)
 
-    def set_epoch(self, epoch: int) -> None:
-        self._order.epoch = epoch
-
-    def __len__(self) -> int:
-        return len(self._order)
-
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, None]]:
-        parameters = draw(self._policy, self._seed, self._order.epoch, range(len(self._data)), self._data.sizes)
-        batches = self._order.batches()[start:]
+        epoch, everything = self._order.next_epoch, range(len(self._data))
+        parameters = draw(self._policy, self._seed, epoch, everything, self._data.sizes, TEACHING)
+        self._order.begin(epoch)
+        batches = self._order.batches(epoch)[start:]
         rendered = self._renderer.batches(parameters, batches)
         for images, labels in zip(rendered, labels_of(self._labels, batches), strict=True):
             yield images, labels, None
-
-
-class _Order:
-    """Which samples stand in which batch of which epoch."""
-
-    def __init__(self, samples: int, batch_size: int, rank: int, world: int, seed: int) -> None:
-        if not 1 <= batch_size <= samples:
-            raise InputError(f"a batch of {batch_size} does not fit the data's {samples} samples")
-        if batch_size < world:
-            raise InputError(f"a batch of {batch_size} cannot be split over {world} ranks")
-        self._samples, self._batch_size, self._seed = samples, batch_size, seed
-        self._rank, self._world = rank, world
-        self.epoch = 0
-
-    def __len__(self) -> int:
-        return self._samples // self._batch_size
-
-    def batches(self) -> list[NDArray[np.int64]]:
-        return epoch_batches(self._samples, self._batch_size, self._seed, self.epoch, self._rank, self._world)
 
 
 def _renderer(

@@ -9,8 +9,8 @@ Shapes: B batch, C classes, L labels a sample. Every loss is called as
 
 in float32, differentiable in the student only. What a loss needs of a cache it declares in `needs`. Mixed labels mean
 the weighted sum in every term that is a cross-entropy to the labels; other terms with a label say what they take.
-A loss that has `set_epoch(epoch)` is told the epoch, counted from 1, before each; one that has `prepare(records)` gets
-the training records of view 0 once. Until then a warm-up counts as over, so that other loops need not know of it.
+A loss that has `set_epoch(epoch)` is told the epoch, counted from 1, before each; until then a warm-up counts as over,
+so that other loops need not know of it. One that has `prepare(records)` gets the training records of view 0 once.
 Under several ranks (ranks.py) a loss is the mean over the rank's own rows, and what it takes of the batch as a whole it
 takes of all ranks' rows: all of them have to call it. Weighted by the ranks' shares of the batch (ranks.weight), the
 gradients that DDP averages are then those of one process.
@@ -20,7 +20,7 @@ The table of names, options and presets is in presets.py.
 from __future__ import annotations
 
 import math
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
 from typing import ClassVar, Literal, Protocol
 
@@ -35,6 +35,8 @@ from kdcache.train import ranks
 
 DenseTail = Literal["prior", "uniform", "renorm", "drop"]  # those with a probability for every class
 SpreadTail = Literal["prior", "uniform"]  # those with a positive one
+
+_LEAST_SPREAD = 1e-30
 
 
 @dataclass(frozen=True)
@@ -114,7 +116,7 @@ class KD:
 
 @dataclass(frozen=True)
 class NKD:
-    """CE - p_y log q_y + gamma T^2 H(p~^T, q~^T): Yang et al. 2023 (arXiv 2303.13005, eq. 7; also 2208.10139).
+    """CE - p_y log q_y + gamma T^2 H(p~^T, q~^T): Yang et al. 2023 (arXiv 2303.13005, eq. 7; first in 2208.10139).
 
     p_y and q_y are at temperature 1. The authors' module leaves CE to its caller; this is the whole loss. Mixed
     labels: as the authors, y is the heavier label; mixed=both: both terms for each label, by its weight.
@@ -162,7 +164,7 @@ class NKD:
 
 @dataclass(frozen=True)
 class TFNKD:
-    """CE - sg[q_y + V - mean_B q_y] log q_y, V = 1: teacher-free NKD, Yang et al. 2023 (arXiv 2303.13005).
+    """CE - sg[q_y + V - mean_B q_y] log q_y, V = 1: teacher-free NKD, Yang et al. 2022 (arXiv 2208.10139).
 
     The student's own q_y, shifted to have mean V, stands for the teacher's. Mixed labels: V is each label's weight,
     and the means are over the batch's heavier and over its lighter labels.
@@ -267,6 +269,11 @@ class USKD:
         return zeta / zeta.sum(1, keepdim=True).clamp(min=1e-30)
 
 
+def _whole() -> Tensor:
+    # On the CPU whatever the device: such a scalar goes along with a kernel's arguments, and no copy is waited for.
+    return torch.ones((), dtype=torch.float32, device="cpu")
+
+
 @dataclass
 class DKD:
     """CE + w T^2 [alpha KL((p_y, 1 - p_y)^T, (q_y, 1 - q_y)^T) + beta KL(p~^T, q~^T)], w = min(epoch / warmup, 1).
@@ -281,22 +288,21 @@ class DKD:
     temperature: float = 1.0
     warmup: int = 1
     tail: Tail = "prior"
-    _epoch: int | None = field(default=None, init=False, repr=False, compare=False)
+    _ramp: Tensor = field(default_factory=_whole, init=False, repr=False, compare=False)
 
     @property
     def needs(self) -> Needs:
         return Needs(target_gap=True, temperatures=(self.temperature,), mixed=False)
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        _set_ramp(self._ramp, epoch, self.warmup)
 
     def __call__(self, logits: Tensor, labels: Tensor, records: Records, weights: Tensor | None = None) -> Tensor:
         _require_single(self.name, labels)
         logits = logits.float()
         soft = records.softened(self.temperature, self.tail)
         parts = _decoupled(soft, logits / self.temperature, labels, self.alpha, self.beta)
-        ramp = _ramp(self._epoch, self.warmup)
-        return F.cross_entropy(logits, labels) + ramp * self.temperature**2 * parts.mean()
+        return F.cross_entropy(logits, labels) + self._ramp * self.temperature**2 * parts.mean()
 
 
 @dataclass
@@ -315,7 +321,7 @@ class IKL:
     temperature2: float = 1.0
     pairs: Literal["teacher", "prior"] = "prior"
     warmup: int = 1
-    _epoch: int | None = field(default=None, init=False, repr=False, compare=False)
+    _ramp: Tensor = field(default_factory=_whole, init=False, repr=False, compare=False)
     _prior: Tensor | None = field(default=None, init=False, repr=False, compare=False)
 
     @property
@@ -323,19 +329,26 @@ class IKL:
         return Needs(dense=True)
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        _set_ramp(self._ramp, epoch, self.warmup)
 
-    def prepare(self, records: Records) -> None:
-        """Take the class prior [C, C], a row for each label, from the records of view 0."""
+    def prepare(self, records: Records | Iterable[Records]) -> None:
+        """Take the class prior [C, C], a row for each label, from the records of view 0, whole or in parts.
+
+        Under several ranks all have to call this, each with all records or each with its share.
+        """
         if self.pairs != "prior":
             return
-        classes, device = records.num_classes, records.gaps.device
-        sums = torch.zeros(classes, classes, dtype=torch.float64, device=device)
-        for start in range(0, len(records), 8192):
-            part = records[torch.arange(start, min(start + 8192, len(records)), device=device)]
-            sums.index_add_(0, part.labels[:, 0].long(), torch.softmax(part.logits().double() / self.temperature2, 1))
+        sums: Tensor | None = None
+        for part in _slices(records, 8192) if isinstance(records, Records) else records:
+            v = torch.softmax(part.logits().double() / self.temperature2, 1)
+            if sums is None:
+                sums = v.new_zeros(v.shape[1], v.shape[1])
+            sums.index_add_(0, part.labels[:, 0].long(), v)
+        if sums is None:
+            raise InputError("ikl:pairs=prior has no records to take its class prior from")
+        sums = ranks.total(sums)
         total = sums.sum(1, keepdim=True)
-        self._prior = torch.where(total > 0, sums / total.clamp(min=1), 1 / classes).float()
+        self._prior = torch.where(total > 0, sums / total.clamp(min=1), 1 / len(sums)).float()
 
     def __call__(self, logits: Tensor, labels: Tensor, records: Records, weights: Tensor | None = None) -> Tensor:
         logits, t = logits.float(), records.logits()
@@ -345,8 +358,7 @@ class IKL:
         gap = gap - (v * gap).sum(1, keepdim=True)
         variance = (v * gap**2).sum(1)
         ce = _label_ce(F.log_softmax(logits, 1), labels, weights)
-        ramp = _ramp(self._epoch, self.warmup)
-        return (ce + ramp * (self.alpha * cross + self.beta / 2 * variance)).mean()
+        return (ce + self._ramp * (self.alpha * cross + self.beta / 2 * variance)).mean()
 
     def _pair_weights(self, t: Tensor, labels: Tensor, weights: Tensor | None) -> Tensor:
         if self.pairs == "teacher":
@@ -362,13 +374,16 @@ class IKL:
 class DIST:
     """alpha CE + beta T^2 [(1 - mean_B Pearson of rows of p^T, q^T) + (1 - mean_C Pearson of columns)].
 
-    Huang et al. 2022 (arXiv 2205.10536). A row or column without variance (a batch of 1) has correlation 0.
+    Huang et al. 2022 (arXiv 2205.10536). As in the authors' code, `eps` is added to the product of the two norms that a
+    correlation is divided by, which takes most of the weight from classes that are improbable throughout a batch;
+    eps=0 is Pearson's own. A row or column without variance (a batch of 1) has correlation 0.
     """
 
     name: ClassVar[str] = "dist"
     alpha: float = 1.0
     beta: float = 2.0
     temperature: float = 1.0
+    eps: float = 1e-8
 
     @property
     def needs(self) -> Needs:
@@ -378,7 +393,7 @@ class DIST:
         logits = logits.float()
         p = torch.softmax(records.logits() / self.temperature, 1)
         q = torch.softmax(logits / self.temperature, 1)
-        apart = (1 - _pearson(p, q, 1).mean()) + (1 - _pearson(p, q, 0).mean())
+        apart = (1 - _pearson(p, q, 1, self.eps).mean()) + (1 - _pearson(p, q, 0, self.eps).mean())
         return self.beta * self.temperature**2 * apart + _plus_ce(self.alpha, logits, labels, weights)
 
 
@@ -391,7 +406,7 @@ class CMKD:
     option: logits are standardised first; the difficulty is the teacher's entropy at T = 1 over log C, and
     d = low + (high - low) of that, so that of a teacher that is unsure the order counts more than the values; the
     ranks are sums over classes of sigmoid((x_j - x_k) / softness), which can be differentiated: O(B C^2) work, in
-    slices of the batch so that memory stays small.
+    slices of the batch so that memory stays small; eps as in dist.
     """
 
     name: ClassVar[str] = "cmkd"
@@ -402,6 +417,7 @@ class CMKD:
     low: float = 0.0
     high: float = 1.0
     standardise: bool = True
+    eps: float = 1e-8
 
     @property
     def needs(self) -> Needs:
@@ -413,8 +429,8 @@ class CMKD:
         d = self.low + (self.high - self.low) * difficulty
         x, z = (_standardised(logits), _standardised(t)) if self.standardise else (logits, t)
         p, q = (torch.softmax(v / self.temperature, 1) for v in (z, x))
-        spearman = _pearson(self._ranks(z), self._ranks(x), 1)
-        apart = ((1 - d) * (1 - _pearson(p, q, 1)) + d * (1 - spearman)).mean()
+        spearman = _pearson(self._ranks(z), self._ranks(x), 1, self.eps)
+        apart = ((1 - d) * (1 - _pearson(p, q, 1, self.eps)) + d * (1 - spearman)).mean()
         return self.beta * apart + _plus_ce(self.alpha, logits, labels, weights)
 
     def _ranks(self, x: Tensor) -> Tensor:
@@ -430,8 +446,9 @@ class LogitStd:
     """alpha CE + weight tau^2 KL of softmax(t' / tau), softmax(s' / tau); t', s' = (x - mean) / (1e-7 + std) by row.
 
     Logit standardisation, Sun et al. 2024 (arXiv 2403.01427); std is the unbiased one. base=dkd: DKD's two terms in
-    place of KL, `target` and `others` their weights (alpha and beta there), with its warm-up w. A row of equal logits
-    has no shape: it counts as zeros and gets no gradient.
+    place of KL, `target` and `others` their weights (alpha and beta there), with its warm-up w; as in the authors' code
+    DKD's own settings hold, both terms times `weight`. A row of equal logits has no shape: it counts as zeros and gets
+    no gradient.
     """
 
     name: ClassVar[str] = "logit-std"
@@ -440,10 +457,10 @@ class LogitStd:
     weight: float = 9.0
     tau: float = 2.0
     target: float = 1.0
-    others: float = 8.0
-    warmup: int = 20
+    others: float = 0.5
+    warmup: int = 1
     tail: Tail = "prior"
-    _epoch: int | None = field(default=None, init=False, repr=False, compare=False)
+    _ramp: Tensor = field(default_factory=_whole, init=False, repr=False, compare=False)
 
     @property
     def needs(self) -> Needs:
@@ -451,7 +468,7 @@ class LogitStd:
         return Needs(labels=self.alpha != 0 or dkd, target_gap=dkd, standardised=self.tau, mixed=not dkd)
 
     def set_epoch(self, epoch: int) -> None:
-        self._epoch = epoch
+        _set_ramp(self._ramp, epoch, self.warmup)
 
     def __call__(self, logits: Tensor, labels: Tensor, records: Records, weights: Tensor | None = None) -> Tensor:
         logits = logits.float()
@@ -459,7 +476,7 @@ class LogitStd:
         scaled = _standardised(logits) / self.tau
         if self.base == "dkd":
             _require_single(f"{self.name}:base=dkd", labels)
-            inner = _ramp(self._epoch, self.warmup) * _decoupled(soft, scaled, labels, self.target, self.others)
+            inner = self._ramp * _decoupled(soft, scaled, labels, self.target, self.others)
         else:
             inner = -soft.entropy() - soft.cross(F.log_softmax(scaled, 1))
         return self.weight * self.tau**2 * inner.mean() + _plus_ce(self.alpha, logits, labels, weights)
@@ -658,6 +675,10 @@ class BDKD:
         return self.beta * self.temperature**2 * loss + _plus_ce(self.alpha, logits, labels, weights)
 
 
+def _slices(records: Records, rows: int) -> Iterator[Records]:
+    return (records[start : start + rows] for start in range(0, len(records), rows))
+
+
 def _weights(labels: Tensor, weights: Tensor | None) -> Tensor:
     if weights is None:
         raise InputError(f"mixed labels {list(labels.shape)} need weights of the same shape")
@@ -738,24 +759,34 @@ def _standardised(x: Tensor) -> Tensor:
     return safe / (1e-7 + torch.where(squares > 0, squares, 1.0).sqrt())
 
 
-def _pearson(x: Tensor, y: Tensor, dim: int) -> Tensor:
-    """Correlation of x and y along dim (0: over all ranks' rows); 0 without gradient where one of them is constant."""
-    units = []
+def _pearson(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:
+    """Correlation of x and y along dim (0: over all ranks' rows), eps added to the product of their norms.
+
+    0 without gradient where one of them is constant.
+    """
+    scaled: list[Tensor] = []
+    norms: list[Tensor] = []
+    floor: Tensor | float = eps
     for v in (x, y):
         centred = v - (ranks.mean(v) if dim == 0 else v.mean(dim, keepdim=True))
         varies, spread = _varies(v, centred, dim)
         # Scaled first: the square of a small probability would underflow.
-        centred = torch.where(varies, centred, 0.0) / torch.where(varies, spread, 1.0)
-        squares = _sum(centred**2, dim, keepdim=True)
-        units.append(centred / torch.where(squares > 0, squares, 1.0).sqrt())
-    return _sum(units[0] * units[1], dim)
+        spread = torch.where(varies, spread, 1.0)
+        scaled.append(torch.where(varies, centred, 0.0) / spread)
+        squares = _sum(scaled[-1] ** 2, dim, keepdim=True)
+        norms.append(torch.where(squares > 0, squares, 1.0).sqrt())
+        floor = floor / spread
+    return _sum(scaled[0] * scaled[1] / (norms[0] * norms[1] + floor), dim)
 
 
 def _varies(x: Tensor, centred: Tensor, dim: int) -> tuple[Tensor, Tensor]:
-    """Whether the values along dim differ by more than float32's rounding, and their largest distance from the mean."""
+    """Whether the values along dim differ by more than float32's rounding, and their largest distance from the mean.
+
+    Nor do they where that is tiny: gradients divided by it would be infinite.
+    """
     extremes = torch.stack([v.detach().abs().amax(dim, keepdim=True) for v in (centred, x)])
     spread, size = ranks.largest(extremes) if dim == 0 else extremes
-    return spread > 1e-6 * size, spread
+    return (spread > 1e-6 * size) & (spread > _LEAST_SPREAD), spread
 
 
 def _sum(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
@@ -763,8 +794,9 @@ def _sum(x: Tensor, dim: int, keepdim: bool = False) -> Tensor:
     return ranks.total(out) if dim == 0 else out
 
 
-def _ramp(epoch: int | None, warmup: int) -> float:
-    return 1.0 if epoch is None else min(epoch / warmup, 1.0)
+def _set_ramp(ramp: Tensor, epoch: int, warmup: int) -> None:
+    """In place: a compiled loop would take a number, or another tensor, for a reason to compile anew every epoch."""
+    ramp.fill_(min(epoch / warmup, 1.0))
 
 
 def _require_single(name: str, labels: Tensor) -> None:

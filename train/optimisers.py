@@ -138,6 +138,19 @@ class Updater:
         # Not where there is but one, which may be fused.
         self._all = self._optimisers[0] if len(self._optimisers) == 1 else _Together(self._optimisers)
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
+        self._fill_momentum()
+
+    def _fill_momentum(self) -> None:
+        """Start fused SGD's momentum from zeros, which gives the same first step as torch's own start.
+
+        Torch gives it memory as it finds it, which the first step fills. One whose gradients overflow fills nothing.
+        """
+        for optimiser in self._optimisers:
+            if self._scaler.is_enabled() and isinstance(optimiser, torch.optim.SGD) and optimiser.defaults["momentum"]:
+                for group in optimiser.param_groups:
+                    for p in group["params"]:
+                        if optimiser.state[p].get("momentum_buffer") is None:
+                            optimiser.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def backward(self, loss: Tensor, batches: int = 1) -> None:
         """Add the gradient of this loss, one of so many whose mean the next update lowers."""
@@ -162,3 +175,4 @@ class Updater:
         for optimiser, saved in zip(self._optimisers, state["optimisers"], strict=True):
             optimiser.load_state_dict(saved)
         self._scaler.load_state_dict(state["scaler"])
+        self._fill_momentum()

@@ -34,9 +34,11 @@ from kdcache.train.losses import (
 _ALL = (CE, KD, NKD, TFNKD, USKD, DKD, IKL, DIST, CMKD, LogitStd, MSE, WSLD, GKD, SkewKL, SkewRKL, BDKD)
 LOSSES: dict[str, type[Any]] = {loss.name: loss for loss in _ALL}
 
-# Up to 64 pixels the papers' CIFAR settings; above, the classes' own defaults, which are those for ImageNet.
-SMALL_IMAGES = 64
-_SMALL_PRESETS: dict[str, dict[str, Any]] = {
+# The published settings for CIFAR-100 are taken for about as many classes; for fewer and for more, the classes' own
+# defaults, which are the published ones for ImageNet. A loss sees no pixels, so their number decides nothing.
+CIFAR_CLASSES = range(50, 201)
+# By name, and by `base` where its two forms are set apart.
+_CIFAR_PRESETS: dict[str, dict[str, Any]] = {
     "kd": {"alpha": 0.1, "beta": 0.9, "temperature": 4.0},
     "nkd": {"gamma": 3.5, "temperature": 3.0},
     "uskd": {"alpha": 0.1, "beta": 0.1, "mu": 0.1},
@@ -44,6 +46,7 @@ _SMALL_PRESETS: dict[str, dict[str, Any]] = {
     "ikl": {"alpha": 1.0, "beta": 4.0, "temperature": 4.0, "temperature2": 100.0, "pairs": "teacher", "warmup": 20},
     "dist": {"temperature": 4.0},
     "logit-std": {"alpha": 0.1},
+    "logit-std:base=dkd": {"alpha": 1.0, "others": 8.0, "warmup": 20},
     "wsld": {"alpha": 2.25, "temperature": 4.0},
 }
 
@@ -52,11 +55,19 @@ _POSITIVE = {"temperature", "temperature2", "tau", "softness", "warmup", "mass",
 _AT_MOST_ONE = {"label_smoothing", "mass", "low", "high", "skew"}
 
 
-def make_loss(spec: str, image_size: int) -> Loss:
-    """The loss of `NAME[:key=value,...]`, with the preset for images of this many pixels.
+def make_loss(spec: str, classes: int) -> Loss:
+    """The loss of `NAME[:key=value,...]`, with the preset for this many classes where an option is not given.
 
     InputError for a name, a key or a value that does not exist.
     """
+    cls, given = read_spec(spec)
+    presets = _cifar_preset(cls, given) if classes in CIFAR_CLASSES else {}
+    loss: Loss = cls(**{**presets, **given})
+    return loss
+
+
+def read_spec(spec: str) -> tuple[type[Any], dict[str, Any]]:
+    """The class of `NAME[:key=value,...]` and the options that it gives. Errors as in make_loss."""
     name, _, text = spec.partition(":")
     if name not in LOSSES:
         raise InputError(f"unknown loss {name!r}: take one of {', '.join(LOSSES)}")
@@ -71,9 +82,45 @@ def make_loss(spec: str, image_size: int) -> Loss:
         if key in given:
             raise InputError(f"loss {name}: {key} is given twice")
         given[key] = _parse(f"loss {name}: {key}", key, value, types[key])
-    presets = _SMALL_PRESETS.get(name, {}) if image_size <= SMALL_IMAGES else {}
-    loss: Loss = cls(**{**presets, **given})
-    return loss
+    return cls, given
+
+
+def _cifar_preset(cls: type[Any], given: dict[str, Any]) -> dict[str, Any]:
+    preset = _CIFAR_PRESETS.get(f"{cls.name}:base={given.get('base')}")
+    return _CIFAR_PRESETS.get(cls.name, {}) if preset is None else preset
+
+
+def spec_of(loss: Loss) -> str:
+    """The specification that gives this very loss, with every option spelled out."""
+    return ":".join(filter(None, [loss.name, _listed(options_of(loss))]))
+
+
+def described(spec: str, classes: int) -> str:
+    """The loss with its options, for the line at start; where the number of classes chose some of them, the reason."""
+    cls, given = read_spec(spec)
+    loss = make_loss(spec, classes)
+    # Presets that are no different from the defaults, or that were not asked for, chose nothing.
+    cifar = {k: v for k, v in _cifar_preset(cls, given).items() if k not in given and v != getattr(cls, k)}
+    text = spec_of(loss)
+    if not cifar:
+        return text
+    few, many = CIFAR_CLASSES[0], CIFAR_CLASSES[-1]
+    if classes in CIFAR_CLASSES:
+        imagenet = _listed({k: getattr(cls, k) for k in cifar})
+        return (
+            f"{text} (as published for CIFAR-100, since there are {classes} classes; below {few} and above {many} as "
+            f"for ImageNet: {imagenet})"
+        )
+    return (
+        f"{text} (as published for ImageNet, since there are {classes} classes; from {few} to {many} as for CIFAR-100: "
+        f"{_listed(cifar)})"
+    )
+
+
+def _listed(options: dict[str, Any]) -> str:
+    """As in a specification, which can be given again."""
+    told = {k: f"{v:g}" if isinstance(v, float) else str(v).lower() for k, v in options.items()}
+    return ",".join(f"{k}={v}" for k, v in told.items())
 
 
 def _parse(where: str, key: str, value: str, kind: Any) -> Any:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,9 +11,31 @@ import torch
 
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
 from kdcache.cache.files import replace_file
+from kdcache.pipeline.render import RENDERER
 from kdcache.pipeline.teachers import Classifier, file_classifier
 
 ANEW = "remove it to start the run anew"
+
+# What held before there was such a setting: a run whose config.json lacks it was made with this.
+_BEFORE: dict[str, Any] = {
+    "accumulate": 1, "amp": None, "clip": None, "compile": False, "ema": None, "fresh_views": False,
+    "optimiser": "sgd", "renderer": RENDERER, "sgd_lr": None, "sgd_weight_decay": None, "stream": "views",
+    "sync_bn": False, "validation": None,
+}  # fmt: skip
+# The same for a loss's options.
+_OPTIONS_BEFORE: dict[str, dict[str, Any]] = {"dist": {"eps": 0.0}, "cmkd": {"eps": 0.0}}
+# What may change in a run: where things lie (the cache's key says what it and the data are), how many ranks share a
+# batch, and how often is looked and kept.
+_FREE = {"cache_path", "data", "evaluate_every", "ranks", "save_every", "teacher", "weights"}
+
+
+def settings_of(path: Path) -> dict[str, Any]:
+    """The settings of the run in a folder, those that came later at what held before them."""
+    config = {**_BEFORE, **read_config(path)}
+    if isinstance(config.get("loss_options"), dict):
+        before = _OPTIONS_BEFORE.get(str(config.get("loss")), {})
+        config["loss_options"] = {**before, **config["loss_options"]}
+    return config
 
 
 def read_config(path: Path) -> dict[str, Any]:
@@ -32,9 +53,10 @@ def read_config(path: Path) -> dict[str, Any]:
 
 
 class RunFolder:
-    """config.json, metrics.jsonl, summary.json, last and best weights, TensorBoard events, and the state to resume.
+    """config.json, metrics.jsonl, summary.json, the last weights, TensorBoard events, and the state to resume.
 
-    Where the teacher learns too, its weights are teacher-last and teacher-best.
+    Also the best weights, where a part of the training images was held out to choose them by. Where the teacher learns
+    too, its weights are teacher-last and teacher-best.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], resume: bool) -> None:
@@ -54,10 +76,8 @@ class RunFolder:
             replace_file(file, _json(config))
 
     def _require_same(self, config: dict[str, Any]) -> None:
-        had = read_config(self.path)
-        wanted = json.loads(_json(config))
-        # The cache may have been moved: its key says what it is. Ranks see the same batches, however many there are.
-        names = [k for k in {**had, **wanted} if had.get(k) != wanted.get(k) and k not in ("cache_path", "ranks")]
+        raw, had, wanted = read_config(self.path), settings_of(self.path), json.loads(_json(config))
+        names = [k for k in {**raw, **wanted} if had.get(k) != wanted.get(k) and k not in _FREE]
         if names:
             found = "; ".join(f"{k}: the run has {had.get(k)}, asked for {wanted.get(k)}" for k in names)
             raise InputError(f"{self.path} is another run and is not resumed: {found}")
@@ -80,12 +100,11 @@ class RunFolder:
     def save_weights(self, model: Classifier, notes: dict[str, Any], history: list[dict[str, Any]], of: str) -> None:
         """The last weights, and the best where the history's last line is; `of` stands before the files' names.
 
-        Best of the epochs that were evaluated; before the first of them, of all, by the loss.
+        Best on the part that was held out for it; without one there are none, for the evaluation split is reported.
         """
-        scores = _scores(history)
         notes = {**notes, "metrics": history[-1]}
         file_classifier(self.path / f"{of}last.safetensors", model, notes)
-        if scores[-1] >= max(scores):
+        if best_of(history) is history[-1]:
             file_classifier(self.path / f"{of}best.safetensors", model, notes)
 
     def save_metrics(self, history: list[dict[str, Any]]) -> None:
@@ -115,12 +134,10 @@ class RunFolder:
         return summary
 
 
-def _scores(history: list[dict[str, Any]]) -> list[float]:
-    """What the best weights are best at: top-1, or agreement where there are no labels."""
-    for name in ("top1", "agreement"):
-        if any(name in line for line in history):
-            return [float(line.get(name, -math.inf)) for line in history]
-    return [-float(line["loss"]) for line in history]
+def best_of(history: list[dict[str, Any]]) -> dict[str, Any] | None:
+    """The line with the best top-1 on the validation part, of equal ones the last; None without such a part."""
+    lines = [line for line in history if "validation_top1" in line]
+    return max(reversed(lines), key=lambda line: float(line["validation_top1"]), default=None)
 
 
 def _json(value: dict[str, Any], indent: int | None = 2) -> bytes:

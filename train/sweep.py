@@ -4,44 +4,71 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from kdcache.cache.errors import InputError, KdcacheError, machine_error
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError, machine_error
 from kdcache.cache.files import replace_file
 from kdcache.train import ranks
-from kdcache.train.presets import SMALL_IMAGES, make_loss
+from kdcache.train.presets import read_spec
+from kdcache.train.resuming import given_by, resumed
 from kdcache.train.run import TrainConfig, cache_of, train
+from kdcache.train.runfolder import settings_of
 
 FILE = "sweep.json"
 _OUT = "runs/sweep"
-# What the table shows of each summary: heading, key, factor, digits.
+# What the table shows of each summary's last weights: heading, key, factor, digits.
 _COLUMNS = (
-    ("top-1", "top1", 100, 2), ("nll", "nll", 1, 4), ("ece", "ece", 1, 4), ("agreement", "agreement", 100, 2),
+    ("top-1 (%)", "top1", 100, 2), ("nll", "nll", 1, 4), ("ece", "ece", 1, 4), ("agreement (%)", "agreement", 100, 2),
     ("s an epoch", "seconds_an_epoch", 1, 1),
 )  # fmt: skip
+# Where a part was held out, that on which losses are to be compared.
+_VALIDATION = ("validation", "validation_top1", 100, 2)
 
 
 def sweep(
-    config: TrainConfig, losses: Sequence[str], seeds: Sequence[int], say: Callable[[str], None] = print
+    config: TrainConfig,
+    losses: Sequence[str],
+    seeds: Sequence[int],
+    say: Callable[[str], None] = print,
+    given: Collection[str] | None = None,
 ) -> dict[str, Any]:
     """Train every loss with every seed; `runs` (each a summary or an error) and `losses`, as sweep.json holds them.
 
     config: of all runs; its `out` is the folder of their folders, its `resume` keeps the finished ones and goes on with
-    the others. A run that fails is noted and the next one starts; a wrong loss or no cache is raised before the first.
-    Under torchrun all ranks train each student together.
+    the others, all of them with the settings of the first one that is there, save the fields in `given` (see train). A
+    run that fails is noted and the next one starts; a wrong loss or no cache is raised before the first. Under torchrun
+    all ranks train each student together.
     """
     with ranks.joined(config.device):
-        return _sweep(config, losses, seeds, ranks.said_once(say))
+        return _sweep(config, losses, seeds, ranks.said_once(say), given)
+
+
+def asked_before(out: str | None) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
+    """The losses and seeds of the sweep in a folder; None where there is none."""
+    file = Path(out or _OUT) / FILE
+    if not file.exists():
+        return None
+    try:
+        found = json.loads(file.read_text())
+        asked = [(str(run["loss"]), int(run["seed"])) for run in found["runs"]]
+        losses, seeds = found.get("asked", zip(*asked, strict=True))
+        return tuple(dict.fromkeys(map(str, losses))), tuple(dict.fromkeys(map(int, seeds)))
+    except (ValueError, TypeError, KeyError, AttributeError) as e:
+        raise CorruptError(f"{file} is not what kdcache writes ({e}): remove it, and give --loss and --seed") from e
 
 
 def _sweep(
-    config: TrainConfig, losses: Sequence[str], seeds: Sequence[int], say: Callable[[str], None]
+    config: TrainConfig,
+    losses: Sequence[str],
+    seeds: Sequence[int],
+    say: Callable[[str], None],
+    given: Collection[str] | None,
 ) -> dict[str, Any]:
     for spec in losses:
-        make_loss(spec, SMALL_IMAGES)
+        read_spec(spec)
     if len(set(losses)) < len(losses) or len(set(seeds)) < len(seeds):
         raise InputError("a loss or a seed is given twice")
     out = Path(config.out or _OUT)
@@ -49,15 +76,22 @@ def _sweep(
     started = ranks.from_first(lambda: [path for path in folders.values() if (path / "config.json").exists()])
     if started and not config.resume and not ranks.restarted():
         raise InputError(f"{started[0]} holds a run already: give --resume to go on with the sweep, or another --out")
+    # A folder's name says its run's loss and seed.
+    given = set(given_by(config) if given is None else given) - {"loss", "seed"}
+    if started:
+        had = ranks.from_first(lambda: settings_of(started[0]))
+        common = {name: value for name, value in had.items() if name not in ("loss", "loss_options", "seed")}
+        config = resumed(config, common, given, started[0], say)
     # Found once, and pinned by the runs that are there.
     with ranks.one_first():
-        cache = cache_of(replace(config, out=str(started[0]) if started else None))
-    runs = []
+        cache = cache_of(config)
+    runs: list[dict[str, Any]] = []
+    _write(out, cache.key, losses, seeds, runs)
     for (spec, seed), path in folders.items():
         one = replace(config, loss=spec, seed=seed, out=str(path), resume=path in started, cache=str(cache.path))
         run: dict[str, Any] = {"loss": spec, "seed": seed, "run": str(path)}
         try:
-            run["summary"] = train(one, say, keep_finished=True)
+            run["summary"] = train(one, say, keep_finished=True, given=given)
         except KdcacheError as e:
             ranks.require_alike(e, str(path))
             run["error"] = str(e)
@@ -68,9 +102,19 @@ def _sweep(
         if "error" in run:
             say(f"{spec}, seed {seed} failed: {run['error']}")
         runs.append(run)
-        result = {"cache": cache.key, "runs": runs, "losses": [_compared(runs, spec) for spec in losses]}
-        if ranks.rank() == 0:
-            replace_file(out / FILE, (json.dumps(result, indent=2) + "\n").encode())
+        result = _write(out, cache.key, losses, seeds, runs)
+    return result
+
+
+def _write(
+    out: Path, key: str, losses: Sequence[str], seeds: Sequence[int], runs: list[dict[str, Any]]
+) -> dict[str, Any]:
+    """sweep.json as far as it has come, and its content."""
+    compared = [_compared(runs, spec) for spec in losses]
+    result = {"cache": key, "asked": [list(losses), list(seeds)], "runs": runs, "losses": compared}
+    if ranks.rank() == 0:
+        out.mkdir(parents=True, exist_ok=True)
+        replace_file(out / FILE, (json.dumps(result, indent=2) + "\n").encode())
     return result
 
 
@@ -93,10 +137,12 @@ def _compared(runs: list[dict[str, Any]], spec: str) -> dict[str, Any]:
 
 def table(result: dict[str, Any]) -> str:
     """A line a loss, mean ± standard deviation over seeds, and a line for each run that failed."""
-    rows = [["loss", "seeds", *(heading for heading, *_ in _COLUMNS)]]
+    held_out = any(_VALIDATION[1] in loss["figures"] for loss in result["losses"])
+    columns = (_VALIDATION, *_COLUMNS) if held_out else _COLUMNS
+    rows = [["loss", "seeds", *(heading for heading, *_ in columns)]]
     for loss in result["losses"]:
         rows.append([loss["loss"], str(loss["seeds"])])
-        for _, key, factor, digits in _COLUMNS:
+        for _, key, factor, digits in columns:
             figure = loss["figures"].get(key)
             text = "-"
             if figure is not None:

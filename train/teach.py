@@ -13,14 +13,17 @@ import torch
 from filelock import FileLock
 
 from kdcache.cache.errors import InputError
+from kdcache.cache.home import open_registry
 from kdcache.pipeline.build import BuildConfig, BuildResult, check_options
 from kdcache.pipeline.datasets import list_unreadable, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.networks import build_network
+from kdcache.pipeline.pixels import pixels_of_data
+from kdcache.pipeline.progress import percent
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import Renderer
-from kdcache.pipeline.share import build_shared
-from kdcache.pipeline.teachers import IMAGENET_SIZE, Classifier, file_classifier, pick_device, taught_file, try_out
+from kdcache.pipeline.share import build_shared, find_taught
+from kdcache.pipeline.teachers import Classifier, file_classifier, pick_device, taught_file, try_out
 from kdcache.pipeline.views import check_policy
 from kdcache.train import ranks
 from kdcache.train.evaluate import metrics, predict
@@ -71,7 +74,7 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
     defaults = defaults_for(data)
     policy = check_policy(config.augment or defaults.augment)
     batch = config.batch_size or min(defaults.train_batch, len(data))
-    size = data.image_size or IMAGENET_SIZE
+    size = pixels_of_data(data).size
     network = seeded(config.seed, lambda: build_network(config.teacher, len(data.class_names), size))
     model = Classifier(network, data.mean, data.std).to(device)
     model.to(memory_format=torch.channels_last)
@@ -86,6 +89,7 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
     settings = {
         "teacher": config.teacher, "data": data.fingerprint(), "augment": policy, "epochs": recipe.epochs,
         "batch_size": batch, "lr": recipe.lr, "weight_decay": recipe.decay, "seed": config.seed, "amp": config.amp,
+        "stream": "teaching",
     }  # fmt: skip
     loader = PlainLoader(
         data, policy, batch, size, seed=config.seed, device=device, workers=config.workers,
@@ -122,28 +126,37 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
         file_classifier(path, model, {**notes, "metrics": history[-1]})
         shutil.rmtree(work)
     ranks.wait()  # for the file
-    say(f"{config.teacher} has top-1 {100 * history[-1]['top1']:.2f} on {data.name}'s evaluation split: {path}")
+    say(f"{config.teacher} has top-1 {percent(history[-1]['top1'])} on {data.name}'s evaluation split: {path}")
     return path, history[-1]["top1"]
 
 
 def build_and_teach(
-    config: BuildConfig, say: Callable[[str], None] = print, registry: str | None = None, publish: bool = False
+    config: BuildConfig,
+    say: Callable[[str], None] = print,
+    registry: str | None = None,
+    publish: bool = False,
+    teacher: bool = True,
 ) -> BuildResult:
-    """Build what the registry lacks.
+    """Build what the registry lacks, and with `publish` push it, with the teacher's weights unless `teacher` is False.
 
-    On the embedded digits a teacher that is not there is taught first, so that the short form works.
+    On the embedded digits a teacher that is not there is taught first, so that the short form works: unless a cache of
+    them, here or in the registry, is by one already.
     """
     if config.data == DATA:
         say(f"data: {DATA}, scikit-learn's 8x8 images, to try things out; --data names your own")
         if ":" not in config.teacher and config.weights is None:
             data = open_data(DATA, "train")
-            taught = taught_file(config.teacher, data)
-            if not taught.exists():
+            weights = taught_file(config.teacher, data)
+            if not weights.exists():
                 check_options(config, len(data.class_names))
-                build_network(config.teacher, len(data.class_names), data.image_size or IMAGENET_SIZE)  # a known name?
-                _teach_once(config, taught, say)
-            config = replace(config, weights=str(taught))  # also where --unlabelled makes it other data
-    return build_shared(config, registry, publish, say)
+                build_network(config.teacher, len(data.class_names), pixels_of_data(data).size)  # a known name?
+                shared = None if registry is None else open_registry(registry, store_bytes=0)
+                if found := find_taught(config, shared, say):
+                    weights = found
+                else:
+                    _teach_once(config, weights, say)
+            config = replace(config, weights=str(weights))  # also where --unlabelled makes it other data
+    return build_shared(config, registry, publish, say, teacher)
 
 
 def _teach_once(config: BuildConfig, taught: Path, say: Callable[[str], None]) -> None:

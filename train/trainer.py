@@ -13,7 +13,7 @@ from torch import Tensor, nn
 
 from kdcache.cache.errors import CorruptError, KdcacheError
 from kdcache.cache.records import Records
-from kdcache.pipeline.progress import Progress
+from kdcache.pipeline.progress import Progress, percent
 from kdcache.pipeline.teachers import Classifier
 from kdcache.train import ranks
 from kdcache.train.compiling import compiled, one_line
@@ -319,15 +319,17 @@ def _of_partner(line: dict[str, Any]) -> dict[str, Any]:
 def _describe(line: dict[str, Any], epochs: int) -> str:
     parts = [f"epoch {line['epoch']}/{epochs}", f"loss {line['loss']:.4f}"]
     parts += [
-        f"{name} {100 * line[key]:.2f}" for name, key in (("top-1", "top1"), ("agreement", "agreement")) if key in line
+        f"{name} {percent(line[key])}" for name, key in (("top-1", "top1"), ("agreement", "agreement")) if key in line
     ]
     if "nll" in line:
         parts.append(f"nll {line['nll']:.4f}")
+    if "validation_top1" in line:
+        parts.append(f"validation top-1 {100 * line['validation_top1']:.2f}")
     if theirs := _of_partner(line):
         parts += [f"ece {line['ece']:.4f}"] if "ece" in line else []
         parts.append(f"teacher: loss {theirs['loss']:.4f}")
         if "top1" in theirs:
-            parts.append(f"top-1 {100 * theirs['top1']:.2f}  nll {theirs['nll']:.4f}  ece {theirs['ece']:.4f}")
+            parts.append(f"top-1 {percent(theirs['top1'])}  nll {theirs['nll']:.4f}  ece {theirs['ece']:.4f}")
     return "  ".join([*parts, f"{line['seconds']:.1f} s"])
 
 
@@ -335,7 +337,7 @@ def _events(folder: RunFolder, done: int, say: Callable[[str], None]) -> Any:
     try:
         from torch.utils.tensorboard import SummaryWriter
     except ImportError:
-        say("note: no TensorBoard events are written: pip install 'kdcache[tensorboard]' for them")
+        say("note: no TensorBoard events are written: pip install tensorboard for them")
         return None
     return SummaryWriter(str(folder.path / "tensorboard"), purge_step=done + 1)
 

@@ -1,0 +1,153 @@
+"""The size and the pixels of one image file, whose bytes nobody vouches for.
+
+No file may end the process. torchvision decodes JPEG, WebP and GIF. PNG is left to PIL: libpng leaves a damaged file by
+a long jump, which torchvision's decoder does not survive. Both give the same pixels, since PNG is lossless.
+"""
+
+import io
+import os
+import re
+import stat
+import zlib
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import BinaryIO
+
+import numpy as np
+import torch
+from PIL.GifImagePlugin import GifImageFile
+from PIL.ImageFile import ImageFile
+from PIL.JpegImagePlugin import JpegImageFile
+from PIL.PngImagePlugin import PngImageFile
+from PIL.WebPImagePlugin import WebPImageFile
+from torchvision.io import ImageReadMode
+
+from kdcache.cache.errors import InputError, machine_error
+
+MAX_PIXELS = 178_956_970  # PIL's own bound: beyond it, an image is taken for a decompression bomb
+MAX_BYTES = 1 << 30  # of a file
+_DEFLATE = 1032  # bytes at most that one byte of a PNG's data can stand for
+_UNKNOWN = "not a JPEG, PNG, WebP or GIF image"
+_KINDS: tuple[tuple[re.Pattern[bytes], type[ImageFile]], ...] = (
+    (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
+    (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
+    (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
+    (re.compile(rb"GIF8[79]a"), GifImageFile),
+)  # by content, whatever the suffix
+
+
+class _RefusedError(Exception):
+    """What is wrong with a file, without its name."""
+
+
+def image_size(path: Path) -> tuple[int, int]:
+    """Height and width, from the file's header. InputError names a file that is no image, or too large a one."""
+    try:
+        with _opened(path) as f:
+            image = _header(f)
+            return image.height, image.width
+    except Exception as e:  # a parser may raise anything for bytes that are no image
+        raise InputError(f"{path}: {_reason(e)}") from e
+
+
+def decode_file(path: Path, size: np.ndarray | None = None) -> torch.Tensor:
+    """uint8 [3, H, W] as stored: an orientation in the EXIF data is ignored, and so is transparency.
+
+    InputError names a file that cannot be decoded, or that is not of the `size` (H, W) that its header gave.
+    """
+    try:
+        with _opened(path) as f:
+            content = f.read()
+        image = _header(io.BytesIO(content))
+        _require_size((image.height, image.width), size)
+        if isinstance(image, PngImageFile):
+            return _png(image, content)
+        if getattr(image, "is_animated", False):
+            raise _RefusedError("holds several images: convert it to a single one")
+        # The operator of torchvision.io.decode_image, whose wrapper warns for every image since 0.29.
+        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+        pixels: torch.Tensor = torch.ops.image.decode_image(data, ImageReadMode.RGB.value)
+        if pixels.ndim != 3:
+            raise _RefusedError("holds several images: convert it to a single one")
+        _require_size((pixels.shape[1], pixels.shape[2]), size)
+        return pixels
+    except Exception as e:  # a decoder may raise anything for bytes that are no image
+        if machine_error(e):
+            raise
+        raise InputError(f"{path}: {_reason(e)}") from e
+
+
+@contextmanager
+def _opened(path: Path) -> Iterator[BinaryIO]:
+    """A plain file of a size that an image may have: a pipe would never end."""
+    fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+    try:
+        about = os.fstat(fd)
+        if not stat.S_ISREG(about.st_mode):
+            raise _RefusedError("not a plain file")
+        if about.st_size > MAX_BYTES:
+            raise _RefusedError("larger than 1 GiB")
+        with os.fdopen(fd, "rb", closefd=False) as file:
+            yield file
+    finally:
+        os.close(fd)
+
+
+def _header(file: BinaryIO) -> ImageFile:
+    start = file.read(12)
+    file.seek(0)
+    kind = next((kind for pattern, kind in _KINDS if pattern.match(start)), None)
+    if kind is None:
+        raise _RefusedError(_UNKNOWN)
+    try:
+        image = kind(file)
+    except Exception as e:
+        raise _RefusedError(_UNKNOWN) from e
+    if image.width * image.height > MAX_PIXELS:
+        raise _RefusedError(f"has {image.width} x {image.height} pixels, the most is {MAX_PIXELS:,}")
+    return image
+
+
+def _require_size(found: tuple[int, int], size: np.ndarray | None) -> None:
+    if size is not None and found != tuple(size.tolist()):
+        raise _RefusedError("has changed since its header was read: open the dataset again")
+
+
+def _png(image: PngImageFile, content: bytes) -> torch.Tensor:
+    if not image.tile:
+        raise _RefusedError("cannot be decoded: holds no pixels")
+    if str(image.tile[0][3]).endswith("16B"):  # what PIL calls the stored form
+        raise _RefusedError("has more than 8 bits a channel: convert it to 8")
+    # PIL reads one byte a pixel at least, a PNG may have eight pixels in one.
+    if _checked_bytes(content) * _DEFLATE < image.height * -(-image.width // 8):
+        raise _RefusedError("cannot be decoded: its data end before its last row")
+    image.info.pop("transparency", None)  # of which a conversion would warn
+    converted = image if image.mode == "RGB" else image.convert("RGB")
+    return torch.from_numpy(np.array(converted)).permute(2, 0, 1)
+
+
+def _checked_bytes(content: bytes) -> int:
+    """How many bytes of compressed pixels a PNG holds; their checksums, which PIL leaves out, must fit."""
+    view, at, total = memoryview(content), 8, 0
+    while len(head := content[at : at + 8]) == 8:
+        length, kind = int.from_bytes(head[:4]), head[4:]
+        if kind == b"IDAT":
+            total += length
+        elif total:
+            break  # what follows the pixels is none of them
+        end = at + 8 + length
+        if zlib.crc32(view[at + 4 : end]) != int.from_bytes(content[end : end + 4]):
+            raise _RefusedError("cannot be decoded: damaged, its checksum does not fit")
+        at = end + 4
+    return total
+
+
+def _reason(error: Exception) -> str:
+    """One line, without the decoder's source position."""
+    if isinstance(error, _RefusedError):
+        return str(error)
+    if isinstance(error, OSError) and error.strerror:
+        return f"cannot be read: {error.strerror}"
+    lines = str(error).splitlines() or [type(error).__name__]
+    return "cannot be decoded: " + re.sub(r"^.*\.cpp:\d+, ", "", lines[0])

@@ -1,0 +1,86 @@
+"""What a resumed run takes from its folder, so that `--resume --out RUN` is all that has to be given."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection
+from dataclasses import fields, replace
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from kdcache.pipeline.datasets import is_function
+from kdcache.pipeline.render import RENDERER
+from kdcache.pipeline.stored import stored_data, stored_network
+
+if TYPE_CHECKING:
+    from kdcache.train.run import TrainConfig
+
+# Fields of TrainConfig that stand in config.json under their own names.
+_NAMED = (
+    "student", "epochs", "batch_size", "lr", "weight_decay", "warmup", "seed", "views", "image_size", "online",
+    "fresh_views", "teacher", "weights", "amp", "sync_bn", "optimiser", "accumulate", "clip", "ema", "compile",
+    "validation", "save_every", "evaluate_every",
+)  # fmt: skip
+
+
+def given_by(config: TrainConfig) -> set[str]:
+    """The fields that are not at their defaults: those that were given where nobody says which were."""
+    return {f.name for f in fields(config) if getattr(config, f.name) != f.default}
+
+
+def resumed(
+    config: TrainConfig, had: dict[str, Any], given: Collection[str], folder: Path, say: Callable[[str], None]
+) -> TrainConfig:
+    """The run's settings, `had`, in all fields that were not given; those are compared later, by RunFolder.
+
+    Fields at other values that were not given come from the environment or from kdcache.toml: one line says which of
+    them are not used. InputError for a function that only the folder names.
+    """
+    before = {name: had[name] for name in _NAMED if name in had}
+    before["allow_renderer"] = had["renderer"] != RENDERER
+    place = had.get("cache_path")
+    before["cache"] = place if place and exists(place) else had.get("cache")
+    if "loss" in had:
+        before["loss"] = _spec(had["loss"], had.get("loss_options") or {})
+    if "data" in had and "data" not in given:
+        before["data"] = stored_data(had["data"], folder, "--data")
+    for name in ("student", "teacher"):
+        if before.get(name) and name not in given:
+            before[name] = stored_network(before[name], folder, f"--{name}")
+    taken = {name: value for name, value in before.items() if name not in given}
+    unused = [name for name in taken if name in given_by(config) and not _same(config, name, before, had)]
+    if unused:
+        values = ", ".join(f"{name} {taken[name]}" for name in unused)
+        say(f"note: {folder} goes on with its own {values}, not with what the settings say")
+    return replace(config, **taken)
+
+
+def _same(config: TrainConfig, name: str, before: dict[str, Any], had: dict[str, Any]) -> bool:
+    """Whether a setting is what the run has, in these or in other words."""
+    value = getattr(config, name)
+    if name == "cache":
+        return str(had.get("cache")).startswith(value) or place_of(value) == before["cache"]
+    if name == "data":
+        return bool(placed(value) == before["data"])
+    if name == "loss":
+        return bool(value.partition(":")[0] == had["loss"])
+    return bool(value == before[name])
+
+
+def _spec(name: str, options: dict[str, Any]) -> str:
+    """A loss as make_loss takes it, each option spelled out, so that it does not go by the presets of this version."""
+    spelled = [f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in options.items()]
+    return f"{name}:{','.join(spelled)}" if spelled else name
+
+
+def placed(data: str) -> str:
+    """The dataset's spec, from wherever it is read: with an absolute path."""
+    name, _, path = data.partition(":")
+    return f"{name}:{place_of(path)}" if path and not is_function(data) else data
+
+
+def place_of(path: str) -> str:
+    return path if "://" in path else str(Path(path).expanduser().absolute())
+
+
+def exists(place: str) -> bool:
+    return "://" in place or Path(place).exists()
