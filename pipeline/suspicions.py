@@ -34,9 +34,10 @@ def count_of(classes: int, images: int) -> int:
     """How many images are probed for a build of `images` images, in D classes (0 where unlabelled).
 
     Sixteen of a class, but no more than a twentieth of the build or 4,096; a hundredth of the build, up to 512, where
-    that is more, because they are timed too; and at least 128.
+    that is more, because they are timed too; and at least 128, or eight of a class up to 512.
     """
-    return max(_LEAST, min(_PER_CLASS * classes, images // 20, _MOST), min(_TIMED, images // 100))
+    least = max(_LEAST, min(_PER_CLASS // 2 * classes, _TIMED), min(images // 100, _TIMED))
+    return max(least, min(_PER_CLASS * classes, images // 20, _MOST))
 
 
 def choose(labels: NDArray[np.int64], samples: int, count: int) -> NDArray[np.int64]:

@@ -1294,7 +1294,7 @@ def test_a_dense_cache_of_many_classes_is_asked_for_as_it_is(toy, photos, tmp_pa
     build(replace(config, out=str(tmp_path / "c"), batch_size=8), quiet)
     cache = Cache(tmp_path / "c")
     assert cache.identity.record.dense and cache.read(0).gaps.shape == (24, 1000)
-    assert verify(cache, verify_module.source_of(cache, **where)).passed
+    assert verify(cache, verify_module.source_of(cache, teacher="kd_toy:thousand", **where)).passed
 
 
 def test_image_files_are_built_alike_with_any_number_of_workers(toy, photos, tmp_path):

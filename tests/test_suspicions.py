@@ -302,7 +302,14 @@ def test_where_there_is_no_room_for_all_classes_some_are_seen_four_times():
 
 @pytest.mark.parametrize(
     ("classes", "images", "count"),
-    [(10, 2_000, 128), (10, 1_000_000, 512), (100, 10_000, 500), (100, 110_000, 1600), (1000, 10**7, 4096)],
+    [
+        (10, 2_000, 128),
+        (40, 2_000, 320),
+        (10, 10**6, 512),
+        (100, 10_000, 512),
+        (100, 110_000, 1600),
+        (1000, 10**7, 4096),
+    ],
 )
 def test_how_many_images_are_probed(classes, images, count):
     assert count_of(classes, images) == count
