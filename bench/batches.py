@@ -59,7 +59,7 @@ def main() -> None:
     args = parser.parse_args()
     torch.set_num_threads(1)
     found = {
-        **machine(torch.device("cpu")), "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
+        **machine(), "torchvision": torchvision.__version__, "threads": torch.get_num_threads(),
         "rounds": args.rounds, "images": IMAGES, "networks": {},
     }  # fmt: skip
     for name in args.networks:
