@@ -92,12 +92,7 @@ def main() -> None:
         name = f"{moved} of {classes} classes, {each} images each, teacher right on {100 * right:.0f}%"
         found[name] = {"found": stopped / teachers}
         print(name, stopped / teachers, flush=True)
-    result = {
-        "numpy": np.__version__,
-        "torch": torch.__version__,
-        "honest": dict(sorted(count.items())),
-        "permuted": found,
-    }
+    result = {**machine(), "numpy": np.__version__, "honest": dict(sorted(count.items())), "permuted": found}
     print(json.dumps(result["honest"], indent=1))
     if args.out:
         args.out.write_text(json.dumps(result, indent=1) + "\n")
