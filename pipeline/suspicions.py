@@ -110,6 +110,8 @@ def require_steady(answer: Callable[[Tensor], Tensor], network: nn.Module, image
     company = images[torch.arange(len(images), device=images.device) % half].clone(memory_format=torch.preserve_format)
     before = {name: value.clone() for name, value in _statistics(network).items()}
     first, again = answer(images).clone(), answer(company)
+    if not torch.isfinite(first).all():
+        return  # `require_logits` has more to say of that
     limit = _STEADY[numeric] * max(float((first.amax(1) - first.amin(1)).max()), 1e-6)
     twin = again[half : 2 * half]
     if len(twin) and float((again[: len(twin)] - twin).abs().max()) > limit:

@@ -477,6 +477,9 @@ def test_one_class_of_several_has_the_sum_of_their_probabilities(tmp_path, sourc
     sums = torch.stack([p[:, group].sum(1) for group in groups], 1)
     want = sums / sums.sum(1, keepdim=True)
     np.testing.assert_allclose(cache.read_evaluation().dense(1.0), want, rtol=1e-4, atol=1e-7)
+    compiled = torch.compile(merging.teacher.model, backend="eager")
+    with torch.inference_mode():
+        assert compiled(images[:BATCH]).equal(merging.teacher.logits(images[:BATCH]))
 
 
 def test_two_classes_of_the_data_may_be_one_of_the_teachers_where_a_file_says_so(tmp_path):

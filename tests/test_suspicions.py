@@ -279,6 +279,15 @@ def test_a_network_in_eval_mode_passes_with_parts_that_only_say_training(size):
     require_steady(network, network, batch(size), "float32")
 
 
+@torch.inference_mode()
+def test_statistics_that_are_not_finite_are_not_taken_for_changes():
+    network = nn.Sequential(nn.Flatten(), nn.Linear(48, 9), nn.BatchNorm1d(9)).eval()
+    network[2].running_var.fill_(torch.nan)
+    require_steady(network, network, batch(), "float32")
+    with pytest.raises(InputError, match="not finite for 16 of 16"):
+        require_logits(network(batch()), np.arange(16))
+
+
 # ---- which images ----
 
 
