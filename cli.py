@@ -464,7 +464,7 @@ def teach(as_json: bool, **options: Any) -> None:
 )  # fmt: skip
 @_compile
 @click.option("--full-fingerprint", is_flag=True, help="Hash every file's contents, not 4,096 of them.")
-@click.option("--allow-low-accuracy", is_flag=True, help="Build although the teacher is near chance.")
+@click.option("--allow-low-accuracy", is_flag=True, help="Build although the teacher is near chance or permuted.")
 @click.option("--list-unreadable", is_flag=True, help="Name every image file that cannot be read, and stop.")
 @_registry
 @click.option("--push", "publish", is_flag=True, help="Publish it in the registry.")

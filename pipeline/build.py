@@ -18,14 +18,13 @@ from numpy.typing import NDArray
 
 from kdcache.cache import arrays
 from kdcache.cache.errors import InputError, MismatchError
-from kdcache.cache.files import make_folder, sha256
+from kdcache.cache.files import make_folder
 from kdcache.cache.home import caches_folder
 from kdcache.cache.identity import DataIdentity, Identity, Interpolation, RecordIdentity, ViewsIdentity
 from kdcache.cache.leases import Leases
 from kdcache.cache.records import TEMPERATURES, Precision, Records, default_precision, require_std, tail_distribution
 from kdcache.cache.store import Cache, SplitStore, require_folder, shard_name
-from kdcache.pipeline import provenance, suspicions
-from kdcache.pipeline.classmap import map_labels
+from kdcache.pipeline import classmap, provenance, suspicions
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.defaults import DATA, defaults_for, stored_classes
 from kdcache.pipeline.pixels import RGB, Wanted
@@ -131,17 +130,16 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
     wanted = Wanted(config.teacher_size, config.teacher_mean, config.teacher_std, config.teacher_interpolation)
     teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp, wanted=wanted)
     say(f"teacher: {teacher.about}")
-    if teacher.classes < 2:
-        raise InputError(f"the teacher has {teacher.classes} classes, at least 2 are needed: is {config.data} right?")
-    check_options(config, teacher.classes)
-    to_teacher = _class_map(data, config.class_map, teacher)
     if not config.class_map and teacher.class_names is None and data.class_names:
         say(
             "note: nothing tells the names of the teacher's classes: its class i is taken for the data's class i "
             "(--class-map FILE says otherwise)"
         )
+    teacher, to_teacher, class_map = _class_map(data, config.class_map, teacher, say)
+    if teacher.classes < 2:
+        raise InputError(f"the teacher has {teacher.classes} classes, at least 2 are needed: is {config.data} right?")
+    check_options(config, teacher.classes)
     labels = [to_teacher[split.labels] for split in (data, evaluation)]
-    mapped = not np.array_equal(to_teacher, np.arange(len(to_teacher)))
     policy = check_policy(config.augment or defaults_for(data).augment)
     if data.images is None and "crop" in policy.split(","):
         say(f"note: {policy} keeps each image's own frame; rrc,flip is usual for image files")
@@ -167,7 +165,7 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
             tail_std=config.tail_std and not dense,
             labels=labels[0].shape[1],
         ),
-        class_map=sha256(to_teacher.astype("<i8").tobytes()) if mapped else None,
+        class_map=class_map,
         part=config.part,
     )
     largest = max(spec.chunk_bytes for spec in arrays.record_arrays(identity.record, len(data), config.part))
@@ -228,7 +226,10 @@ def build(
     if found := source.identity.teacher.differences(source.teacher.identity, theirs="this teacher has"):
         raise MismatchError(f"cache {key[:12]} is another teacher's: {'; '.join(found)}")
     _require_place(path)
-    batch = config.batch_size or min(defaults_for(source.train).build_batch, len(source.train))
+    teacher = source.teacher
+    batch = config.batch_size or defaults_for(source.train).batch_for(
+        teacher.device.type, teacher.input_size, len(source.train)
+    )
     if batch > len(source.train):
         raise InputError(f"--batch-size {batch} is larger than the data, {len(source.train):,} images: lower it")
     images = sum(len(shard.rows) for shard in todo)
@@ -625,7 +626,7 @@ def _probe(
     answered = [teacher.logits(pixels) for pixels in timed]
     answered = [logits.cpu() for logits in answered]
     rate = sum(map(len, answered)) / (time.monotonic() - start)
-    with Progress("probe", len(index), "images") as progress:
+    with Progress("probe", len(index) - sum(map(len, answered)), "images") as progress:
         for pixels in rendered:
             answered.append(teacher.logits(pixels).cpu())
             progress.advance(len(pixels))
@@ -641,17 +642,28 @@ def _probe(
     return rate, record_bytes
 
 
-def _class_map(data: Dataset, class_map: str | None, teacher: Teacher) -> NDArray[np.int64]:
-    """The teacher's class id for each of the dataset's."""
+def _class_map(
+    data: Dataset, class_map: str | None, teacher: Teacher, say: Callable[[str], None]
+) -> tuple[Teacher, NDArray[np.int64], str | None]:
+    """The teacher that answers for the data's labels; its class id for each of the dataset's; the map's digest."""
     own = np.arange(len(data.class_names))
     if class_map and len(own):
-        return map_labels(own[:, None], data.class_names, class_map, teacher.class_names, teacher.classes)[:, 0]
+        groups = classmap.map_classes(data.class_names, class_map, teacher.class_names, teacher.classes)
+        if classmap.is_merged(groups):
+            say(
+                f"note: {class_map} makes one class of several of the teacher's, so students have the data's {len(own)}"
+            )
+            teacher.model.register_forward_hook(lambda _, __, logits: classmap.merged(logits, groups))
+            return replace(teacher, classes=len(own), class_names=data.class_names), own, classmap.digest(groups)
+        if both := classmap.shared(data.class_names, groups):
+            say(f"note: by {class_map}, {', '.join(both)} are one class of the teacher's, and so of the students'")
+        return teacher, np.array(groups, np.int64).reshape(-1), classmap.digest(groups)
     if len(own) not in (0, teacher.classes):
         raise InputError(
             f"the teacher has {teacher.classes} classes, {data.name} has {len(own)}: "
             "give --class-map auto (by class names) or a file"
         )
-    return own
+    return teacher, own, None
 
 
 def describe_data(data: Dataset, full: bool) -> DataIdentity:

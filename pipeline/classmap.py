@@ -5,54 +5,85 @@ import difflib
 import io
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 from torchvision.models import ResNet18_Weights
 
 from kdcache.cache.errors import InputError
+from kdcache.cache.files import sha256
 
 _SHOWN = 5  # names in one message
 _SYNSET = re.compile(r"n\d{8}")
 
 
-def map_labels(
-    labels: np.ndarray,
-    class_names: tuple[str, ...],
-    spec: str,
-    teacher_classes: tuple[str, ...] | None,
-    teacher_count: int,
-) -> np.ndarray:
-    """labels, int64 [N, L] ids of class_names, as ids of the teacher's classes.
+def map_classes(
+    class_names: Sequence[str], spec: str, teacher_classes: Sequence[str] | None, teacher_count: int
+) -> list[tuple[int, ...]]:
+    """The teacher's class for each of the data's, or the several classes that it is together.
 
-    spec is the path of a .json object, or of a .csv or .tsv of two columns without a heading: dataset class,
-    and teacher class by name or id. Lines for other classes are ignored. Or spec is 'auto': classes of the
-    same name, where case does not matter and _ is a space; and folders named by ImageNet's synsets
-    (n01440764), by timm's list, for a teacher of ImageNet's 1,000 classes. teacher_classes are the names of
+    spec is the path of a .json object, or of a .csv or .tsv without a heading: dataset class, and teacher class by name
+    or id; further columns, or a list in JSON, where it is several. Lines for other classes are ignored. Or spec is
+    'auto': classes of the same name, where case does not matter and _ is a space; and folders named by ImageNet's
+    synsets (n01440764), by timm's list, for a teacher of ImageNet's 1,000 classes. teacher_classes are the names of
     the teacher's teacher_count classes where they are known.
 
-    InputError for a file that cannot be read, a class without a counterpart, an id out of range, and two
-    classes with one counterpart.
+    A file may give several of the data's classes one class of the teacher, unless it makes one of several: then no
+    class may be part of two.
+
+    InputError for a file that cannot be read, a class without a counterpart, an id out of range, and 'auto' with two
+    classes of one counterpart.
     """
-    if not class_names:  # unlabelled
-        return labels
+    groups: list[tuple[int, ...]]
     if spec == "auto":
-        ids = _auto(class_names, teacher_classes, teacher_count)
+        groups = [(i,) for i in _auto(class_names, teacher_classes, teacher_count)]
     else:
         given = _read(Path(spec).expanduser())
         if missing := [name for name in class_names if name not in given]:
             raise InputError(f"{spec}: has no line for {_listed(missing, given)}")
-        ids = _resolve(spec, [given[name] for name in class_names], teacher_classes or (), teacher_count)
-
+        known = teacher_classes or ()
+        groups = [tuple(_resolve(spec, given[name], known, teacher_count)) for name in class_names]
     taken: dict[int, str] = {}
-    for name, i in zip(class_names, ids, strict=True):
-        if i in taken:
-            raise InputError(f"class map {spec}: {taken[i]!r} and {name!r} are both the teacher's class {i}")
-        taken[i] = name
-    mapped: np.ndarray = np.array(ids, dtype=np.int64)[labels]
-    return mapped
+    for name, group in zip(class_names, groups, strict=True):
+        for i in group:
+            if i in taken and (spec == "auto" or is_merged(groups)):
+                both = f"{taken[i]!r} and {name!r} are both" if taken[i] != name else f"{name!r} is twice"
+                raise InputError(f"class map {spec}: {both} the teacher's class {i}")
+            taken[i] = name
+    return groups
+
+
+def is_merged(groups: Sequence[Sequence[int]]) -> bool:
+    """Whether a class of the data is several classes of the teacher."""
+    return any(len(group) > 1 for group in groups)
+
+
+def digest(groups: Sequence[Sequence[int]]) -> str | None:
+    """What an identity says of a map: None where classes are the same on both sides."""
+    if is_merged(groups):
+        return sha256(b"kdcache merged classes 1\0" + json.dumps(groups).encode())
+    ids = np.array(groups, "<i8").reshape(-1)
+    return None if np.array_equal(ids, np.arange(len(ids))) else sha256(ids.tobytes())
+
+
+def merged(logits: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
+    """float32 [B, D] logits of groups of classes, from logits [B, C].
+
+    log sum exp over each group: its probability is the sum of its classes', among all classes that are in a group.
+    """
+    return torch.stack([logits[:, list(group)].float().logsumexp(1) for group in groups], 1)
+
+
+def shared(class_names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:
+    """The data's classes that are one class of the teacher, as 'A' and 'B'."""
+    by_id: dict[int, list[str]] = {}
+    for name, group in zip(class_names, groups, strict=True):
+        by_id.setdefault(group[0], []).append(repr(name))
+    return [" and ".join(names) for names in by_id.values() if len(names) > 1]
 
 
 def _auto(names: Sequence[str], teacher_classes: Sequence[str] | None, teacher_count: int) -> list[int]:
@@ -71,9 +102,8 @@ def _auto(names: Sequence[str], teacher_classes: Sequence[str] | None, teacher_c
     return [i for name in names if (i := ids(name)) is not None]
 
 
-def _resolve(spec: str, wanted: Sequence[str | int], teacher_classes: Sequence[str], count: int) -> list[int]:
+def _resolve(spec: str, wanted: Sequence[str | int], teacher_classes: Sequence[str], count: int) -> Iterator[int]:
     find = _finder(teacher_classes)
-    ids: list[int] = []
     for value in wanted:
         found = find(value) if isinstance(value, str) else value
         if found is None and str(value).isdecimal():
@@ -82,8 +112,7 @@ def _resolve(spec: str, wanted: Sequence[str | int], teacher_classes: Sequence[s
             raise InputError(f"{spec}: the teacher has no class {_listed([str(value)], teacher_classes)}")
         if not 0 <= found < count:
             raise InputError(f"{spec}: there is no class {found}: the teacher's are 0 to {count - 1}")
-        ids.append(found)
-    return ids
+        yield found
 
 
 def _finder(names: Sequence[str]) -> Callable[[str], int | None]:
@@ -128,8 +157,8 @@ def _imagenet_synsets() -> list[str]:
     return names
 
 
-def _read(path: Path) -> dict[str, str | int]:
-    """Dataset class -> teacher class, from the file."""
+def _read(path: Path) -> dict[str, list[str | int]]:
+    """Dataset class -> teacher classes, from the file."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
@@ -140,14 +169,15 @@ def _read(path: Path) -> dict[str, str | int]:
     except (OSError, ValueError, csv.Error) as e:
         reason = e.strerror if isinstance(e, OSError) else e
         raise InputError(f"class map {path}: cannot be read: {reason}") from e
-    result: dict[str, str | int] = {}
+    result: dict[str, list[str | int]] = {}
     if not isinstance(rows, tuple):
         raise InputError(f"class map {path}: is not a JSON object")
-    for row in rows:
-        if len(row) != 2 or type(row[1]) not in (str, int):
-            raise InputError(f"class map {path}: {row!r} is not a dataset class and a teacher class or id")
-        name, value = row
+    for name, *values in rows:
+        if len(values) == 1 and isinstance(values[0], list):
+            values = values[0]
+        if not values or any(type(value) not in (str, int) for value in values):
+            raise InputError(f"class map {path}: {(name, *values)!r} is not a dataset class and teacher classes or ids")
         if name in result:
             raise InputError(f"class map {path}: has two lines for {name!r}")
-        result[name] = value
+        result[name] = values
     return result

@@ -14,7 +14,7 @@ DEFAULT_K = 20
 @dataclass(frozen=True)
 class Defaults:
     """augment and views of a cache; student, epochs, weight decay, batch size and peak learning rate at that batch
-    of training; build_batch of the build."""
+    of training; build_batch of a build, at most (`batch_for`)."""
 
     augment: str
     views: int
@@ -29,6 +29,18 @@ class Defaults:
         """The peak learning rate at another batch size: in proportion."""
         return self.lr * batch / self.train_batch
 
+    def batch_for(self, device: str, size: int, samples: int) -> int:
+        """Images that a teacher gets at once on a kind of device ("cpu", "cuda"), at its input size in pixels.
+
+        A table and no measurement: the last bits of logits depend on it, so all builders of a cache have to choose
+        alike. It is bench/batches.py's: on a CPU, activations of many large images do not stay in its caches.
+        """
+        table = _CPU_BATCHES if device == "cpu" else ()
+        return min(next((batch for side, batch in table if size > side), self.build_batch), self.build_batch, samples)
+
+
+# On a CPU, of images with more pixels a side than this.
+_CPU_BATCHES = (128, 8), (48, 32)
 
 _DIGITS = Defaults("crop", 8, "resnet8", 20, 64, 0.05, 5e-4, 256)
 _SMALL = Defaults("crop,flip", 16, "resnet20", 60, 128, 0.1, 5e-4, 256)

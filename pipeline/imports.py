@@ -244,7 +244,7 @@ def _require_classes(tops: NDArray[np.int64], data: Dataset) -> None:
         return
     some = suspicions.choose(labels, len(data), suspicions.count_of(len(names), len(data)))
     advice = f"is this {data.name} in the order of classes that was stored? --allow-low-accuracy imports it"
-    suspicions.require_order(labels[some], tops[some], names, advice)
+    suspicions.require_order(labels[some], tops[some], names, "the stored answers'", advice)
     found = suspicions.agreement(labels, tops)
     if found.near_chance:
         raise InputError(

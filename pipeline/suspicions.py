@@ -34,9 +34,10 @@ def count_of(classes: int, images: int) -> int:
     """How many images are probed for a build of `images` images, in D classes (0 where unlabelled).
 
     Sixteen of a class, but no more than a twentieth of the build or 4,096; a hundredth of the build, up to 512, where
-    that is more, because they are timed too; and at least 128.
+    that is more, because they are timed too; and at least 128, or eight of a class up to 512.
     """
-    return max(_LEAST, min(_PER_CLASS * classes, images // 20, _MOST), min(_TIMED, images // 100))
+    least = max(_LEAST, min(_PER_CLASS // 2 * classes, _TIMED), min(images // 100, _TIMED))
+    return max(least, min(_PER_CLASS * classes, images // 20, _MOST))
 
 
 def choose(labels: NDArray[np.int64], samples: int, count: int) -> NDArray[np.int64]:
@@ -109,6 +110,8 @@ def require_steady(answer: Callable[[Tensor], Tensor], network: nn.Module, image
     company = images[torch.arange(len(images), device=images.device) % half].clone(memory_format=torch.preserve_format)
     before = {name: value.clone() for name, value in _statistics(network).items()}
     first, again = answer(images).clone(), answer(company)
+    if not torch.isfinite(first).all():
+        return  # `require_logits` has more to say of that
     limit = _STEADY[numeric] * max(float((first.amax(1) - first.amin(1)).max()), 1e-6)
     twin = again[half : 2 * half]
     if len(twin) and float((again[: len(twin)] - twin).abs().max()) > limit:
@@ -222,14 +225,19 @@ def _sign_test(more: int, fewer: int) -> float:
     return float(heads / 2**n)
 
 
-def require_order(labels: NDArray[np.int64], answers: NDArray[np.int64], names: dict[int, str], advice: str) -> None:
-    """InputError that names the classes where answers [M] fit labels [M] after a permutation; names: by class id."""
+def require_order(
+    labels: NDArray[np.int64], answers: NDArray[np.int64], names: dict[int, str], whose: str, advice: str
+) -> None:
+    """InputError that names the classes where answers [M] fit labels [M] after a permutation.
+
+    names: of the classes by id; whose: the order of the answers' classes is; advice: what to do.
+    """
     if (moves := moved_classes(labels, answers)) is None:
         return
     shown = [f"images of {names[c]} are answered as {names.get(d, d)}" for c, d in moves.pairs[:_NAMED]]
     more = f" and so on for {len(moves.pairs) - _NAMED} more classes" if len(moves.pairs) > _NAMED else ""
     raise InputError(
-        f"classes are in another order here and there: {', '.join(shown)}{more} ({moves.other} of "
+        f"{whose} classes are in another order than the data's: {', '.join(shown)}{more} ({moves.other} of "
         f"{moves.other + moves.own} that are answered as either): {advice}"
     )
 
@@ -241,7 +249,7 @@ def require_classes(labels: NDArray[np.int64], answers: NDArray[np.int64], names
     """
     if len(names) < 2:
         return
-    require_order(labels, answers, names, f"give --class-map FILE, which says which is which; {_ALLOW}")
+    require_order(labels, answers, names, "the teacher's", f"give --class-map FILE that maps them; {_ALLOW}")
     found = agreement(labels, answers)
     if found.near_chance:
         raise InputError(

@@ -34,7 +34,8 @@ from kdcache.pipeline import build as build_module
 from kdcache.pipeline import spool as spool_module
 from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build import BuildConfig, build, open_source, record_batches
-from kdcache.pipeline.datasets import Dataset
+from kdcache.pipeline.datasets import Dataset, open_data
+from kdcache.pipeline.defaults import defaults_for
 from kdcache.pipeline.info import describe, facts, one_line
 from kdcache.pipeline.render import _Pixels
 from kdcache.pipeline.teachers import Teacher
@@ -69,6 +70,31 @@ def twelve():
 
 def thousand():
     return net(1000, 4, 8, 2)
+
+def forty():
+    return net(40)
+
+def probabilities():
+    return nn.Sequential(net(12), nn.Softmax(1))
+
+def constant():
+    found = net(12)
+    nn.init.zeros_(found[-1].weight)
+    return found
+
+def huge():
+    found = net(12)
+    with torch.no_grad():
+        found[-1].weight.mul_(1e5)
+    return found
+
+class Careless(nn.Sequential):
+    def forward(self, images):
+        self[8].train()
+        return super().forward(images)
+
+def careless():
+    return Careless(*list(net(12))[:-1], nn.Dropout(0.1), net(12)[-1])
 """
 BATCH, PART, PARTS = 16, 64, 3
 
@@ -410,6 +436,95 @@ def test_another_class_map_is_another_cache(tmp_path, reference, source):
     assert "class_map: the cache has None" in problem
     mapping.write_text("".join(f"{a},{i}\n" for i, a in enumerate("abcdefghijkl")))
     assert open_source(settings(class_map=str(mapping)), quiet).identity == source.identity
+
+
+def test_a_teacher_that_is_not_the_caches_is_refused_before_it_is_asked(tmp_path, reference, source, monkeypatch):
+    """As where a published cache in another numeric type is taken: complete it is named, else nobody builds on."""
+    teacher = source.teacher.identity.model_copy(update={"numeric": "bf16", "input_size": 12})
+    other = replace(source, teacher=replace(source.teacher, identity=teacher))
+    path = tmp_path / "c"
+    shutil.copytree(reference, path)
+    assert build(settings(out=str(path)), quiet, other).teacher_images == 0
+    before = content(path)
+    monkeypatch.setattr(Teacher, "logits", None)
+    for config in (settings(views=3, out=str(path)), settings(out=str(tmp_path / "new"))):
+        with pytest.raises(e.MismatchError, match=r"numeric: the cache has float32, this teacher has bf16") as caught:
+            build(config, quiet, other)
+        assert "input_size: the cache has 10, this teacher has 12" in str(caught.value)
+    assert content(path) == before and not (tmp_path / "new").exists()
+
+
+def test_one_class_of_several_has_the_sum_of_their_probabilities(tmp_path, source):
+    """Two of the toy's twelve classes to one class of the data each, and the rest left out."""
+    import kd_toy
+
+    mapping = tmp_path / "map.json"
+    groups = [[i, (5 * i + 3) % 24 + 12] for i in range(12)]
+    mapping.write_text(json.dumps(dict(zip("abcdefghijkl", groups, strict=True))))
+    config = settings(teacher="kd_toy:forty", class_map=str(mapping), topk=None, precision="float32", views=1)
+    said = []
+    merging = open_source(config, said.append)
+    assert any("makes one class of several of the teacher's, so students have the data's 12" in line for line in said)
+    build(replace(config, out=str(tmp_path / "c")), quiet, merging)
+    cache = Cache(tmp_path / "c")
+    assert cache.identity.record.classes == 12 and cache.identity.class_map not in (None, source.identity.class_map)
+    assert (cache.train.labels == source.train.labels).all()
+    assert verify(cache, open_source(config, quiet)).passed
+    mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (source.train.mean, source.train.std))
+    images = source.evaluation.images.permute(0, 3, 1, 2)
+    with torch.inference_mode():
+        p = kd_toy.forty().eval()((images - mean) / std).double().exp()
+    sums = torch.stack([p[:, group].sum(1) for group in groups], 1)
+    want = sums / sums.sum(1, keepdim=True)
+    np.testing.assert_allclose(cache.read_evaluation().dense(1.0), want, rtol=1e-4, atol=1e-7)
+    compiled = torch.compile(merging.teacher.model, backend="eager")
+    with torch.inference_mode():
+        assert compiled(images[:BATCH]).equal(merging.teacher.logits(images[:BATCH]))
+
+
+def test_two_classes_of_the_data_may_be_one_of_the_teachers_where_a_file_says_so(tmp_path):
+    mapping = tmp_path / "map.csv"
+    mapping.write_text("".join(f"{a},{i % 11}\n" for i, a in enumerate("abcdefghijkl")))
+    said = []
+    config = settings(class_map=str(mapping), views=1, out=str(tmp_path / "c"))
+    source = open_source(config, said.append)
+    assert any("'a' and 'l' are one class of the teacher's" in line for line in said)
+    build(config, quiet, source)
+    assert (Cache(tmp_path / "c").train.labels == source.train.labels % 11).all()
+    assert verify(Cache(tmp_path / "c"), source).passed
+
+
+@pytest.mark.parametrize(
+    ("teacher", "message"),
+    [
+        ("probabilities", "answers with probabilities"),
+        ("constant", "answers alike to all of 128 training images"),
+        ("careless", r"answers the same image differently each time, as in training mode \(network\.8\)"),
+        ("huge", "records hold 65,504"),
+        ("net", r"among 12 classes the teacher is right on .*chance is 7\.8%"),
+    ],
+)
+def test_a_teacher_that_is_not_what_it_seems_is_refused(tmp_path, toy, teacher, message):
+    config = settings(teacher=f"kd_toy:{teacher}", allow_low_accuracy=False, out=str(tmp_path / "c"))
+    with pytest.raises(e.InputError, match=message) as caught:
+        build(config, quiet)
+    assert "\n" not in str(caught.value) and not (tmp_path / "c").exists()
+
+
+def test_a_teacher_whose_classes_change_places_is_refused_and_named(taught, tmp_path):
+    source, *_ = taught
+    said, config = [], settings(weights=str(taught[2].parent / "4.pt"), allow_low_accuracy=False, views=1)
+    build(replace(config, out=str(tmp_path / "good")), said.append, source)
+    rolled = {name: value.clone() for name, value in source.teacher.model.network.state_dict().items()}
+    for name in ("8.weight", "8.bias"):
+        rolled[name][:4] = rolled[name][:4].roll(1, 0)
+    torch.save(rolled, tmp_path / "rolled.pt")
+    config = replace(config, weights=str(tmp_path / "rolled.pt"), out=str(tmp_path / "c"))
+    with pytest.raises(e.InputError, match=r"images of [abcd] are answered as [abcd], .*--class-map FILE") as caught:
+        build(config, quiet)
+    shown = str(caught.value).split(": ")[1].split(" (")[0].split(", ")
+    assert sorted(shown) == [f"images of {a} are answered as {b}" for a, b in ("ab", "bc", "cd", "da")]
+    assert build(replace(config, allow_low_accuracy=True), quiet).teacher_images == 190
 
 
 def test_another_cache_in_the_same_place_is_refused_field_by_field(reference):
@@ -1182,7 +1297,7 @@ def test_a_dense_cache_of_many_classes_is_asked_for_as_it_is(toy, photos, tmp_pa
     build(replace(config, out=str(tmp_path / "c"), batch_size=8), quiet)
     cache = Cache(tmp_path / "c")
     assert cache.identity.record.dense and cache.read(0).gaps.shape == (24, 1000)
-    assert verify(cache, verify_module.source_of(cache, **where)).passed
+    assert verify(cache, verify_module.source_of(cache, teacher="kd_toy:thousand", **where)).passed
 
 
 def test_image_files_are_built_alike_with_any_number_of_workers(toy, photos, tmp_path):
@@ -1315,6 +1430,51 @@ def whole_answers(files_source):
     source, views, renderer = files_source
     found = build_module.answers(source, renderer, source.train_labels, views, [0, 0, 0], range(10), 4)
     return {(place, at): answered for place, at, *answered in found}
+
+
+@pytest.mark.parametrize(
+    ("kind", "device", "size", "samples", "batch"),
+    [
+        ("files", "cpu", 224, 10**6, 8),
+        ("files", "cpu", 129, 10**6, 8),
+        ("files", "cpu", 128, 10**6, 32),
+        ("files", "cpu", 32, 10**6, 128),
+        ("files", "cuda", 224, 10**6, 128),
+        ("files", "cpu", 224, 5, 5),
+        ("images", "cpu", 32, 10**6, 256),
+        ("images", "cpu", 64, 10**6, 32),
+        ("images", "cuda", 64, 10**6, 256),
+        ("images", "cuda", 32, 40, 40),
+    ],
+)
+def test_the_batch_of_a_build_goes_by_device_and_input_size(source, photos, kind, device, size, samples, batch):
+    data = source.train if kind == "images" else open_data(f"imagefolder:{photos}", "train")
+    assert defaults_for(data).batch_for(device, size, samples) == batch
+
+
+def test_a_build_by_another_batch_size_goes_on_and_answers_alike(toy, photos, tmp_path, monkeypatch):
+    """What the other has spooled is left alone, because it may differ in its last bits, and goes with the shard."""
+    config = of_files(photos, tmp_path / "c")
+    source, answer, asked = open_source(config, quiet), Teacher.logits, []
+    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
+
+    def stop(self, images):
+        asked.append(len(images))
+        if len(asked) == 2 + 3 * 3 + 4:  # the evaluation split, part 0 in three views, and some of part 1
+            raise ZeroDivisionError
+        return answer(self, images)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(Teacher, "logits", stop)
+        with pytest.raises(ZeroDivisionError):
+            build(config, quiet, source)
+    assert len(spooled(tmp_path)) == 3
+    asked.clear()
+    monkeypatch.setattr(Teacher, "logits", lambda self, images: asked.append(len(images)) or answer(self, images))
+    assert build(replace(config, batch_size=None), quiet, source).teacher_images == 3 * 14
+    assert set(asked) == {8} and spooled(tmp_path) == []
+    assert verify(Cache(tmp_path / "c"), source).passed
 
 
 def test_an_image_that_cannot_be_decoded_stops_the_build_which_then_goes_on(toy, photos, tmp_path):

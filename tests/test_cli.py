@@ -340,7 +340,7 @@ def test_a_teacher_near_chance(place: Place, data: str, refused: Callable[..., s
         state[name] = state[name].roll(1, 0)
     torch.save(state, "rolled.pt")
     line = f"build --teacher resnet8 {data} --weights rolled.pt --views 1 --out {place.work}/low"
-    refused(line, "chance", "--class-map", "--allow-low-accuracy")
+    refused(line, "images of c0 are answered as c1", "--class-map", "--allow-low-accuracy")
     assert json.loads(works(f"{line} --allow-low-accuracy --json").stdout)["teacher_top1"] < 0.1
 
 

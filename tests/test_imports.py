@@ -601,6 +601,19 @@ def test_faults_of_tinyvit(tinyvit, tmp_path, fault):
     assert "\n" not in str(e.value) and not (tmp_path / "c").exists()
 
 
+def test_classes_in_another_order_are_named(tinyvit, tmp_path, data, truth):
+    p = np.eye(5)[data.labels[:, 0]] * 0.9 + 0.02
+    places = [str(i) for i in range(30)]
+    config = replace(tinyvit[1], out=str(tmp_path / "c"))
+    right = write_tinyvit(tmp_path / "right", places, p[None], truth["seeds"][:1])
+    assert import_logits(replace(config, path=str(right)), quiet).views == 1
+    rolled = write_tinyvit(tmp_path / "rolled", places, np.roll(p, 1, 1)[None], truth["seeds"][:1])
+    config = replace(config, path=str(rolled), out=str(tmp_path / "d"))
+    with pytest.raises(KdcacheError, match=r"images of ant are answered as bee, .*images of eel are answered as ant"):
+        import_logits(config, quiet)
+    assert import_logits(replace(config, allow_low_accuracy=True), quiet).views == 1
+
+
 def test_wrong_order_and_wrong_classes_are_noticed(place, tinyvit, tmp_path, data, truth):
     wrong = write_tinyvit(tmp_path / "w", [str((i + 13) % 30) for i in range(30)], truth["p"], truth["seeds"])
     config = replace(tinyvit[1], path=str(wrong), out=str(tmp_path / "c"))

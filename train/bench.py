@@ -41,7 +41,7 @@ from kdcache.pipeline.defaults import DATA, Defaults, defaults_for
 from kdcache.pipeline.networks import build_network
 from kdcache.pipeline.pixels import pixels_of_data
 from kdcache.pipeline.progress import Progress, duration
-from kdcache.pipeline.teachers import Classifier, file_classifier, pick_device, try_out
+from kdcache.pipeline.teachers import Classifier, Teacher, file_classifier, pick_device, try_out
 from kdcache.train.layouts import noise_cache, reading_cases
 from kdcache.train.loader import CachedLoader, OnlineLoader
 from kdcache.train.losses import CE, Loss
@@ -140,20 +140,20 @@ def _source(config: BenchConfig, folder: Path, device: torch.device) -> tuple[So
     )
     chosen = np.arange(samples) * len(data) // samples
     train, labels = _part(found.train, chosen), found.train_labels[chosen]
-    few = np.arange(min(len(found.evaluation), _build_batch(config, defaults, samples)))
+    teacher, built = found.teacher, _build_batch(config, defaults, samples, found.teacher)
+    few = np.arange(min(len(found.evaluation), built))
     evaluation = _part(found.evaluation, few)
     identity = found.identity.model_copy(
         update={"data": describe_data(train, False), "evaluation": describe_data(evaluation, False)}
     )
-    teacher = found.teacher
     if config.compile:
-        teacher = teacher.compile(_build_batch(config, defaults, samples))
+        teacher = teacher.compile(built)
     return Source(train, evaluation, labels, found.evaluation_labels[few], teacher, identity), len(data)
 
 
-def _build_batch(config: BenchConfig, defaults: Defaults, samples: int) -> int:
+def _build_batch(config: BenchConfig, defaults: Defaults, samples: int, teacher: Teacher) -> int:
     """The default, unless it would leave a batch that is filled up."""
-    batch = config.batch_size or defaults.build_batch
+    batch = config.batch_size or defaults.batch_for(teacher.device.type, teacher.input_size, samples)
     return batch if samples % batch == 0 else defaults.train_batch
 
 
@@ -198,7 +198,7 @@ class _Bench:
         self.whole, self.samples = whole, len(source.train)
         self.defaults, record = defaults_for(source.train), source.identity.record
         self.batch = config.batch_size or self.defaults.train_batch
-        self.build_batch = _build_batch(config, self.defaults, self.samples)
+        self.build_batch = _build_batch(config, self.defaults, self.samples, source.teacher)
         self.size = config.image_size or source.train.image_size or source.teacher.input_size
         self.loss = make_loss(config.loss, record.classes)
         require_served(self.loss, record)

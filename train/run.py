@@ -552,6 +552,11 @@ def _same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, devi
         raise teacherstore.not_to_be_had(had, config.registry) from None
     if found := had.differences(teacher.identity, theirs="found"):
         raise MismatchError(f"the live teacher is not that of cache {cache.key[:12]}: {'; '.join(found)}")
+    if teacher.classes != cache.identity.record.classes:
+        raise MismatchError(
+            f"the class map of cache {cache.key[:12]} makes one class of several of the teacher's, and a live teacher "
+            "does not: train without --online"
+        )
     return teacher
 
 
