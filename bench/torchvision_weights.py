@@ -60,25 +60,25 @@ def published(name: str, entry: WeightsEnum) -> OrderedDict[str, Tensor]:
     """
     computing = name.startswith(("swin", "maxvit", "regnet"))  # their tables, or their widths, as they are built
     with torch.device("cpu" if computing else "meta"):
-        network = models.get_model(name, weights=None, **_options(name, entry))
+        network = models.get_model(name, weights=None, **options(name, entry))
     noise = torch.randn(1 << 16, generator=torch.Generator().manual_seed(len(name)))
     state: OrderedDict[str, Tensor] = OrderedDict()  # as OrderedDict[...](), a file would hold its type
     for key, value in network.state_dict().items():
         if key.endswith("num_batches_tracked") and _UNCOUNTED.match(f"{name} {entry.name}"):
             continue
-        state[_old_key(name, key)] = _filled(key, value, noise)
+        state[old_key(name, key)] = _filled(key, value, noise)
     if not name.startswith(("densenet", "vit_")) and not _UNCOUNTED.match(f"{name} {entry.name}"):
         state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     return state
 
 
-def _options(name: str, entry: WeightsEnum) -> dict[str, Any]:
+def options(name: str, entry: WeightsEnum) -> dict[str, Any]:
     if name.startswith("vit_"):
         return {"image_size": entry.meta["min_size"][0]}
     return {"aux_logits": True, "init_weights": False} if name in ("inception_v3", "googlenet") else {}
 
 
-def _old_key(name: str, key: str) -> str:
+def old_key(name: str, key: str) -> str:
     if name.startswith("densenet"):
         return re.sub(r"(denselayer\d+\.(?:norm|relu|conv))([12]\.)", r"\1.\2", key)
     if name.startswith("vit_"):

@@ -18,7 +18,7 @@ from kdcache.cache.errors import InputError
 from kdcache.pipeline import timm_source
 from kdcache.pipeline.datasets import Dataset
 from kdcache.pipeline.networks import SMALL_STEM_UP_TO, build_network, is_torchvision, load_fitting, outline
-from kdcache.pipeline.pixels import FLAGS, Found, Pixels, Wanted, pixels_of_data
+from kdcache.pipeline.pixels import FLAGS, IMAGENET_SIZE, Found, Pixels, Wanted, pixels_of_data
 from kdcache.pipeline.torchvision_source import (
     built_size,
     categories,
@@ -68,7 +68,7 @@ def from_file(
         raise InputError(f"{path} holds no tensors")
     if is_torchvision(name):
         state = translated(name, state)
-    classes = _count_classes(name, state, pixels_of_data(data).size, len(data.class_names))
+    classes = _count_classes(name, state, len(data.class_names))
     what = f"the weights in {path} and {name}"
     if notes:
         pixels = Pixels(notes["input_size"], notes["mean"], notes["std"], notes["interpolation"])
@@ -120,9 +120,9 @@ def _torchvision_pixels(
     return pixels, names, origin
 
 
-def _count_classes(name: str, state: Mapping[str, Tensor], size: int, default: int) -> int:
+def _count_classes(name: str, state: Mapping[str, Tensor], default: int) -> int:
     """How many classes the weights answer for: the length of the tensors that change with the number of classes."""
-    size = built_size(name, state, size)
+    size = built_size(name, state, IMAGENET_SIZE)  # which all of them can be built for
     two, three = (outline(name, classes, size).state_dict() for classes in (2, 3))
     for layer in two:
         if two[layer].shape != three[layer].shape and layer in state:
