@@ -66,7 +66,7 @@ def published(name: str, entry: WeightsEnum) -> OrderedDict[str, Tensor]:
     for key, value in network.state_dict().items():
         if key.endswith("num_batches_tracked") and _UNCOUNTED.match(f"{name} {entry.name}"):
             continue
-        state[old_key(name, key)] = _filled(key, value, noise)
+        state[old_key(name, key)] = _filled(key, value, noise, 1 if name.startswith("efficientnet_v2") else 2)
     if not name.startswith(("densenet", "vit_")) and not _UNCOUNTED.match(f"{name} {entry.name}"):
         state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     return state
@@ -86,15 +86,15 @@ def old_key(name: str, key: str) -> str:
     return key
 
 
-def _filled(key: str, like: Tensor, noise: Tensor) -> Tensor:
-    """Values that keep what flows through the network of a usual size."""
+def _filled(key: str, like: Tensor, noise: Tensor, gain: int) -> Tensor:
+    """Values that keep what flows through the network of a usual size: chaos would magnify rounding."""
     if not like.is_floating_point() or "relative_coords" in key:
         return torch.zeros(like.shape, dtype=like.dtype) if like.is_meta else like.clone()
     values = noise.repeat(-(-like.numel() // len(noise)))[: like.numel()].reshape(like.shape)
     if key.endswith("running_var"):
         return 0.5 + values.abs()
     if like.ndim > 1:
-        return values * (2 * len(like) / like.numel()) ** 0.5
+        return values * (gain * len(like) / like.numel()) ** 0.5
     return 0.01 * values + (1 if key.endswith("weight") else 0)
 
 
