@@ -69,6 +69,15 @@ def build_network(name: str, classes: int, image_size: int) -> nn.Module:
     )
 
 
+def outline(name: str, classes: int, image_size: int) -> nn.Module:
+    """build_network for the names and shapes of its tensors, on the meta device where that can be."""
+    try:
+        with torch.device("meta"):
+            return build_network(name, classes, image_size)
+    except Exception:  # some compute their widths with tensors, which have no values there: they, or an error, come now
+        return build_network(name, classes, image_size)
+
+
 def load_fitting(network: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
     """Load every tensor, or an InputError that calls them `what` and names the layers that do not fit.
 

@@ -17,6 +17,7 @@ from kdcache.pipeline.datasets import Dataset
 
 RGB = tuple[float, float, float]
 IMAGENET_SIZE = 224
+FLAGS = "--teacher-size, --teacher-mean and --teacher-std"
 
 
 @dataclass(frozen=True)
@@ -105,7 +106,7 @@ def fetching() -> Iterator[None]:
             os.environ[setting] = before
 
 
-def reason(error: Exception) -> str:
-    """The error's kind and the beginning of its message, in one line."""
-    text = " ".join(str(error).split())[:200]
+def first_sentence(error: Exception) -> str:
+    """The error's kind and the beginning of its message, which torch's can be pages of."""
+    text = " ".join(str(error).split()).split(". ")[0][:160]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

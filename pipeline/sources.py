@@ -11,15 +11,14 @@ from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-import torch
 from torch import Tensor
 from torchvision.models import WeightsEnum
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline import timm_source
 from kdcache.pipeline.datasets import Dataset
-from kdcache.pipeline.networks import SMALL_STEM_UP_TO, build_network, is_torchvision, load_fitting
-from kdcache.pipeline.pixels import Found, Pixels, Wanted, pixels_of_data
+from kdcache.pipeline.networks import SMALL_STEM_UP_TO, build_network, is_torchvision, load_fitting, outline
+from kdcache.pipeline.pixels import FLAGS, IMAGENET_SIZE, Found, Pixels, Wanted, pixels_of_data
 from kdcache.pipeline.torchvision_source import (
     built_size,
     categories,
@@ -31,7 +30,6 @@ from kdcache.pipeline.torchvision_source import (
 )
 
 _IMAGENET_CLASSES = 1000
-_FLAGS = "--teacher-size, --teacher-mean and --teacher-std"
 
 
 def names_weights(weights: str) -> bool:
@@ -51,7 +49,7 @@ def from_name(name: str, weights: str | None, wanted: Wanted) -> Found:
 
 def from_function(name: str, data: Dataset, wanted: Wanted) -> Found:
     """What the user's function gives, with the weights that it comes with. Nobody knows the names of its classes."""
-    pixels, origin = pixels_of_data(data), f"from the data; {_FLAGS} say otherwise"
+    pixels, origin = pixels_of_data(data), f"from the data; {FLAGS} say otherwise"
     network = build_network(name, len(data.class_names), wanted.size or pixels.size)
     cfg = getattr(network, "pretrained_cfg", None)
     if isinstance(cfg, dict) and cfg.get("input_size"):  # a network of timm's
@@ -70,7 +68,7 @@ def from_file(
         raise InputError(f"{path} holds no tensors")
     if is_torchvision(name):
         state = translated(name, state)
-    classes = _count_classes(name, state, pixels_of_data(data).size, len(data.class_names))
+    classes = _count_classes(name, state, len(data.class_names))
     what = f"the weights in {path} and {name}"
     if notes:
         pixels = Pixels(notes["input_size"], notes["mean"], notes["std"], notes["interpolation"])
@@ -81,7 +79,7 @@ def from_file(
     elif is_torchvision(name):
         pixels, names, origin = _torchvision_pixels(name, path, state, classes, data, wanted)
     else:
-        pixels, names, origin = pixels_of_data(data), None, f"from the data; {_FLAGS} say otherwise"
+        pixels, names, origin = pixels_of_data(data), None, f"from the data; {FLAGS} say otherwise"
     if name.startswith("timm/"):
         network = timm_source.from_state(name, classes, state, wanted.size or pixels.size, what)
     else:
@@ -107,9 +105,9 @@ def _torchvision_pixels(
     elif classes == _IMAGENET_CLASSES or data.images is None:
         entry = usual_weights(name)
         pixels = pixels_of(entry)
-        origin = f"as torchvision's {entry.name} wants it; {_FLAGS} say otherwise"
+        origin = f"as torchvision's {entry.name} wants it; {FLAGS} say otherwise"
     else:
-        pixels, origin = pixels_of_data(data), f"from the data; {_FLAGS} say otherwise"
+        pixels, origin = pixels_of_data(data), f"from the data; {FLAGS} say otherwise"
     size = built_size(name, state, pixels.size)
     if "encoder.pos_embedding" in state:
         pixels = replace(pixels, size=size)
@@ -117,16 +115,15 @@ def _torchvision_pixels(
         kind = "3x3 stem for images of up to" if size < pixels.size else "7x7 stem for images above"
         raise InputError(
             f"{path} holds {name} with the {kind} {SMALL_STEM_UP_TO} pixels, but its images would have {pixels.size}: "
-            f"give {_FLAGS} as it was trained"
+            f"give {FLAGS} as it was trained"
         )
     return pixels, names, origin
 
 
-def _count_classes(name: str, state: Mapping[str, Tensor], size: int, default: int) -> int:
+def _count_classes(name: str, state: Mapping[str, Tensor], default: int) -> int:
     """How many classes the weights answer for: the length of the tensors that change with the number of classes."""
-    size = built_size(name, state, size)
-    with torch.device("meta"):
-        two, three = (build_network(name, classes, size).state_dict() for classes in (2, 3))
+    size = built_size(name, state, IMAGENET_SIZE)  # which all of them can be built for
+    two, three = (outline(name, classes, size).state_dict() for classes in (2, 3))
     for layer in two:
         if two[layer].shape != three[layer].shape and layer in state:
             return int(state[layer].shape[0])

@@ -23,8 +23,8 @@ from kdcache.cache.files import replace_file
 from kdcache.cache.home import teachers_folder
 from kdcache.cache.identity import Interpolation, TeacherIdentity
 from kdcache.pipeline.datasets import Dataset
-from kdcache.pipeline.networks import SMALL_STEM_UP_TO, build_network, is_torchvision, small_stem
-from kdcache.pipeline.pixels import RGB, Found, Wanted, pixels_of_data
+from kdcache.pipeline.networks import SMALL_STEM_UP_TO, is_torchvision, outline, small_stem
+from kdcache.pipeline.pixels import RGB, Found, Wanted, first_sentence, pixels_of_data
 from kdcache.pipeline.ranks import this_rank
 from kdcache.pipeline.render import normalised
 from kdcache.pipeline.sources import from_file, from_function, from_name, names_weights
@@ -106,7 +106,7 @@ class Teacher:
         except Exception as e:  # of the network, the compiler, or for want of one
             network = self.identity.architecture
             raise InputError(
-                f"{network} cannot be compiled here: {_first_sentence(e)}; --no-compile does without"
+                f"{network} cannot be compiled here: {first_sentence(e)}; --no-compile does without"
             ) from e
         return found
 
@@ -125,7 +125,7 @@ def pick_device(name: str | None) -> torch.device:
             device = torch.device("cuda", this_rank().local_rank)
         torch.zeros(1, device=device).item()  # meta makes tensors, but holds nothing
     except (RuntimeError, AssertionError, ImportError) as e:
-        raise InputError(f"device {name or 'cuda'!r} cannot be used here: {_first_sentence(e)}; {_instead()}") from e
+        raise InputError(f"device {name or 'cuda'!r} cannot be used here: {first_sentence(e)}; {_instead()}") from e
     if device.index is not None and device.type == "cuda":
         torch.cuda.set_device(device)  # for streams and events, which are made without naming one
     return device
@@ -198,7 +198,7 @@ def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
                 "Save its state_dict() alone, best as .safetensors"
             ) from e
         raise InputError(
-            f"{path} is damaged, or neither a state dict of tensors nor .safetensors ({_first_sentence(e)})"
+            f"{path} is damaged, or neither a state dict of tensors nor .safetensors ({first_sentence(e)})"
         ) from e
     for wrapper in ("state_dict", "model"):
         if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
@@ -223,12 +223,6 @@ def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
         raise InputError(f"{path}: its notes are not what kdcache writes: {where}: {first['msg']}") from e
-
-
-def _first_sentence(error: Exception) -> str:
-    """The error's kind and the beginning of its message, which torch's can be pages of."""
-    text = " ".join(str(error).split()).split(". ")[0][:160]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__
 
 
 def load_teacher(
@@ -281,8 +275,7 @@ def _find(name: str, data: Dataset, weights: str | None, wanted: Wanted) -> Foun
             timms = name.startswith("timm/")
             if (timms and "." in name) or (data.name == "imagenet" and (timms or is_torchvision(name))):
                 return from_name(name, None, wanted)
-            with torch.device("meta"):
-                build_network(name, 2, pixels_of_data(data).size)  # a name that no network has is an error of its own
+            outline(name, 2, pixels_of_data(data).size)  # a name that no network has is an error of its own
             raise NotFoundError(_untaught(name, data))
         weights = str(taught)
     path = Path(weights)
@@ -300,7 +293,7 @@ def try_out(model: Classifier, name: str, size: int) -> int:
     except torch.OutOfMemoryError:
         raise
     except Exception as e:  # other people's networks; most often one that halves a small image once too often
-        raise InputError(f"{name} does not take images of {size}x{size} pixels: {_first_sentence(e)}") from e
+        raise InputError(f"{name} does not take images of {size}x{size} pixels: {first_sentence(e)}") from e
     finally:
         model.train(was_training)
     if not isinstance(logits, Tensor) or logits.ndim != 2 or len(logits) != 2:

@@ -13,7 +13,16 @@ from torchvision.models import ResNet18_Weights
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.imagefiles import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.pipeline.networks import import_timm, load_fitting
-from kdcache.pipeline.pixels import IMAGENET_SIZE, Found, Pixels, Wanted, fetching, interpolation_of, reason
+from kdcache.pipeline.pixels import (
+    FLAGS,
+    IMAGENET_SIZE,
+    Found,
+    Pixels,
+    Wanted,
+    fetching,
+    first_sentence,
+    interpolation_of,
+)
 
 _CONFIG = "config.json"
 
@@ -24,9 +33,10 @@ def names_weights(name: str) -> bool:
 
 
 def weights_of(name: str) -> str:
-    """The names of a network's pretrained weights, for an error; '' where there are none."""
+    """The names of a network's pretrained weights with a classifier, for an error; '' where there are none."""
     timm, plain = import_timm(name.split(".")[0])
-    return ", ".join(f"timm/{tagged}" for tagged in timm.list_pretrained(f"{plain}.*"))
+    tagged = timm.list_models(f"{plain}.*", pretrained=True)
+    return ", ".join(f"timm/{one}" for one in tagged if timm.get_pretrained_cfg(one).num_classes)
 
 
 def from_timm(name: str, wanted: Wanted) -> Found:
@@ -36,10 +46,9 @@ def from_timm(name: str, wanted: Wanted) -> Found:
     """
     timm, plain = import_timm(name)
     cfg = timm.get_pretrained_cfg(plain)
-    if cfg is None or not (cfg.hf_hub_id or cfg.url):
-        raise InputError(f"timm has no pretrained weights for {name!r}: take {weights_of(name) or '--weights FILE'}")
-    if not cfg.num_classes:
-        raise InputError(f"the weights of {name} are features without a classifier: take {weights_of(name)}")
+    if cfg is None or not (cfg.hf_hub_id or cfg.url) or not cfg.num_classes:
+        lacks = "are features without a classifier" if cfg is not None and cfg.num_classes == 0 else "are not published"
+        raise InputError(f"the weights of {name} {lacks}: take {weights_of(name) or '--weights FILE'}")
     place = f"https://huggingface.co/{cfg.hf_hub_id}" if cfg.hf_hub_id else cfg.url
     size = wanted.size or pixels_of(cfg.to_dict(), name).size
     try:
@@ -48,10 +57,10 @@ def from_timm(name: str, wanted: Wanted) -> Found:
     except OSError as e:
         file = f"{cfg.hf_hub_filename or 'model.safetensors'} from {place}" if cfg.hf_hub_id else place
         raise InputError(
-            f"cannot fetch the weights of {name} ({reason(e)}): fetch {file} yourself and give --weights FILE"
+            f"cannot fetch the weights of {name} ({first_sentence(e)}): fetch {file} yourself and give --weights FILE"
         ) from e
     except Exception as e:  # whatever a damaged file makes timm raise
-        raise InputError(f"the weights of {name} from {place} cannot be used: {reason(e)}") from e
+        raise InputError(f"the weights of {name} from {place} cannot be used: {first_sentence(e)}") from e
     return Found(network, pixels_of(cfg.to_dict(), name), _class_names(cfg.to_dict()), cfg.tag, "from timm's weights")
 
 
@@ -66,7 +75,7 @@ def pixels_of(cfg: Mapping[str, Any], name: str) -> Pixels:
         r, g, b = (float(v) for v in cfg.get("mean") or IMAGENET_MEAN)
         red, green, blue = (float(v) for v in cfg.get("std") or IMAGENET_STD)
     except (TypeError, ValueError) as e:
-        raise InputError(f"the pretrained_cfg of {name} cannot be read: {reason(e)}") from e
+        raise InputError(f"the pretrained_cfg of {name} cannot be read: {first_sentence(e)}") from e
     if channels != 3 or height != width or height < 1:
         raise InputError(f"{name} takes images [{channels}, {height}, {width}], and kdcache shows squares in colour")
     interpolation = interpolation_of(str(cfg.get("interpolation") or "bicubic"))
@@ -84,13 +93,17 @@ def config_of(name: str, path: Path) -> tuple[dict[str, Any], tuple[str, ...] | 
         try:
             content = json.loads(beside.read_text(encoding="utf-8"))
         except (ValueError, RecursionError) as e:
-            raise InputError(f"{beside} cannot be read: {reason(e)}") from e
+            raise InputError(f"{beside} cannot be read: {first_sentence(e)}") from e
         if isinstance(content, dict) and isinstance(cfg := content.get("pretrained_cfg"), dict):
             if (made_for := content.get("architecture")) != plain.split(".")[0]:
                 raise InputError(f"{beside} is of {made_for}, not of {name}: give its --teacher, or move it away")
             return cfg, _listed_names(content) or _listed_names(cfg), f"from {_CONFIG} beside it"
     known = timm.get_pretrained_cfg(plain)
-    return {} if known is None else known.to_dict(), None, "from timm's pretrained_cfg for that name"
+    return (
+        {} if known is None else known.to_dict(),
+        None,
+        f"from timm's pretrained_cfg of {plain}; {FLAGS} say otherwise",
+    )
 
 
 def from_state(name: str, classes: int, state: dict[str, Tensor], size: int, what: str) -> nn.Module:

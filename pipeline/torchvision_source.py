@@ -14,7 +14,7 @@ from torchvision.models import WeightsEnum
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.networks import SMALL_STEM_UP_TO, is_torchvision, small_stem
-from kdcache.pipeline.pixels import Found, Pixels, fetching, interpolation_of, reason
+from kdcache.pipeline.pixels import Found, Pixels, fetching, first_sentence, interpolation_of
 
 # Of torchvision.models.densenet._load_state_dict, which reads the published files.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")
@@ -38,11 +38,14 @@ def from_torchvision(name: str, weights: str) -> Found:
         with fetching():
             network: nn.Module = models.get_model(_plain(name), weights=entry)
     except OSError as e:
+        why = first_sentence(e)
         raise InputError(
-            f"cannot fetch {weights} of {name} ({reason(e)}): fetch {entry.url} yourself and give --weights FILE"
+            f"cannot fetch {weights} of {name} ({why}): fetch {entry.url} yourself and give --weights FILE"
         ) from e
     except Exception as e:  # bytes that are no pickle raise whatever comes first: KeyError, EOFError, ...
-        raise InputError(f"{file} cannot be used as {weights} of {name} ({reason(e)}): remove it and try again") from e
+        raise InputError(
+            f"{file} cannot be used as {weights} of {name} ({first_sentence(e)}): remove it and try again"
+        ) from e
     return Found(_answering(network), pixels_of(entry), names, entry.name, "from torchvision's weights")
 
 

@@ -159,7 +159,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "weights are a folder": (f"{BUILD} --weights {{pics}}", ("{pics} is a folder",)),
     "weights of another network": (
         "build --teacher resnet20 --data imagefolder:{pics} --weights {weights}",
-        ("{weights}", "resnet20", "72 missing (stages.0.1.body.0.0.weight, "),
+        ("{weights}", "resnet20", "60 missing (stages.0.1.body.0.0.weight, "),
     ),
     "torchvision weights unknown": (
         "build --teacher resnet18 --data imagefolder:{pics} --weights IMAGENET1K_V9",
