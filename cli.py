@@ -35,6 +35,14 @@ class _Failure(click.ClickException):
         super().__init__(_safe(" ".join(message.splitlines())))
 
 
+def _one_line(e: click.ClickException) -> click.ClickException:
+    """The same in one line: click lists the choices of what is missing below each other."""
+    text = e.format_message()
+    if "\n" not in text:
+        return e
+    return click.UsageError(" ".join(text.split()), getattr(e, "ctx", None))
+
+
 def _once(e: click.ClickException) -> click.ClickException | SystemExit:
     """Of torchrun's ranks that fail alike, one prints it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
@@ -57,7 +65,11 @@ class _Command(click.Command):
                     parser.add_option(p, p.secondary_opts, p.name, action="append_const", const=p.secondary_opts[0])
             else:
                 parser.add_option(p, p.opts, p.name, action="append", nargs=p.nargs)
-        typed, _, _ = parser.parse_args(list(args))
+        typed, rest, _ = parser.parse_args(list(args))
+        if rest and all(isinstance(p, click.Option) for p in self.get_params(ctx)):
+            raise click.UsageError(
+                f"{self.name} takes nothing but options, and {rest[0]!r} is none: see kdcache {self.name} --help.", ctx
+            )
         for p in once:
             values = typed.get(str(p.name), [])
             if p.is_flag and len(set(values)) > 1:
@@ -107,7 +119,7 @@ class _Main(click.Group):
         try:
             return self._invoke(ctx)
         except click.ClickException as e:
-            raise _once(e) from e
+            raise _once(_one_line(e)) from e
         except KeyboardInterrupt:
             # What is half made, such as a loader with its worker processes, complains as the process ends.
             before = _silent
@@ -501,7 +513,7 @@ def build(
         _print(found, as_json, "\n".join(found) or "every file can be read")
         sys.exit(1 if found else 0)
     if teacher is None:
-        raise click.UsageError("Missing option '--teacher'.")
+        raise click.UsageError("Missing option '--teacher': the network that answers, such as --teacher resnet34.")
     result = build_and_teach(BuildConfig(teacher, **options), _say, registry, publish, not no_teacher)
     if store == "zarr" or this_rank().rank:
         _print(vars(result), as_json, str(result.path))

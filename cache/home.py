@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+import re
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
@@ -11,6 +12,8 @@ from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
 from kdcache.cache.registry import DIGITS, Registry, may_be_name, split_url, weights_name
 from kdcache.cache.remote import LOCAL_STORE_BYTES
 from kdcache.cache.store import Cache
+
+_SHORT = re.compile(r"[0-9a-f]{1,3}")  # of a key: too few of its digits
 
 
 def home() -> Path:
@@ -97,6 +100,8 @@ def open_cache(where: str | os.PathLike[str], registry: str | None = None, store
         # A copy that was pulled, or built here, before what lies far away.
         here = caches_folder() / key
         return Cache(here) if (here / "identity.json").exists() else shared.cache(key)
+    if _SHORT.fullmatch(text):
+        raise NotFoundError(f"no cache at {text}: give four digits of a key or more, see kdcache ls")
     raise NotFoundError(f"no cache at {text}, and none with that key in {caches_folder()}: see kdcache ls")
 
 

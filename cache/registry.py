@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import shlex
 import shutil
 import socket
 import time
@@ -77,6 +78,10 @@ class Registry:
         self._mirror = local / "registries" / hashlib.sha256(str(known).encode()).hexdigest()[:16]
         self._store = LocalStore(local / "chunks", store_bytes)
 
+    @property
+    def _listing(self) -> str:
+        return f"see kdcache ls --registry {shlex.quote(self.url)}"
+
     def require_writable(self) -> Registry:
         """Itself; InputError for a web server, before anything is done in vain."""
         if not self.objects.writable:
@@ -119,7 +124,7 @@ class Registry:
         """Have `name` stand for nothing; NotFoundError where it does not exist."""
         check_name(name)
         if self.objects.size(f"names/{name}") is None:
-            raise NotFoundError(f"{self.url} has no cache named {name}: see kdcache ls --registry {self.url}")
+            raise NotFoundError(f"{self.url} has no cache named {name}: {self._listing}")
         self.objects.remove([f"names/{name}"])
 
     def _named(self, name: str) -> Named:
@@ -141,12 +146,12 @@ class Registry:
             if found:
                 keys = ", ".join(key[:16] for key in found)
                 raise InputError(f"several caches in {self.url} begin with {what}: {keys}; give more digits")
-            raise NotFoundError(f"no cache in {self.url} begins with {what}: see kdcache ls --registry {self.url}")
+            raise NotFoundError(f"no cache in {self.url} begins with {what}: {self._listing}")
         check_name(what)
         try:
             return self._named(what).key
         except NotFoundError:
-            raise NotFoundError(f"{self.url} has no cache named {what}: see kdcache ls --registry {self.url}") from None
+            raise NotFoundError(f"{self.url} has no cache named {what}: {self._listing}") from None
 
     def has_name(self, name: str) -> bool:
         """Whether this is a name that stands for a cache. Digits can be one only where they are fewer than six."""
@@ -182,7 +187,7 @@ class Registry:
         try:
             content = self.objects.read(f"{prefix}/identity.json", MAX_JSON_BYTES)
         except NotFoundError:
-            raise NotFoundError(f"{self.url} has no cache {key[:16]}: see kdcache ls --registry {self.url}") from None
+            raise NotFoundError(f"{self.url} has no cache {key[:16]}: {self._listing}") from None
         where = f"{self.url}/{prefix}/identity.json"
         identity = parse(Identity, content, where, "ask who keeps the registry to remove that cache")
         if identity.key != key:

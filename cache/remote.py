@@ -233,7 +233,7 @@ class SharedFolder(Folder):
         return self._objects.at(f"{self._prefix}/{file}")
 
     def remedy(self, file: str) -> str:
-        return f"ask who keeps that registry to run kdcache verify --repair on {self.path}, then to build it again"
+        return f"ask who keeps that registry to run kdcache verify {self.path} --repair, then to build it again"
 
 
 def other(stored: StoredFile) -> str:

@@ -537,7 +537,9 @@ class Cache:
         self.path = path
         self._place = place or (Folder(path) if path.is_dir() or not path.exists() else PackedFile(path))
         if not self._place.has("identity.json"):
-            raise NotFoundError(f"{path} is not a kdcache cache: it has no identity.json")
+            there = not isinstance(self._place, Folder) or path.exists()
+            reason = f"{path} is not a kdcache cache: it has no identity.json" if there else f"there is no {path}"
+            raise NotFoundError(reason)
         content = self._place.read("identity.json", MAX_JSON_BYTES)
         advice = f"copy it anew, or remove {path} and {self._place.again}"
         self.identity = parse(Identity, content, str(path / "identity.json"), advice)

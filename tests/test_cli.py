@@ -147,7 +147,11 @@ TRAIN = "train --data imagefolder:{pics} --student resnet8 --epochs 1 --batch-si
 MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "no such command": ("biuld", ("'biuld'",)),
     "no such option": (f"{BUILD} --viws 3", ("--viws", "--views")),
-    "no teacher": ("build --data imagefolder:{pics}", ("--teacher",)),
+    "no teacher": ("build --data imagefolder:{pics}", ("--teacher resnet34",)),
+    "a name without its option": ("build resnet8 --data imagefolder:{pics}", ("'resnet8'", "kdcache build --help")),
+    "no kind of file to pack into": ("pack {cache}", ("'--to'", "hdf5, ffcv")),
+    "no kind of logits to import": ("import", ("tinyvit, fkd",)),
+    "unpack of nothing": ("unpack {root}/nowhere.h5", ("there is no {root}/nowhere.h5",)),
     "unknown teacher": ("build --teacher resnt8 --data imagefolder:{pics}", ("'resnt8'", "mean resnet8, ")),
     "unknown teacher to teach": ("teach --teacher wrn_16_3 --data imagefolder:{pics}", ("mean wrn_16_2, ",)),
     "unknown digits teacher": ("build --teacher resnt8", ("mean resnet8, ",)),
@@ -223,7 +227,10 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
         "train --data digits --cache {cache}",
         ("name: the cache has imagefolder, the data digits", "samples: the cache has 128, the data 1442"),
     ),
-    "no cache of these data": ("train --data digits", ("no cache of digits", "kdcache build --data digits")),
+    "no cache of these data": (
+        "train --data digits",
+        ("no cache of digits", "run kdcache build --teacher resnet34 --data digits first"),
+    ),
     "no cache by this teacher": (f"{TRAIN} --teacher resnet50", ("by resnet50",)),
     "cache by another teacher": (f"{TRAIN} --cache {{cache}} --teacher resnet50", ("resnet8, not by resnet50",)),
     "more views than there are": (f"{TRAIN} --views 9", ("2 complete views, not 9",)),
@@ -237,7 +244,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "eval of a folder that is no run": ("eval {pics}", ("{pics} is no run",)),
     "eval of a teacher": ("eval {weights}", ("{weights} is a taught teacher",)),
     "info of nothing": ("info 00000000", ("00000000", "kdcache ls")),
-    "info of a short key": ("info 0000", ("0000", "kdcache ls")),
+    "info of a short key": ("info 000", ("000", "four digits", "kdcache ls")),
     "info of a folder": ("info {pics}", ("{pics} is not a kdcache cache",)),
     "verify without the images": ("verify {cache}", ("--data imagefolder:PATH", "--depth contents")),
     "verify with other data": (
@@ -418,6 +425,17 @@ def test_several_caches_that_match_are_listed(place: Place, quick: str, refused:
     works(f"{quick} --epochs 1 --out run --resume", KDCACHE_HOME=str(home))
 
 
+def test_without_a_cache_the_command_that_is_named_builds_one(place: Place, quick: str) -> None:
+    home = str(place.work / "home")
+    shutil.copytree(place.home / "teachers", place.work / "home" / "teachers")
+    line = f"{quick} --epochs 1 --teacher resnet8 --out run"
+    said = invoke(line, KDCACHE_HOME=home).stderr
+    command = re.search(r"with a complete view: run kdcache (build --teacher resnet8 .*) first$", said.strip())
+    assert command, said
+    works(f"{command[1]} --views 1", KDCACHE_HOME=home)
+    works(line, KDCACHE_HOME=home)
+
+
 def test_an_ambiguous_key(place: Place, refused: Callable[..., str]) -> None:
     key, home = place.cache.name, place.work / "home"
     for name in (key, key[:20] + "0" * 44):
@@ -429,7 +447,11 @@ def test_a_cache_of_other_data(place: Place, refused: Callable[..., str]) -> Non
     other = paint(place.work / "other", seed=1)
     fingerprint = open_cache(place.cache).identity.data.fingerprint
     refused(f"train --data imagefolder:{other} --cache {place.cache}", f"fingerprint: the cache has {fingerprint}")
-    refused(f"train --data imagefolder:{other}", "no cache of", f"kdcache build --data imagefolder:{other}")
+    refused(
+        f"train --data imagefolder:{other}",
+        "no cache of",
+        f"kdcache build --teacher resnet34 --data imagefolder:{other}",
+    )
     refused(f"verify {place.cache} --data imagefolder:{other}", f"data.fingerprint: the cache has {fingerprint}")
 
 

@@ -478,7 +478,9 @@ def evaluate_run(
     if not notes:
         raise InputError(f"{path} was not written by kdcache: it does not say which network and data it belongs to")
     if not {"student", "classes", "data", "cache"} <= notes.keys():
-        raise InputError(f"{path} is a taught teacher: its accuracy stands in its notes, see kdcache build")
+        raise InputError(
+            f"{path} is a taught teacher, and eval is for students: kdcache info shows how good a cache's teacher is"
+        )
     on = pick_device(device)
     model = student_of(path, state, notes, student).to(on)
     beside = _beside(path, notes, teacher, on)
