@@ -122,6 +122,8 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
     device = pick_device(config.device)
     data = open_data(config.data, "train", unlabelled=config.unlabelled)
     evaluation = open_data(config.data, "eval", unlabelled=config.unlabelled)
+    for note in filter(None, (data.note, evaluation.note)):
+        say(note)
     teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp)
     if teacher.classes < 2:
         raise InputError(f"the teacher has {teacher.classes} classes, at least 2 are needed: is {config.data} right?")
