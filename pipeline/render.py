@@ -356,11 +356,9 @@ def worker_error(error: Exception) -> str | None:
         return None
     pids = [int(pid) for pid in found[1].split(",")]
     files = [file for loader in _LOADERS for pid in pids if (file := loader.reading(pid))]
-    how = found[2] or "no signal is known"
     what = f"{files[0]}: the worker process that read it was killed" if files else "a worker process was killed"
-    if how.startswith("Bus"):
-        return f"{what} ({how}): {SHARED_MEMORY} is often too small then; --workers 0 does without it"
-    return f"{what} ({how}): often there is too little memory; lower --workers"
+    how = f" ({found[2]})" if found[2] else ""
+    return f"{what}{how}: often memory is short, or {SHARED_MEMORY} too small; lower --workers"
 
 
 EXPLANATIONS.append(worker_error)
