@@ -16,6 +16,7 @@ from PIL import Image
 from torchvision.io import ImageReadMode
 
 from kdcache.cache import KdcacheError
+from kdcache.cache.identity import TeacherIdentity
 from kdcache.pipeline import render
 from kdcache.pipeline.datasets import Dataset, open_data
 from kdcache.pipeline.decode import decode_file
@@ -62,6 +63,7 @@ ONE_BYTE = """
 import sys
 from pathlib import Path
 from kdcache.cache import KdcacheError
+from kdcache.cache.identity import TeacherIdentity
 from kdcache.pipeline.decode import decode_file
 path = Path(sys.argv[1])
 good, refused = path.read_bytes(), 0
@@ -150,3 +152,10 @@ def test_a_worker_that_is_killed_is_reported_with_its_file(data, monkeypatch):
         all_views(data)
     line = f"{data.root / data.paths[17]}: the worker process that read it was killed"
     assert str(caught.value).startswith(line) and str(caught.value).endswith("too small; lower --workers")
+
+
+def test_an_identity_of_an_absurd_input_size_is_refused():
+    with pytest.raises(ValueError, match="less than or equal to 16384"):
+        TeacherIdentity(
+            architecture="x", weights="a" * 64, mean=(0.5,) * 3, std=(0.5,) * 3, input_size=2**40, numeric="float32"
+        )
