@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import _thread
 import errno
+import functools
 import json
 import math
 import os
@@ -356,10 +357,35 @@ def _seeds(ctx: click.Context, param: click.Parameter, value: tuple[str, ...]) -
     return tuple(int(_SEED(seed, param, ctx)) for seed in ",".join(value).split(","))
 
 
-_data = click.option(
-    "--data", default="digits", show_default=True, metavar="NAME[:PATH]",
-    help="digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH or module:function.",
-)  # fmt: skip
+def _split_folders(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--train-folder and --eval-folder, which become part of --data."""
+
+    @functools.wraps(command)
+    def call(*args: Any, train_folder: str | None, eval_folder: str | None, **options: Any) -> Any:
+        if train_folder is not None or eval_folder is not None:
+            from kdcache.pipeline.datasets import with_folders
+
+            if options["data"] is None:
+                raise click.UsageError("--train-folder and --eval-folder need --data.")
+            options["data"] = with_folders(options["data"], train_folder, eval_folder)
+        return command(*args, **options)
+
+    held = click.option("--eval-folder", metavar="NAME", help="The folder of the evaluation split [val, test, ...].")
+    train = click.option(
+        "--train-folder", metavar="NAME", help="The folder of the train split in PATH [train; . without splits]."
+    )
+    return train(held(call))
+
+
+def _data(command: Callable[..., Any]) -> Callable[..., Any]:
+    """--data and what belongs to it."""
+    option = click.option(
+        "--data", default="digits", show_default=True, metavar="NAME[:PATH]",
+        help="digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH or module:function.",
+    )  # fmt: skip
+    return option(_split_folders(command))
+
+
 _device = click.option("--device", help="cuda, cuda:1, cpu, ...; the GPU where there is one.")
 _workers = click.option("--workers", type=click.IntRange(0), help="Processes that decode image files [the cores].")
 _amp = click.option("--amp", type=click.Choice(["bf16"]), help="Run the network in bfloat16.")
@@ -528,6 +554,7 @@ def build(
 @click.option("--out", cls=_Own, metavar="FILE", help="[beside the cache, with .h5 or .beton]")
 @click.option("--views", cls=_Own, metavar="A:B", callback=_views, help="Views A to B - 1 [all that are complete].")
 @click.option("--data", metavar="NAME[:PATH]", help="For ffcv: where the images are [by the name in the cache].")
+@_split_folders
 @_json
 def pack(as_json: bool, cache: str, **options: Any) -> None:
     """Write a cache into one file: it is read by its path as a folder is.
@@ -679,6 +706,7 @@ def _figures(facts: dict[str, Any]) -> str:
 @main.command(name="eval")
 @click.argument("run")
 @click.option("--data", cls=_Own, metavar="NAME[:PATH]", help="Any labelled data with the run's classes [the run's].")
+@_split_folders
 @click.option("--cache", cls=_Own, metavar="PATH|KEY|NAME|URL", help="[the run's]")
 @click.option("--student", cls=_Own, metavar="NAME", help="[the run's, unless it is a function]")
 @click.option("--teacher", cls=_Own, metavar="NAME", help="That learnt beside it [the run's, unless it is a function].")
@@ -707,6 +735,7 @@ def evaluate(as_json: bool, run: str, **options: Any) -> None:
 @click.argument("kind", type=click.Choice(["tinyvit", "fkd"]))
 @click.argument("path")
 @click.option("--data", required=True, metavar="NAME[:PATH]", help="The images they are of: imagenet:PATH, ...")
+@_split_folders
 @click.option("--classes", type=click.IntRange(2, 2**32 - 1), help="Of the teacher [the dataset's].")
 @click.option("--teacher", cls=_Own, default="unknown", show_default=True, metavar="NAME", help="What to call it.")
 @click.option(
@@ -916,6 +945,7 @@ def info(as_json: bool, cache: str, registry: str | None) -> None:
 @main.command()
 @click.argument("cache")
 @click.option("--data", metavar="NAME[:PATH]", help="Where the images are [by the name in the cache].")
+@_split_folders
 @click.option("--teacher", cls=_Own, metavar="NAME", help="[by the name in the cache, unless it is a function]")
 @_weights
 @_class_map

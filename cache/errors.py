@@ -1,5 +1,7 @@
 """The one error family. The command line turns each into a single line and exit status 2."""
 
+from collections.abc import Callable
+
 
 class KdcacheError(Exception):
     """Something the user can act on: the message says what is wrong, where, and what to do."""
@@ -36,6 +38,10 @@ class UnservedError(KdcacheError):
 RANK_ENDED = "another rank of this training has ended or does not answer: its own message, or torchrun's, says why"
 
 
+# Of the modules that know more of an error of the machine's than this one does.
+EXPLANATIONS: list[Callable[[Exception], str | None]] = []
+
+
 def machine_error(e: Exception) -> str | None:
     """What to do where the machine is too small for what was asked; None for other errors."""
     first = (str(e).splitlines() or [""])[0]
@@ -45,6 +51,4 @@ def machine_error(e: Exception) -> str | None:
         return RANK_ENDED
     if first.startswith("Expected to have finished reduction"):
         return "the student has weights that take no part in its answers, which several ranks cannot train: freeze them"
-    if first.startswith("DataLoader worker"):
-        return f"{first.split('. ')[0]}: often too little memory, or too small a /dev/shm; lower --workers"
-    return None
+    return next((reason for explain in EXPLANATIONS if (reason := explain(e))), None)

@@ -44,7 +44,7 @@ class TeacherIdentity(Strict):
     weights: Sha256
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    input_size: int = Field(ge=1)
+    input_size: int = Field(ge=1, le=2**14)
     numeric: Literal["float32", "bf16"]
     interpolation: Interpolation = "bilinear"
 

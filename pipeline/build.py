@@ -127,6 +127,8 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
     device = pick_device(config.device)
     data = open_data(config.data, "train", unlabelled=config.unlabelled)
     evaluation = open_data(config.data, "eval", unlabelled=config.unlabelled)
+    for note in filter(None, (data.note, evaluation.note)):
+        say(note)
     wanted = Wanted(config.teacher_size, config.teacher_mean, config.teacher_std, config.teacher_interpolation)
     teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp, wanted=wanted)
     say(f"teacher: {teacher.about}")

@@ -1,6 +1,8 @@
 """Folders of images by class: which file is in which split, and what its label is."""
 
 import os
+import re
+from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -8,9 +10,17 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.imagefiles import list_images
+from kdcache.pipeline.imagefiles import left_out, list_images
+
+# What the folders of splits are called, in any case.
+_TRAIN = ("train", "training")
+VALIDATION = ("val", "valid", "validation", "dev")
+TEST = ("test", "testing")
+EVALUATION = ("eval", "evaluation")
+_SPLITS = (*_TRAIN, *VALIDATION, *TEST, *EVALUATION)
 
 _HELD_OUT = 10  # where there are no split folders, every so manyth image of a class is the eval split's
+_NAMED = 5  # classes in a line
 
 
 @dataclass(frozen=True, eq=False)
@@ -21,47 +31,122 @@ class Listing:
     paths: tuple[str, ...]  # relative to root
     labels: np.ndarray  # int64 [N, 1], or [N, 0] when unlabelled
     class_names: tuple[str, ...]
+    note: str  # a line on what was found
 
 
-def list_split(
-    top: Path,
-    split: str,
-    *,
-    labelled: bool,
-    evals: Sequence[str],
-    split_folders: bool,
-) -> Listing:
+@dataclass(frozen=True)
+class Layout:
+    """How a kind of folder is laid out, and what the user said of it.
+
+    evals: the kinds of evaluation splits, first the one that is preferred. split_folders: whether there must be
+    folders of splits. train, eval: the folders of the splits, relative to the top, where the user named them.
+    """
+
+    evals: tuple[tuple[str, ...], ...]
+    split_folders: bool
+    train: str | None = None
+    eval: str | None = None
+
+
+def list_split(top: Path, split: str, layout: Layout, *, labelled: bool) -> Listing:
     """The 'train' or 'eval' split of the images below `top`.
 
-    The splits are top/train and the first of top/`evals` that exists. Without any of them, and unless
-    `split_folders` demands them, every tenth image of each class is held out. InputError says what is
-    missing.
+    Without any folder of a split, and unless the layout demands them, every tenth image of each class is held out.
+    InputError says what is missing, what is ambiguous, and which flag decides.
     """
     if not top.is_dir():
         raise InputError(f"{top}: {'is not a folder' if top.exists() else 'no such folder'}")
-    given = [top / name for name in evals if (top / name).is_dir()]
-    train = top / "train"
-    whole = not split_folders and not given and not train.is_dir()
-    if whole:
-        train = top
-    elif not train.is_dir():
-        raise InputError(f"{train}: no such folder, where {top}/CLASS/* of the train split are expected")
-    elif split == "eval" and not given:
-        raise InputError(f"{top}: has a folder train but no {' or '.join(evals)}, as the eval split needs")
-    root = train if whole or split == "train" else given[0]
-
+    train, held = _split_folders(top, split, layout)
+    root = held if split == "eval" and held else train
     names = _class_names(train) if labelled else ()
-    paths = list_images(root)
+    if layout.train is None:
+        _refuse_splits(top, train)
+    paths, others = list_images(root)
     labels = _labels(root, paths, names, train) if labelled else np.zeros(len(paths), dtype=np.int64)
     if labelled and root == train:
         _refuse_empty_classes(train, names, labels)
+    whole = train == top and held is None
     if whole:
         chosen = held_out(labels, _HELD_OUT) == (split == "eval")
         if not chosen.any():
             raise InputError(f"{top}: has no tenth image in any class to hold out for the eval split")
         paths = tuple(paths[i] for i in np.flatnonzero(chosen))
         labels = labels[chosen]
-    return Listing(root, paths, labels[:, None] if labelled else np.empty((len(paths), 0), np.int64), names)
+    note = _note(root, split, len(paths), names, others, whole)
+    return Listing(root, paths, labels[:, None] if labelled else np.empty((len(paths), 0), np.int64), names, note)
+
+
+def _split_folders(top: Path, split: str, layout: Layout) -> tuple[Path, Path | None]:
+    """The folder of the train split, and that of the eval split; None where there is none."""
+    there = _folders(top)
+    train = _named(top, layout.train, "--train-folder") or _only(top, there, _TRAIN, "--train-folder")
+    held = _named(top, layout.eval, "--eval-folder")
+    if held is None and train != top:
+        found = (_only(top, there, kind, "--eval-folder") for kind in layout.evals)
+        held = next((folder for folder in found if folder not in (None, train)), None)
+    canonical = " or ".join(kind[0] for kind in layout.evals)
+    if train is None and (held or layout.split_folders):
+        raise InputError(
+            f"{top / 'train'}: no such folder, where {top}/CLASS/* of the train split are expected; --train-folder "
+            "NAME names another, and --train-folder . says that all folders are classes"
+        )
+    if train and train != top and held is None and split == "eval":
+        name = train.name
+        raise InputError(
+            f"{top}: has a folder {name} but no {canonical}, as the eval split needs: --eval-folder NAME names "
+            f"another; if {name} is a class, give --train-folder ."
+        )
+    if train and held and (held.is_relative_to(train) or train.is_relative_to(held)):
+        raise InputError(f"{held} and {train} lie in each other: the splits must be folders of their own")
+    return train or top, held
+
+
+def _named(top: Path, name: str | None, flag: str) -> Path | None:
+    """What the user calls a split's folder."""
+    if name is None:
+        return None
+    folder = Path(os.path.normpath(top / name))
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder: {flag} is relative to {top}")
+    return folder
+
+
+def _only(top: Path, folders: Sequence[str], names: Sequence[str], flag: str) -> Path | None:
+    """The one of the folders that has one of the names."""
+    found = [folder for folder in folders if folder.casefold() in names]
+    if len(found) > 1:
+        raise InputError(f"{top}: {' and '.join(found)} may each be the split: {flag} NAME decides")
+    return top / found[0] if found else None
+
+
+def _refuse_splits(top: Path, train: Path) -> None:
+    """InputError for folders of classes that look like those of splits, such as seg_train and seg_test."""
+    words = {folder: _words(folder) & {*_SPLITS} for folder in _folders(train)}
+    splits = [folder for folder, found in words.items() if found]
+    all_words = set().union(*words.values())
+    both = all_words & {*_TRAIN} and all_words - {*_TRAIN}
+    if splits and (len(splits) == len(words) or (both and 2 * len(splits) >= len(words))):
+        named = ", ".join(splits[:_NAMED])
+        raise InputError(
+            f"{train}: {named} look like splits, not classes: --train-folder NAME and --eval-folder NAME name the "
+            f"splits; if they are classes, give --train-folder {train.relative_to(top)}"
+        )
+
+
+def _words(name: str) -> set[str]:
+    """train and set for trainSet, train_set and train-set1."""
+    parts = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold())
+    return {part.removesuffix("set") for part in parts}
+
+
+def _note(root: Path, split: str, n: int, names: Sequence[str], others: Counter[str], whole: bool) -> str:
+    line = f"{root}: {n:,} images to {'evaluate on' if split == 'eval' else 'learn from'}"
+    if whole:
+        line += f" (every {_HELD_OUT}th of a class is held out to evaluate on)" if split == "train" else " (held out)"
+    if split == "train" and names:
+        more = "" if len(names) <= _NAMED else f", ... {names[-1]}"
+        line += f", {len(names):,} classes: {', '.join(names[:_NAMED])}{more}"
+    return line + left_out(others)
 
 
 def held_out(labels: np.ndarray, every: int) -> np.ndarray:
@@ -74,16 +159,22 @@ def held_out(labels: np.ndarray, every: int) -> np.ndarray:
     return chosen
 
 
-def _class_names(train: Path) -> tuple[str, ...]:
+def _folders(top: Path) -> tuple[str, ...]:
+    """The names of the folders in `top`, in byte order; hidden ones are left out."""
     try:
-        names = [entry.name for entry in train.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        names = [entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     except OSError as e:
-        raise InputError(f"{train}: cannot be listed: {e.strerror}") from e
+        raise InputError(f"{top}: cannot be listed: {e.strerror}") from e
+    return tuple(sorted(names, key=os.fsencode))
+
+
+def _class_names(train: Path) -> tuple[str, ...]:
+    names = _folders(train)
     if not names:
         raise InputError(
             f"{train}: has no class folders, as in {train}/CLASS/image.jpg; without classes, use --unlabelled"
         )
-    return tuple(sorted(names, key=os.fsencode))
+    return names
 
 
 def _labels(root: Path, paths: Sequence[str], names: Sequence[str], train: Path) -> np.ndarray:

@@ -10,21 +10,25 @@ open_data knows these specs:
     imagenet:PATH           PATH/train/CLASS/* and PATH/val/CLASS/*
     imagefolder:PATH        PATH/train/CLASS/* and PATH/val, PATH/test or PATH/eval (the first there is); or
                             PATH/CLASS/* alone, where every tenth image of each class is the eval split
+        ...?train=A&eval=B  the same, where the folders of the splits have other names (see with_folders)
     module:function         function(split) gives a Dataset, or (images uint8 [N, H, W, 3], labels int [N]),
                             or these and the class names; also modules in the current directory are found
 
-Images below a class folder count, at any depth; class ids go by folder name in byte order, always the train
-split's. Unlabelled, an image folder needs no class folders.
+The folders of splits may also be called Training, Testing, valid, validation and so on, in any case. Images below a
+class folder count, at any depth; class ids go by folder name in byte order, always the train split's. Unlabelled, an
+image folder needs no class folders.
 """
 
 import hashlib
 import importlib
 import json
 import os
+import re
 import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field, replace
 from pathlib import Path
+from urllib.parse import parse_qsl, urlencode
 
 import numpy as np
 import torch
@@ -33,13 +37,17 @@ from kdcache.cache.errors import InputError, KdcacheError
 from kdcache.cache.home import home as default_home
 from kdcache.pipeline import arraysets, imagefiles
 from kdcache.pipeline.arraysets import Arrays
-from kdcache.pipeline.classfolders import Listing, list_split
+from kdcache.pipeline.classfolders import EVALUATION, TEST, VALIDATION, Layout, Listing, list_split
 from kdcache.pipeline.decode import decode_file
 from kdcache.pipeline.imagefiles import Progress, Triple, one_line
 
 FINGERPRINTED_FILES = 4096
-_FOLDERS = {"imagenet": ("val",), "imagefolder": ("val", "test", "eval")}  # names of the eval split's folder
 _ARRAYS = ("digits", "cifar10", "cifar100", "fashion-mnist")
+_FOLDERS = {
+    "imagenet": Layout((VALIDATION,), split_folders=True),
+    "imagefolder": Layout((VALIDATION, TEST, EVALUATION), split_folders=False),
+}
+_SPLITS = re.compile(r"\?((?:train|eval)=[^?&]*(?:&eval=[^?&]*)?)$")  # what with_folders adds
 _KNOWN = "digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH and module:function"
 
 
@@ -60,6 +68,7 @@ class Dataset:
     images: torch.Tensor | None = None  # uint8 [N, H, W, 3]
     root: Path | None = None
     paths: tuple[str, ...] = ()  # POSIX, relative to root, in byte order
+    note: str | None = None  # for the user: what was found there, such as classes, and what was left out
     _fingerprints: dict[bool, str] = field(default_factory=dict, init=False, repr=False)
 
     def __post_init__(self) -> None:
@@ -149,7 +158,7 @@ def open_data(spec: str, split: str, *, unlabelled: bool = False, home: Path | N
     name, path = _parse(spec)
     place = path or home / "data"
     if name in _FOLDERS:
-        return _open_folder(name, path, split, unlabelled, home)
+        return _open_folder(spec, split, unlabelled, home)
     if name == "digits" and not path:
         data = _from_arrays(name, split, arraysets.digits)
     elif name in ("cifar10", "cifar100"):
@@ -174,9 +183,8 @@ def list_unreadable(
     progress: Progress | None = None,
 ) -> list[str]:
     """Dataset.unreadable, also for image folders that open_data refuses because headers cannot be read."""
-    name, path = _parse(spec)
-    if name in _FOLDERS:
-        files = _list_folder(name, path, split, unlabelled)
+    if _parse(spec)[0] in _FOLDERS:
+        files = _list_folder(spec, split, unlabelled)
         return imagefiles.unreadable_files(files.root, files.paths, progress)
     return open_data(spec, split, unlabelled=unlabelled).unreadable(progress)
 
@@ -187,27 +195,43 @@ def is_function(spec: str) -> bool:
     return path is not None and name not in (*_FOLDERS, *_ARRAYS)
 
 
+def with_folders(spec: str, train: str | None, evaluation: str | None) -> str:
+    """The spec with the names of the splits' folders, relative to its PATH. InputError where it is no folder's."""
+    named = {"train": train, "eval": evaluation}
+    given = {key: name for key, name in named.items() if name is not None}
+    if not given:
+        return spec
+    if spec.partition(":")[0] not in _FOLDERS:
+        raise InputError(f"--train-folder and --eval-folder are for {' and '.join(_FOLDERS)}, not for {spec}")
+    return f"{spec}?{urlencode(given)}"
+
+
 def _parse(spec: str) -> tuple[str, Path | None]:
     name, _, place = spec.partition(":")
+    if name in _FOLDERS:
+        place = _SPLITS.sub("", place)
     return name, Path(place).expanduser().absolute() if place else None
 
 
-def _list_folder(name: str, path: Path | None, split: str, unlabelled: bool) -> Listing:
+def _list_folder(spec: str, split: str, unlabelled: bool) -> Listing:
+    name, path = _parse(spec)
     if path is None:
         raise InputError(f"{name} needs a folder: {name}:PATH")
-    evals = _FOLDERS[name]
-    return list_split(path, split, labelled=not unlabelled, evals=evals, split_folders=name == "imagenet")
+    found = _SPLITS.search(spec)
+    named = dict(parse_qsl(found[1])) if found else {}
+    layout = replace(_FOLDERS[name], train=named.get("train"), eval=named.get("eval"))
+    return list_split(path, split, layout, labelled=not unlabelled)
 
 
-def _open_folder(name: str, path: Path | None, split: str, unlabelled: bool, home: Path) -> Dataset:
-    files = _list_folder(name, path, split, unlabelled)
+def _open_folder(spec: str, split: str, unlabelled: bool, home: Path) -> Dataset:
+    files = _list_folder(spec, split, unlabelled)
     found = imagefiles.load_folder(files.root, files.paths, home)
     train = found
     if split == "eval":
-        listing = _list_folder(name, path, "train", unlabelled)
+        listing = _list_folder(spec, "train", unlabelled)
         train = imagefiles.load_folder(listing.root, listing.paths, home, decode=False)
     return Dataset(
-        name=name,
+        name=_parse(spec)[0],
         split=split,
         labels=files.labels,
         class_names=files.class_names,
@@ -217,6 +241,7 @@ def _open_folder(name: str, path: Path | None, split: str, unlabelled: bool, hom
         images=found.images,
         root=files.root,
         paths=files.paths,
+        note=files.note,
     )
 
 

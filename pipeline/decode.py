@@ -65,6 +65,9 @@ def decode_file(path: Path, size: np.ndarray | None = None) -> torch.Tensor:
             return _png(image, content)
         if getattr(image, "is_animated", False):
             raise _RefusedError("holds several images: convert it to a single one")
+        # A JPEG has a bit at least for each block of 8 x 8 pixels; memory is taken for all of them at once.
+        if isinstance(image, JpegImageFile) and image.height * image.width > 512 * len(content):
+            raise _RefusedError("cannot be decoded: its data end before its last row")
         # The operator of torchvision.io.decode_image, whose wrapper warns for every image since 0.29.
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         pixels: torch.Tensor = torch.ops.image.decode_image(data, ImageReadMode.RGB.value)

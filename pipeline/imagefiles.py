@@ -8,6 +8,7 @@ import os
 import stat
 import time
 import zipfile
+from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
@@ -27,7 +28,8 @@ Progress = Callable[[int, int], None]  # files done, files in all
 Triple = tuple[float, float, float]
 T = TypeVar("T")
 
-SUFFIXES = (".jpeg", ".jpg", ".png", ".webp")
+SUFFIXES = (".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")
+_NAMED = 5  # suffixes in a line
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 _UNDECODABLE = tuple(sorted(set(IMG_EXTENSIONS) - set(SUFFIXES)))
@@ -48,36 +50,70 @@ class Folder:
     std: Triple
 
 
-def list_images(root: Path) -> tuple[str, ...]:
-    """Relative POSIX paths of all images under `root`, in byte order. Hidden files and folders are left out.
+def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
+    """Relative POSIX paths of all images under `root`, in byte order, and how many files of other suffixes there are.
 
-    InputError for a folder that cannot be read, that holds none, or that holds images that cannot be decoded.
+    Hidden files and folders are left out. Links are followed, but for those that would count images twice: these are
+    refused. InputError for them, for a folder that cannot be read, that holds none, or that holds images that cannot
+    be decoded.
     """
     found: list[str] = []
     undecodable: list[str] = []
+    others: Counter[str] = Counter()
 
     def refuse(error: OSError) -> None:
         raise InputError(f"{error.filename}: cannot be listed: {error.strerror}") from error
 
     skip = len(os.fspath(root)) + 1
+    real_root = root.resolve()
+    above: dict[str, tuple[Path, ...]] = {
+        os.fspath(root): ()
+    }  # by folder under way, where the links that led there lie
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         subfolders[:] = (name for name in subfolders if not name.startswith("."))
+        led = above.pop(folder)
+        for name in subfolders:
+            path = Path(folder, name)
+            above[os.fspath(path)] = led
+            if path.is_symlink():
+                above[os.fspath(path)] = (*led, path.parent.resolve())
+                _refuse_twice(path, above[os.fspath(path)], real_root)
         for name in files:
             if name.startswith("."):
                 continue
-            suffix = name[name.rfind(".") :].lower()  # no Path: a million of them take seconds
+            suffix = name[name.rfind(".") :].lower() if "." in name else ""  # no Path: a million of them take seconds
             if suffix in SUFFIXES:
                 found.append(f"{folder}/{name}"[skip:])
             elif suffix in _UNDECODABLE:
                 undecodable.append(f"{folder}/{name}")
+            else:
+                others[suffix] += 1
     if undecodable:
         raise InputError(
             f"{min(undecodable)}: {root} holds {len(undecodable)} files of formats that cannot be decoded "
             f"({' '.join(_UNDECODABLE)}): convert them to .png, or move them away"
         )
     if not found:
-        raise InputError(f"{root}: holds no images ({' '.join(SUFFIXES)})")
-    return tuple(sorted(found, key=os.fsencode))
+        raise InputError(f"{root}: holds no images ({' '.join(SUFFIXES)}){left_out(others)}")
+    return tuple(sorted(found, key=os.fsencode)), others
+
+
+def _refuse_twice(link: Path, folders: Sequence[Path], root: Path) -> None:
+    """InputError for a link to a folder that is listed anyway, or that holds one of the folders on the way to it."""
+    target = link.resolve()
+    inside = target.is_relative_to(root) and not any(p.startswith(".") for p in target.relative_to(root).parts)
+    if inside or any(folder.is_relative_to(target) for folder in folders):
+        raise InputError(f"{link}: a link to {target}, whose images would be counted here again: remove it")
+
+
+def left_out(others: Counter[str]) -> str:
+    """For the end of a line: how many files are not read, by suffix; nothing where there are none."""
+    if not others:
+        return ""
+    most = sorted(others.items(), key=lambda one: (-one[1], one[0]))[:_NAMED]
+    named = ", ".join(f"{n:,} {suffix or 'without a suffix'}" for suffix, n in most)
+    more = f", {len(others) - _NAMED} more kinds" if len(others) > _NAMED else ""
+    return f"; {others.total():,} files are left out, {named}{more}"
 
 
 def load_folder(root: Path, paths: Sequence[str], home: Path, *, decode: bool = True) -> Folder:

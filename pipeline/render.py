@@ -6,31 +6,38 @@ train on the same renderer and CPU class, with any number of workers.
 
 from __future__ import annotations
 
+import ctypes
 import os
+import re
 import signal
+import sys
 import threading
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from multiprocessing.sharedctypes import RawArray
+from pathlib import Path
+from typing import Any
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import numpy as np
 import torch
 import torch.nn.functional as F
 from numpy.typing import NDArray
 from torch import Tensor
-from torch.utils.data import DataLoader, default_collate
+from torch.utils.data import DataLoader, default_collate, get_worker_info
 from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from kdcache.cache.errors import InputError, KdcacheError
+from kdcache.cache.errors import EXPLANATIONS, InputError, KdcacheError, UnreadableError
 from kdcache.cache.identity import Interpolation
 from kdcache.pipeline.datasets import Dataset
-from kdcache.pipeline.ranks import cores
+from kdcache.pipeline.ranks import cores, this_rank
 from kdcache.pipeline.views import ViewParameters, padding
 
 RENDERER = "torch-uint8-1"
+SHARED_MEMORY = "/dev/shm"
 _CUTS = 32  # that a worker process makes at once
 
 
@@ -117,33 +124,56 @@ def _pixels(data: Dataset, pad: int, device: torch.device) -> _Pixels:
     return found
 
 
-@dataclass(frozen=True)
+@dataclass
 class _Task:
-    """Samples [b] and their boxes [b, n, 4] and flips [b, n] in n views."""
+    """Samples [b] and their boxes [b, n, 4] and flips [b, n] in n views.
+
+    shared: whether the pixels come back in shared memory, or else through a pipe.
+    """
 
     samples: NDArray[np.int64]
     boxes: NDArray[np.int32]
     flips: NDArray[np.bool_]
+    shared: bool = True
+
+
+_Done = Tensor | NDArray[np.uint8] | str  # what came of a task: pixels, shared or not, or an error
 
 
 @dataclass
-class _Cuts(TorchDataset[Tensor | str]):
+class _Cuts(TorchDataset[_Done]):
     """What a worker process does: uint8 [b, n, *size, 3] of a task, each image decoded once for all of its views.
 
-    An error travels as its text, so that it stays one line.
+    An error travels as its text, so that it stays one line. at: for each worker its process id and the sample that it
+    has under way or -1, which tells of a worker that was killed what it was reading.
     """
 
     data: Dataset
     size: tuple[int, int]
     interpolation: Interpolation
+    at: ctypes.Array[ctypes.c_int64]
 
-    def __getitem__(self, task: _Task) -> Tensor | str:
+    def __getitem__(self, task: _Task) -> _Done:
+        if (worker := get_worker_info()) is None:
+            return self._cut(task, lambda _: None)
+
+        def note(sample: int) -> None:
+            self.at[2 * worker.id + 1] = sample
+
+        self.at[2 * worker.id] = os.getpid()
+        try:
+            return self._cut(task, note)
+        finally:
+            note(-1)
+
+    def _cut(self, task: _Task, note: Callable[[int], None]) -> _Done:
         cuts: list[Tensor] = []
         views = task.boxes.shape[1]
         for i, sample in enumerate(task.samples.tolist()):
             if i and sample == task.samples[i - 1]:  # a short batch is filled up with its last sample
                 cuts += cuts[-views:]
                 continue
+            note(sample)
             try:
                 image = self.data.decode(sample)
             except KdcacheError as e:
@@ -151,8 +181,12 @@ class _Cuts(TorchDataset[Tensor | str]):
             drawn = zip(task.boxes[i].tolist(), task.flips[i].tolist(), strict=True)
             rendered = (render(image, box, flip, self.size, self.interpolation) for box, flip in drawn)
             cuts += [one.permute(1, 2, 0) for one in rendered]
-        stacked: Tensor = default_collate(cuts)  # in a worker straight into memory that is shared
-        return stacked.view(len(task.samples), views, *self.size, 3)
+        shape = (len(task.samples), views, *self.size, 3)
+        if task.shared:
+            with suppress(RuntimeError):  # others have taken the shared memory meanwhile
+                stacked: Tensor = default_collate(cuts)  # in a worker straight into memory that is shared
+                return stacked.view(shape)
+        return torch.stack(cuts).view(shape).numpy()
 
 
 Batch = tuple[NDArray[np.int64], Sequence[int]]  # samples, and in which views
@@ -239,51 +273,123 @@ class Renderer:
             counts.append(len(new))
         workers, ahead = min(self.workers, len(tasks)), 2 * max(counts, default=0)
         if (loader := self._idle) is None or not loader.serves(workers, ahead):
-            loader = _Loader(
-                _Cuts(self.data, self.size, self.interpolation), workers, ahead, self.device.type == "cuda"
-            )
+            at = RawArray(ctypes.c_int64, [-1] * (2 * workers))
+            cutter = _Cuts(self.data, self.size, self.interpolation, at)
+            loader = _Loader(cutter, workers, ahead, self.device.type == "cuda")
         # Not for another call before this one is through.
         self._idle = None
-        done = loader.run(tasks)
+        done = loader.run(tasks, 2 * max(counts, default=0))
         for number, (_, places) in enumerate(batches):
-            cuts = [self._ready(next(done)) for _ in range(counts[number])]
+            cuts = [self._ready(loader.next(done)) for _ in range(counts[number])]
             pixels = cuts[0] if len(cuts) == 1 else torch.cat(cuts)
             for j, place in enumerate(places):
                 yield number, place, pixels[:, j].permute(0, 3, 1, 2)
         self._idle = loader
 
-    def _ready(self, pixels: Tensor | str) -> Tensor:
+    def _ready(self, pixels: _Done) -> Tensor:
         if isinstance(pixels, str):
             raise InputError(pixels)
+        if isinstance(pixels, np.ndarray):
+            pixels = torch.from_numpy(pixels)
         return pixels.to(self.device, non_blocking=True)
 
 
 class _Loader:
     """Worker processes that wait for tasks between the runs; with 0 of them this process does the work."""
 
-    def __init__(self, views: _Cuts, workers: int, ahead: int, pin: bool) -> None:
-        self._workers, self._tasks = workers, list[_Task]()
+    def __init__(self, cuts: _Cuts, workers: int, ahead: int, pin: bool) -> None:
+        self._workers, self._tasks, self._cuts = workers, list[_Task](), cuts
+        self._cut_bytes = 3 * cuts.size[0] * cuts.size[1]
         self._each = max(2, -(-ahead // workers)) if workers else None  # tasks that a worker has or has done
-        self._loader: DataLoader[Tensor | str] = DataLoader(
-            views,
+        self._loader: DataLoader[_Done] = DataLoader(
+            self._cuts,
             batch_size=None,
             sampler=self._tasks,
             num_workers=workers,
+            collate_fn=_as_it_is,
             prefetch_factor=self._each,
             persistent_workers=workers > 0,
             worker_init_fn=_begin_worker,
             pin_memory=pin,
             generator=torch.Generator(),  # the workers' seeds, of which they have no use: not from the run's own
         )
+        _LOADERS.add(self)
 
     def serves(self, workers: int, ahead: int) -> bool:
         """Whether it has that many workers, and lets so many tasks be ahead."""
         return self._workers >= workers and (self._each is None or self._each * self._workers >= ahead)
 
-    def run(self, tasks: list[_Task]) -> Iterator[Tensor | str]:
+    def run(self, tasks: list[_Task], held: int) -> Iterator[_Done]:
+        """What comes of the tasks, in their order. held: of how many the pixels are in use at once."""
+        if self._each is not None:
+            cuts = max((task.flips.size for task in tasks), default=0)
+            most = (self._each * self._workers + held) * cuts * self._cut_bytes
+            # Half of it is left to others: other loaders of this process, and processes that start in this moment.
+            shared = 2 * most * this_rank().local_world <= shared_memory_free()
+            for task in tasks:
+                task.shared = shared
         self._tasks[:] = tasks
         with _uninterrupted():
-            return iter(self._loader)
+            try:
+                return iter(self._loader)
+            except OSError as e:
+                raise InputError(
+                    f"worker processes cannot be started ({e.strerror or e}): is {SHARED_MEMORY} full, or memory "
+                    "short? --workers 0 does without them"
+                ) from e
+
+    def next(self, done: Iterator[_Done]) -> _Done:
+        try:
+            return next(done)
+        except RuntimeError as e:
+            if (reason := worker_error(e)) is None:
+                raise
+            raise UnreadableError(reason) from e
+
+    def reading(self, pid: int) -> Path | str | None:
+        """The file, or which image, that the worker process with this id has under way, if any."""
+        for process, sample in zip(self._cuts.at[::2], self._cuts.at[1::2], strict=True):
+            if process == pid and sample >= 0:
+                data = self._cuts.data
+                return data.root / data.paths[sample] if data.root else f"image {sample} of {data.name}"
+        return None
+
+
+_LOADERS: WeakSet[_Loader] = WeakSet()
+
+
+def worker_error(error: Exception) -> str | None:
+    """A line on a worker process that was killed, with the file that it was reading; None for other errors.
+
+    torch reports it wherever the main process is at that moment, so not always to who waits for pixels.
+    """
+    found = re.match(
+        r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.*?)\.( |$))?", str(error)
+    )
+    if found is None:
+        return None
+    pids = [int(pid) for pid in found[1].split(",")]
+    files = [file for loader in _LOADERS for pid in pids if (file := loader.reading(pid))]
+    what = f"{files[0]}: the worker process that read it was killed" if files else "a worker process was killed"
+    how = f" ({found[2]})" if found[2] else ""
+    return f"{what}{how}: often memory is short, or {SHARED_MEMORY} too small; lower --workers"
+
+
+EXPLANATIONS.append(worker_error)
+
+
+def shared_memory_free() -> int:
+    """Bytes that may still be shared between processes; a container often has 64 MB in all."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:  # there is none on macOS, which has other means
+        return sys.maxsize
+    return found.f_bavail * found.f_frsize
+
+
+def _as_it_is(done: Any) -> Any:
+    """In place of torch's own collation, which would put every array into shared memory."""
+    return done
 
 
 def _whole(boxes: NDArray[np.int32], data: Dataset) -> bool:

@@ -199,6 +199,8 @@ def _train(
     record = cache.identity.record
     with ranks.one_first():
         data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
+    for note in filter(None, (data.note, evaluation.note)):
+        say(note)
     require_data(cache, data)
     require_data(cache, evaluation)
     held = held_out_part(data, config.validation) if config.validation else None

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import os
 from pathlib import Path
 from typing import Any
 
@@ -62,6 +63,8 @@ class RunFolder:
     def __init__(self, path: Path, config: dict[str, Any], resume: bool) -> None:
         self.path = path
         file = path / "config.json"
+        if path.exists() and not os.access(path, os.W_OK):  # before TensorBoard's thread meets it
+            raise InputError(f"{path} cannot be written: give another --out")
         if any((path / name).exists() for name in ("metrics.jsonl", "state.pt", "summary.json")):
             if not resume:
                 raise InputError(f"{path} holds a run already: give --resume to go on with it, or another --out")

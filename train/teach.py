@@ -66,6 +66,8 @@ def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path
 def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]) -> tuple[Path, float]:
     with ranks.one_first():
         data, evaluation = open_data(config.data, "train"), open_data(config.data, "eval")
+    for note in filter(None, (data.note, evaluation.note)):
+        say(note)
     if not data.labels.shape[1] or len(data.class_names) < 2:
         raise InputError(f"{config.data} has {len(data.class_names)} classes: a teacher is taught two or more")
     path = taught_file(config.teacher, data)
