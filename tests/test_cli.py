@@ -229,7 +229,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     ),
     "no cache of these data": (
         "train --data digits",
-        ("no cache of digits", "run kdcache build --teacher resnet34 --data digits first"),
+        ("no cache of digits", "kdcache build --teacher resnet34 --data digits"),
     ),
     "no cache by this teacher": (f"{TRAIN} --teacher resnet50", ("by resnet50",)),
     "cache by another teacher": (f"{TRAIN} --cache {{cache}} --teacher resnet50", ("resnet8, not by resnet50",)),
