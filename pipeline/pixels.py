@@ -82,7 +82,7 @@ def interpolation_of(name: str) -> Interpolation:
         return "bilinear"
     if name == "bicubic":
         return "bicubic"
-    raise InputError(f"the teacher's images are resized by {name}, and kdcache has bilinear and bicubic only")
+    raise InputError(f"the teacher's images are resized by {name}, and only bilinear and bicubic are known here")
 
 
 @contextlib.contextmanager

@@ -77,7 +77,9 @@ def pixels_of(cfg: Mapping[str, Any], name: str) -> Pixels:
     except (TypeError, ValueError) as e:
         raise InputError(f"the pretrained_cfg of {name} cannot be read: {first_sentence(e)}") from e
     if channels != 3 or height != width or height < 1:
-        raise InputError(f"{name} takes images [{channels}, {height}, {width}], and kdcache shows squares in colour")
+        raise InputError(
+            f"{name} takes images [{channels}, {height}, {width}], and only square images in colour can be shown"
+        )
     interpolation = interpolation_of(str(cfg.get("interpolation") or "bicubic"))
     return Pixels(height, (r, g, b), (red, green, blue), interpolation)
 

@@ -39,8 +39,11 @@ OWN = {
     ("build", "batch-size"),
     ("eval", "cache"),
     ("eval", "data"),
+    ("eval", "student"),
+    ("eval", "teacher"),
     ("import", "image-size"),
     ("import", "teacher"),
+    ("verify", "teacher"),
 }
 
 
