@@ -758,6 +758,46 @@ def is_there(group: int) -> bool:
     return True
 
 
+def on_small_places(script: str) -> subprocess.CompletedProcess[str]:
+    """Run a shell script that may mount: what it mounts is its own, and gone with it."""
+    line = ["unshare", "--map-root-user", "--mount", "bash", "-c", script]
+    return subprocess.run(line, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+
+
+@pytest.mark.parametrize(("mount", "reason"), [("size=120k", "No space left"), ("ro", "Read-only file system")])
+def test_a_run_on_a_full_or_read_only_disk_is_one_line(place: Place, quick: str, mount: str, reason: str) -> None:
+    done = on_small_places(
+        f"mkdir disk && mount -t tmpfs -o {mount} tmpfs disk && {sys.executable} -m kdcache.cli {quick} --loss kd "
+        f"--cache {place.cache} --out disk/run"
+    )
+    assert done.returncode == 2, done.stderr
+    last = done.stderr.splitlines()[-1]
+    assert last.startswith("Error: disk/run/") and reason in last and "Traceback" not in done.stderr
+
+
+def test_image_files_where_shared_memory_is_short(place: Place, large: Path) -> None:
+    """As in a container, whose /dev/shm has 64 MB: here 1 MB, for small images. The records are the same."""
+    data = f"--data imagefolder:{large}/pics --workers 2"
+    cli = f"{sys.executable} -m kdcache.cli"
+    done = on_small_places(
+        "mount -t tmpfs -o size=1m tmpfs /dev/shm && "
+        f"{cli} build --teacher resnet8 --weights {large}/teacher.safetensors {data} --views 1 --allow-low-accuracy "
+        f"--out cache && {cli} train {data} --cache cache --student resnet8 --loss kd --epochs 1 --out run"
+    )
+    assert done.returncode == 0, done.stderr
+    built = open_cache(place.work / "cache"), open_cache(large / "cache")
+    assert torch.equal(*(cache.read(0).gaps for cache in built))
+
+
+def test_an_absurd_identity_is_refused_by_every_reader(place: Place, data: str, refused: Callable[..., str]) -> None:
+    cache = shutil.copytree(place.cache, place.work / "cache")
+    identity = json.loads((cache / "identity.json").read_text())
+    identity["teacher"]["input_size"] = 2**40
+    (cache / "identity.json").write_text(json.dumps(identity, sort_keys=True, separators=(",", ":")))
+    for line in (f"info {cache}", f"verify {cache} {data}", f"train {data} --loss kd --cache {cache}"):
+        refused(line, "identity.json is not what kdcache writes: teacher.input_size")
+
+
 def test_ctrl_c(place: Place, large: Path) -> None:
     """In a build and in a training with workers: one line, status 130, no process left, and it goes on."""
     data = f"--data imagefolder:{large}/pics --workers 2"
