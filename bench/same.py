@@ -98,12 +98,12 @@ def work(version: Version, data: str, teacher: Path, name: str, size: str) -> di
     for kind in ("unpacked", "pulled"):
         found |= cache_facts(version.place / f"{name}-{kind}", f"{name}/{kind}")
     train = f"train --data {data} --student {TEACHER} --epochs 2 {size} --json"
-    runs = {
+    runs = {  # options spelled out, since presets may change on purpose
         "nkd": f"--loss nkd:gamma=1.5,temperature=1 --cache {name}-dense",
-        "kd": f"--loss kd:temperature=4 --cache {name}-top --seed 1",
-        "dkd": f"--loss dkd:temperature=4,warmup=3 --cache {name}-float32 --ema 0.9",
-        "adamw": f"--loss kd:temperature=2 --cache {name}-dense --optimiser adamw --accumulate 2",
-        "online": f"--loss kd:temperature=2 --cache {name}-float32 --online --weights {teacher} --fresh-views",
+        "kd": f"--loss kd:alpha=0.5,beta=1,temperature=4 --cache {name}-top --seed 1",
+        "dkd": f"--loss dkd:alpha=1,beta=2,temperature=4,warmup=3 --cache {name}-float32 --ema 0.9",
+        "adamw": f"--loss kd:alpha=0.5,beta=1,temperature=2 --cache {name}-dense --optimiser adamw --accumulate 2",
+        "online": f"--loss kd:alpha=0.5,beta=1 --cache {name}-float32 --online --weights {teacher} --fresh-views",
     }
     for run, options in runs.items():
         version.run(f"{train} {options} --out {name}-{run}")
