@@ -49,6 +49,7 @@ from kdcache.train.optimisers import Amp, Recipe
 from kdcache.train.presets import make_loss, options_of, require_served
 from kdcache.train.run import prepared
 from kdcache.train.trainer import Loader, Training, fit, seeded
+from kdcache.train.validation import part_of
 
 TEACHER, FILES_TEACHER = "resnet56", "resnet34"
 READ_RECORDS, FKD_IMAGES, READ_BATCH = 65_536, 200, 1024
@@ -139,10 +140,10 @@ def _source(config: BenchConfig, folder: Path, device: torch.device) -> tuple[So
         BuildConfig(name, str(weights), config.data, device=config.device, amp=config.amp, workers=config.workers)
     )
     chosen = np.arange(samples) * len(data) // samples
-    train, labels = _part(found.train, chosen), found.train_labels[chosen]
+    train, labels = part_of(found.train, chosen), found.train_labels[chosen]
     teacher, built = found.teacher, _build_batch(config, defaults, samples, found.teacher)
     few = np.arange(min(len(found.evaluation), built))
-    evaluation = _part(found.evaluation, few)
+    evaluation = part_of(found.evaluation, few)
     identity = found.identity.model_copy(
         update={"data": describe_data(train, False), "evaluation": describe_data(evaluation, False)}
     )
@@ -170,16 +171,6 @@ def _untrained(name: str, data: Dataset, weights: Path) -> None:
         model.train()(torch.randint(0, 256, (8, 3, size, size), dtype=torch.uint8))
     notes = {"input_size": size, "mean": data.mean, "std": data.std, "class_names": data.class_names}
     file_classifier(weights, model, notes)
-
-
-def _part(data: Dataset, rows: np.ndarray) -> Dataset:
-    return replace(
-        data,
-        labels=data.labels[rows],
-        sizes=data.sizes[rows],
-        images=None if data.images is None else data.images[torch.from_numpy(rows)],
-        paths=tuple(data.paths[i] for i in rows) if data.paths else (),
-    )
 
 
 class _Bench:
