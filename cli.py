@@ -638,7 +638,8 @@ def unpack(as_json: bool, file: str, out: str | None) -> None:
 )  # fmt: skip
 @click.option(
     "--validation", type=_Number(0, 1, min_open=True, max_open=True), metavar="FRACTION",
-    help="Hold out such a part of the training images, 0.1 for one, and file the weights that are best on it too.",
+    help="Hold out such a part of the training images, 0.1 for one, and file the weights that are best on it too. "
+    "[the data's third split, where they have one]",
 )  # fmt: skip
 @_device
 @click.option("--amp", type=click.Choice(["bf16", "fp16"]), help="Run the network in half precision.")
@@ -673,7 +674,7 @@ def train(as_json: bool, **options: Any) -> None:
     summary = run(config, _say, given=given)
     lines = [f"{summary['run']}: {_figures(summary)}"]
     if best := summary.get("best"):
-        lines.append(f"best on the part held out: epoch {best['epoch']}  {_figures(best)}")
+        lines.append(f"best on the validation images: epoch {best['epoch']}  {_figures(best)}")
     _print(summary, as_json, "\n".join(lines))
 
 

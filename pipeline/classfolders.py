@@ -21,6 +21,7 @@ _SPLITS = (*_TRAIN, *VALIDATION, *TEST, *EVALUATION)
 
 _HELD_OUT = 10  # where there are no split folders, every so manyth image of a class is the eval split's
 _NAMED = 5  # classes in a line
+_PURPOSE = {"train": "learn from", "eval": "evaluate on", "validation": "choose weights by"}
 
 
 @dataclass(frozen=True, eq=False)
@@ -49,15 +50,16 @@ class Layout:
 
 
 def list_split(top: Path, split: str, layout: Layout, *, labelled: bool) -> Listing:
-    """The 'train' or 'eval' split of the images below `top`.
+    """The 'train', 'eval' or 'validation' split of the images below `top`; has_validation says whether the last exists.
 
     Without any folder of a split, and unless the layout demands them, every tenth image of each class is held out.
     InputError says what is missing, what is ambiguous, and which flag decides.
     """
-    if not top.is_dir():
-        raise InputError(f"{top}: {'is not a folder' if top.exists() else 'no such folder'}")
     train, held = _split_folders(top, split, layout)
-    root = held if split == "eval" and held else train
+    third = _third_folder(top, train, held)
+    root = {"train": train, "eval": held or train, "validation": third}[split]
+    if root is None:
+        raise InputError(f"{top}: has no validation split beside a train and a test split")
     names = _class_names(train) if labelled else ()
     if layout.train is None:
         _refuse_splits(top, train)
@@ -73,11 +75,35 @@ def list_split(top: Path, split: str, layout: Layout, *, labelled: bool) -> List
         paths = tuple(paths[i] for i in np.flatnonzero(chosen))
         labels = labels[chosen]
     note = _note(root, split, len(paths), names, others, whole)
+    if split == "eval" and held and third is None and (test := _unread_test(top, train, held)):
+        note += f"; {test} is not read: with --eval-folder {test} it is reported, and {held.name} chooses the weights"
     return Listing(root, paths, labels[:, None] if labelled else np.empty((len(paths), 0), np.int64), names, note)
+
+
+def has_validation(top: Path, layout: Layout) -> bool:
+    """Whether the folders below `top` are three splits: one to learn from, one to choose weights by, one to report."""
+    return _third_folder(top, *_split_folders(top, "eval", layout)) is not None
+
+
+def _third_folder(top: Path, train: Path, held: Path | None) -> Path | None:
+    """The folder of the validation split, where another one is the eval split."""
+    if held is None or train == top:
+        return None
+    found = _only(top, _folders(top), VALIDATION, "--eval-folder")
+    return None if found in (train, held) else found
+
+
+def _unread_test(top: Path, train: Path, held: Path) -> str | None:
+    """The name of a test folder beside a validation folder that is the eval split."""
+    if held.name.casefold() not in VALIDATION:
+        return None
+    return next((name for name in _folders(top) if name.casefold() in TEST and top / name not in (train, held)), None)
 
 
 def _split_folders(top: Path, split: str, layout: Layout) -> tuple[Path, Path | None]:
     """The folder of the train split, and that of the eval split; None where there is none."""
+    if not top.is_dir():
+        raise InputError(f"{top}: {'is not a folder' if top.exists() else 'no such folder'}")
     there = _folders(top)
     train = _named(top, layout.train, "--train-folder") or _only(top, there, _TRAIN, "--train-folder")
     held = _named(top, layout.eval, "--eval-folder")
@@ -140,7 +166,7 @@ def _words(name: str) -> set[str]:
 
 
 def _note(root: Path, split: str, n: int, names: Sequence[str], others: Counter[str], whole: bool) -> str:
-    line = f"{root}: {n:,} images to {'evaluate on' if split == 'eval' else 'learn from'}"
+    line = f"{root}: {n:,} images to {_PURPOSE[split]}"
     if whole:
         line += f" (every {_HELD_OUT}th of a class is held out to evaluate on)" if split == "train" else " (held out)"
     if split == "train" and names:

@@ -37,7 +37,7 @@ from kdcache.cache.errors import InputError, KdcacheError
 from kdcache.cache.home import home as default_home
 from kdcache.pipeline import arraysets, imagefiles
 from kdcache.pipeline.arraysets import Arrays
-from kdcache.pipeline.classfolders import EVALUATION, TEST, VALIDATION, Layout, Listing, list_split
+from kdcache.pipeline.classfolders import EVALUATION, TEST, VALIDATION, Layout, Listing, has_validation, list_split
 from kdcache.pipeline.decode import decode_file
 from kdcache.pipeline.imagefiles import Progress, Triple, one_line
 
@@ -59,7 +59,7 @@ class Dataset:
     """
 
     name: str  # the spec without its path
-    split: str  # 'train' or 'eval'
+    split: str  # 'train', 'eval' or 'validation'
     labels: np.ndarray  # int64 [N, L]; L is 1, or 0 when unlabelled
     class_names: tuple[str, ...]  # by label id: the folder names for class folders; () when unlabelled
     sizes: np.ndarray  # int32 [N, 2], H and W of each image in pixels
@@ -175,6 +175,17 @@ def open_data(spec: str, split: str, *, unlabelled: bool = False, home: Path | N
     return data
 
 
+def open_validation(spec: str, home: Path | None = None) -> Dataset | None:
+    """The split to choose weights by, where the data have one beside those that open_data knows; else None.
+
+    Image folders have one where val and test folders stand beside train, and the eval split is test.
+    """
+    name, path = _parse(spec)
+    if name not in _FOLDERS or path is None or not has_validation(path, _layout(spec)):
+        return None
+    return _open_folder(spec, "validation", False, home or default_home())
+
+
 def list_unreadable(
     spec: str,
     split: str,
@@ -213,21 +224,24 @@ def _parse(spec: str) -> tuple[str, Path | None]:
     return name, Path(place).expanduser().absolute() if place else None
 
 
+def _layout(spec: str) -> Layout:
+    found = _SPLITS.search(spec)
+    named = dict(parse_qsl(found[1])) if found else {}
+    return replace(_FOLDERS[_parse(spec)[0]], train=named.get("train"), eval=named.get("eval"))
+
+
 def _list_folder(spec: str, split: str, unlabelled: bool) -> Listing:
     name, path = _parse(spec)
     if path is None:
         raise InputError(f"{name} needs a folder: {name}:PATH")
-    found = _SPLITS.search(spec)
-    named = dict(parse_qsl(found[1])) if found else {}
-    layout = replace(_FOLDERS[name], train=named.get("train"), eval=named.get("eval"))
-    return list_split(path, split, layout, labelled=not unlabelled)
+    return list_split(path, split, _layout(spec), labelled=not unlabelled)
 
 
 def _open_folder(spec: str, split: str, unlabelled: bool, home: Path) -> Dataset:
     files = _list_folder(spec, split, unlabelled)
     found = imagefiles.load_folder(files.root, files.paths, home)
     train = found
-    if split == "eval":
+    if split != "train":
         listing = _list_folder(spec, "train", unlabelled)
         train = imagefiles.load_folder(listing.root, listing.paths, home, decode=False)
     return Dataset(

@@ -9,7 +9,7 @@ from PIL import Image
 
 from kdcache.cache.errors import InputError
 from kdcache.cli import main
-from kdcache.pipeline.datasets import list_unreadable, open_data, with_folders
+from kdcache.pipeline.datasets import list_unreadable, open_data, open_validation, with_folders
 from kdcache.tests.test_datasets import draw
 
 
@@ -52,6 +52,35 @@ def test_of_several_evaluation_splits_the_validation_counts(tmp_path):
     assert opened(top, "eval").root == top / "Valid"
     assert opened(f"imagenet:{top}", "eval").root == top / "Valid"
     assert opened(with_folders(f"imagefolder:{top}", None, "test"), "eval").root == top / "test"
+
+
+def test_the_validation_folder_chooses_where_the_test_folder_is_reported(tmp_path):
+    top = folder(tmp_path, "train", "Valid", "test")
+    spec = with_folders(f"imagefolder:{top}", None, "test")
+    third = open_validation(spec)
+    assert third.root == top / "Valid" and third.class_names == ("cat", "dog") and len(third) == 4
+    assert third.note == f"{top / 'Valid'}: 4 images to choose weights by"
+    assert (third.mean, third.std) == (opened(top).mean, opened(top).std)
+    assert opened(spec, "eval").note == f"{top / 'test'}: 4 images to evaluate on"
+    assert open_validation(f"imagefolder:{top}") is None  # Valid is reported there, and caches' keys say so
+    assert opened(top, "eval").note.endswith(
+        "test is not read: with --eval-folder test it is reported, and Valid chooses the weights"
+    )
+
+
+@pytest.mark.parametrize(
+    ("splits", "named"),
+    [
+        (("train", "test"), (None, None)), (("train", "val"), (None, None)),
+        (("train", "test", "val"), ("val", "test")), (("train", "test", "eval"), (None, "test")), (("",), (None, None)),
+    ],
+)  # fmt: skip
+def test_data_without_a_third_split_have_no_validation(tmp_path, splits, named):
+    assert open_validation(with_folders(f"imagefolder:{folder(tmp_path, *splits)}", *named)) is None
+
+
+def test_data_in_memory_have_no_validation():
+    assert open_validation("digits") is None
 
 
 @pytest.mark.parametrize(

@@ -455,6 +455,25 @@ def test_a_cache_of_other_data(place: Place, refused: Callable[..., str]) -> Non
     refused(f"verify {place.cache} --data imagefolder:{other}", f"data.fingerprint: the cache has {fingerprint}")
 
 
+def test_of_three_splits_val_chooses_the_weights_and_test_is_reported(place: Place) -> None:
+    three = place.work / "three"
+    shutil.copytree(place.pics, three)
+    (three / "val").rename(three / "test")
+    shutil.copytree(paint(place.work / "more", seed=1) / "val", three / "val")
+    line = f"train --student resnet8 --epochs 3 --batch-size 32 --cache {place.cache} --out run"
+    done = works(f"{line} --data imagefolder:{three} --eval-folder test")
+    assert f"{three / 'val'}: 32 images to choose weights by" in done.stderr
+    assert "best on the validation images: epoch " in done.stdout
+    lines = [json.loads(text) for text in Path("run/metrics.jsonl").read_text().splitlines()]
+    best = max(reversed(lines), key=lambda at: float(at["validation_top1"]))
+    assert json.loads(Path("run/summary.json").read_text())["best"]["epoch"] == best["epoch"]
+    for file, at in (("last", lines[-1]), ("best", best)):
+        weights = f"eval run/{file}.safetensors --json"
+        assert json.loads(works(weights).stdout)["top1"] == at["top1"]
+        chosen = json.loads(works(f"{weights} --data imagefolder:{three}").stdout)
+        assert chosen["images"] == 32 and chosen["top1"] == at["validation_top1"]
+
+
 def test_another_teacher_online(place: Place, data: str, quick: str, refused: Callable[..., str]) -> None:
     state = load_file(place.weights)
     state["fc.bias"] = state["fc.bias"] + 1

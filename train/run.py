@@ -22,7 +22,7 @@ from kdcache.cache.registry import Registry
 from kdcache.cache.store import Cache
 from kdcache.pipeline import teacherstore
 from kdcache.pipeline.beton import Beton
-from kdcache.pipeline.datasets import Dataset, is_function, open_data
+from kdcache.pipeline.datasets import Dataset, is_function, open_data, open_validation
 from kdcache.pipeline.defaults import DATA, defaults_for
 from kdcache.pipeline.info import one_line
 from kdcache.pipeline.networks import build_network, load_fitting
@@ -61,7 +61,8 @@ _EXAMPLE = "resnet34"  # of a teacher, where the user has named none
 class TrainConfig:
     """What to train. None means the default for the dataset's kind (defaults.py), or the only one that matches.
 
-    validation: the fraction of the training images that is held out to choose the best weights by.
+    validation: the fraction of the training images that is held out to choose the best weights by. By default they are
+    chosen by the validation split of data that have three splits, and by nothing where there is none.
     """
 
     loss: str | None = None
@@ -199,7 +200,8 @@ def _train(
     record = cache.identity.record
     with ranks.one_first():
         data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
-    for note in filter(None, (data.note, evaluation.note)):
+        third = open_validation(config.data) if record.labels and config.validation is None else None
+    for note in (one.note for one in (data, evaluation, third) if one and one.note):
         say(note)
     require_data(cache, data)
     require_data(cache, evaluation)
@@ -276,6 +278,9 @@ def _train(
     if held is not None:
         places = np.flatnonzero(held)
         validate = Judge(None, part_of(data, places), size, device, config.workers, labels[places])
+    elif third is not None:
+        ids = labels_of_other(third, data.class_names, class_ids(data, labels), path)
+        validate = Judge(None, third, size, device, config.workers, ids)
     settings = {
         "cache": cache.key, "data": placed(config.data), "student": student, "loss": loss.name,
         "loss_options": options_of(loss), "epochs": recipe.epochs, "batch_size": batch, "lr": recipe.lr,
@@ -295,7 +300,7 @@ def _train(
         say(f"{path} is finished already")
         return finished
     how = "beside its teacher on" if partner else "online" if config.online else "from cache"
-    on = f"{count:,} of {len(data):,} images of {data.name}" if validate else data.name
+    on = data.name if held is None else f"{count:,} of {len(data):,} images of {data.name}"
     say(
         f"{student} on {on} with {described(config.loss or DEFAULT_LOSS, record.classes)}, {how} {cache.key[:12]} "
         f"({_views_said(config, len(cache.views))}), {recipe.epochs} epochs on {device}: {path}"
