@@ -66,7 +66,8 @@ def published(name: str, entry: WeightsEnum) -> OrderedDict[str, Tensor]:
     for key, value in network.state_dict().items():
         if key.endswith("num_batches_tracked") and _UNCOUNTED.match(f"{name} {entry.name}"):
             continue
-        state[old_key(name, key)] = _filled(key, value, noise, 1 if name.startswith(("efficientnet_v2", "efficientnet_b7")) else 2)
+        gain = 1 if name.startswith(("efficientnet_v2", "efficientnet_b7")) else 2
+        state[old_key(name, key)] = _filled(key, value, noise, gain)
     if not name.startswith(("densenet", "vit_")) and not _UNCOUNTED.match(f"{name} {entry.name}"):
         state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     return state
