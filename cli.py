@@ -22,8 +22,8 @@ from click.core import ParameterSource
 from kdcache import __version__
 
 if TYPE_CHECKING:
-    from kdcache.pipeline.settings import Option as KnownOption
-    from kdcache.pipeline.settings import Setting
+    from kdcache.pipeline.process.settings import Option as KnownOption
+    from kdcache.pipeline.process.settings import Setting
 
 INTERRUPTED = 130
 _SETTINGS = "kdcache.settings"  # where the context keeps those found
@@ -48,7 +48,7 @@ def _once(e: click.ClickException) -> click.ClickException | SystemExit:
     """Of torchrun's ranks that fail alike, one prints it."""
     if os.environ.get("WORLD_SIZE", "1") == "1":
         return e
-    from kdcache.train.ranks import first_to_say
+    from kdcache.train.group import first_to_say
 
     return e if first_to_say(e.format_message()) else SystemExit(e.exit_code)
 
@@ -88,7 +88,7 @@ class _Command(click.Command):
 
 def _tell_code(ctx: click.Context) -> None:
     """Say which code a kdcache.toml that lies in the working directory makes run: nobody typed it for this command."""
-    from kdcache.pipeline.settings import FILE
+    from kdcache.pipeline.process.settings import FILE
 
     for param in ctx.command.params:
         name = param.name or ""
@@ -104,7 +104,7 @@ _CODE = {"data", "teacher", "student"}
 
 def _names_function(text: str) -> bool:
     """Whether a --data, --teacher or --student is module:function."""
-    from kdcache.pipeline.datasets import is_function
+    from kdcache.pipeline.data.dataset import is_function
 
     return is_function(text) and not text.startswith("timm/")
 
@@ -132,8 +132,8 @@ class _Main(click.Group):
     def _invoke(self, ctx: click.Context) -> Any:
         # Only here, because it takes seconds in which people press Ctrl-C.
         from kdcache.cache.errors import KdcacheError, machine_error
-        from kdcache.pipeline.ranks import share_cores
-        from kdcache.pipeline.settings import FILE, load_settings
+        from kdcache.pipeline.process.rank import share_cores
+        from kdcache.pipeline.process.settings import FILE, load_settings
 
         found: dict[str, dict[str, Setting]] = {}
         try:
@@ -196,7 +196,7 @@ def _flag(param: click.Parameter) -> str:
 
 def _known(commands: Mapping[str, click.Command]) -> dict[str, dict[str, KnownOption]]:
     """The options of each command by every spelling, for the settings."""
-    from kdcache.pipeline.settings import Option as KnownOption
+    from kdcache.pipeline.process.settings import Option as KnownOption
 
     lists = {_flag(p): p for command in commands.values() for p in _options(command) if p.multiple}
     known: dict[str, dict[str, KnownOption]] = {}
@@ -262,7 +262,7 @@ def _print(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
 
 def _figure(name: str, value: float) -> str:
     """For people: rates in percent, all else as it is."""
-    from kdcache.pipeline.progress import percent
+    from kdcache.pipeline.process.progress import percent
 
     return percent(value) if name.split("_")[-1] in ("top1", "top5", "agreement") else f"{value:.4f}"
 
@@ -274,7 +274,7 @@ def _say(text: str) -> None:
 
 def _later_rank() -> bool:
     """Whether this is one of torchrun's processes that leave it to rank 0 to talk."""
-    from kdcache.pipeline.ranks import this_rank
+    from kdcache.pipeline.process.rank import this_rank
 
     return this_rank().rank > 0
 
@@ -363,7 +363,7 @@ def _split_folders(command: Callable[..., Any]) -> Callable[..., Any]:
     @functools.wraps(command)
     def call(*args: Any, train_folder: str | None, eval_folder: str | None, **options: Any) -> Any:
         if train_folder is not None or eval_folder is not None:
-            from kdcache.pipeline.datasets import with_folders
+            from kdcache.pipeline.data.dataset import with_folders
 
             if options["data"] is None:
                 raise click.UsageError("--train-folder and --eval-folder need --data.")
@@ -529,9 +529,9 @@ def build(
 
     With a registry, what is published there is not computed again.
     """
-    from kdcache.pipeline.build import BuildConfig
+    from kdcache.pipeline.build.config import BuildConfig
     from kdcache.pipeline.pack import pack as run_pack
-    from kdcache.pipeline.ranks import this_rank
+    from kdcache.pipeline.process.rank import this_rank
     from kdcache.train.teach import build_and_teach, unreadable_files
 
     if list_unreadable:
@@ -657,7 +657,7 @@ def train(as_json: bool, **options: Any) -> None:
              kdcache train --resume --out runs/digits-resnet8-nkd-seed0
              torchrun --nproc-per-node 4 -m kdcache.cli train --loss nkd       (by 4 processes, each a GPU of its own)
     """
-    from kdcache.train.run import TrainConfig
+    from kdcache.train.config import TrainConfig
     from kdcache.train.run import train as run
     from kdcache.train.sweep import sweep, table
 
@@ -760,7 +760,7 @@ def import_command(as_json: bool, **options: Any) -> None:
 
     What they do not hold is recorded as lacking, and losses that need it refuse: see docs/stores.md.
     """
-    from kdcache.pipeline.imports import ImportConfig, import_logits
+    from kdcache.pipeline.imports.imports import ImportConfig, import_logits
 
     result = import_logits(ImportConfig(**options), _say)
     _print(vars(result), as_json, str(result.path))
@@ -911,8 +911,8 @@ def gc(as_json: bool, registry: str | None, older: float, local_store_size: int 
     """
     from kdcache.cache.care import gc as run
     from kdcache.cache.care import leavings
-    from kdcache.pipeline import spool
-    from kdcache.pipeline.progress import size
+    from kdcache.pipeline.build import spool
+    from kdcache.pipeline.process.progress import size
 
     result = run([*leavings(older, registry, local_store_size), *spool.leavings(older)], delete)
     lines = []
@@ -1035,8 +1035,8 @@ def bench(as_json: bool, out: str | None, **options: Any) -> None:
              kdcache bench --data cifar10 --teacher resnet56 --student resnet20 --batch-size 256 --out bench.json
     """
     from kdcache.cache.files import replace_file
-    from kdcache.train.bench import BenchConfig, table
-    from kdcache.train.bench import bench as run
+    from kdcache.train.bench.bench import BenchConfig, table
+    from kdcache.train.bench.bench import bench as run
 
     if out and Path(out).is_dir():
         raise click.BadParameter(f"{out} is a folder, not a file", param_hint="--out")

@@ -1,4 +1,4 @@
-"""How many images a teacher answers a second on a CPU, by batch size: the table in pipeline/defaults.py is made of it.
+"""How many images a teacher answers a second on a CPU, by batch size: the table in data/defaults.py is made of it.
 
     python bench/batches.py --out bench/results/batches.json
 
@@ -14,9 +14,9 @@ from pathlib import Path
 import torch
 import torchvision
 
-from kdcache.pipeline.networks import build_network
-from kdcache.pipeline.teachers import Classifier
-from kdcache.train.bench import machine
+from kdcache.pipeline.teachers.networks import build_network
+from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.train.bench.bench import machine
 
 IMAGES = 128
 BATCHES = 8, 32, 128

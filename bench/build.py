@@ -27,10 +27,11 @@ import torch
 from pixels import images
 from safetensors.torch import save_file
 
-from kdcache.pipeline.build import BuildConfig, build, open_source, teacher_renderer, view_parameters
-from kdcache.pipeline.networks import build_network
-from kdcache.pipeline.teachers import Teacher
-from kdcache.train.bench import machine
+from kdcache.pipeline.build.build import build, open_source, teacher_renderer, view_parameters
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.teachers.networks import build_network
+from kdcache.pipeline.teachers.teacher import Teacher
+from kdcache.train.bench.bench import machine
 
 BATCH, ROUNDS, TOGETHER_ROUNDS = 128, 3, 5
 TURN, RESIDENT = 8, 40  # batches

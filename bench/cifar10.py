@@ -17,17 +17,19 @@ from typing import Any
 import torch
 
 from kdcache.cache import open_cache
-from kdcache.pipeline.build import BuildConfig, BuildResult, build
-from kdcache.pipeline.datasets import open_data
-from kdcache.pipeline.networks import build_network
-from kdcache.pipeline.teachers import Classifier, load_teacher, read_weights, taught_file
-from kdcache.train.bench import machine
-from kdcache.train.loader import CachedLoader, OnlineLoader
-from kdcache.train.optimisers import Recipe
-from kdcache.train.presets import make_loss
-from kdcache.train.run import TrainConfig, train
+from kdcache.pipeline.build.build import BuildResult, build
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.data.dataset import open_data
+from kdcache.pipeline.teachers.networks import build_network
+from kdcache.pipeline.teachers.teacher import Classifier, load_teacher, read_weights, taught_file
+from kdcache.train.bench.bench import machine
+from kdcache.train.config import TrainConfig
+from kdcache.train.loaders.cached import CachedLoader, OnlineLoader
+from kdcache.train.loop.optimisers import Recipe
+from kdcache.train.loop.trainer import seeded
+from kdcache.train.losses.options import make_loss
+from kdcache.train.run import train
 from kdcache.train.teach import TeachConfig, teach
-from kdcache.train.trainer import seeded
 
 TEACHER, STUDENT, LOSSES, BATCH = "resnet56", "resnet20", ("ce", "kd", "nkd"), 128
 

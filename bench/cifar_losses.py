@@ -18,12 +18,13 @@ from typing import Any
 
 import torch
 
-from kdcache.pipeline.build import BuildConfig, build
-from kdcache.pipeline.datasets import open_data
-from kdcache.pipeline.teachers import read_weights, taught_file
-from kdcache.train.bench import machine
-from kdcache.train.presets import LOSSES, make_loss
-from kdcache.train.run import TrainConfig
+from kdcache.pipeline.build.build import build
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.data.dataset import open_data
+from kdcache.pipeline.teachers.teacher import read_weights, taught_file
+from kdcache.train.bench.bench import machine
+from kdcache.train.config import TrainConfig
+from kdcache.train.losses.options import LOSSES, make_loss
 from kdcache.train.sweep import sweep
 from kdcache.train.teach import TeachConfig, teach
 

@@ -27,10 +27,11 @@ from numcodecs import Blosc, Zstd
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.cache import Records, arrays, encode
+from kdcache.cache import Records, encode
 from kdcache.cache.identity import RecordIdentity
 from kdcache.cache.records import STEP, TEMPERATURES, Tail, class_prior, tail_distribution
-from kdcache.train.bench import machine
+from kdcache.cache.store.chunks import ArraySpec, array_metadata, as_arrays, encode_part, group_metadata, record_arrays
+from kdcache.train.bench.bench import machine
 
 KEPT = (5, 10, 15, 20, 30, 50)
 MEASURED = (1.0, 4.0)
@@ -150,8 +151,8 @@ def chunk_bytes(stored: dict[str, NDArray[Any]]) -> dict[str, float]:
     """Bytes a record of each array, as one chunk that the product writes."""
     out = {}
     for name, rows in stored.items():
-        spec = arrays.ArraySpec(name, rows.shape, len(rows), str(rows.dtype), ("sample", "column"))
-        out[name] = len(arrays.encode_part(spec, 0, rows)) / len(rows)
+        spec = ArraySpec(name, rows.shape, len(rows), str(rows.dtype), ("sample", "column"))
+        out[name] = len(encode_part(spec, 0, rows)) / len(rows)
     return out
 
 
@@ -162,10 +163,10 @@ def study(truth: Truth) -> Iterator[dict[str, Any]]:
         first = encode(logits[truth.first], truth.labels[truth.first], k, TEMPERATURES)
         exact = replace(exact, prior=class_prior(tail_distribution(logits[truth.first], first)))
         half = encode(logits, truth.labels, k, TEMPERATURES, "float16")
-        kinds = {"float16": (replace(half, prior=exact.prior), arrays.as_arrays(half))}
+        kinds = {"float16": (replace(half, prior=exact.prior), as_arrays(half))}
         kinds |= {name: coded(exact, name) for name in QUANTISERS}
         # What is studied under that name is what the product stores; tails differ where float16's rounding tips a code.
-        product = arrays.as_arrays(encode(logits, truth.labels, k, TEMPERATURES))
+        product = as_arrays(encode(logits, truth.labels, k, TEMPERATURES))
         for name, codes in kinds[STUDIED][1].items():
             assert np.abs(product[name].astype(np.float64) - codes).max() <= (name == "tail")
         for name, (records, stored) in kinds.items():
@@ -189,7 +190,7 @@ def tail_steps(truth: Truth, k: int = 20) -> Iterator[dict[str, Any]]:
 
 def codecs(truth: Truth, k: int = 20) -> Iterator[dict[str, Any]]:
     """Array codecs: bytes a record and MB/s of coding, for coded and for dense float16 records."""
-    stored = arrays.as_arrays(encode(truth.logits.float(), truth.labels, k, TEMPERATURES))
+    stored = as_arrays(encode(truth.logits.float(), truth.labels, k, TEMPERATURES))
     stored["dense gaps"] = encode(truth.logits.float(), truth.labels).gaps.numpy()
     shuffles = {"none": 0, "bytes": 1, "bits": 2}
     for array, rows in stored.items():
@@ -215,7 +216,7 @@ def codecs(truth: Truth, k: int = 20) -> Iterator[dict[str, Any]]:
 
 def chunks(truth: Truth, k: int = 20) -> Iterator[dict[str, Any]]:
     """Bytes a record by rows a chunk, and of gaps stored as they are instead of as distances."""
-    stored = arrays.as_arrays(encode(truth.logits.float(), truth.labels, k, TEMPERATURES))
+    stored = as_arrays(encode(truth.logits.float(), truth.labels, k, TEMPERATURES))
     absolute = {"gaps": stored["gaps"].cumsum(1).clip(max=255).astype(np.uint8)}
     yield {"gaps": "distances", **chunk_bytes({"gaps": stored["gaps"]})}
     yield {"gaps": "as they are", **chunk_bytes(absolute)}
@@ -256,8 +257,8 @@ def id_palettes(truth: Truth, samples: int) -> Iterator[dict[str, Any]]:
 def overhead(samples: int = 1_281_167, k: int = 20, part: int = 262_144) -> float:
     """Bytes a record of everything but chunks, for a view of ImageNet: metadata and commits."""
     record = RecordIdentity(classes=1000, k=k, temperatures=TEMPERATURES, precision="uint8", labels=1, tail_std=False)
-    specs = arrays.record_arrays(record, samples, part)
-    metadata = len(arrays.group_metadata()) + sum(len(arrays.array_metadata(s)) for s in specs)
+    specs = record_arrays(record, samples, part)
+    metadata = len(group_metadata()) + sum(len(array_metadata(s)) for s in specs)
     # A commit names, sizes and hashes a file for each array: 300 bytes each are more than it takes.
     return (metadata + -(-samples // part) * (600 + 300 * len(specs))) / samples
 

@@ -39,15 +39,15 @@ from files import make_folder
 from pixels import images
 
 from kdcache.cache import Cache, Identity
-from kdcache.cache.arrays import as_arrays, encode_as, id_dtype
-from kdcache.pipeline.beton import Beton, pack_beton
-from kdcache.pipeline.build import describe_data
-from kdcache.pipeline.datasets import Dataset, open_data
-from kdcache.pipeline.render import RENDERER, Renderer
-from kdcache.pipeline.views import ViewParameters, draw
+from kdcache.cache.store.chunks import as_arrays, encode_as, id_dtype
+from kdcache.pipeline.build.build import describe_data
+from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.ffcv.beton import Beton, pack_beton
+from kdcache.pipeline.views.policy import ViewParameters, draw
+from kdcache.pipeline.views.render import RENDERER, Renderer
 from kdcache.train import CachedLoader
-from kdcache.train.bench import machine
-from kdcache.train.beton import BetonLoader
+from kdcache.train.bench.bench import machine
+from kdcache.train.loaders.ffcv import BetonLoader
 
 BATCH, VIEWS, CLASSES, SIDE = 256, 2, 10, 32
 FILES_BATCH = 32

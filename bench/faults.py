@@ -28,18 +28,20 @@ import pytest
 import torch
 from safetensors.torch import save_file
 
-sys.path += [str(Path(__file__).parent), str(Path(__file__).parents[1] / "tests")]
-import test_leases
+sys.path += [str(Path(__file__).parent)]
 
-from kdcache.cache import Cache, leases
-from kdcache.cache.store import shard_name
-from kdcache.pipeline import build as module
-from kdcache.pipeline import spool
-from kdcache.pipeline.build import BuildConfig, Source, build, open_source
-from kdcache.pipeline.networks import build_network
-from kdcache.pipeline.teachers import Classifier
+from kdcache.cache import Cache
+from kdcache.cache.store import leases
+from kdcache.cache.store.cache import shard_name
+from kdcache.pipeline.build import build as module
+from kdcache.pipeline.build import spool
+from kdcache.pipeline.build.build import Source, build, open_source
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.teachers.networks import build_network
+from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.verify import verify
-from kdcache.train.bench import machine
+from kdcache.tests.cache.store import test_leases
+from kdcache.train.bench.bench import machine
 
 SEED, VIEWS, PART, BATCH = 0, 4, 512, 64
 KILLED_BUILDS, ROUNDS, BUILDERS = 100, 20, 8

@@ -24,14 +24,16 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from kdcache.cache import open_cache
-from kdcache.pipeline.build import BuildConfig, Source, build, open_source
-from kdcache.pipeline.networks import build_network
-from kdcache.pipeline.render import Renderer
-from kdcache.pipeline.teachers import Classifier
+from kdcache.pipeline.build.build import Source, build, open_source
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.teachers.networks import build_network
+from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.verify import verify
-from kdcache.pipeline.views import ViewParameters, draw
-from kdcache.train.bench import machine
-from kdcache.train.run import TrainConfig, train
+from kdcache.pipeline.views.policy import ViewParameters, draw
+from kdcache.pipeline.views.render import Renderer
+from kdcache.train.bench.bench import machine
+from kdcache.train.config import TrainConfig
+from kdcache.train.run import train
 
 IMAGES, CLASSES, VIEWS, BATCH, ROUNDS = 240, 10, 8, 32, 3
 

@@ -30,11 +30,12 @@ import google_crc32c  # zarr's
 import numpy as np
 import torch
 
-from kdcache.cache import Cache, Identity, KdcacheError, arrays, open_cache
-from kdcache.cache.pack import pack_hdf5
+from kdcache.cache import Cache, Identity, KdcacheError, open_cache
 from kdcache.cache.records import tail_distribution
+from kdcache.cache.store import chunks
+from kdcache.cache.store.packing import pack_hdf5
 from kdcache.pipeline.verify import verify
-from kdcache.train.bench import machine
+from kdcache.train.bench.bench import machine
 
 SECONDS, MEGABYTES = 20, 512
 BATCH = 100  # cases a process
@@ -68,9 +69,9 @@ def small_cache(path: Path) -> Cache:
             for part in range(store.parts):
                 rows = slice(store.rows(part).start, store.rows(part).stop)
                 logits = 3 * torch.randn(rows.stop - rows.start, 20, generator=generator)
-                records = arrays.encode_as(identity.record, logits, labels[rows])
+                records = chunks.encode_as(identity.record, logits, labels[rows])
                 sums = tail_distribution(logits, records).numpy() if store.carries_tail_sums(view) else None
-                store.write_shard(view, part, arrays.as_arrays(records), "0" * 64, writer, sums)
+                store.write_shard(view, part, chunks.as_arrays(records), "0" * 64, writer, sums)
     cache.write_prior(writer)
     return cache
 
@@ -83,7 +84,7 @@ def contents(path: Path) -> dict[str, str]:
     views = {f"view {view}": cache.read(view) for view in cache.views}
     for name, records in {"evaluation": cache.read_evaluation(), **views}.items():
         digest = hashlib.sha256(records.labels.numpy().tobytes())
-        for rows in arrays.as_arrays(records).values():
+        for rows in chunks.as_arrays(records).values():
             digest.update(rows.tobytes())
         if name != "evaluation":  # without view 0 there is no prior for it
             digest.update(b"none" if records.prior is None else records.prior.numpy().tobytes())

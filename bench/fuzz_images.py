@@ -33,8 +33,8 @@ import torchvision
 from PIL import Image
 
 from kdcache.cache import KdcacheError
-from kdcache.pipeline.decode import decode_file, image_size
-from kdcache.train.bench import machine
+from kdcache.pipeline.data.decode import decode_file, image_size
+from kdcache.train.bench.bench import machine
 
 SECONDS, MEGABYTES = 10, 700
 BATCH = 500  # files a process

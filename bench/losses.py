@@ -29,9 +29,9 @@ from torch.profiler import ProfilerActivity, profile
 
 from kdcache.cache import Records, encode
 from kdcache.cache.records import class_prior, tail_distribution
-from kdcache.train.bench import machine
+from kdcache.train.bench.bench import machine
 from kdcache.train.losses import IKL, USKD, Loss
-from kdcache.train.presets import LOSSES, make_loss, options_of
+from kdcache.train.losses.options import LOSSES, make_loss, options_of
 
 CLASSES = 1000
 # Each loss as for ImageNet; the last ones at the temperatures of CIFAR, where the head holds less.

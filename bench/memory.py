@@ -24,9 +24,10 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from data import filled, pixels
 
-from kdcache.pipeline.datasets import Dataset
-from kdcache.train.bench import machine
-from kdcache.train.run import TrainConfig, train
+from kdcache.pipeline.data.dataset import Dataset
+from kdcache.train.bench.bench import machine
+from kdcache.train.config import TrainConfig
+from kdcache.train.run import train
 
 CLASSES, SIDE, BATCH = 1000, 8, 512
 CASES = {"1 view, 2 epochs": (1, 2), "2 views, 2 epochs": (2, 2), "12 views, 2 epochs": (12, 2), "12, 12": (12, 12)}

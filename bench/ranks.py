@@ -27,16 +27,17 @@ sys.path.insert(0, str(Path(__file__).parent))
 from pixels import images
 
 from kdcache.cache import open_cache
-from kdcache.pipeline.build import BuildConfig, build
-from kdcache.pipeline.datasets import open_data
-from kdcache.pipeline.networks import build_network
-from kdcache.pipeline.teachers import Classifier
-from kdcache.train import ranks
-from kdcache.train.bench import machine
-from kdcache.train.loader import CachedLoader
-from kdcache.train.optimisers import Recipe
-from kdcache.train.presets import make_loss
-from kdcache.train.trainer import fit, seeded
+from kdcache.pipeline.build.build import build
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.data.dataset import open_data
+from kdcache.pipeline.teachers.networks import build_network
+from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.train import group
+from kdcache.train.bench.bench import machine
+from kdcache.train.loaders.cached import CachedLoader
+from kdcache.train.loop.optimisers import Recipe
+from kdcache.train.loop.trainer import fit, seeded
+from kdcache.train.losses.options import make_loss
 
 TEACHER, STUDENT, BATCH, STEPS = "resnet8", "resnet20", 256, 8
 KINDS = {
@@ -132,9 +133,9 @@ def epochs(path: str, rounds: int) -> None:
         sys.stdin.readline()
         return {}
 
-    with ranks.joined("cpu"):
+    with group.joined("cpu"):
         data = open_data("ranks:random_images", "train")
-        loader = CachedLoader(open_cache(path), data, BATCH, ranks.rank(), ranks.world())
+        loader = CachedLoader(open_cache(path), data, BATCH, group.rank(), group.world())
         network = seeded(0, lambda: build_network(STUDENT, 10, 32))
         model = Classifier(network, data.mean, data.std).to(memory_format=torch.channels_last)
         turn(model)

@@ -3,7 +3,7 @@
     python bench/reading.py --logits PATH/imagenet-logits.npz --work FOLDER
 
 A cache of one view of 1,281,167 records (K = 20 of 1,000 classes) is made once in FOLDER, from real logits with noise
-of one nat, so that no two rows are equal. Peers' layouts (kdcache.train.layouts) hold its records too. All are read in
+of one nat, so that no two rows are equal. Peers' layouts (train/bench/layouts.py) hold its records too. All are read in
 shuffled order, in turns, from files that the system has in memory; torch computes on one thread, kdcache reads parts in
 several.
 """
@@ -25,16 +25,18 @@ import torch
 import torchvision
 from torch import Tensor
 
-from kdcache.cache import Cache, Identity, arrays, encode
+from kdcache.cache import Cache, Identity, encode
 from kdcache.cache.identity import DataIdentity, RecordIdentity, TeacherIdentity, ViewsIdentity
-from kdcache.cache.pack import pack_hdf5
 from kdcache.cache.records import TEMPERATURES
-from kdcache.pipeline.build import BuildConfig, build
-from kdcache.pipeline.datasets import open_data
-from kdcache.pipeline.progress import Progress
-from kdcache.train.bench import machine
-from kdcache.train.layouts import noise_cache, reading_cases
-from kdcache.train.loader import CachedLoader
+from kdcache.cache.store import chunks
+from kdcache.cache.store.packing import pack_hdf5
+from kdcache.pipeline.build.build import build
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.data.dataset import open_data
+from kdcache.pipeline.process.progress import Progress
+from kdcache.train.bench.bench import machine
+from kdcache.train.bench.layouts import noise_cache, reading_cases
+from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.teach import TeachConfig, teach
 
 SAMPLES, CLASSES, K, PART, BATCH = 1_281_167, 1000, 20, 262_144, 1024
@@ -103,10 +105,10 @@ def encoding(logits: Tensor, rounds: int) -> dict[str, Any]:
     z, y = logits[:1024].clone(), logits[:1024].argmax(1)
 
     def encode_them() -> None:
-        stored = arrays.as_arrays(encode(z, y, K))
+        stored = chunks.as_arrays(encode(z, y, K))
         for name, rows in stored.items():
-            spec = arrays.ArraySpec(name, rows.shape, len(rows), str(rows.dtype), ("sample", "column"))
-            arrays.encode_part(spec, 0, rows)
+            spec = chunks.ArraySpec(name, rows.shape, len(rows), str(rows.dtype), ("sample", "column"))
+            chunks.encode_part(spec, 0, rows)
 
     def forward() -> None:
         with torch.inference_mode():

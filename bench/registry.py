@@ -42,16 +42,18 @@ import torch
 sys.path += [str(Path(__file__).parent)]
 from cifar10 import machine
 
-from kdcache.cache import Cache, objects
+from kdcache.cache import Cache
 from kdcache.cache.home import open_registry
 from kdcache.cache.identity import Identity
-from kdcache.cache.objects import NetworkObjects
-from kdcache.pipeline.build import BuildConfig, build
+from kdcache.cache.registry import objects
+from kdcache.cache.registry.objects import NetworkObjects
+from kdcache.pipeline.build.build import build
+from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.share import pull, push
-from kdcache.tests.test_registry import content, stored
-from kdcache.tests.test_remote import Faulty
-from kdcache.tests.test_store import WRITER, Filled, identity, same
-from kdcache.train.loader import CachedLoader
+from kdcache.tests.cache.registry.test_registry import content, stored
+from kdcache.tests.cache.registry.test_remote import Faulty
+from kdcache.tests.cache.store.test_cache import WRITER, Filled, identity, same
+from kdcache.train.loaders.cached import CachedLoader
 
 TRIALS, THREADS, READERS, FAULTS = 9, 16, 16, 500
 IMAGES = """

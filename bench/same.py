@@ -28,7 +28,7 @@ from PIL import Image
 from safetensors import safe_open
 from sklearn.datasets import load_digits
 
-from kdcache.train.bench import machine
+from kdcache.train.bench.bench import machine
 
 ROOT = Path(__file__).parent.parent
 TEACHER = "resnet8"

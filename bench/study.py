@@ -50,14 +50,16 @@ from torch import Tensor
 
 from kdcache.cache import Records, open_cache
 from kdcache.cache.files import replace_file
-from kdcache.pipeline.build import BuildConfig, build
-from kdcache.pipeline.datasets import open_data
-from kdcache.pipeline.progress import duration
-from kdcache.pipeline.render import Renderer
-from kdcache.pipeline.teachers import read_weights, taught_file, weights_hash
-from kdcache.train.bench import machine
-from kdcache.train.evaluate import metrics, predict, reliability
-from kdcache.train.run import TrainConfig, student_of, train
+from kdcache.pipeline.build.build import build
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.data.dataset import open_data
+from kdcache.pipeline.process.progress import duration
+from kdcache.pipeline.teachers.teacher import read_weights, taught_file, weights_hash
+from kdcache.pipeline.views.render import Renderer
+from kdcache.train.bench.bench import machine
+from kdcache.train.config import TrainConfig
+from kdcache.train.evaluation.metrics import metrics, predict, reliability
+from kdcache.train.run import student_of, train
 from kdcache.train.teach import TeachConfig, teach
 
 TEACHER_DATA, STUDENT_DATA = "study_data:teacher", "study_data:students"

@@ -9,7 +9,7 @@ from typing import Any
 from study_data import HELD_OUT, STUDENTS
 
 from kdcache.train.losses import CMKD, DIST, Loss
-from kdcache.train.presets import LOSSES, make_loss, spec_of
+from kdcache.train.losses.options import LOSSES, make_loss, spec_of
 
 TEACHER, STUDENT, SMALL_STUDENT = "resnet56", "resnet20", "resnet8"
 TEACHER_EPOCHS, EPOCHS = 10, 20

@@ -31,7 +31,7 @@ from study_protocol import (
     with_tail,
 )
 
-from kdcache.pipeline.progress import duration, size
+from kdcache.pipeline.process.progress import duration, size
 
 # Name in the results, heading, factor, digits.
 METRICS = (("top1", "top-1, %", 100, 2), ("nll", "NLL", 1, 4), ("ece", "ECE", 1, 4))

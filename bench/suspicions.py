@@ -18,8 +18,8 @@ import torch
 from sklearn.datasets import load_digits
 from torch import nn
 
-from kdcache.pipeline.suspicions import agreement, choose, moved_classes
-from kdcache.train.bench import machine
+from kdcache.pipeline.build.suspicions import agreement, choose, moved_classes
+from kdcache.train.bench.bench import machine
 
 WIDTH = 32
 

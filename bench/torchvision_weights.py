@@ -32,9 +32,9 @@ from torchvision.models import WeightsEnum
 from torchvision.transforms.v2 import functional as tv
 
 from kdcache.cache.files import replace_file
-from kdcache.pipeline.datasets import Dataset
-from kdcache.pipeline.teachers import load_teacher
-from kdcache.train.bench import machine
+from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.teachers.teacher import load_teacher
+from kdcache.train.bench.bench import machine
 
 RESULT = Path(__file__).parent / "results" / "torchvision_weights.json"
 # Files from before torch 0.4.1, whose batch norms did not count batches.

@@ -8,7 +8,7 @@ if TYPE_CHECKING:
     from kdcache.cache.home import open_cache
     from kdcache.cache.identity import Identity
     from kdcache.cache.records import Records, encode
-    from kdcache.cache.store import Cache
+    from kdcache.cache.store.cache import Cache
 else:
     _HOMES = {
         "Cache": "store",

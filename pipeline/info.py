@@ -8,9 +8,9 @@ from typing import Any
 
 from kdcache.cache.errors import KdcacheError
 from kdcache.cache.home import registry_beside, weights_file
-from kdcache.cache.registry import KEY, Registry
-from kdcache.cache.store import Cache, shard_name
-from kdcache.pipeline.progress import percent, size
+from kdcache.cache.registry.registry import KEY, Registry
+from kdcache.cache.store.cache import Cache, shard_name
+from kdcache.pipeline.process.progress import percent, size
 
 _SAMPLE = 10_000  # records, enough for a mean
 _THREADS = 8  # that read commits, which may be far away
@@ -192,7 +192,7 @@ def fidelity(cache: Cache) -> dict[str, Any]:
     # Here, because ls needs none of it and torch takes seconds to import.
     import torch
 
-    from kdcache.pipeline.build import teacher_top1
+    from kdcache.pipeline.build.build import teacher_top1
 
     views = cache.views
     chosen = sorted({views[i * (len(views) - 1) // (_VIEWS - 1)] for i in range(_VIEWS)} if views else ())

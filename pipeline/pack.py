@@ -8,15 +8,15 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
-from kdcache.cache import hdf5
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import caches_folder, open_cache
-from kdcache.cache.pack import choose_views, pack_hdf5, packed_rows_bytes, unpack_hdf5
-from kdcache.cache.store import Cache, shard_name
-from kdcache.pipeline.beton import pack_beton
-from kdcache.pipeline.datasets import Dataset, open_data
-from kdcache.pipeline.progress import Progress, duration, size
-from kdcache.pipeline.stored import stored_data
+from kdcache.cache.store import hdf5
+from kdcache.cache.store.cache import Cache, shard_name
+from kdcache.cache.store.packing import choose_views, pack_hdf5, packed_rows_bytes, unpack_hdf5
+from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.ffcv.beton import pack_beton
+from kdcache.pipeline.process.progress import Progress, duration, size
+from kdcache.pipeline.trust import stored_data
 
 FileStore = Literal["hdf5", "ffcv"]
 Say = Callable[[str], None]

@@ -14,17 +14,18 @@ from filelock import FileLock
 from kdcache import __version__
 from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
 from kdcache.cache.home import caches_folder, home, list_caches, open_cache, open_registry
-from kdcache.cache.objects import FolderObjects
-from kdcache.cache.pack import choose_views
-from kdcache.cache.registry import Registry, check_name, split_url
-from kdcache.cache.store import Cache
-from kdcache.cache.transfer import Moved, count, into_bucket, into_folder, require_movable
-from kdcache.pipeline import teacherstore
-from kdcache.pipeline.build import BuildConfig, BuildResult, Source, build, open_source, teacher_top1
-from kdcache.pipeline.datasets import open_data
-from kdcache.pipeline.defaults import DATA, defaults_for
-from kdcache.pipeline.progress import Progress, duration, size
-from kdcache.pipeline.ranks import this_rank
+from kdcache.cache.registry.objects import FolderObjects
+from kdcache.cache.registry.registry import Registry, check_name, split_url
+from kdcache.cache.registry.transfer import Moved, count, into_bucket, into_folder, require_movable
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.packing import choose_views
+from kdcache.pipeline.build.build import BuildResult, Source, build, open_source, teacher_top1
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.data.dataset import open_data
+from kdcache.pipeline.data.defaults import DATA, defaults_for
+from kdcache.pipeline.process.progress import Progress, duration, size
+from kdcache.pipeline.process.rank import this_rank
+from kdcache.pipeline.teachers import weightstore
 
 Say = Callable[[str], None]
 _THREADS = 8  # that read identities, which may be far away
@@ -46,7 +47,7 @@ class ShareResult:
     there: int
     seconds: float
     kept: list[str] = field(default_factory=list)
-    teacher: teacherstore.Published | None = None
+    teacher: weightstore.Published | None = None
 
 
 def require_registry(registry: str | None) -> str:
@@ -88,7 +89,7 @@ def push(
 def _publish(cache: Cache, shared: Registry, views: Sequence[int], say: Say, teacher: bool) -> ShareResult:
     require_movable(cache)
     start, prefix = time.monotonic(), f"caches/{cache.key}"
-    became: list[teacherstore.Published | None] = []
+    became: list[weightstore.Published | None] = []
     lines: list[str] = []
 
     def begun() -> None:  # now gc in the registry knows that the teacher's weights are needed
@@ -108,12 +109,12 @@ def _publish(cache: Cache, shared: Registry, views: Sequence[int], say: Say, tea
     return replace(result, teacher=became[0])
 
 
-def _publish_teacher(cache: Cache, shared: Registry, say: Say, wanted: bool) -> teacherstore.Published | None:
+def _publish_teacher(cache: Cache, shared: Registry, say: Say, wanted: bool) -> weightstore.Published | None:
     if cache.identity.views.imported:
         return None
     if not wanted:
         return "kept back"
-    return teacherstore.publish(cache.identity.teacher, cache.path, shared, say)
+    return weightstore.publish(cache.identity.teacher, cache.path, shared, say)
 
 
 def pull(
@@ -195,14 +196,14 @@ def build_shared(
 def _keep(source: Source, say: Say) -> None:
     """File the teacher's weights, in one of the processes that build together."""
     if this_rank().rank == 0:
-        teacherstore.keep(source.teacher, say)
+        weightstore.keep(source.teacher, say)
 
 
 def _open(config: BuildConfig, shared: Registry | None, say: Say) -> Source:
     """The data and the teacher; one that is not here is looked for among those that caches of this data are by."""
     registries = [] if shared is None else [shared]
     if config.weights is not None:
-        return open_source(replace(config, weights=teacherstore.named_weights(config.weights, registries, say)), say)
+        return open_source(replace(config, weights=weightstore.named_weights(config.weights, registries, say)), say)
     try:
         return open_source(config, say)
     except NotFoundError:
@@ -226,7 +227,7 @@ def find_taught(config: BuildConfig, shared: Registry | None, say: Say) -> Path 
         raise InputError(f"there are caches by several teachers {what}: choose one by {each}")
     first = found[0]
     registries = [] if shared is None else [shared]
-    weights = teacherstore.find_weights(first.identity.teacher, registries, say)
+    weights = weightstore.find_weights(first.identity.teacher, registries, say)
     if weights is None:
         where = "not here: give --registry URL, where they may be published, or --weights FILE"
         if shared is not None:

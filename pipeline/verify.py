@@ -11,23 +11,17 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.cache import arrays
-from kdcache.cache.arrays import ArraySpec
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.records import TEMPERATURES, Records
-from kdcache.cache.store import Cache, SplitStore, shard_name
-from kdcache.pipeline import teacherstore
-from kdcache.pipeline.build import (
-    BuildConfig,
-    Source,
-    describe_data,
-    open_source,
-    teacher_renderer,
-    view_parameters,
-)
-from kdcache.pipeline.datasets import Dataset, open_data
-from kdcache.pipeline.progress import Progress
-from kdcache.pipeline.stored import stored_data, stored_network
+from kdcache.cache.store import chunks
+from kdcache.cache.store.cache import Cache, SplitStore, shard_name
+from kdcache.cache.store.chunks import ArraySpec
+from kdcache.pipeline.build.build import Source, describe_data, open_source, teacher_renderer, view_parameters
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.process.progress import Progress
+from kdcache.pipeline.teachers import weightstore
+from kdcache.pipeline.trust import stored_data, stored_network
 
 # Total variation between stored and replayed distributions, by the teacher's numeric type: the mean over records, and
 # that of any one record. A code that rounding tips moves a single record by up to 6%.
@@ -207,7 +201,7 @@ def _answer(
         logits.append(source.teacher.logits(images).cpu())
         progress.advance(min(_BATCH, len(index) - _BATCH * (len(logits) - 1)))
     answered = torch.cat(logits)[: len(index)]
-    return arrays.encode_as(record, answered, torch.from_numpy(labels[index]))
+    return chunks.encode_as(record, answered, torch.from_numpy(labels[index]))
 
 
 def _total_variation(a: Records, b: Records, prior: torch.Tensor | None) -> torch.Tensor:
@@ -242,7 +236,7 @@ def source_of(
         raise InputError(f"where are the images? give {place}, or --depth contents to do without them")
     config = BuildConfig(
         teacher=teacher or stored_network(i.teacher.network, cache.path, "--teacher"),
-        weights=teacherstore.weights_of(i, cache.path, weights, registry),
+        weights=weightstore.weights_of(i, cache.path, weights, registry),
         teacher_size=i.teacher.input_size,
         teacher_mean=i.teacher.mean,
         teacher_std=i.teacher.std,
@@ -270,7 +264,7 @@ def source_of(
         found = describe_data(open_data(config.data, "train", unlabelled=config.unlabelled), i.data.full_contents)
         i.require(i.model_copy(update={"data": found}), str(cache.path))
         if isinstance(e, NotFoundError):
-            raise teacherstore.not_to_be_had(i.teacher, registry) from None
+            raise weightstore.not_to_be_had(i.teacher, registry) from None
         raise
     if weights is None:
         i.require(i.model_copy(update={"data": source.identity.data}), str(cache.path))

@@ -13,7 +13,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
 @pytest.fixture(scope="module")
 def s3():
     """The address of an S3 server."""
-    from kdcache.tests.test_registry import s3_server  # slow to import, and few files need it
+    from kdcache.tests.cache.registry.test_registry import s3_server  # slow to import, and few files need it
 
     with s3_server([f"bucket{i}" for i in range(BUCKETS)]) as address:
         yield address

@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from kdcache.cache import open_cache
 from kdcache.cli import main
-from kdcache.pipeline.networks import build_network
-from kdcache.pipeline.teachers import Classifier, file_classifier
+from kdcache.pipeline.teachers.networks import build_network
+from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 60, 220), (200, 200, 50))
 COMMANDS = sorted(main.commands)

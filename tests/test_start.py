@@ -17,9 +17,9 @@ from kdcache.cache import open_cache
 from kdcache.cache.errors import InputError, NotFoundError
 from kdcache.cache.home import open_registry
 from kdcache.cache.identity import canonical
-from kdcache.cache.registry import Named
+from kdcache.cache.registry.registry import Named
 from kdcache.cli import main
-from kdcache.pipeline.progress import percent
+from kdcache.pipeline.process.progress import percent
 from kdcache.pipeline.share import push
 
 ROOT = Path(__file__).parent.parent

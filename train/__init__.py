@@ -1,5 +1,5 @@
 """Stage 2: students from the cache."""
 
-from kdcache.train.loader import CachedLoader
+from kdcache.train.loaders.cached import CachedLoader
 
 __all__ = ["CachedLoader"]

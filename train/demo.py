@@ -14,10 +14,12 @@ import torch
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import home_at
-from kdcache.cache.store import Cache
-from kdcache.pipeline.build import BuildConfig, build
-from kdcache.pipeline.progress import duration, percent, size
-from kdcache.train.run import TrainConfig, train
+from kdcache.cache.store.cache import Cache
+from kdcache.pipeline.build.build import build
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.process.progress import duration, percent, size
+from kdcache.train.config import TrainConfig
+from kdcache.train.run import train
 from kdcache.train.teach import TeachConfig, teach
 
 TEACHER, STUDENT, LOSSES = "resnet20", "resnet8", ("ce", "kd", "nkd")

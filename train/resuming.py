@@ -10,12 +10,12 @@ from typing import TYPE_CHECKING, Any
 import pydantic
 
 from kdcache.cache.errors import CorruptError
-from kdcache.pipeline.datasets import is_function
-from kdcache.pipeline.render import RENDERER
-from kdcache.pipeline.stored import stored_data, stored_network
+from kdcache.pipeline.data.dataset import is_function
+from kdcache.pipeline.trust import stored_data, stored_network
+from kdcache.pipeline.views.render import RENDERER
 
 if TYPE_CHECKING:
-    from kdcache.train.run import TrainConfig
+    from kdcache.train.config import TrainConfig
 
 # Fields of TrainConfig that stand in config.json under their own names.
 _NAMED = (

@@ -5,7 +5,7 @@ from __future__ import annotations
 import shlex
 import time
 from collections.abc import Callable, Collection
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -18,18 +18,16 @@ from kdcache import __version__
 from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError, UnreadableError
 from kdcache.cache.home import list_caches, open_cache, open_registry
 from kdcache.cache.records import Records, encode
-from kdcache.cache.registry import Registry
-from kdcache.cache.store import Cache
-from kdcache.pipeline import teacherstore
-from kdcache.pipeline.beton import Beton
-from kdcache.pipeline.datasets import Dataset, is_function, open_data, open_validation
-from kdcache.pipeline.defaults import DATA, defaults_for
+from kdcache.cache.registry.registry import Registry
+from kdcache.cache.store.cache import Cache
+from kdcache.pipeline.data.dataset import Dataset, is_function, open_data, open_validation
+from kdcache.pipeline.data.defaults import defaults_for
+from kdcache.pipeline.ffcv.beton import Beton
 from kdcache.pipeline.info import one_line
-from kdcache.pipeline.networks import build_network, load_fitting
-from kdcache.pipeline.pixels import Wanted
-from kdcache.pipeline.render import RENDERER, Renderer
-from kdcache.pipeline.stored import stored_data, stored_network
-from kdcache.pipeline.teachers import (
+from kdcache.pipeline.teachers import weightstore
+from kdcache.pipeline.teachers.networks import build_network, load_fitting
+from kdcache.pipeline.teachers.pixels import Wanted
+from kdcache.pipeline.teachers.teacher import (
     Classifier,
     Teacher,
     load_teacher,
@@ -37,67 +35,27 @@ from kdcache.pipeline.teachers import (
     read_weights,
     try_out,
 )
-from kdcache.train import ranks
-from kdcache.train.beton import BetonLoader
-from kdcache.train.cotrain import LearningTeacher
-from kdcache.train.evaluate import metrics, predict
-from kdcache.train.features import FeatureLoss
-from kdcache.train.loader import CachedLoader, OnlineLoader, require_data
+from kdcache.pipeline.trust import stored_data, stored_network
+from kdcache.pipeline.views.render import RENDERER, Renderer
+from kdcache.train import group
+from kdcache.train.config import TrainConfig
+from kdcache.train.evaluation.metrics import metrics, predict
+from kdcache.train.evaluation.otherdata import labels_of_other, whole_of
+from kdcache.train.evaluation.validation import held_out_part, part_of
+from kdcache.train.loaders.cached import CachedLoader, OnlineLoader, require_data
+from kdcache.train.loaders.ffcv import BetonLoader
+from kdcache.train.loop.cotrain import LearningTeacher
+from kdcache.train.loop.optimisers import Recipe, default_rates, require_autocast
+from kdcache.train.loop.runfolder import RunFolder, best_of, settings_of
+from kdcache.train.loop.trainer import PARTNER, fit, seeded
 from kdcache.train.losses import BDKD, IKL, USKD, Loss
-from kdcache.train.optimisers import Amp, Optimiser, Recipe, default_rates, require_autocast
-from kdcache.train.otherdata import labels_of_other, whole_of
-from kdcache.train.presets import described, head_mass_warning, make_loss, options_of, require_served
+from kdcache.train.losses.features import FeatureLoss
+from kdcache.train.losses.options import described, head_mass_warning, make_loss, options_of, require_served
 from kdcache.train.resuming import exists, given_by, place_of, placed, resumed
-from kdcache.train.runfolder import RunFolder, best_of, settings_of
-from kdcache.train.trainer import PARTNER, SAVE_EVERY, fit, seeded
-from kdcache.train.validation import held_out_part, part_of
 
 DEFAULT_LOSS = "nkd"
 _WORTH_COMPILING = 10_000  # batches in a run
 _EXAMPLE = "resnet34"  # of a teacher, where the user has named none
-
-
-@dataclass(frozen=True)
-class TrainConfig:
-    """What to train. None means the default for the dataset's kind (defaults.py), or the only one that matches.
-
-    validation: the fraction of the training images that is held out to choose the best weights by. By default they are
-    chosen by the validation split of data that have three splits, and by nothing where there is none.
-    """
-
-    loss: str | None = None
-    cache: str | None = None
-    data: str = DATA
-    student: str | None = None
-    epochs: int | None = None
-    out: str | None = None
-    resume: bool = False
-    seed: int = 0
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    warmup: float = 1.0
-    views: int | None = None
-    image_size: int | None = None
-    online: bool = False
-    fresh_views: bool = False
-    teacher: str | None = None
-    weights: str | None = None
-    device: str | None = None
-    amp: Amp | None = None
-    workers: int | None = None
-    allow_renderer: bool = False
-    sync_bn: bool = False
-    optimiser: Optimiser = "sgd"
-    accumulate: int = 1
-    clip: float | None = None
-    ema: float | None = None
-    compile: bool | None = None
-    save_every: float = SAVE_EVERY
-    evaluate_every: int = 1
-    validation: float | None = None
-    registry: str | None = None
-    local_store_size: int | None = None
 
 
 def find_cache(data: str, teacher: str | None = None, registry: Registry | None = None) -> Cache:
@@ -152,20 +110,20 @@ def train(
     Under torchrun all ranks train it together, each with its part of every batch. Started again by torchrun after one
     of them died, they go on with the run.
     """
-    with ranks.joined(config.device) as device:
-        say = ranks.said_once(say)
+    with group.joined(config.device) as device:
+        say = group.said_once(say)
         return _train(_as_it_was(config, given, say), device, say, keep_finished)
 
 
 def _as_it_was(config: TrainConfig, given: Collection[str] | None, say: Callable[[str], None]) -> TrainConfig:
     """With the settings of the run that is resumed, or that torchrun has started before, where it is one."""
-    if not (config.resume or ranks.restarted()):
+    if not (config.resume or group.restarted()):
         return config
     out = Path(config.out) if config.out else _default_out(config)
     config = replace(config, out=str(out))
-    if not config.resume and not ranks.from_first(lambda: (out / "config.json").exists()):
+    if not config.resume and not group.from_first(lambda: (out / "config.json").exists()):
         return config
-    had = ranks.from_first(lambda: settings_of(out))
+    had = group.from_first(lambda: settings_of(out))
     given = given_by(config) if given is None else given
     return resumed(replace(config, resume=True), had, given, out, say)
 
@@ -184,21 +142,21 @@ def _out_of(config: TrainConfig, data: str, student: str) -> Path:
 def _train(
     config: TrainConfig, device: torch.device, say: Callable[[str], None], keep_finished: bool
 ) -> dict[str, Any]:
-    if config.sync_bn and (ranks.world() == 1 or device.type != "cuda"):
-        raise InputError(f"--sync-bn is for ranks on GPUs (torchrun), not for {ranks.world()} on {device.type}")
+    if config.sync_bn and (group.world() == 1 or device.type != "cuda"):
+        raise InputError(f"--sync-bn is for ranks on GPUs (torchrun), not for {group.world()} on {device.type}")
     require_autocast(device, config.amp)
     if config.fresh_views and not config.online:
         raise InputError("--fresh-views needs the live teacher: give --online too")
     if config.weights and not config.online:
         raise InputError("--weights are those of the live teacher: give --online too")
-    with ranks.one_first():
+    with group.one_first():
         cache = cache_of(config)
     if config.online and cache.identity.views.imported:
         raise InputError(f"{cache.path} was imported, and its teacher is not at hand: train without --online")
     if config.online and isinstance(cache, Beton):
         raise InputError(f"--online renders as the cache was built: give the cache itself, not {cache.path}")
     record = cache.identity.record
-    with ranks.one_first():
+    with group.one_first():
         data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
         third = open_validation(config.data) if record.labels and config.validation is None else None
     for note in (one.note for one in (data, evaluation, third) if one and one.note):
@@ -243,7 +201,7 @@ def _train(
     loader: CachedLoader | OnlineLoader | BetonLoader
     if isinstance(cache, Beton):
         loader = BetonLoader(
-            cache, batch, ranks.rank(), ranks.world(), seed=config.seed, device=device, image_size=size,
+            cache, batch, group.rank(), group.world(), seed=config.seed, device=device, image_size=size,
             views=config.views, workers=config.workers, allow_renderer=config.allow_renderer, samples=samples,
         )  # fmt: skip
         if config.allow_renderer and not cache.raw:
@@ -257,11 +215,11 @@ def _train(
         teacher = _same_teacher(cache, config, data, device) if partner is None else partner
         loader = OnlineLoader(
             cache, data, teacher, batch, fresh_views=config.fresh_views, seed=config.seed, image_size=size,
-            views=config.views, workers=config.workers, rank=ranks.rank(), world=ranks.world(), samples=samples,
+            views=config.views, workers=config.workers, rank=group.rank(), world=group.world(), samples=samples,
         )  # fmt: skip
     else:
         loader = CachedLoader(
-            cache, data, batch, ranks.rank(), ranks.world(), seed=config.seed, device=device, image_size=size,
+            cache, data, batch, group.rank(), group.world(), seed=config.seed, device=device, image_size=size,
             views=config.views, workers=config.workers, samples=samples,
         )  # fmt: skip
     network = seeded(config.seed, lambda: build_network(student, record.classes, size))
@@ -289,13 +247,13 @@ def _train(
         "amp": config.amp, "optimiser": recipe.optimiser, "sgd_lr": recipe.sgd_lr, "sgd_weight_decay": recipe.sgd_decay,
         "accumulate": recipe.accumulate, "clip": recipe.clip, "ema": recipe.ema, "compile": recipe.compile,
         "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
-        "cache_path": str(cache.path.absolute()), "ranks": ranks.world(), "sync_bn": config.sync_bn,
+        "cache_path": str(cache.path.absolute()), "ranks": group.world(), "sync_bn": config.sync_bn,
         "validation": config.validation, "teacher": config.teacher, "save_every": config.save_every,
         "weights": _placed_weights(config.weights), "evaluate_every": config.evaluate_every,
     }  # fmt: skip
     live = loader if isinstance(loader, OnlineLoader) else None
     ready = prepared(loss, cache, model, size, config.online, say, samples, live)
-    folder = ranks.from_first(lambda: RunFolder(path, settings, config.resume))
+    folder = group.from_first(lambda: RunFolder(path, settings, config.resume))
     if keep_finished and (finished := folder.read_summary()):
         say(f"{path} is finished already")
         return finished
@@ -339,9 +297,9 @@ def _train(
         "kdcache": __version__,
         "torch": str(torch.__version__),
         "device": str(device),
-        "ranks": ranks.world(),
+        "ranks": group.world(),
     }
-    if ranks.rank() == 0:
+    if group.rank() == 0:
         folder.finish(summary)
     return summary
 
@@ -434,7 +392,7 @@ class Judge:
     ) -> dict[str, float]:
         logits = self._predict(model, self._size, dtype)
         answers = None if beside is None else self._predict(*beside, dtype)
-        return ranks.from_first(lambda: self._metrics(logits, answers))
+        return group.from_first(lambda: self._metrics(logits, answers))
 
     def _metrics(self, logits: Tensor, answers: Tensor | None) -> dict[str, float]:
         if answers is None:
@@ -554,11 +512,11 @@ def _same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, devi
     had = cache.identity.teacher
     name = config.teacher or stored_network(had.network, cache.path, "--teacher")
     amp = "bf16" if had.numeric == "bf16" else None
-    weights = teacherstore.weights_of(cache.identity, cache.path, config.weights, config.registry)
+    weights = weightstore.weights_of(cache.identity, cache.path, config.weights, config.registry)
     try:
         teacher = load_teacher(name, data, device, weights=weights, amp=amp, wanted=Wanted.of(had))
     except NotFoundError:
-        raise teacherstore.not_to_be_had(had, config.registry) from None
+        raise weightstore.not_to_be_had(had, config.registry) from None
     if found := had.differences(teacher.identity, theirs="found"):
         raise MismatchError(f"the live teacher is not that of cache {cache.key[:12]}: {'; '.join(found)}")
     if teacher.classes != cache.identity.record.classes:

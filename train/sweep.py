@@ -11,11 +11,12 @@ from typing import Any
 
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, machine_error
 from kdcache.cache.files import replace_file
-from kdcache.train import ranks
-from kdcache.train.presets import read_spec
+from kdcache.train import group
+from kdcache.train.config import TrainConfig
+from kdcache.train.loop.runfolder import settings_of
+from kdcache.train.losses.options import read_spec
 from kdcache.train.resuming import given_by, resumed
-from kdcache.train.run import TrainConfig, cache_of, train
-from kdcache.train.runfolder import settings_of
+from kdcache.train.run import cache_of, train
 
 FILE = "sweep.json"
 _OUT = "runs/sweep"
@@ -42,8 +43,8 @@ def sweep(
     run that fails is noted and the next one starts; a wrong loss or no cache is raised before the first. Under torchrun
     all ranks train each student together.
     """
-    with ranks.joined(config.device):
-        return _sweep(config, losses, seeds, ranks.said_once(say), given)
+    with group.joined(config.device):
+        return _sweep(config, losses, seeds, group.said_once(say), given)
 
 
 def asked_before(out: str | None) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
@@ -73,17 +74,17 @@ def _sweep(
         raise InputError("a loss or a seed is given twice")
     out = Path(config.out or _OUT)
     folders = {(spec, seed): out / f"{_name(spec)}-seed{seed}" for spec in losses for seed in seeds}
-    started = ranks.from_first(lambda: [path for path in folders.values() if (path / "config.json").exists()])
-    if started and not config.resume and not ranks.restarted():
+    started = group.from_first(lambda: [path for path in folders.values() if (path / "config.json").exists()])
+    if started and not config.resume and not group.restarted():
         raise InputError(f"{started[0]} holds a run already: give --resume to go on with the sweep, or another --out")
     # A folder's name says its run's loss and seed.
     given = set(given_by(config) if given is None else given) - {"loss", "seed"}
     if started:
-        had = ranks.from_first(lambda: settings_of(started[0]))
+        had = group.from_first(lambda: settings_of(started[0]))
         common = {name: value for name, value in had.items() if name not in ("loss", "loss_options", "seed")}
         config = resumed(config, common, given, started[0], say)
     # Found once, and pinned by the runs that are there.
-    with ranks.one_first():
+    with group.one_first():
         cache = cache_of(config)
     runs: list[dict[str, Any]] = []
     _write(out, cache.key, losses, seeds, runs)
@@ -93,10 +94,10 @@ def _sweep(
         try:
             run["summary"] = train(one, say, keep_finished=True, given=given)
         except KdcacheError as e:
-            ranks.require_alike(e, str(path))
+            group.require_alike(e, str(path))
             run["error"] = str(e)
         except (MemoryError, RuntimeError) as e:
-            if ranks.world() > 1 or (reason := machine_error(e)) is None:
+            if group.world() > 1 or (reason := machine_error(e)) is None:
                 raise
             run["error"] = reason
         if "error" in run:
@@ -112,7 +113,7 @@ def _write(
     """sweep.json as far as it has come, and its content."""
     compared = [_compared(runs, spec) for spec in losses]
     result = {"cache": key, "asked": [list(losses), list(seeds)], "runs": runs, "losses": compared}
-    if ranks.rank() == 0:
+    if group.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
         replace_file(out / FILE, (json.dumps(result, indent=2) + "\n").encode())
     return result

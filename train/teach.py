@@ -14,24 +14,25 @@ from filelock import FileLock
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import open_registry
-from kdcache.pipeline.build import BuildConfig, BuildResult, check_options
-from kdcache.pipeline.datasets import list_unreadable, open_data
-from kdcache.pipeline.defaults import DATA, defaults_for
-from kdcache.pipeline.networks import build_network
-from kdcache.pipeline.pixels import pixels_of_data
-from kdcache.pipeline.progress import percent
-from kdcache.pipeline.ranks import this_rank
-from kdcache.pipeline.render import Renderer
+from kdcache.pipeline.build.build import BuildResult, check_options
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.data.dataset import list_unreadable, open_data
+from kdcache.pipeline.data.defaults import DATA, defaults_for
+from kdcache.pipeline.process.progress import percent
+from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.share import build_shared, find_taught
-from kdcache.pipeline.teachers import Classifier, file_classifier, pick_device, taught_file, try_out
-from kdcache.pipeline.views import check_policy
-from kdcache.train import ranks
-from kdcache.train.evaluate import metrics, predict
-from kdcache.train.loader import PlainLoader
+from kdcache.pipeline.teachers.networks import build_network
+from kdcache.pipeline.teachers.pixels import pixels_of_data
+from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, pick_device, taught_file, try_out
+from kdcache.pipeline.views.policy import check_policy
+from kdcache.pipeline.views.render import Renderer
+from kdcache.train import group
+from kdcache.train.evaluation.metrics import metrics, predict
+from kdcache.train.loaders.cached import PlainLoader
+from kdcache.train.loop.optimisers import Amp, Recipe
+from kdcache.train.loop.runfolder import RunFolder
+from kdcache.train.loop.trainer import fit, seeded
 from kdcache.train.losses import CE
-from kdcache.train.optimisers import Amp, Recipe
-from kdcache.train.runfolder import RunFolder
-from kdcache.train.trainer import fit, seeded
 
 _POLL_SECONDS = 0.5
 
@@ -59,12 +60,12 @@ def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path
 
     Stopped, it resumes where it was. One that is filed already is kept, unless `force`. Under torchrun by all ranks.
     """
-    with ranks.joined(config.device) as device:
-        return _teach(config, device, ranks.said_once(say))
+    with group.joined(config.device) as device:
+        return _teach(config, device, group.said_once(say))
 
 
 def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]) -> tuple[Path, float]:
-    with ranks.one_first():
+    with group.one_first():
         data, evaluation = open_data(config.data, "train"), open_data(config.data, "eval")
     for note in filter(None, (data.note, evaluation.note)):
         say(note)
@@ -95,19 +96,19 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
     }  # fmt: skip
     loader = PlainLoader(
         data, policy, batch, size, seed=config.seed, device=device, workers=config.workers,
-        rank=ranks.rank(), world=ranks.world(),
+        rank=group.rank(), world=group.world(),
     )  # fmt: skip
     work = path.with_suffix(".run")
 
     def open_folder() -> RunFolder:
-        if config.force and not ranks.restarted():
+        if config.force and not group.restarted():
             shutil.rmtree(work, ignore_errors=True)
         try:
             return RunFolder(work, settings, resume=work.exists())
         except InputError as e:
             raise InputError(f"{e} (--force teaches it from the start)") from e
 
-    folder = ranks.from_first(open_folder)
+    folder = group.from_first(open_folder)
     notes = {
         "input_size": size, "mean": list(data.mean), "std": list(data.std), "class_names": list(data.class_names),
     }  # fmt: skip
@@ -119,15 +120,15 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
         CE(),
         loader,
         recipe,
-        lambda m: ranks.from_first(partial(metrics, predict(m, evaluation, renderer, recipe.dtype), labels)),
+        lambda m: group.from_first(partial(metrics, predict(m, evaluation, renderer, recipe.dtype), labels)),
         folder,
         notes,
         say,
     )
-    if ranks.rank() == 0:
+    if group.rank() == 0:
         file_classifier(path, model, {**notes, "metrics": history[-1]})
         shutil.rmtree(work)
-    ranks.wait()  # for the file
+    group.wait()  # for the file
     say(f"{config.teacher} has top-1 {percent(history[-1]['top1'])} on {data.name}'s evaluation split: {path}")
     return path, history[-1]["top1"]
 

@@ -1,0 +1,1 @@
+"""How caches are shared: a team's folder, bucket or web server."""

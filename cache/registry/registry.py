@@ -1,0 +1,337 @@
+"""A place that a team shares: caches by their keys, and names for them, below one root.
+
+    caches/KEY/               as a cache's folder (store.py); other/SHA256: chunks whose place was taken
+    caches/KEY/published/     who pushed what, when: one small file a push
+    names/NAME                the key that a name stands for; the only file that may change
+    teachers/HASH.safetensors a teacher's weights, by the hash that the identities of its caches name
+
+Whatever lies there was perhaps written by somebody else's hand: keys are checked against identities, names against a
+pattern, sizes before reading.
+"""
+
+from __future__ import annotations
+
+import getpass
+import hashlib
+import json
+import os
+import re
+import shlex
+import shutil
+import socket
+import time
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Literal
+
+from kdcache.cache import files
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
+from kdcache.cache.registry.objects import FolderObjects, open_objects, token
+from kdcache.cache.registry.remote import LocalStore, Remote, SharedFolder
+from kdcache.cache.store.cache import Cache
+
+KEY = re.compile(r"[0-9a-f]{64}")
+DIGITS = re.compile(r"[0-9a-f]{4,64}")
+_NEVER_A_NAME = re.compile(r"[0-9a-f]{6,64}")
+_NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
+_URL = re.compile(r"(?P<root>.+://.+?)/(?P<kind>caches|names)/(?P<what>[^/]+)/?")
+_WEIGHTS = re.compile(r"([0-9a-f]{64})\.safetensors")
+_MOST_SMALL_BYTES = 1 << 16
+# A bucket takes 5 GB in one request.
+MOST_TEACHER_BYTES = 1 << 32
+_MOST_SEEN_BYTES = 1 << 26
+
+
+class Named(Strict):
+    """What a name stands for."""
+
+    format: Literal[1] = FORMAT
+    key: str
+    by: str
+    time: str
+
+
+class Published(Strict):
+    """One push: who, when, which views. evaluation_top1: the teacher's (0..1), as found by who pushed."""
+
+    format: Literal[1] = FORMAT
+    key: str
+    by: str
+    time: str
+    kdcache: str
+    views: int
+    evaluation_top1: float | None
+
+
+class Registry:
+    """The registry at `url`: a folder or an address. local: a folder of one's own, for what came from remote ones."""
+
+    def __init__(self, url: str, local: Path, store_bytes: int) -> None:
+        self.objects = open_objects(url)
+        self.url = self.objects.url
+        root = Path(self.url)
+        if isinstance(self.objects, FolderObjects) and not root.is_dir() and not root.absolute().parent.is_dir():
+            raise NotFoundError(f"there is no folder {root.absolute().parent} for the registry {root}: is it mounted?")
+        known = root.absolute() if isinstance(self.objects, FolderObjects) else self.url
+        self._mirror = local / "registries" / hashlib.sha256(str(known).encode()).hexdigest()[:16]
+        self._store = LocalStore(local / "chunks", store_bytes)
+
+    @property
+    def _listing(self) -> str:
+        return f"see kdcache ls --registry {shlex.quote(self.url)}"
+
+    def require_writable(self) -> Registry:
+        """Itself; InputError for a web server, before anything is done in vain."""
+        if not self.objects.writable:
+            raise InputError(f"{self.url} is only read from: change the folder or bucket behind it")
+        return self
+
+    # Keys and names
+
+    def keys(self) -> list[str]:
+        """Of all caches, sorted; InputError for a web server."""
+        found = [name for name in self._folders("caches") if KEY.fullmatch(name)]
+        if isinstance(self.objects, FolderObjects):  # where one that is being made has a folder first
+            found = [key for key in found if (self.objects.root / "caches" / key / "identity.json").exists()]
+        return found
+
+    def _folders(self, folder: str) -> list[str]:
+        if not self.objects.listable:
+            raise InputError(f"{self.url}: a web server cannot be listed, give a name or all 64 digits of a key")
+        return self.objects.folders(folder)
+
+    @cached_property
+    def names(self) -> dict[str, str]:
+        """The keys by name; what is no name or does not parse is left out. Nothing for a web server."""
+        found = {}
+        if self.objects.listable:
+            for name in sorted(self.objects.sizes("names")):
+                if _NAME.fullmatch(name):
+                    try:
+                        found[name] = self._named(name).key
+                    except (CorruptError, NotFoundError):
+                        continue  # said by who asks for that name
+        return found
+
+    def all_names(self) -> dict[str, str]:
+        """The same as they stand now; CorruptError where one does not parse: who knows what it stands for."""
+        found = sorted(filter(_NAME.fullmatch, self.objects.sizes("names")))
+        return {name: self._named(name).key for name in found}
+
+    def remove_name(self, name: str) -> None:
+        """Have `name` stand for nothing; NotFoundError where it does not exist."""
+        check_name(name)
+        if self.objects.size(f"names/{name}") is None:
+            raise NotFoundError(f"{self.url} has no cache named {name}: {self._listing}")
+        self.objects.remove([f"names/{name}"])
+
+    def _named(self, name: str) -> Named:
+        path = f"names/{name}"
+        content = self.objects.read(path, _MOST_SMALL_BYTES)
+        named = parse(Named, content, f"{self.url}/{path}", "give the name anew, with --move")
+        if not KEY.fullmatch(named.key):
+            raise CorruptError(f"{self.url}/{path} names no key; give the name anew, with --move")
+        return named
+
+    def find(self, what: str) -> str:
+        """The key that is meant by a key, by at least four of its first digits, or by a name, which comes first."""
+        if KEY.fullmatch(what):
+            return what
+        if DIGITS.fullmatch(what) and not self.has_name(what):
+            found = [key for key in self.keys() if key.startswith(what)]
+            if len(found) == 1:
+                return found[0]
+            if found:
+                keys = ", ".join(key[:16] for key in found)
+                raise InputError(f"several caches in {self.url} begin with {what}: {keys}; give more digits")
+            raise NotFoundError(f"no cache in {self.url} begins with {what}: {self._listing}")
+        check_name(what)
+        try:
+            return self._named(what).key
+        except NotFoundError:
+            raise NotFoundError(f"{self.url} has no cache named {what}: {self._listing}") from None
+
+    def has_name(self, name: str) -> bool:
+        """Whether this is a name that stands for a cache. Digits can be one only where they are fewer than six."""
+        return may_be_name(name) and self.objects.size(f"names/{name}") is not None
+
+    def give_name(self, name: str, key: str, move: bool) -> None:
+        """Have `name` stand for a key; InputError where it stands for another one, unless `move`."""
+        check_name(name)
+        content = canonical(Named(key=key, by=_who(), time=_now()))
+        if self.objects.create(f"names/{name}", content):
+            return
+        had = self._named(name).key if not move else None
+        if had == key:
+            return
+        if had is not None:
+            raise InputError(f"{name} stands for cache {had[:12]} in {self.url}: give another --name, or --move it")
+        self.objects.replace(f"names/{name}", content)
+
+    # Caches
+
+    def has(self, key: str) -> bool:
+        return self.objects.size(f"caches/{key}/identity.json") is not None
+
+    def cache(self, key: str) -> Cache:
+        """The cache of that key, to be read; MismatchError where it is another one, or older than it was once."""
+        cache = self.open(key)
+        self._require_no_older(cache)
+        return cache
+
+    def open(self, key: str) -> Cache:
+        """The cache of that key, whatever was seen of it before; nothing is remembered."""
+        prefix = f"caches/{key}"
+        try:
+            content = self.objects.read(f"{prefix}/identity.json", MAX_JSON_BYTES)
+        except NotFoundError:
+            raise NotFoundError(f"{self.url} has no cache {key[:16]}: {self._listing}") from None
+        where = f"{self.url}/{prefix}/identity.json"
+        identity = parse(Identity, content, where, "ask who keeps the registry to remove that cache")
+        if identity.key != key:
+            raise MismatchError(
+                f"{where} is that of cache {identity.key[:12]}, not of {key[:12]}: it was tampered with"
+            )
+        if isinstance(self.objects, FolderObjects):
+            return Cache(self.objects.root / prefix, SharedFolder(self.objects, prefix))
+        remote = Remote(self.objects, prefix, identity, self._mirror / key, self._store)
+        return Cache(remote.path, remote)
+
+    def mirrors(self) -> list[Path]:
+        """The local folders, named by keys, of what was seen here of its caches."""
+        return [self._mirror / name for name in files.names(self._mirror) if KEY.fullmatch(name)]
+
+    def forget(self, key: str) -> None:
+        """Remove what was seen here of a cache that was removed, so that it can be made anew."""
+        with suppress(FileNotFoundError):
+            shutil.rmtree(self._mirror / key)
+
+    def _require_no_older(self, cache: Cache) -> None:
+        """Remember what is committed, and refuse a state that lacks what was seen here before."""
+        seen = self._mirror / cache.key / "seen.json"
+        try:
+            before = set(json.loads(files.read_bounded(seen, _MOST_SEEN_BYTES)))
+        except NotFoundError:
+            before = set()
+        except (CorruptError, ValueError, TypeError) as e:
+            raise CorruptError(f"{seen} is damaged ({e}): remove it") from e
+        now = set(cache.commits())  # only now: another process may just have noted what it saw
+        if lost := sorted(before - now):
+            raise MismatchError(
+                f"{cache.path} lacks {len(lost)} commits that were there before, such as {lost[0]}: it is an older "
+                f"state, or was removed from; if that is right, remove {seen.parent}"
+            )
+        if now - before:
+            seen.parent.mkdir(parents=True, exist_ok=True)
+            files.replace_file(seen, json.dumps(sorted(now)).encode())
+
+    def caches(self) -> tuple[list[Cache], list[str]]:
+        """All caches, and a line for what lies among them and is none."""
+        good, bad = [], []
+        for key in self.keys():
+            try:
+                good.append(self.cache(key))
+            except KdcacheError as e:
+                bad.append(str(e))
+        return good, bad
+
+    # Teachers
+
+    def teachers(self) -> dict[str, int]:
+        """The bytes of each teacher's weights by their hash; nothing for a web server."""
+        if not self.objects.listable:
+            return {}
+        return weights_among(self.objects.sizes("teachers"))
+
+    def teacher_url(self, weights: str) -> str:
+        """Where the weights of that hash lie, or would."""
+        return f"{self.url}/teachers/{weights_name(weights)}"
+
+    def has_teacher(self, weights: str) -> bool:
+        return self.objects.size(f"teachers/{weights_name(weights)}") is not None
+
+    def teacher(self, weights: str) -> bytes:
+        """The file of the weights of that hash, not yet compared with it; NotFoundError where there is none."""
+        return self.objects.read(f"teachers/{weights_name(weights)}", MOST_TEACHER_BYTES)
+
+    def add_teacher(self, weights: str, content: bytes) -> bool:
+        """Publish a file of weights; whether it is new. One that is there stays as it is."""
+        if self.has_teacher(weights):
+            return False
+        return self.objects.create(f"teachers/{weights_name(weights)}", content)
+
+    def teacher_changed(self, weights: str) -> float:
+        """When the weights of that hash were published, in seconds since 1970; NotFoundError."""
+        return self.objects.changed(f"teachers/{weights_name(weights)}")
+
+    def remove_teacher(self, weights: str) -> None:
+        self.objects.remove([f"teachers/{weights_name(weights)}"])
+
+    # Provenance
+
+    def record(self, cache: Cache, version: str, evaluation_top1: float | None) -> None:
+        """Note that this user has published `cache`, which is here."""
+        about = Published(
+            key=cache.key,
+            by=_who(),
+            time=_now(),
+            kdcache=version,
+            views=len(cache.views),
+            evaluation_top1=evaluation_top1,
+        )
+        self.objects.create(f"caches/{cache.key}/published/{token()}.json", canonical(about))
+
+    def published(self, key: str) -> Published | None:
+        """The latest push; None where none is known."""
+        folder = f"caches/{key}/published"
+        names = sorted(self.objects.sizes(folder)) if self.objects.listable else []
+        if not names:
+            return None
+        path = f"{folder}/{names[-1]}"
+        return parse(Published, self.objects.read(path, _MOST_SMALL_BYTES), f"{self.url}/{path}", "remove it")
+
+
+def may_be_name(text: str) -> bool:
+    """Whether this can name a cache: more digits of a key cannot, and no registry needs to be asked."""
+    return bool(_NAME.fullmatch(text)) and not _NEVER_A_NAME.fullmatch(text)
+
+
+def check_name(name: str) -> None:
+    """InputError for what cannot name a cache."""
+    if not may_be_name(name):
+        raise InputError(
+            f"{name!r} is no name for a cache: up to 100 letters, digits, dots, - and _, the first a letter or digit, "
+            "and not six or more of 0-9 a-f alone, which is a key"
+        )
+
+
+def weights_name(weights: str) -> str:
+    """The name of the file of weights with that hash; CorruptError for what is no hash, as an identity may say."""
+    if not KEY.fullmatch(weights):
+        raise CorruptError(f"{weights[:80]!r} is no hash of a teacher's weights, which has 64 of the digits 0-9 a-f")
+    return f"{weights}.safetensors"
+
+
+def weights_among(sizes: dict[str, int]) -> dict[str, int]:
+    """Of files and their bytes those of teachers' weights, by hash."""
+    return {found[1]: size for name, size in sizes.items() if (found := _WEIGHTS.fullmatch(name))}
+
+
+def split_url(url: str) -> tuple[str, str] | None:
+    """The registry's root and the key or name in the address of a cache; None where it is none."""
+    found = _URL.fullmatch(url)
+    return (found["root"], found["what"]) if found else None
+
+
+def _who() -> str:
+    try:
+        user = getpass.getuser()
+    except (KeyError, OSError):  # as in many containers
+        user = str(os.getuid())
+    return f"{user}@{socket.gethostname()}"
+
+
+def _now() -> str:
+    return time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime())

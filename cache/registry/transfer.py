@@ -1,0 +1,154 @@
+"""A cache, or some views of it, from one place to another: into a folder, or into a bucket. The same for push and pull.
+
+Data come before the commit that names them, and what every reader needs (labels, sizes, prior, evaluation split) before
+the views. Each file is compared with its digest before it is passed on. What is committed there already stays: equal
+rows are skipped, others counted. So it can be stopped at any time, and done again, by any number of people at once.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from kdcache.cache.errors import CorruptError, InputError, MismatchError
+from kdcache.cache.files import Content
+from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
+from kdcache.cache.registry.objects import NetworkObjects
+from kdcache.cache.registry.remote import other
+from kdcache.cache.store.cache import Cache, Commit, SplitStore, join, metadata_files
+from kdcache.cache.store.chunks import ArraySpec
+
+Advance = Callable[[int], object]
+Begun = Callable[[], object]
+_Item = tuple[SplitStore, str, list[tuple[str, ArraySpec, int]]]
+
+_THREADS = 16
+_MEMORY = 1 << 30  # bytes of chunks that are on their way at once, at most
+
+
+@dataclass
+class Moved:
+    """Bytes of data that went; the commits that were new, that were there, and those there with other rows."""
+
+    bytes: int = 0
+    new: int = 0
+    there: int = 0
+    kept: list[str] = field(default_factory=list)
+
+
+def into_folder(
+    source: Cache,
+    folder: Path,
+    views: Sequence[int],
+    advance: Advance = lambda n: None,
+    begun: Begun = lambda: None,
+) -> Moved:
+    """Copy complete views of `source`, and all that belongs to them, into the cache in `folder`, made if there is none.
+
+    `advance` counts commits; `begun` is called once the identity is there. MismatchError where another cache is there.
+    """
+    if folder.is_dir():
+        for where, folders, _ in os.walk(folder):
+            for name in folders:
+                if Path(where, name).is_symlink():
+                    raise CorruptError(
+                        f"{Path(where, name)} is a symbolic link: nothing is written through it; remove it"
+                    )
+    target = Cache.create(folder, source.identity)
+    begun()
+
+    def move(item: _Item) -> Moved:
+        store, name, wanted = item
+        into = target.train if store.split == "train" else target.evaluation
+        if into.has(name):
+            return _compared(into.commit(name), store, name)
+        contents = store.files_of(name, wanted)
+        into.adopt(name, store.commit_bytes(name), wanted, contents)
+        return Moved(sum(map(len, contents.values())), 1)
+
+    with target.writing():
+        return _all(source, views, move, advance)
+
+
+def into_bucket(
+    source: Cache,
+    objects: NetworkObjects,
+    prefix: str,
+    views: Sequence[int],
+    advance: Advance = lambda n: None,
+    begun: Begun = lambda: None,
+) -> Moved:
+    """The same into the objects below `prefix`."""
+    identity = canonical(source.identity)
+    if not objects.create(f"{prefix}/identity.json", identity):
+        raise MismatchError(f"{objects.url}/{prefix}/identity.json is another one than that of {source.path}")
+    objects.require_create_only(f"{prefix}/identity.json")
+    begun()
+    there = objects.sizes(prefix)
+
+    def put(file: str, content: Content) -> bool:
+        return objects.create(f"{prefix}/{file}", content)
+
+    def move(item: _Item) -> Moved:
+        store, name, wanted = item
+        split = "" if store.split == "train" else "eval/"
+        commit = f"{split}commits/{name}.json"
+        if commit not in there:
+            mine, contents = store.commit(name), store.files_of(name, wanted)
+            for folder, spec, part in wanted:
+                for file, metadata in metadata_files(folder, spec):
+                    if split + file not in there:
+                        put(split + file, metadata())  # another zarr's is as good
+                file = join(folder, spec.chunk_file(part))
+                # Where another publisher's bytes are, which are not committed, ours go elsewhere: neither may change.
+                stored = mine.files[file]
+                content = contents[stored.sha256]
+                if not put(split + file, content) and not put(other(stored), content):
+                    raise CorruptError(
+                        f"{objects.url}/{prefix}/{other(stored)} does not have the digest that it is named by"
+                    )
+            if put(commit, store.commit_bytes(name)):
+                return Moved(sum(map(len, contents.values())), 1)
+        where = f"{objects.url}/{prefix}/{commit}"
+        theirs = objects.read(f"{prefix}/{commit}", MAX_JSON_BYTES)
+        return _compared(parse(Commit, theirs, where, "ask who keeps the registry to remove it"), store, name)
+
+    return _all(source, views, move, advance)
+
+
+def _compared(theirs: Commit, store: SplitStore, name: str) -> Moved:
+    mine = store.commit(name)
+    if (theirs.key, theirs.name) != (mine.key, mine.name):
+        raise CorruptError(f"the commit {name} of {store.root} and that at its destination are of different things")
+    return Moved(there=1) if theirs.content() == mine.content() else Moved(there=1, kept=[name])
+
+
+def _all(source: Cache, views: Sequence[int], move: Callable[[_Item], Moved], advance: Advance) -> Moved:
+    items = list(source.contents(views))
+    shards = [item for item in items if item[0].split == "train" and item[1].startswith("v")]
+    first = [item for item in items if item not in shards]
+    largest = max(sum(spec.max_file_bytes for _, spec, _ in wanted) for _, _, wanted in items)
+    moved = Moved()
+    with ThreadPoolExecutor(max(1, min(_THREADS, _MEMORY // largest)), thread_name_prefix="kdcache-move") as threads:
+        for some in (first, shards):
+            for one in threads.map(move, some):
+                moved.bytes += one.bytes
+                moved.new += one.new
+                moved.there += one.there
+                moved.kept += one.kept
+                advance(1)
+    return moved
+
+
+def count(source: Cache, views: Sequence[int]) -> int:
+    """How many commits make up these views and what belongs to them."""
+    return sum(1 for _ in source.contents(views))
+
+
+def require_movable(cache: Cache) -> None:
+    """InputError for a packed file, whose chunks are others."""
+    if cache.packed:
+        raise InputError(f"{cache.path} is packed, and shared are folders: kdcache unpack {cache.path} first")

@@ -1,0 +1,172 @@
+"""A cache folder into one HDF5 file, and back. What is packed can be proven: commits carry the digests of rows."""
+
+from __future__ import annotations
+
+import fcntl
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from pathlib import Path
+
+from kdcache.cache import files
+from kdcache.cache.errors import BusyError, CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.identity import canonical
+from kdcache.cache.store import chunks
+from kdcache.cache.store.cache import Cache, SplitStore
+from kdcache.cache.store.hdf5 import Packer, Target
+
+Advance = Callable[[int], object]
+
+
+def packed_rows_bytes(cache: Cache, views: Sequence[int]) -> int:
+    """Bytes of all rows of these views, labels and evaluation split, before compression."""
+    return sum(spec.chunk_bytes for _, _, wanted in cache.contents(views) for _, spec, _ in wanted)
+
+
+def choose_views(cache: Cache, views: range | None) -> tuple[int, ...]:
+    """The complete views, or those asked for; NotFoundError where one, or anything else to be packed, is missing."""
+    complete = cache.views
+    chosen = complete if views is None else tuple(views)
+    if not chosen or not cache.complete:
+        raise NotFoundError(f"{cache.path} is not complete: run kdcache build again to finish it")
+    if missing := sorted(set(chosen) - set(complete)):
+        raise NotFoundError(
+            f"{cache.path} has no complete view {missing[0]}, but {len(complete)} others: choose --views among them"
+        )
+    return chosen
+
+
+def pack_hdf5(cache: Cache, out: Path, views: Sequence[int], advance: Advance = lambda n: None) -> bool:
+    """Write these complete views, and all that belongs to them, into the new file `out`; False if it is there already.
+
+    All rows are compared with the digests in the commits as they are read, and again in the new file before it gets its
+    name. `advance` counts bytes of rows, each twice. Killed, it leaves a temporary file that the next call removes.
+    InputError where `out` is another file, BusyError where another process is packing into it.
+    """
+    files.make_folder(out.parent)
+    temporary = out.with_name(f".{out.name}.packing")
+    clear_leaving(temporary)
+    if out.exists():
+        _require_equal(cache, out, views)
+        return False
+    with new_file(temporary) as target:
+        try:
+            _write(cache, views, target, advance)
+            _compare(temporary, views, advance)
+            os.link(temporary, out)
+        except FileExistsError:
+            raise InputError(f"{out} has just been made by another process: it is never overwritten") from None
+        except OSError as e:
+            e.filename, e.filename2 = str(out), None
+            raise
+        files.sync_folder(out.parent)
+    return True
+
+
+def unpack_hdf5(cache: Cache, out: Path, advance: Advance = lambda n: None) -> int:
+    """Write the packed `cache` as a folder, or complete that folder; how many commits name other bytes than before.
+
+    Rows are compared with the digests in their commits, chunks are encoded anew. Equal bytes give the same commit;
+    bytes differ where another version of the compressor makes them. Stopped, the next call goes on. MismatchError
+    where `out` holds another cache, or other records of the same.
+    """
+    target = Cache.create(out, cache.identity)
+    changed = 0
+    with target.writing():
+        for store, name, wanted in cache.contents(cache.views):
+            into = target.train if store.split == "train" else target.evaluation
+            commit = store.commit(name)
+            if not into.has(name):
+                rows = store.load(name, wanted)
+                into.write(
+                    name, [(*at, r) for at, r in zip(wanted, rows, strict=True)], commit.writer, commit.parameters
+                )
+            elif into.commit(name).content() != commit.content():
+                raise MismatchError(f"{into.root} has another {name} than {cache.path}: give another --out")
+            changed += into.commit_bytes(name) != store.commit_bytes(name)
+            advance(sum(spec.chunk_bytes for _, spec, _ in wanted))
+    return changed
+
+
+def _write(cache: Cache, views: Sequence[int], target: Target, advance: Advance) -> None:
+    with Packer(target, cache.key) as packer:
+        packer.put("identity.json", canonical(cache.identity))
+        for store, name, wanted in cache.contents(views):
+            commit, prefix = store.commit(name), _prefix(store)
+            for (folder, spec, part), rows in zip(wanted, store.load(name, wanted), strict=True):
+                base = f"{folder}/" if folder else ""
+                file = base + spec.chunk_file(part)
+                if chunks.rows_digest(spec, rows) != commit.files[file].rows:
+                    raise CorruptError(f"{store.root / file} holds other rows than {name} of {store.root} says")
+                packer.rows(prefix + base, spec, part, rows)
+                advance(spec.chunk_bytes)
+            packer.put(f"{prefix}commits/{name}.json", store.commit_bytes(name))
+        packer.finish()
+
+
+def _prefix(store: SplitStore) -> str:
+    return "" if store.split == "train" else "eval/"
+
+
+def _compare(path: Path, views: Sequence[int], advance: Advance) -> None:
+    """Read the new file as readers will."""
+    for store, name, wanted in Cache(path).contents(views):
+        store.load(name, wanted)
+        advance(sum(spec.chunk_bytes for _, spec, _ in wanted))
+
+
+def _require_equal(cache: Cache, out: Path, views: Sequence[int]) -> None:
+    """InputError unless `out` is this cache, packed with these views and undamaged."""
+    try:
+        there = Cache(out)
+        there.check_rest()
+    except KdcacheError as e:
+        raise InputError(f"{out} exists already: remove it, or give another --out ({e})") from e
+    same = there.packed and there.key == cache.key and there.views == tuple(views)
+    if not same or any(
+        store.commit_bytes(name) != mine.commit_bytes(name)
+        for (store, name, _), (mine, _, _) in zip(there.contents(views), cache.contents(views), strict=True)
+    ):
+        raise InputError(f"{out} exists and holds something else: remove it, or give another --out")
+
+
+def clear_leaving(temporary: Path) -> None:
+    """Remove what a killed process has left; BusyError where it is not dead."""
+    # Never written into again: it may be a second name of a finished file.
+    if temporary.exists():
+        with _locked(temporary, 0):
+            temporary.unlink()
+
+
+@contextmanager
+def new_file(temporary: Path) -> Iterator[Target]:
+    """An empty file, ours alone, that is gone afterwards."""
+    with _locked(temporary, os.O_CREAT | os.O_EXCL) as target:
+        try:
+            yield target
+        finally:
+            temporary.unlink()
+
+
+@contextmanager
+def _locked(path: Path, flags: int) -> Iterator[Target]:
+    busy = BusyError(f"another process is packing into {path.parent} ({path.name}): wait for it, or stop it first")
+    try:
+        target = Target(path, "r+b", opener=lambda p, f: os.open(p, f | flags | os.O_NOFOLLOW, 0o666))
+    except (FileExistsError, FileNotFoundError):
+        raise busy from None
+    with target:
+        try:
+            fcntl.flock(target, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise busy from None
+        except OSError as e:
+            raise InputError(f"{path.parent} has no file locks ({e.strerror}): give --out elsewhere, then copy") from e
+        # Another process may have removed it before we held the lock.
+        try:
+            ours = os.path.samestat(path.stat(), os.fstat(target.fileno()))
+        except FileNotFoundError:
+            ours = False
+        if not ours:
+            raise busy
+        yield target

@@ -1,0 +1,1 @@
+"""Stage 1: the teacher's answers to every view, stored once."""

@@ -1,0 +1,95 @@
+"""Who built a cache, with what and how: kept in every commit, for people; nothing depends on it."""
+
+from __future__ import annotations
+
+import os
+import re
+import shlex
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+
+import torch
+
+import kdcache
+from kdcache.pipeline.teachers.teacher import Teacher
+
+_LONGEST = 2000  # characters of a command line
+_SECRET_NAME = re.compile(r"(?i)(token|secret|passw|credential|api.?key|access.?key|private.?key)")
+_IN_URL = re.compile(r"(?<=://)[^/?#\s]*@|[?#]\S*$")
+_FLAG = re.compile(r"(--?[\w-]+)(=|$)")
+_HIDDEN = "***"
+
+
+def writer(teacher: Teacher | None = None) -> dict[str, str]:
+    """Versions, host, process, time, command line, device, and the git commits of kdcache and of the folder worked in.
+
+    A commit that is followed by "+" is not all: files were changed since.
+    """
+    package = Path(kdcache.__file__).parent
+    # Installed, it may lie in a work tree that is another project's.
+    own = _commit(package) if (package / ".git").exists() else None
+    commits = {"kdcache_commit": own, "commit": _commit(Path.cwd())}
+    device = (
+        {}
+        if teacher is None
+        else {"device": str(teacher.device), "compiled": "no" if teacher.compiled is None else "yes"}
+    )
+    return {
+        "kdcache": kdcache.__version__,
+        "torch": str(torch.__version__),
+        "python": sys.version.split()[0],
+        "host": socket.gethostname(),
+        "process": str(os.getpid()),
+        "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+        "command": command_line(sys.argv, os.environ),
+        **device,
+        **{name: commit for name, commit in commits.items() if commit},
+    }
+
+
+def command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> str:
+    """The command for people to read and run again, with *** for what is, or may be, a secret.
+
+    That is the value of a flag whose name says so, what stands in an address for a user or a query, and whatever a
+    variable of the environment holds whose name says so.
+    """
+    secrets = [value for name, value in environment.items() if len(value) > 5 and _SECRET_NAME.search(name)]
+    program = Path(arguments[0]).name
+    words, hide = ["kdcache" if program == "cli.py" else program], False
+    for word in arguments[1:]:
+        flag = _FLAG.match(word)
+        if hide and not flag:
+            words.append(_HIDDEN)
+            hide = False
+            continue
+        hide = bool(flag and _SECRET_NAME.search(flag[1]))
+        if flag and hide and flag[2]:
+            word, hide = f"{flag[1]}={_HIDDEN}", False
+        elif "://" in word:
+            word = _IN_URL.sub(lambda m: f"{_HIDDEN}@" if m[0].endswith("@") else f"{m[0][0]}{_HIDDEN}", word)
+        for secret in secrets:
+            word = word.replace(secret, _HIDDEN)
+        words.append(word)
+    line = " ".join(word if _HIDDEN in word else shlex.quote(word) for word in words)
+    return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+
+
+def _commit(folder: Path) -> str | None:
+    """That of the git work tree which has the folder, if there is one and git is installed."""
+
+    def git(*words: str) -> subprocess.CompletedProcess[str]:
+        line = ["git", "--no-optional-locks", "-C", str(folder), *words]
+        return subprocess.run(line, capture_output=True, text=True, timeout=10)
+
+    try:
+        found = git("rev-parse", "--verify", "HEAD")
+        if found.returncode:
+            return None
+        changed = git("status", "--porcelain", "--untracked-files=no").stdout
+    except (OSError, subprocess.TimeoutExpired):
+        return None
+    return found.stdout.strip() + ("+" if changed else "")

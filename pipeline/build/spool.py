@@ -1,0 +1,201 @@
+"""What a build has computed and not yet committed: spooled to local disk, by a thread beside the teacher."""
+
+from __future__ import annotations
+
+import io
+import itertools
+import os
+import shutil
+import time
+from collections import deque
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import suppress
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock, Timeout
+from numpy.typing import NDArray
+
+from kdcache.cache.care import DAY, HOUR, Leaving, extent
+from kdcache.cache.errors import BusyError
+from kdcache.cache.files import names, replace_file, sha256
+from kdcache.cache.home import home, list_caches
+from kdcache.cache.store.cache import Cache
+
+SPOOL_SECONDS = 20.0
+# Work that waits to be written is at risk like what the spool has not synced: so many jobs, so long.
+WAITING_JOBS, WAITING_SECONDS = 256, 10.0
+
+
+class Writer:
+    """A thread that does jobs one after the other, so that writing overlaps the teacher. Use with `with`.
+
+    A job's error is raised by a later call, and the jobs after it are not done. Left early, it first does what waits.
+    """
+
+    def __init__(self) -> None:
+        self._thread = ThreadPoolExecutor(1, thread_name_prefix="writer")
+        self._waiting: deque[tuple[float, Future[None]]] = deque()
+        self._failed = False
+
+    def __enter__(self) -> Writer:
+        return self
+
+    def __exit__(self, *exc: object) -> None:
+        self._thread.shutdown()
+
+    def do(self, job: Callable[[], None]) -> None:
+        """Have a job done; waits while too many wait, or too long."""
+        while self._waiting and (
+            self._waiting[0][1].done()
+            or len(self._waiting) >= WAITING_JOBS
+            or time.monotonic() - self._waiting[0][0] > WAITING_SECONDS
+        ):
+            self._next()
+        self._waiting.append((time.monotonic(), self._thread.submit(self._run, job)))
+
+    def finish(self) -> None:
+        """Wait until every job is done."""
+        while self._waiting:
+            self._next()
+
+    def _next(self) -> None:
+        self._waiting.popleft()[1].result()
+
+    def _run(self, job: Callable[[], None]) -> None:
+        if not self._failed:
+            try:
+                job()
+            except BaseException:
+                self._failed = True
+                raise
+
+
+class Spool:
+    """Encoded batches of one shard under way, synced to local disk now and then until the shard is committed.
+
+    Of several builders of one shard (one was stopped and woke up), each has a folder of its own. A builder that is
+    killed leaves its lock, and with it its folder, to the next. Close it.
+    """
+
+    def __init__(self, folder: Path, total: int) -> None:
+        self._total = total
+        for slot in itertools.count():
+            self._folder = folder.with_name(f"{folder.name}-{slot}")
+            with suppress(Timeout):
+                self._lock = _locked(self._folder)
+                break
+        self._blocks: list[dict[str, NDArray[Any]]] = []
+        self._unsynced: list[dict[str, NDArray[Any]]] = []
+        self._synced_at = time.monotonic()
+        self.sums: NDArray[np.float64] | None = None
+        self.rows = 0
+        self._load()
+
+    def close(self) -> None:
+        """Leave the shard to others; again: nothing."""
+        self._lock.release()
+
+    def add(self, block: dict[str, NDArray[Any]], sums: NDArray[np.float64] | None) -> None:
+        """Append a batch's arrays by name, and its tail sums [T, C]."""
+        self._unsynced.append(block)
+        # Summed batch by batch, so that where the spool was cut does not change a bit.
+        if sums is not None:
+            self.sums = sums if self.sums is None else self.sums + sums
+        if time.monotonic() - self._synced_at > SPOOL_SECONDS:
+            self._sync()
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """All rows by array name."""
+        blocks = self._blocks + self._unsynced
+        return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+
+    def remove(self) -> None:
+        shutil.rmtree(self._folder, ignore_errors=True)
+
+    def _sync(self) -> None:
+        block = {name: np.concatenate([b[name] for b in self._unsynced]) for name in self._unsynced[0]}
+        stop = self.rows + len(block["gaps"])
+        content = io.BytesIO()
+        extra = {} if self.sums is None else {"_sums": self.sums}
+        np.savez(content, allow_pickle=False, **block, **extra)
+        data = content.getvalue()
+        replace_file(self._folder / f"{self.rows:012d}-{stop:012d}.block", sha256(data).encode() + data)
+        self._blocks.append(block)
+        self._unsynced, self.rows, self._synced_at = [], stop, time.monotonic()
+
+    def _load(self) -> None:
+        for path in sorted(self._folder.glob(f"{'[0-9]' * 12}-{'[0-9]' * 12}.block")):
+            start, stop = map(int, path.stem.split("-"))
+            content = path.read_bytes()
+            digest, data = content[:64], content[64:]
+            # Damaged, or beyond a damaged one: these rows are computed again.
+            if start != self.rows or stop > self._total or sha256(data).encode() != digest:
+                continue
+            with np.load(io.BytesIO(data), allow_pickle=False) as f:
+                block = {name: f[name] for name in f.files}
+            self.sums = block.pop("_sums", self.sums)
+            self._blocks.append(block)
+            self.rows = stop
+
+
+def _locked(folder: Path) -> FileLock:
+    """A lock on a folder that is there, or Timeout."""
+    while True:
+        with suppress(FileNotFoundError):  # another builder has just cleared the folder away
+            folder.mkdir(parents=True, exist_ok=True)
+            lock = FileLock(folder / "lock", timeout=0, thread_local=False)  # the writer's thread gives it back
+            lock.acquire()
+            return lock
+
+
+def spool_folder(path: Path, key: str) -> Path:
+    """For builds of this cache in this place: one of the same key can go on elsewhere."""
+    return home() / "spool" / f"{key[:16]}-{sha256(os.fsencode(path.resolve()))[:16]}"
+
+
+def clear(spool: Path, cache: Cache) -> None:
+    """Remove what builds have left in the spool for shards that are committed, unless one is at work on them."""
+    for name in names(spool):
+        if _committed(name, cache):
+            with suppress(BusyError):
+                _remove(spool / name)
+    with suppress(OSError):  # missing, or not empty
+        spool.rmdir()
+
+
+def leavings(days: float) -> Iterator[Leaving]:
+    """What may go in the spool: of shards that are committed, and, untouched for so long, of caches not known here.
+
+    Where those lie nobody knows: --out may have been anywhere. Nothing is changed.
+    """
+    known = {spool_folder(cache.path, cache.key).name: cache for cache in list_caches()[0] if not cache.packed}
+    for folder in names(home() / "spool"):
+        top, cache = home() / "spool" / folder, known.get(folder)
+        for name in names(top):
+            size, newest = extent(top / name)
+            age = time.time() - newest
+            if cache is not None and _committed(name, cache) and age > HOUR:
+                yield Leaving(str(top / name), size, "of a shard that is committed", partial(_remove, top / name))
+            elif cache is None and age > max(days * DAY, HOUR):
+                why = f"of a build that stopped {age / DAY:.0f} days ago, of a cache that is not in {home()}"
+                yield Leaving(str(top / name), size, why, partial(_remove, top / name))
+
+
+def _committed(name: str, cache: Cache) -> bool:
+    store = cache.evaluation if name.startswith("eval-") else cache.train
+    return store.has(name.removeprefix("eval-").rpartition("-b")[0])
+
+
+def _remove(folder: Path) -> None:
+    """Remove one shard's; BusyError while a builder is at work on it."""
+    try:
+        with suppress(FileNotFoundError), FileLock(folder / "lock", timeout=0):
+            shutil.rmtree(folder, ignore_errors=True)
+        with suppress(OSError):  # there are others
+            folder.parent.rmdir()
+    except Timeout:
+        raise BusyError(f"{folder} is in use by a build") from None

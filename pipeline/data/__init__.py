@@ -1,0 +1,1 @@
+"""Datasets by stable index, whatever they are read from."""

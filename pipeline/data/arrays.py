@@ -1,0 +1,87 @@
+"""Small known datasets that live in memory, as arrays: images uint8 [N, H, W, 3], labels int64 [N], names."""
+
+import gzip
+import math
+import zlib
+from collections.abc import Callable
+from http.client import HTTPException
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from torchvision import datasets
+
+from kdcache.cache.errors import InputError
+from kdcache.pipeline.data.folders import held_out
+from kdcache.pipeline.data.imagefiles import one_line
+
+Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
+
+# What torchvision raises where files are missing or not whole, or cannot be downloaded.
+_BROKEN = (OSError, RuntimeError, ValueError, TypeError, AssertionError, HTTPException)
+DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
+
+
+def digits(train: bool) -> Arrays:
+    """1,797 images of 8x8: every fifth of each class is held out."""
+    from sklearn.datasets import load_digits  # takes a second, which every worker process would spend
+
+    data = load_digits()
+    grey = (data.images.astype(np.int64) * 255 + 8) // 16  # 0..16 to 0..255, rounded
+    labels = data.target.astype(np.int64)
+    chosen = held_out(labels, 5) != train
+    return _three_channels(grey[chosen].astype(np.uint8)), labels[chosen], tuple("0123456789")
+
+
+def cifar(name: str, root: Path, train: bool) -> Arrays:
+    """cifar10 or cifar100 from torchvision's files in `root`, downloaded where missing."""
+    kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
+    data = _present_or_downloaded(kind, root, train, f"{name} (a folder {kind.base_folder})")
+    return data.data, np.array(data.targets, dtype=np.int64), tuple(data.classes)
+
+
+def fashion_mnist(path: Path | None, downloads: Path, train: bool) -> Arrays:
+    """From the four .gz files in `path` or in Debian's package, else torchvision's files, else a download."""
+    names = tuple(datasets.FashionMNIST.classes)
+    part = "train" if train else "t10k"
+    packed = path or DEBIAN_FASHION_MNIST
+    if (packed / f"{part}-images-idx3-ubyte.gz").is_file():
+        grey = _read_idx(packed / f"{part}-images-idx3-ubyte.gz", 3)
+        labels = _read_idx(packed / f"{part}-labels-idx1-ubyte.gz", 1).astype(np.int64)
+        if len(grey) != len(labels) or (labels >= len(names)).any():
+            raise InputError(f"{packed}: the {part} labels do not fit the images: fetch the files again")
+        return _three_channels(grey), labels, names
+    what = "fashion-mnist (Debian's package dataset-fashion-mnist, or a folder FashionMNIST/raw)"
+    data = _present_or_downloaded(datasets.FashionMNIST, path or downloads, train, what)
+    return _three_channels(data.data.numpy()), data.targets.numpy(), names
+
+
+def _present_or_downloaded(kind: Callable[..., Any], root: Path, train: bool, what: str) -> Any:
+    try:
+        return kind(root, train=train)
+    except _BROKEN:
+        try:
+            return kind(root, train=train, download=True)
+        except _BROKEN as e:
+            raise InputError(
+                f"{root}: has no {what}, and the download failed ({one_line(e)[:200]}): "
+                "put the files there, or use imagefolder:PATH"
+            ) from e
+
+
+def _three_channels(grey: np.ndarray) -> np.ndarray:
+    return np.repeat(grey[..., None], 3, axis=3)
+
+
+def _read_idx(path: Path, dims: int) -> np.ndarray:
+    """uint8 of `dims` dimensions from a gzipped idx file: 0, 0, type 8, dims, big-endian sizes, the bytes."""
+    try:
+        with gzip.open(path) as f:
+            data = f.read()
+    except (OSError, EOFError, zlib.error) as e:
+        raise InputError(f"{path}: cannot be read: {e}") from e
+    start = 4 + 4 * dims
+    shape = [int.from_bytes(data[i : i + 4], "big") for i in range(4, start, 4)]
+    if data[:4] != bytes((0, 0, 8, dims)) or len(data) != start + math.prod(shape) or not shape[0]:
+        raise InputError(f"{path}: is not a whole idx file of bytes in {dims} dimensions: fetch it again")
+    return np.frombuffer(data, dtype=np.uint8, offset=start).reshape(shape)

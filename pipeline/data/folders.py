@@ -1,0 +1,222 @@
+"""Folders of images by class: which file is in which split, and what its label is."""
+
+import os
+import re
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+
+from kdcache.cache.errors import InputError
+from kdcache.pipeline.data.imagefiles import left_out, list_images
+
+# What the folders of splits are called, in any case.
+_TRAIN = ("train", "training")
+VALIDATION = ("val", "valid", "validation", "dev")
+TEST = ("test", "testing")
+EVALUATION = ("eval", "evaluation")
+_SPLITS = (*_TRAIN, *VALIDATION, *TEST, *EVALUATION)
+
+_HELD_OUT = 10  # where there are no split folders, every so manyth image of a class is the eval split's
+_NAMED = 5  # classes in a line
+_PURPOSE = {"train": "learn from", "eval": "evaluate on", "validation": "choose weights by"}
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The files of one split, in byte order of their paths."""
+
+    root: Path
+    paths: tuple[str, ...]  # relative to root
+    labels: np.ndarray  # int64 [N, 1], or [N, 0] when unlabelled
+    class_names: tuple[str, ...]
+    note: str  # a line on what was found
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How a kind of folder is laid out, and what the user said of it.
+
+    evals: the kinds of evaluation splits, first the one that is preferred. split_folders: whether there must be
+    folders of splits. train, eval: the folders of the splits, relative to the top, where the user named them.
+    """
+
+    evals: tuple[tuple[str, ...], ...]
+    split_folders: bool
+    train: str | None = None
+    eval: str | None = None
+
+
+def list_split(top: Path, split: str, layout: Layout, *, labelled: bool) -> Listing:
+    """The 'train', 'eval' or 'validation' split of the images below `top`; has_validation says whether the last exists.
+
+    Without any folder of a split, and unless the layout demands them, every tenth image of each class is held out.
+    InputError says what is missing, what is ambiguous, and which flag decides.
+    """
+    train, held = _split_folders(top, split, layout)
+    third = _third_folder(top, train, held)
+    root = {"train": train, "eval": held or train, "validation": third}[split]
+    if root is None:
+        raise InputError(f"{top}: has no validation split beside a train and a test split")
+    names = _class_names(train) if labelled else ()
+    if layout.train is None:
+        _refuse_splits(top, train)
+    paths, others = list_images(root)
+    labels = _labels(root, paths, names, train) if labelled else np.zeros(len(paths), dtype=np.int64)
+    if labelled and root == train:
+        _refuse_empty_classes(train, names, labels)
+    whole = train == top and held is None
+    if whole:
+        chosen = held_out(labels, _HELD_OUT) == (split == "eval")
+        if not chosen.any():
+            raise InputError(f"{top}: has no tenth image in any class to hold out for the eval split")
+        paths = tuple(paths[i] for i in np.flatnonzero(chosen))
+        labels = labels[chosen]
+    note = _note(root, split, len(paths), names, others, whole)
+    if split == "eval" and held and third is None and (test := _unread_test(top, train, held)):
+        note += f"; {test} is not read: with --eval-folder {test} it is reported, and {held.name} chooses the weights"
+    return Listing(root, paths, labels[:, None] if labelled else np.empty((len(paths), 0), np.int64), names, note)
+
+
+def has_validation(top: Path, layout: Layout) -> bool:
+    """Whether the folders below `top` are three splits: one to learn from, one to choose weights by, one to report."""
+    return _third_folder(top, *_split_folders(top, "eval", layout)) is not None
+
+
+def _third_folder(top: Path, train: Path, held: Path | None) -> Path | None:
+    """The folder of the validation split, where another one is the eval split."""
+    if held is None or train == top:
+        return None
+    found = _only(top, _folders(top), VALIDATION, "--eval-folder")
+    return None if found in (train, held) else found
+
+
+def _unread_test(top: Path, train: Path, held: Path) -> str | None:
+    """The name of a test folder beside a validation folder that is the eval split."""
+    if held.name.casefold() not in VALIDATION:
+        return None
+    return next((name for name in _folders(top) if name.casefold() in TEST and top / name not in (train, held)), None)
+
+
+def _split_folders(top: Path, split: str, layout: Layout) -> tuple[Path, Path | None]:
+    """The folder of the train split, and that of the eval split; None where there is none."""
+    if not top.is_dir():
+        raise InputError(f"{top}: {'is not a folder' if top.exists() else 'no such folder'}")
+    there = _folders(top)
+    train = _named(top, layout.train, "--train-folder") or _only(top, there, _TRAIN, "--train-folder")
+    held = _named(top, layout.eval, "--eval-folder")
+    if held is None and train != top:
+        found = (_only(top, there, kind, "--eval-folder") for kind in layout.evals)
+        held = next((folder for folder in found if folder not in (None, train)), None)
+    canonical = " or ".join(kind[0] for kind in layout.evals)
+    if train is None and (held or layout.split_folders):
+        raise InputError(
+            f"{top / 'train'}: no such folder, where {top}/CLASS/* of the train split are expected; --train-folder "
+            "NAME names another, and --train-folder . says that all folders are classes"
+        )
+    if train and train != top and held is None and split == "eval":
+        name = train.name
+        raise InputError(
+            f"{top}: has a folder {name} but no {canonical}, as the eval split needs: --eval-folder NAME names "
+            f"another; if {name} is a class, give --train-folder ."
+        )
+    if train and held and (held.is_relative_to(train) or train.is_relative_to(held)):
+        raise InputError(f"{held} and {train} lie in each other: the splits must be folders of their own")
+    return train or top, held
+
+
+def _named(top: Path, name: str | None, flag: str) -> Path | None:
+    """What the user calls a split's folder."""
+    if name is None:
+        return None
+    folder = Path(os.path.normpath(top / name))
+    if not folder.is_dir():
+        raise InputError(f"{folder}: no such folder: {flag} is relative to {top}")
+    return folder
+
+
+def _only(top: Path, folders: Sequence[str], names: Sequence[str], flag: str) -> Path | None:
+    """The one of the folders that has one of the names."""
+    found = [folder for folder in folders if folder.casefold() in names]
+    if len(found) > 1:
+        raise InputError(f"{top}: {' and '.join(found)} may each be the split: {flag} NAME decides")
+    return top / found[0] if found else None
+
+
+def _refuse_splits(top: Path, train: Path) -> None:
+    """InputError for folders of classes that look like those of splits, such as seg_train and seg_test."""
+    words = {folder: _words(folder) & {*_SPLITS} for folder in _folders(train)}
+    splits = [folder for folder, found in words.items() if found]
+    all_words = set().union(*words.values())
+    both = all_words & {*_TRAIN} and all_words - {*_TRAIN}
+    if splits and (len(splits) == len(words) or (both and 2 * len(splits) >= len(words))):
+        named = ", ".join(splits[:_NAMED])
+        raise InputError(
+            f"{train}: {named} look like splits, not classes: --train-folder NAME and --eval-folder NAME name the "
+            f"splits; if they are classes, give --train-folder {train.relative_to(top)}"
+        )
+
+
+def _words(name: str) -> set[str]:
+    """train and set for trainSet, train_set and train-set1."""
+    parts = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold())
+    return {part.removesuffix("set") for part in parts}
+
+
+def _note(root: Path, split: str, n: int, names: Sequence[str], others: Counter[str], whole: bool) -> str:
+    line = f"{root}: {n:,} images to {_PURPOSE[split]}"
+    if whole:
+        line += f" (every {_HELD_OUT}th of a class is held out to evaluate on)" if split == "train" else " (held out)"
+    if split == "train" and names:
+        more = "" if len(names) <= _NAMED else f", ... {names[-1]}"
+        line += f", {len(names):,} classes: {', '.join(names[:_NAMED])}{more}"
+    return line + left_out(others)
+
+
+def held_out(labels: np.ndarray, every: int) -> np.ndarray:
+    """bool [N]: whether a sample is its class's number every-1, 2*every-1 and so on. labels is int64 [N]."""
+    order = np.argsort(labels, kind="stable")
+    counts = np.bincount(labels)
+    place = np.empty_like(labels)
+    place[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen: np.ndarray = place % every == every - 1
+    return chosen
+
+
+def _folders(top: Path) -> tuple[str, ...]:
+    """The names of the folders in `top`, in byte order; hidden ones are left out."""
+    try:
+        names = [entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+    except OSError as e:
+        raise InputError(f"{top}: cannot be listed: {e.strerror}") from e
+    return tuple(sorted(names, key=os.fsencode))
+
+
+def _class_names(train: Path) -> tuple[str, ...]:
+    names = _folders(train)
+    if not names:
+        raise InputError(
+            f"{train}: has no class folders, as in {train}/CLASS/image.jpg; without classes, use --unlabelled"
+        )
+    return names
+
+
+def _labels(root: Path, paths: Sequence[str], names: Sequence[str], train: Path) -> np.ndarray:
+    """int64 [N]"""
+    ids = {name: i for i, name in enumerate(names)}
+    labels = np.array([ids.get(path.partition("/")[0], -1) for path in paths], dtype=np.int64)
+    if (unknown := np.flatnonzero(labels < 0)).size:
+        first = paths[unknown[0]]
+        if "/" not in first:
+            raise InputError(f"{root / first}: lies in no class folder ({root}/CLASS/image.jpg is expected)")
+        raise InputError(f"{root / first.partition('/')[0]}: no such class folder in {train}")
+    return labels
+
+
+def _refuse_empty_classes(train: Path, names: Sequence[str], labels: np.ndarray) -> None:
+    empty = np.flatnonzero(np.bincount(labels, minlength=len(names)) == 0)
+    if empty.size:
+        more = f", and {empty.size - 1} more do not" if empty.size > 1 else ""
+        raise InputError(f"{train / names[empty[0]]}: holds no images{more}: remove or fill such folders")

@@ -1,0 +1,289 @@
+"""Image files in folders: which there are, their sizes, their pixels."""
+
+import contextlib
+import hashlib
+import io
+import math
+import os
+import stat
+import time
+import zipfile
+from collections import Counter
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import TypeVar
+
+import numpy as np
+import torch
+from torchvision.datasets.folder import IMG_EXTENSIONS
+
+from kdcache.cache.errors import InputError
+from kdcache.cache.files import replace_file
+from kdcache.pipeline.data.decode import decode_file, image_size
+
+Progress = Callable[[int, int], None]  # files done, files in all
+Triple = tuple[float, float, float]
+T = TypeVar("T")
+
+SUFFIXES = (".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")
+_NAMED = 5  # suffixes in a line
+IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
+IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
+_UNDECODABLE = tuple(sorted(set(IMG_EXTENSIONS) - set(SUFFIXES)))
+_SMALL_SIDE = 64  # pixels
+_SMALL_TOTAL = 1 << 30  # bytes
+_CHUNK = 256  # files a task
+_WORTH_A_THREAD = 4e-4  # seconds a file: threads with shorter work mostly wait for the interpreter's lock
+_STATISTICS_CHUNK = 1 << 20  # pixels
+
+
+@dataclass(frozen=True, eq=False)
+class Folder:
+    """What load_folder found. mean and std are of small images' pixels in 0..1, else ImageNet's."""
+
+    sizes: np.ndarray  # int32 [N, 2], H and W
+    images: torch.Tensor | None  # uint8 [N, H, W, 3]
+    mean: Triple
+    std: Triple
+
+
+def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
+    """Relative POSIX paths of all images under `root`, in byte order, and how many files of other suffixes there are.
+
+    Hidden files and folders are left out. Links are followed, but for those that would count images twice: these are
+    refused. InputError for them, for a folder that cannot be read, that holds none, or that holds images that cannot
+    be decoded.
+    """
+    found: list[str] = []
+    undecodable: list[str] = []
+    others: Counter[str] = Counter()
+
+    def refuse(error: OSError) -> None:
+        raise InputError(f"{error.filename}: cannot be listed: {error.strerror}") from error
+
+    skip = len(os.fspath(root)) + 1
+    real_root = root.resolve()
+    above: dict[str, tuple[Path, ...]] = {
+        os.fspath(root): ()
+    }  # by folder under way, where the links that led there lie
+    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
+        subfolders[:] = (name for name in subfolders if not name.startswith("."))
+        led = above.pop(folder)
+        for name in subfolders:
+            path = Path(folder, name)
+            above[os.fspath(path)] = led
+            if path.is_symlink():
+                above[os.fspath(path)] = (*led, path.parent.resolve())
+                _refuse_twice(path, above[os.fspath(path)], real_root)
+        for name in files:
+            if name.startswith("."):
+                continue
+            suffix = name[name.rfind(".") :].lower() if "." in name else ""  # no Path: a million of them take seconds
+            if suffix in SUFFIXES:
+                found.append(f"{folder}/{name}"[skip:])
+            elif suffix in _UNDECODABLE:
+                undecodable.append(f"{folder}/{name}")
+            else:
+                others[suffix] += 1
+    if undecodable:
+        raise InputError(
+            f"{min(undecodable)}: {root} holds {len(undecodable)} files of formats that cannot be decoded "
+            f"({' '.join(_UNDECODABLE)}): convert them to .png, or move them away"
+        )
+    if not found:
+        raise InputError(f"{root}: holds no images ({' '.join(SUFFIXES)}){left_out(others)}")
+    return tuple(sorted(found, key=os.fsencode)), others
+
+
+def _refuse_twice(link: Path, folders: Sequence[Path], root: Path) -> None:
+    """InputError for a link to a folder that is listed anyway, or that holds one of the folders on the way to it."""
+    target = link.resolve()
+    inside = target.is_relative_to(root) and not any(p.startswith(".") for p in target.relative_to(root).parts)
+    if inside or any(folder.is_relative_to(target) for folder in folders):
+        raise InputError(f"{link}: a link to {target}, whose images would be counted here again: remove it")
+
+
+def left_out(others: Counter[str]) -> str:
+    """For the end of a line: how many files are not read, by suffix; nothing where there are none."""
+    if not others:
+        return ""
+    most = sorted(others.items(), key=lambda one: (-one[1], one[0]))[:_NAMED]
+    named = ", ".join(f"{n:,} {suffix or 'without a suffix'}" for suffix, n in most)
+    more = f", {len(others) - _NAMED} more kinds" if len(others) > _NAMED else ""
+    return f"; {others.total():,} files are left out, {named}{more}"
+
+
+def load_folder(root: Path, paths: Sequence[str], home: Path, *, decode: bool = True) -> Folder:
+    """Sizes of the images and, where all are equal and small, their pixels (unless `decode` is off).
+
+    Small is up to 64 px a side and 1 GiB in all. Sizes and statistics are remembered in home/datasets under
+    a hash of the listing (paths, bytes, times of change), so a second opening reads no headers. InputError
+    names the first file that cannot be read, and how many there are.
+    """
+    memory = home / "datasets" / f"{_listing_key(root, paths)}.npz"
+    known = _recall(memory, len(paths))
+    sizes = known.sizes if known else _header_sizes(root, paths)
+    small = _are_small(sizes)
+    images = _decode_all(root, paths, sizes) if small and (decode or not known) else None
+    if known:
+        return Folder(sizes, images, known.mean, known.std)
+    mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images is None else mean_std(images.numpy())
+    buffer = io.BytesIO()
+    np.savez(buffer, sizes=sizes, mean=np.array(mean), std=np.array(std))
+    with contextlib.suppress(OSError):  # without a place to remember, the headers are read again next time
+        replace_file(memory, buffer.getvalue())
+    return Folder(sizes, images if decode else None, mean, std)
+
+
+def unreadable_files(root: Path, paths: Sequence[str], progress: Progress | None = None) -> list[str]:
+    """Decodes every file; one line 'path: reason' for each that cannot be."""
+
+    def problem(i: int) -> str | None:
+        try:
+            decode_file(root / paths[i])
+        except InputError as e:
+            return str(e)
+        return None
+
+    return [line for line in _each(problem, len(paths), progress) if line]
+
+
+def file_sizes(root: Path, paths: Sequence[str]) -> list[int]:
+    """Bytes of each file. InputError names one that is gone."""
+    return [size for size, _ in _stat(root, paths)]
+
+
+def file_digests(root: Path, paths: Sequence[str]) -> list[bytes]:
+    """sha256 of each file's content. InputError names one that cannot be read."""
+
+    def digest(i: int) -> bytes:
+        try:
+            with (root / paths[i]).open("rb") as f:
+                return hashlib.file_digest(f, "sha256").digest()
+        except OSError as e:
+            raise InputError(f"{root / paths[i]}: cannot be read: {e.strerror}") from e
+
+    return _each(digest, len(paths))
+
+
+def mean_std(images: np.ndarray) -> tuple[Triple, Triple]:
+    """Of each channel of uint8 [N, H, W, 3], scaled to 0..1; from exact sums, so equal on every machine."""
+    counts = np.zeros((3, 256), dtype=np.int64)
+    pixels = images.reshape(-1, 3)
+    for i in range(0, len(pixels), _STATISTICS_CHUNK):
+        for channel, values in zip(counts, pixels[i : i + _STATISTICS_CHUNK].T, strict=True):
+            channel += np.bincount(values, minlength=256)
+    levels = np.arange(256)
+    n, total, squares = len(pixels), (counts @ levels).tolist(), (counts @ levels**2).tolist()
+    mean = [t / (255 * n) for t in total]
+    variance = [(n * s - t * t) / (255 * n) ** 2 for t, s in zip(total, squares, strict=True)]
+    std = [max(math.sqrt(v), 1 / 255) for v in variance]  # images of one colour must not divide by zero
+    return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
+
+
+def _each(work: Callable[[int], T], n: int, progress: Progress | None = None) -> list[T]:
+    """[work(0), ..., work(n - 1)]: in threads, unless the first of them show that to be slower."""
+    results: list[T] = []
+    start = time.perf_counter()
+    first = [work(i) for i in range(min(_CHUNK, n))]
+    slow = time.perf_counter() - start > _WORTH_A_THREAD * len(first)
+    tasks = [range(i, min(i + _CHUNK, n)) for i in range(_CHUNK, n, _CHUNK)]
+    threads = ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) if slow else contextlib.nullcontext()
+    with threads as pool:
+        run = pool.map if pool else map
+        for part in chain([first], run(lambda task: [work(i) for i in task], tasks)):
+            results += part
+            if progress:
+                progress(len(results), n)
+    return results
+
+
+def _stat(root: Path, paths: Sequence[str]) -> list[tuple[int, int]]:
+    """Bytes and time of change (ns) of each file."""
+
+    folder = os.open(root, os.O_RDONLY)
+
+    def one(i: int) -> tuple[int, int]:
+        try:
+            entry = os.stat(paths[i], dir_fd=folder)
+        except OSError as e:
+            raise InputError(f"{root / paths[i]}: cannot be read: {e.strerror}") from e
+        if not stat.S_ISREG(entry.st_mode):
+            raise InputError(f"{root / paths[i]}: not a plain file")
+        return entry.st_size, entry.st_mtime_ns
+
+    try:
+        return _each(one, len(paths))
+    finally:
+        os.close(folder)
+
+
+def _listing_key(root: Path, paths: Sequence[str]) -> str:
+    listing = hashlib.sha256(b"kdcache listing 1\n")
+    for path, (size, changed) in zip(paths, _stat(root, paths), strict=True):
+        listing.update(os.fsencode(path) + f"\0{size} {changed}\n".encode())
+    return listing.hexdigest()
+
+
+def _recall(memory: Path, n: int) -> Folder | None:
+    """What load_folder wrote; None where there is nothing or it is broken, for that costs only a reading."""
+    try:
+        with memory.open("rb") as f, np.load(f, allow_pickle=False) as stored:
+            sizes, mean, std = stored["sizes"], stored["mean"].tolist(), stored["std"].tolist()
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None
+    if sizes.shape != (n, 2) or sizes.dtype != np.int32 or len(mean) != 3 or len(std) != 3:
+        return None
+    return Folder(sizes, None, tuple(mean), tuple(std))
+
+
+def _header_sizes(root: Path, paths: Sequence[str]) -> np.ndarray:
+    def size(i: int) -> tuple[int, int] | str:
+        try:
+            return image_size(root / paths[i])
+        except InputError as e:
+            return str(e)
+
+    sizes = _each(size, len(paths))
+    if bad := [i for i, found in enumerate(sizes) if isinstance(found, str)]:
+        raise _refusal(root, paths, bad, str(sizes[bad[0]]))
+    return np.array(sizes, dtype=np.int32)
+
+
+def _are_small(sizes: np.ndarray) -> bool:
+    h, w = sizes[0].tolist()
+    fits = max(h, w) <= _SMALL_SIDE and len(sizes) * h * w * 3 <= _SMALL_TOTAL
+    return fits and bool((sizes == sizes[0]).all())
+
+
+def _decode_all(root: Path, paths: Sequence[str], sizes: np.ndarray) -> torch.Tensor:
+    """uint8 [N, H, W, 3]; all sizes are equal."""
+    h, w = sizes[0].tolist()
+    pixels = np.empty((len(paths), h, w, 3), dtype=np.uint8)
+
+    def decode(i: int) -> str | None:
+        try:
+            pixels[i] = decode_file(root / paths[i], sizes[i]).numpy().transpose(1, 2, 0)
+        except InputError as e:
+            return str(e)
+        return None
+
+    problems = _each(decode, len(paths))
+    if bad := [i for i, problem in enumerate(problems) if problem]:
+        raise _refusal(root, paths, bad, str(problems[bad[0]]))
+    return torch.from_numpy(pixels)
+
+
+def _refusal(root: Path, paths: Sequence[str], bad: Sequence[int], first: str) -> InputError:
+    return InputError(
+        f"{first}; {len(bad)} of {len(paths)} images in {root} cannot be read: "
+        "kdcache build --list-unreadable with the same --data lists every one"
+    )
+
+
+def one_line(error: Exception) -> str:
+    """The error's kind and message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())

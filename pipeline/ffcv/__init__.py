@@ -1,0 +1,1 @@
+"""Caches as one FFCV file."""

@@ -1,0 +1,1 @@
+"""Logits that other projects have stored."""

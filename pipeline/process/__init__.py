@@ -1,0 +1,1 @@
+"""What belongs to a process: its rank, its settings, its progress."""

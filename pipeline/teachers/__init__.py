@@ -1,0 +1,1 @@
+"""Teachers: their networks, their weights and the pixels that they want to see."""

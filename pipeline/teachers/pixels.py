@@ -1,0 +1,112 @@
+"""How a network wants its images, and what says so."""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+import os
+import sys
+from collections.abc import Iterator
+from dataclasses import dataclass, replace
+
+from torch import nn
+
+from kdcache.cache.errors import InputError
+from kdcache.cache.identity import Interpolation, TeacherIdentity
+from kdcache.pipeline.data.dataset import Dataset
+
+RGB = tuple[float, float, float]
+IMAGENET_SIZE = 224
+FLAGS = "--teacher-size, --teacher-mean and --teacher-std"
+
+
+@dataclass(frozen=True)
+class Pixels:
+    """Images of `size` pixels a side, resized by `interpolation`, as (value / 255 - mean) / std of each channel."""
+
+    size: int
+    mean: RGB
+    std: RGB
+    interpolation: Interpolation = "bilinear"
+
+    def __str__(self) -> str:
+        mean, std = (" ".join(f"{v:.4g}" for v in values) for values in (self.mean, self.std))
+        return f"{self.size} px, {self.interpolation}, mean {mean}, std {std}"
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """What is asked for in place of what the source says; None leaves it to the source."""
+
+    size: int | None = None
+    mean: RGB | None = None
+    std: RGB | None = None
+    interpolation: Interpolation | None = None
+
+    @classmethod
+    def of(cls, identity: TeacherIdentity) -> Wanted:
+        """What a cache's teacher was shown: a replay shows the same, whatever the source says today."""
+        return cls(identity.input_size, identity.mean, identity.std, identity.interpolation)
+
+    def over(self, pixels: Pixels) -> Pixels:
+        """`pixels` with what is asked for."""
+        given = {name: value for name, value in vars(self).items() if value is not None}
+        return replace(pixels, **given)
+
+    def __str__(self) -> str:
+        return ", ".join(name for name, value in vars(self).items() if value is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Found:
+    """A network with its weights, and what its source says of it.
+
+    class_names: by class id, or None where the source does not tell. label: which weights. origin: what says `pixels`.
+    """
+
+    network: nn.Module
+    pixels: Pixels
+    class_names: tuple[str, ...] | None
+    label: str
+    origin: str
+
+
+def pixels_of_data(data: Dataset) -> Pixels:
+    """For a network that is built for the data: images in memory keep their size, files get 224 pixels."""
+    return Pixels(data.image_size or IMAGENET_SIZE, data.mean, data.std)
+
+
+def interpolation_of(name: str) -> Interpolation:
+    """InputError for one that kdcache cannot resize by."""
+    if name == "bilinear":
+        return "bilinear"
+    if name == "bicubic":
+        return "bicubic"
+    raise InputError(f"the teacher's images are resized by {name}, and only bilinear and bicubic are known here")
+
+
+@contextlib.contextmanager
+def fetching() -> Iterator[None]:
+    """While another library fetches and loads weights: only tensors are read, and standard output stays ours.
+
+    Libraries ask torch.load for whole pickles too, which can run code.
+    """
+    setting, hub = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", logging.getLogger("huggingface_hub")
+    before, level = os.environ.get(setting), hub.level
+    os.environ[setting] = "1"
+    hub.setLevel(logging.ERROR)  # it warns of every try
+    try:
+        with contextlib.redirect_stdout(sys.stderr):  # torch.hub prints there what it downloads
+            yield
+    finally:
+        hub.setLevel(level)
+        if before is None:
+            del os.environ[setting]
+        else:
+            os.environ[setting] = before
+
+
+def first_sentence(error: Exception) -> str:
+    """The error's kind and the beginning of its message, which torch's can be pages of."""
+    text = " ".join(str(error).split()).split(". ")[0][:160]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -1,0 +1,784 @@
+"""A cache on disk: what is written is read back, and what was damaged, forged or not committed never is."""
+
+import contextlib
+import hashlib
+import json
+import os
+import random
+import resource
+import shutil
+import threading
+from pathlib import Path
+
+import google_crc32c  # zarr's
+import numpy as np
+import pytest
+import torch
+import zarr
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdcache.cache import Cache, Identity, KdcacheError, open_cache
+from kdcache.cache import errors as e
+from kdcache.cache.files import publish, read_bounded, replace_file
+from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
+from kdcache.cache.records import class_prior, tail_distribution
+from kdcache.cache.store.chunks import array_metadata, as_arrays, encode_as, encode_part, record_arrays
+from kdcache.pipeline.verify import verify
+
+FIELDS = ("classes", "gaps", "target_gap", "tail", "tail_std", "labels", "prior")
+WRITER = {"host": "test"}
+
+
+def identity(samples=21, held_out=9, part=8, **record):
+    usual = {"classes": 12, "k": 4, "temperatures": (1.0, 4.0), "precision": "float16", "labels": 1, "tail_std": False}
+    record = {**usual, **record}
+    if record["k"] is None:
+        precision = "float16" if record["precision"] == "uint8" else record["precision"]
+        record = {**record, "temperatures": (), "precision": precision, "tail_std": False}
+    data = {"name": "toy", "fingerprint": "f" * 64, "full_contents": False, "files": True}
+    return Identity.model_validate(
+        {
+            "teacher": {
+                "architecture": "toy:teacher",
+                "weights": "a" * 64,
+                "mean": (0.5, 0.5, 0.5),
+                "std": (0.2, 0.2, 0.2),
+                "input_size": 8,
+                "numeric": "float32",
+            },
+            "data": {**data, "split": "train", "samples": samples},
+            "evaluation": {**data, "split": "eval", "samples": held_out},
+            "views": {"policy": "crop,flip", "seed": 0, "renderer": "toy"},
+            "record": record,
+            "class_map": None,
+            "part": part,
+        }
+    )
+
+
+class Filled:
+    """A cache with `views` complete views of random logits, and what its records are."""
+
+    def __init__(self, path, about, views=2, seed=0):
+        self.cache, self.about, self.rng = Cache.create(path, about), about, np.random.default_rng(seed)
+        r = about.record
+        self.labels = {}
+        for store in (self.cache.evaluation, self.cache.train):
+            y = self.rng.integers(0, r.classes, (store.samples, r.labels))
+            self.labels[store.split] = torch.from_numpy(y)
+            store.write_labels(y.astype(store._labels.dtype), WRITER)
+            store.write_sizes(self.sizes(store), WRITER)
+        self.logits = {("eval", 0): self.draw(self.cache.evaluation)}
+        self.logits |= {("train", v): self.draw(self.cache.train) for v in range(views)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: None)  # takes most of the time
+            for split, view in self.logits:
+                store = self.cache.train if split == "train" else self.cache.evaluation
+                for part in range(store.parts):
+                    self.write(store, view, part)
+            self.cache.write_prior(WRITER)
+
+    def sizes(self, store):
+        return self.rng.integers(1, 900, (store.samples, 2)).astype(np.int32)
+
+    def draw(self, store):
+        z = self.rng.normal(0, 3, (store.samples, self.about.record.classes)).astype(np.float32)
+        return torch.from_numpy(z)
+
+    def encode(self, store, view, rows=slice(None)):
+        r = self.about.record
+        z, y = self.logits[store.split, view][rows], self.labels[store.split][rows]
+        return encode_as(r, z, y), z
+
+    def write(self, store, view, part):
+        rows = store.rows(part)
+        records, z = self.encode(store, view, slice(rows.start, rows.stop))
+        sums = tail_distribution(z, records).numpy() if store.carries_tail_sums(view) else None
+        return store.write_shard(view, part, as_arrays(records), f"digest of {view} {part}", WRITER, sums)
+
+    def prior(self):
+        records, z = self.encode(self.cache.train, 0)
+        return None if records.classes is None else class_prior(tail_distribution(z, records))
+
+
+def same(a, b):
+    return all(
+        x is y is None or (x is not None and y is not None and x.dtype == y.dtype and x.equal(y))
+        for x, y in ((getattr(a, f), getattr(b, f)) for f in FIELDS[:6])
+    )
+
+
+@pytest.fixture(scope="module", autouse=True)
+def _one_thread():
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)  # for tensors this small, more only wait for each other
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture
+def filled(tmp_path):
+    return Filled(tmp_path / "cache", identity())
+
+
+# ---- what is written is read back ----
+
+
+@st.composite
+def shapes(draw):
+    classes = draw(st.sampled_from([2, 5, 255, 256, 300, 70_000]))
+    samples = draw(st.integers(1, 3 if classes == 70_000 else 40))
+    k = draw(st.sampled_from([None, 1, min(classes - 1, 6)]))
+    return identity(
+        samples=samples,
+        held_out=draw(st.integers(1, 5)),
+        part=draw(st.integers(1, samples)) if samples < 6 else draw(st.integers(samples // 3, samples + 3)),
+        classes=classes,
+        k=k,
+        temperatures=draw(st.sampled_from([(1.0,), (0.5, 1.0, 20.0)])),
+        precision=draw(st.sampled_from(["uint8", "float16", "float32"])),
+        tail_std=draw(st.booleans()),
+        labels=draw(st.integers(0, 2)),
+    )
+
+
+@settings(max_examples=15, deadline=None)
+@given(shapes())
+def test_records_come_back_as_they_were_encoded(tmp_path_factory, about):
+    path = tmp_path_factory.mktemp("cache")
+    written = Filled(path / "c", about)
+    cache = open_cache(path / "c")
+    assert cache.views == (0, 1) and cache.key == about.key
+    for view in cache.views:
+        got = cache.read(view)
+        assert same(got, written.encode(cache.train, view)[0])
+        assert got.labels.equal(written.labels["train"].to(got.labels.dtype))
+    assert same(cache.read_evaluation(), written.encode(cache.evaluation, 0)[0])
+    if about.record.k is None:
+        assert cache.prior is None
+    else:
+        # Summed in another order here.
+        torch.testing.assert_close(cache.prior, written.prior(), rtol=1e-6, atol=1e-12)
+    assert verify(cache).passed
+    shutil.rmtree(path)
+
+
+@pytest.mark.parametrize("k", [None, 4])
+def test_plain_zarr_shows_named_arrays_with_the_same_values(tmp_path, k):
+    cache = Filled(tmp_path / "c", identity(k=k)).cache
+    dims = {
+        "classes": ("sample", "rank"),
+        "gaps": ("sample", "rank_from_2" if k else "class"),
+        "target_gap": ("sample", "label"),
+        "tail": ("sample", "temperature"),
+    }
+    for path, records in ((cache.path, cache.read(1)), (cache.path / "eval", cache.read_evaluation())):
+        group = zarr.open_group(path / "views" / f"v{int(path == cache.path):05d}", mode="r")
+        assert group.metadata.zarr_format == 3
+        found = dict(group.arrays())
+        assert set(found) == set(as_arrays(records)) - (set() if k else {"tail"})
+        for name, array in found.items():
+            assert array.metadata.dimension_names == dims[name]
+            np.testing.assert_array_equal(array[:], getattr(records, name).numpy())
+        labels = zarr.open_array(path / "labels", mode="r")
+        assert labels.metadata.dimension_names == ("sample", "label")
+        np.testing.assert_array_equal(labels[:], records.labels.numpy())
+    if k:
+        assert group["tail"].attrs["temperatures"] == [1.0, 4.0]
+        np.testing.assert_array_equal(zarr.open_array(cache.path / "prior", mode="r")[:], cache.prior.numpy())
+
+
+def test_plain_zarr_sees_a_hole_as_what_no_record_holds(filled):
+    store = filled.cache.train
+    filled.logits["train", 2] = filled.draw(store)
+    filled.write(store, 2, 0)
+    group = zarr.open_group(filled.cache.path / "views" / "v00002", mode="r")
+    assert (group["classes"][8:] == 255).all() and np.isnan(group["gaps"][8:]).all()
+    assert np.isnan(group["tail"][8:]).all() and np.isfinite(group["gaps"][:8]).all()
+
+
+# ---- only commits make visible ----
+
+
+def test_a_view_is_there_when_all_its_shards_are_committed(filled):
+    store, cache = filled.cache.train, filled.cache
+    filled.logits["train", 2] = filled.draw(store)
+    for part in range(store.parts):
+        assert Cache(cache.path).views == (0, 1)
+        with pytest.raises(e.NotFoundError, match=rf"view 2 is not complete.*{3 - part} of 3 parts.*--views 3"):
+            Cache(cache.path).read(2)
+        filled.write(store, 2, part)
+    assert Cache(cache.path).views == (0, 1, 2)
+    (cache.path / "commits" / "v00002-p0001.json").unlink()
+    with pytest.raises(e.NotFoundError, match="1 of 3 parts missing"):
+        cache.read(2)
+    with pytest.raises(e.NotFoundError, match="kdcache build with --views 8"):
+        cache.read(7)
+
+
+def test_files_without_their_commit_are_replaced_and_committed_ones_never(filled):
+    store, path = filled.cache.train, filled.cache.path
+    chunk = path / "views/v00002/gaps/c/0/0"
+    publish(chunk, b"left by a builder that was killed", path / "scratch")
+    filled.logits["train", 2] = filled.draw(store)
+    for part in range(store.parts):
+        filled.write(store, 2, part)
+    assert same(filled.cache.read(2), filled.encode(store, 2)[0])
+    before = chunk.read_bytes()
+    filled.logits["train", 2] = filled.draw(store)
+    assert not filled.write(store, 2, 0)
+    assert chunk.read_bytes() == before
+
+
+def test_a_name_that_no_shard_has_is_none(filled):
+    commits = filled.cache.path / "commits"
+    for name in (
+        "v00005-p0000.json.tmp",
+        "v5-p0.json",
+        "v00005-p000٠.json",
+        "v000005-p0000.json",
+    ):
+        shutil.copy(commits / "v00001-p0000.json", commits / name)
+    assert filled.cache.train.committed() == {0: {0, 1, 2}, 1: {0, 1, 2}}
+    shutil.copy(commits / "v00001-p0000.json", commits / "v00001-p0007.json")
+    (problem,) = verify(filled.cache).problems
+    assert "v00001-p0007.json: there is no part 7" in problem
+
+
+def test_many_parts_and_views_are_found_again(tmp_path):
+    cache = Cache.create(tmp_path / "c", identity(samples=10_002, part=1))
+    commits = cache.path / "commits"
+    commits.mkdir()
+    for name in ("v123456-p10001", "v00000-p10000"):
+        (commits / f"{name}.json").touch()
+    assert cache.train.committed() == {123_456: {10_001}, 0: {10_000}}
+
+
+def test_the_prior_is_fixed_by_view_0_and_never_silently_missing(tmp_path):
+    written = Filled(tmp_path / "c", identity(), views=1)
+    cache = written.cache
+    early = Cache(tmp_path / "c")
+    commit = cache.path / "commits" / "prior.json"
+    kept = commit.read_bytes()
+    commit.unlink()
+    for read in (lambda c: c.read(0), lambda c: c.prior):
+        with pytest.raises(e.NotFoundError, match="lacks its prior: run kdcache build again"):
+            read(Cache(cache.path))
+    assert not Cache(cache.path).finished
+    shard = cache.path / "commits" / "v00000-p0000.json"
+    shard.rename(tmp_path / "kept")
+    assert early.prior is None and early.read_evaluation().prior is None
+    (tmp_path / "kept").rename(shard)
+    Cache(cache.path).write_prior(WRITER)
+    assert json.loads(commit.read_bytes()) == json.loads(kept)
+    assert early.prior is not None and Cache(cache.path).finished
+
+
+# ---- damage ----
+
+KINDS = ("flip", "flip", "flip", "truncate", "extend", "empty", "delete", "swap", "folder", "link", "pipe")
+
+
+def committed_files(path):
+    return sorted(
+        p.relative_to(path).as_posix()
+        for p in path.rglob("*")
+        if p.is_file() and p.name != "zarr.json" and p.parent.name != "scratch"
+    )
+
+
+def damage(path, file, kind, rng):
+    """Do it; the files that are no longer what was committed."""
+    target = path / file
+    content = bytearray(target.read_bytes())
+    if kind == "flip":
+        content[rng.randrange(len(content))] ^= 1 << rng.randrange(8)
+        target.write_bytes(content)
+    elif kind == "truncate":
+        os.truncate(target, rng.randrange(len(content)))
+    elif kind == "extend":
+        target.write_bytes(content + bytes(rng.randrange(1, 50)))
+    elif kind == "empty":
+        target.write_bytes(b"")
+    elif kind == "swap":
+        same_kind = [f for f in committed_files(path) if f != file and ("commits/" in f) == ("commits/" in file)]
+        other = path / rng.choice([f for f in same_kind if (path / f).read_bytes() != content] or same_kind)
+        target.write_bytes(other.read_bytes())
+        other.write_bytes(content)
+        return [target, other]
+    else:
+        target.rename(path / "scratch" / "away")
+        if kind == "folder":
+            target.mkdir()
+        elif kind == "link":
+            target.symlink_to(path / "scratch" / "away")
+        elif kind == "pipe":
+            os.mkfifo(target)
+    return [target]
+
+
+def read_all(path):
+    """Every record of the cache, in order; what stops a reader is a KdcacheError or a failure of the test."""
+    cache = Cache(path)
+    assert cache.train.sizes.min() > 0 < cache.evaluation.sizes.min()
+    return [cache.read_evaluation(), *(cache.read(v) for v in (0, 1))]
+
+
+@pytest.mark.timeout(120)
+@pytest.mark.parametrize("k", [None, 4])
+def test_no_damage_is_read(tmp_path, k):
+    good = Filled(tmp_path / "good", identity(part=16, k=k, temperatures=(1.0, 4.0) if k else ())).cache.path
+    want = read_all(good)
+    rng = random.Random(3)
+    files = committed_files(good)
+    assert len(files) > 20
+    cases = [(file, KINDS[(i + 4 * j) % len(KINDS)]) for i, file in enumerate(files) for j in range(2)]
+    cases += [("identity.json", kind) for kind in KINDS if kind != "swap"]
+    unseen, path = 0, tmp_path / "damaged"
+    shutil.copytree(good, path)
+    for i, (file, kind) in enumerate(cases):
+        if file == "identity.json" and kind == "swap":
+            kind = "flip"
+        touched = damage(path, file, kind, rng)
+        try:
+            found = read_all(path)
+        except KdcacheError as error:
+            # The file itself; of commits and the identity at least one that no longer fits them.
+            text = str(error)
+            named = touched if "/c/" in file else [path]
+            assert any(str(p) in text for p in named), (file, kind, text)
+            if "identity" not in file:
+                assert "kdcache build" in text, (file, kind, text)
+            assert "\n" not in text
+            if i % 3 == 0 and path.joinpath("identity.json").is_file():
+                assert not _passes(path), (file, kind)
+        else:
+            # Only what people may read in a commit, and never a record.
+            assert ("commits/" in file) and kind == "flip", (file, kind)
+            unseen += 1
+            assert all(same(a, b) for a, b in zip(found, want, strict=True))
+        for p in touched:
+            shutil.rmtree(p) if p.is_dir() and not p.is_symlink() else p.unlink(missing_ok=True)
+            shutil.copy(good / p.relative_to(path), p)
+    assert unseen < len(cases) / 10
+
+
+def _passes(path):
+    """Whether verify passes; its problems are lines, not exceptions, unless the identity cannot be read."""
+    try:
+        return verify(Cache(path)).passed
+    except KdcacheError:
+        return False
+
+
+def test_swapped_shards_and_foreign_commits_are_refused(tmp_path):
+    a = Filled(tmp_path / "a", identity()).cache.path
+    b = Filled(tmp_path / "b", identity(k=3)).cache.path
+
+    def put(source, target):
+        for name in ("classes", "gaps", "target_gap", "tail"):
+            shutil.copy(source[0] / f"views/v{source[1]:05d}/{name}/c/{source[2]}/0", a / f"views/v00001/{name}/c/0/0")
+        shutil.copy(source[0] / f"commits/v{source[1]:05d}-p{source[2]:04d}.json", a / "commits/v00001-p0000.json")
+        return Cache(a).read(1)
+
+    keep = tmp_path / "keep"
+    shutil.copytree(a, keep)
+    for source, message in (
+        ((a, 0, 0), "is that of v00000-p0000; remove"),
+        ((a, 1, 1), "is that of v00001-p0001; remove"),
+        ((a / "eval", 0, 0), "is that of v00000-p0000; remove"),
+        ((b, 1, 0), r"belongs to cache .*, and .*/identity\.json is that of .*: one of the two is damaged"),
+    ):
+        with pytest.raises((e.CorruptError, e.MismatchError), match=message):
+            put(source, a)
+    # The files of another shard alone, each whole and with a good checksum of its own.
+    shutil.rmtree(a)
+    shutil.copytree(keep, a)
+    shutil.copy(a / "views/v00000/gaps/c/0/0", a / "views/v00001/gaps/c/0/0")
+    with pytest.raises(e.CorruptError, match=r"views/v00001/gaps/c/0/0 is not what was committed \(v00001-p0000 of"):
+        Cache(a).read(1)
+
+
+def test_a_pipe_that_someone_feeds_and_devices_are_no_files(tmp_path):
+    pipe = tmp_path / "pipe"
+    os.mkfifo(pipe)
+    feeder = threading.Thread(target=lambda: _feed(pipe), daemon=True)
+    feeder.start()
+    for path in (pipe, Path("/dev/zero"), Path("/dev/tty"), tmp_path):
+        with pytest.raises(KdcacheError, match=str(path)):
+            read_bounded(path, 100)
+    os.close(os.open(pipe, os.O_RDONLY | os.O_NONBLOCK))
+    feeder.join(1)
+
+
+def _feed(pipe):
+    with contextlib.suppress(BrokenPipeError):
+        pipe.write_bytes(b"x" * 200)
+
+
+def test_json_that_kdcache_does_not_write_is_refused(filled):
+    path = filled.cache.path / "commits" / "v00001-p0000.json"
+    good = json.loads(path.read_bytes())
+    text = path.read_text()
+    cases = {
+        "unknown": (json.dumps({**good, "more": 1}), "more: Extra"),
+        "missing": (json.dumps({k: v for k, v in good.items() if k != "files"}), "files: Field required"),
+        "twice": (text[:-1] + ',"format":1}', "stands twice"),
+        "NaN": (text.replace('"size":', '"size":NaN,"s":', 1), "v00001-p0000.json"),
+        "type": (text.replace('"format":1', '"format":"0"'), "format"),
+        "bool": (text.replace('"format":1', '"format":true'), "format"),
+        "list": ("[1]", "the whole"),
+        "deep": ("[" * 100_000, "JSON"),
+        "digits": ('{"format":' + "9" * 5000 + "}", "JSON"),
+        "bytes": (b"\xff\xfe{}", "JSON"),
+        "surrogate": (text.replace('"host":"test"', '"host":"\\ud800"'), "v00001-p0000.json"),
+        "huge": (text + " " * MAX_JSON_BYTES, "longer than"),
+        "nothing": ("", "JSON"),
+    }
+    for name, (content, message) in cases.items():
+        path.write_bytes(content if isinstance(content, bytes) else content.encode())
+        with pytest.raises(e.CorruptError, match=message) as caught:
+            Cache(filled.cache.path).read(1)
+        assert str(path) in str(caught.value) and "run kdcache build again" in str(caught.value), name
+    path.write_text(text.replace('"format":1', '"format":3'))
+    with pytest.raises(e.MismatchError, match="has format 3; this kdcache reads up to format 1: update kdcache"):
+        Cache(filled.cache.path).read(1)
+
+
+def test_an_identity_that_cannot_be_read_says_what_to_do(filled):
+    path = filled.cache.path / "identity.json"
+    text = path.read_text()
+    for content, kind, message in (
+        (text.replace('"format":1', '"format":2'), e.MismatchError, "format 2; this kdcache reads up to format 1"),
+        (text.replace('"format":1', '"format":0'), e.MismatchError, "format 0, from before the first release: build"),
+        (text.replace('"k":4', '"k":4,"k":4'), e.CorruptError, "stands twice"),
+        (text.replace("4.0", "NaN"), e.CorruptError, "temperatures"),
+        (text.replace("4.0", "1e999"), e.CorruptError, "temperatures"),
+        (text.replace('"k":4', '"k":4,"j":1'), e.CorruptError, "record.j: Extra"),
+        (text[: len(text) // 2], e.CorruptError, "or remove"),
+    ):
+        path.write_text(content)
+        with pytest.raises(kind, match=message) as caught:
+            Cache(filled.cache.path)
+        assert str(path) in str(caught.value)
+    path.unlink()
+    with pytest.raises(e.NotFoundError, match="not a kdcache cache"):
+        Cache(filled.cache.path)
+
+
+# ---- forged: the commit names the damage's own hash ----
+
+
+def forge(path, file, content, commit):
+    """Put `content` in place, with a commit that fits it."""
+    (path / file).write_bytes(content)
+    commit = path / "commits" / f"{commit}.json"
+    about = json.loads(commit.read_bytes())
+    about["files"][file] |= {"size": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    commit.write_text(json.dumps(about))
+
+
+def blosc_header(content, at, value):
+    return content[:at] + value.to_bytes(4, "little") + content[at + 4 :]
+
+
+@pytest.mark.parametrize(
+    ("at", "value", "message"),
+    [
+        (4, 2**31 - 17, "declares 2147483631 bytes of data"),
+        (4, 0, "declares 0 bytes"),
+        (12, 2**31 - 17, "declares 2147483631 compressed bytes"),  # blosc reads that far, and beyond its input
+        (12, 0, "declares 0 compressed bytes"),
+    ],
+)
+def test_a_header_that_declares_other_sizes_is_refused_before_it_is_believed(filled, at, value, message):
+    file = "views/v00001/gaps/c/1/0"
+    path = filled.cache.path
+    forge(path, file, blosc_header((path / file).read_bytes(), at, value), "v00001-p0001")
+    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    with pytest.raises(e.CorruptError, match=message) as caught:
+        Cache(path).read(1)
+    assert f"{file}: " in str(caught.value) and "v00001-p0001" in str(caught.value)
+    assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before < 200_000  # kB
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.data())
+def test_chunks_forged_at_random_are_refused_or_values(tmp_path_factory, data):
+    path = _forgeable(tmp_path_factory)
+    file = "views/v00001/gaps/c/0/0"
+    good = (path / "good" / "chunk").read_bytes()
+    content = bytearray(good)
+    for _ in range(data.draw(st.integers(1, 3))):
+        content[data.draw(st.integers(0, len(good) - 1))] = data.draw(st.integers(0, 255))
+    content = bytes(content[: data.draw(st.sampled_from([len(good), len(good), len(good) - 1, 17, 3]))])
+    if checksum_too := data.draw(st.booleans()):
+        content = content[:-4] + google_crc32c.value(content[:-4]).to_bytes(4, "little")
+    forge(path, file, content, "v00001-p0000")
+    if content != good and not checksum_too:
+        with pytest.raises(e.CorruptError, match="v00001-p0000"):
+            Cache(path).read(1)
+    else:
+        with contextlib.suppress(e.CorruptError):
+            gaps = Cache(path).read(1).gaps
+            assert bool((gaps >= 0).all()) and bool(torch.isfinite(gaps).all())
+
+
+def _forgeable(factory, kept=[]):  # noqa: B006
+    if not kept:
+        kept.append(Filled(factory.mktemp("forged") / "c", identity()).cache.path)
+        (kept[0] / "good").mkdir()
+        shutil.copy(kept[0] / "views/v00001/gaps/c/0/0", kept[0] / "good" / "chunk")
+    return kept[0]
+
+
+@pytest.mark.parametrize(
+    ("name", "value", "message"),
+    [
+        ("classes", 12, "classes holds a class id above 11"),
+        ("classes", 255, "classes holds a class id above 11"),
+        ("gaps", np.nan, "gaps holds values that are not finite"),
+        ("gaps", np.inf, "gaps holds values that are not finite"),
+        ("gaps", -0.5, "gaps holds values below zero"),
+        ("target_gap", -1, "target_gap holds values below zero"),
+        ("target_gap", np.nan, "target_gap holds values that are not finite"),
+        ("tail", np.nan, "tail holds values that are not finite"),
+        ("tail", np.inf, "tail holds values that are not finite"),
+        ("tail_std", np.nan, "tail_std holds values that are not finite"),
+    ],
+)
+def test_values_that_no_teacher_gives_are_refused_whatever_the_commit_says(tmp_path, name, value, message):
+    filled = Filled(tmp_path / "c", identity(tail_std=True))
+    store = filled.cache.train
+    spec = {s.name: s for s in record_arrays(filled.about.record, store.samples, store.part)}[name]
+    rows = store.read_shard(1, 2)[name].copy()
+    rows[-1, -1] = value
+    forge(filled.cache.path, f"views/v00001/{name}/c/2/0", encode_part(spec, 2, rows), "v00001-p0002")
+    with pytest.raises(e.CorruptError, match=f"view 1, part 2 of .*{message}.*kdcache build"):
+        Cache(filled.cache.path).read(1)
+    assert Cache(filled.cache.path).read(0) is not None
+    assert [message in p for p in verify(filled.cache).problems] == [True]
+
+
+def test_a_coded_tail_that_shows_a_hole_is_refused(tmp_path):
+    filled = Filled(tmp_path / "c", identity(precision="uint8"))
+    store = filled.cache.train
+    spec = {s.name: s for s in record_arrays(filled.about.record, store.samples, store.part)}["tail"]
+    rows = store.read_shard(1, 0)["tail"].copy()
+    rows[3, 0] = spec.fill
+    forge(filled.cache.path, "views/v00001/tail/c/0/0", encode_part(spec, 0, rows), "v00001-p0000")
+    with pytest.raises(e.CorruptError, match="tail holds holes"):
+        Cache(filled.cache.path).read(1)
+
+
+def test_forged_labels_priors_and_sums_are_refused(filled):
+    cache, path = filled.cache, filled.cache.path
+    for name, spec, value, message in (
+        ("labels", cache.train._labels, 12, "labels holds a class id above 11"),
+        ("sizes", cache.train._sizes, 0, "sizes holds sizes below 1"),
+        ("prior", cache._prior_array, 0, "prior holds values that are no probabilities"),
+        ("prior", cache._prior_array, np.nan, "prior holds values that are no probabilities"),
+        ("tail_sums", cache.train.tail_sums_array, -1, "tail_sums holds values below zero"),
+    ):
+        file = spec.chunk_file(0)
+        kept = (path / file).read_bytes()
+        rows = np.full((min(spec.rows, spec.shape[0]), *spec.shape[1:]), value, spec.dtype)
+        forge(path, file, encode_part(spec, 0, rows), "v00000-p0000" if name == "tail_sums" else name)
+        with pytest.raises(e.CorruptError, match=f"{message}.*kdcache build"):
+            _ = Cache(path).read(0) and Cache(path).train.sizes
+        assert not verify(cache).passed
+        forge(path, file, kept, "v00000-p0000" if name == "tail_sums" else name)
+    assert verify(cache).passed
+
+
+def test_images_of_other_sizes_are_refused(filled):
+    store = filled.cache.train
+    sizes = store.sizes.copy()
+    store.require_sizes(sizes)
+    (h, w), sizes[5] = sizes[5].tolist(), (7, 3)
+    with pytest.raises(e.MismatchError, match=rf"1 of 21 differ; sample 5 was {h} x {w}, now 7 x 3"):
+        store.require_sizes(sizes)
+
+
+def test_an_array_of_another_shape_or_type_is_refused(filled):
+    """Shapes and types go by the identity: metadata in the cache is for others to read."""
+    store, path = filled.cache.train, filled.cache.path
+    other = {s.name: s for s in record_arrays(identity(k=7).record, store.samples, store.part)}["gaps"]
+    file = "views/v00001/gaps/c/0/0"
+    forge(path, file, encode_part(other, 0, np.zeros((8, 6), np.float16)), "v00001-p0000")
+    (path / "views/v00001/gaps/zarr.json").write_bytes(array_metadata(other))
+    with pytest.raises(e.CorruptError, match="declares 96 bytes of data where 48 belong"):
+        Cache(path).read(1)
+    (path / "views/v00000/gaps/zarr.json").write_text('{"codecs": [{"name": "pickle"}]}')
+    assert same(Cache(path).read(0), filled.encode(store, 0)[0])
+
+
+def test_a_commit_may_not_name_other_files(filled):
+    path = filled.cache.path / "commits" / "v00001-p0000.json"
+    good = json.loads(path.read_bytes())
+    name = "views/v00001/gaps/c/0/0"
+    for other in ("../../etc/passwd", "/etc/passwd", "views/v00000/gaps/c/0/0", name + "/", "./" + name):
+        files = {**good["files"], other: good["files"][name]}
+        for changed in (files, {k: v for k, v in files.items() if k != name}):
+            path.write_text(json.dumps({**good, "files": changed}))
+            with pytest.raises(e.CorruptError, match=r"v00001-p0000\.json does not name the files of v00001-p0000"):
+                Cache(filled.cache.path).read(1)
+
+
+def test_an_identity_of_monstrous_shapes_costs_nothing(tmp_path):
+    about = identity(samples=2**40, part=2**24, classes=2**31, k=2**30, precision="uint8")
+    cache = Cache.create(tmp_path / "c", about)
+    with pytest.raises(e.NotFoundError, match="view 0 is not complete"):
+        cache.read(0)
+    small = Filled(tmp_path / "small", identity()).cache
+    text = (
+        (small.path / "identity.json")
+        .read_text()
+        .replace('"k":4', f'"k":{2**30}')
+        .replace('"classes":12', f'"classes":{2**31}')
+    )
+    (small.path / "identity.json").write_text(text)
+    key = Cache(small.path).key
+    for commit in small.path.rglob("commits/*.json"):
+        commit.write_text(commit.read_text().replace(small.key, key))
+    with pytest.raises(e.CorruptError, match="bytes of data where"):
+        Cache(small.path).train.read(0, None)
+
+
+# ---- identity ----
+
+
+def flat(value, at=()):
+    if not isinstance(value, dict):
+        return {at: value}
+    return {k: v for name, child in value.items() for k, v in flat(child, (*at, name)).items()}
+
+
+def shuffled(value, rng):
+    if not isinstance(value, dict):
+        return value
+    names = rng.sample(sorted(value), len(value))
+    return {name: shuffled(value[name], rng) for name in names}
+
+
+def test_the_key_does_not_depend_on_the_order_of_keys():
+    about = identity()
+    rng = random.Random(0)
+    for _ in range(20):
+        text = json.dumps(shuffled(about.model_dump(mode="json"), rng), indent=rng.choice([None, 2])).encode()
+        again = parse(Identity, text, "here", "do this")
+        assert again == about and again.key == about.key and canonical(again) == canonical(about)
+    assert canonical(about) == canonical(identity()) and b" " not in canonical(about)
+    assert about.key == hashlib.sha256(canonical(about)).hexdigest()
+
+
+def test_every_field_counts_and_is_named_where_it_differs():
+    about = identity()
+    changed = {str: lambda v: v + "x", bool: lambda v: not v, int: lambda v: v + 1, list: lambda v: [9.0, *v[1:]]}
+    other_values = {
+        ("format",): None, ("teacher", "numeric"): "bf16", ("record", "precision"): "float32",
+        ("data", "split"): "eval", ("evaluation", "split"): "train", ("class_map",): "0" * 64,
+    }  # fmt: skip
+    keys = {about.key}
+    for at, value in flat(about.model_dump(mode="json")).items():
+        new = other_values.get(at, changed[type(value)](value) if at not in other_values else None)
+        if new is None:
+            continue
+        raw = about.model_dump(mode="json")
+        inner = raw
+        for name in at[:-1]:
+            inner = inner[name]
+        inner[at[-1]] = new
+        other = parse(Identity, json.dumps(raw).encode(), "here", "do this")
+        name = ".".join(at)
+        assert about.differences(other) == [f"{name}: the cache has {value}, asked for {new}"]
+        with pytest.raises(e.MismatchError, match=f"somewhere is another cache.*: {name}: the cache has"):
+            about.require(other, "somewhere")
+        keys.add(other.key)
+    assert len(keys) == len(flat(about.model_dump(mode="json")))
+    assert about.differences(identity()) == []
+    dense = identity(k=None, temperatures=())
+    assert [line.split(":")[0] for line in about.differences(dense)] == ["record.k", "record.temperatures"]
+
+
+# ---- files and folders ----
+
+
+def test_a_folder_that_is_no_cache_is_left_alone(tmp_path):
+    (tmp_path / "notes.txt").write_text("mine")
+    with pytest.raises(e.InputError, match="not empty and no cache"):
+        Cache.create(tmp_path, identity())
+    assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
+    # A builder that was stopped at once leaves its scratch folder, and must not be in its own way.
+    (tmp_path / "c" / "scratch").mkdir(parents=True)
+    (tmp_path / "c" / "scratch" / "123-abc").write_bytes(b"half an identity")
+    cache = Cache.create(tmp_path / "c", identity())
+    with cache.writing():
+        assert not (tmp_path / "c" / "scratch" / "123-abc").exists()
+    assert [p.name for p in (tmp_path / "c").rglob("*") if p.is_file()] == ["identity.json"]
+    with pytest.raises(e.MismatchError, match=r"record\.k: the cache has 4, asked for 3"):
+        Cache.create(tmp_path / "c", identity(k=3))
+
+
+def test_another_builder_may_create_the_cache_at_any_moment(tmp_path, monkeypatch):
+    about = identity()
+
+    def overtaken(fd):
+        monkeypatch.undo()
+        with Cache.create(tmp_path / "c", about).writing():
+            pass
+        os.fsync(fd)
+
+    monkeypatch.setattr(os, "fsync", overtaken)
+    assert Cache.create(tmp_path / "c", about).identity == about
+
+
+def test_a_scratch_folder_that_leads_elsewhere_is_not_cleared(filled, tmp_path):
+    mine = tmp_path / "mine"
+    mine.mkdir()
+    (mine / "thesis.tex").touch()
+    shutil.rmtree(filled.cache.path / "scratch")
+    (filled.cache.path / "scratch").symlink_to(mine)
+    with pytest.raises(e.CorruptError, match="scratch is a symbolic link"), filled.cache.writing():
+        pass
+    assert (mine / "thesis.tex").exists()
+
+
+def test_published_files_are_never_changed(tmp_path):
+    path, scratch = tmp_path / "a" / "b", tmp_path / "scratch"
+    publish(path, b"one", scratch)
+    publish(path, b"one", scratch)
+    with pytest.raises(e.CorruptError, match="never overwritten"):
+        publish(path, b"two", scratch)
+    assert path.read_bytes() == b"one"
+    publish(path, b"two", scratch, replace=True)
+    assert path.read_bytes() == b"two"
+    # A link is no file of ours even where it leads to the same bytes: readers would refuse it.
+    path.rename(tmp_path / "elsewhere")
+    path.symlink_to(tmp_path / "elsewhere")
+    publish(path, b"two", scratch, replace=True)
+    assert not path.is_symlink() and path.read_bytes() == b"two"
+    assert list(scratch.iterdir()) == []
+
+
+@pytest.mark.parametrize("write", [lambda p, d: publish(p, d, p.parent), replace_file])
+def test_a_write_that_fails_names_its_file_and_leaves_nothing(tmp_path, write):
+    soft, hard = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (1000, hard))
+    try:
+        with pytest.raises(OSError, match="File too large") as caught:
+            write(tmp_path / "x", b"a" * 2000)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, (soft, hard))
+    assert caught.value.filename == str(tmp_path / "x")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_the_size_of_a_cache_that_is_being_written(filled, monkeypatch):
+    size = filled.cache.size()
+    assert size == sum(p.stat().st_size for p in filled.cache.path.rglob("*") if p.is_file())
+    gone = filled.cache.path / "scratch" / "gone"
+    walk = os.walk
+    monkeypatch.setattr(os, "walk", lambda path: [*walk(path), (str(gone.parent), [], [gone.name])])
+    assert filled.cache.size() == size

@@ -1,0 +1,1 @@
+"""`kdcache bench`: what a teacher costs here."""

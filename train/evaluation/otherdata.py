@@ -1,0 +1,50 @@
+"""Data that a student was not trained on, and whose classes it knows: for `kdcache eval RUN --data OTHER`."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache.cache.errors import InputError
+from kdcache.pipeline.data.dataset import Dataset, open_data
+
+_SHOWN = 5  # names in one message
+
+
+def whole_of(spec: str, evaluation: Dataset) -> Dataset:
+    """The evaluation split of `spec`; of a folder of classes without any splits, all images."""
+    if evaluation.root is None:
+        return evaluation
+    train = open_data(spec, "train")
+    if train.root != evaluation.root:
+        return evaluation
+    images = None
+    if train.images is not None and evaluation.images is not None:
+        images = torch.cat([train.images, evaluation.images])
+    return replace(
+        evaluation,
+        labels=np.concatenate([train.labels, evaluation.labels]),
+        sizes=np.concatenate([train.sizes, evaluation.sizes]),
+        images=images,
+        paths=(*train.paths, *evaluation.paths),
+    )
+
+
+def labels_of_other(data: Dataset, names: Sequence[str], ids: Sequence[int | None], weights: Path) -> NDArray[np.int64]:
+    """int64 [N, 1]: the data's labels as the student counts its classes, which are `ids` for the run's class `names`.
+
+    InputError for classes that the run did not have.
+    """
+    known = {name: i for name, i in zip(names, ids, strict=True) if i is not None}
+    if foreign := [name for name in data.class_names if name not in known]:
+        more = f" and {len(foreign) - _SHOWN} more" if len(foreign) > _SHOWN else ""
+        shown = ", ".join(map(repr, foreign[:_SHOWN])) + more
+        has = ", ".join(map(repr, names[:_SHOWN])) + (", ..." if len(names) > _SHOWN else "")
+        raise InputError(f"{weights} was not trained on {data.name}'s classes {shown}: its own are {has}")
+    labels: NDArray[np.int64] = np.array([known[name] for name in data.class_names], np.int64)[data.labels]
+    return labels

@@ -1,0 +1,49 @@
+"""The part of the training images that is held out, to choose weights by.
+
+The evaluation split is what is reported, and what chooses must not be what is reported.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache.cache.errors import InputError
+from kdcache.pipeline.data.dataset import Dataset
+
+_STREAM = 3  # of the key (0, stream): views have 0, orders 1
+
+
+def held_out_part(data: Dataset, fraction: float) -> NDArray[np.bool_]:
+    """bool [N]: the same samples for every run on these data, round(fraction n) of each class's n.
+
+    They are those whose drawn numbers are the smallest of their class. InputError without labels, and where no
+    sample, or no other one, is left.
+    """
+    if not data.labels.shape[1]:
+        raise InputError("--validation chooses weights by top-1, which needs labels: leave it out")
+    labels = data.labels[:, 0]
+    drawn = np.random.Philox(key=np.array([0, _STREAM], np.uint64)).random_raw(len(data))
+    order = np.lexsort((drawn, labels))
+    counts = np.bincount(labels)
+    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    chosen = np.empty(len(labels), np.bool_)
+    chosen[order] = place < np.floor(fraction * counts + 0.5)[labels[order]]
+    if not chosen.any() or chosen.all():
+        kept = "none" if not chosen.any() else "all"
+        raise InputError(f"--validation {fraction:g} holds out {kept} of {data.name}'s {len(data):,} training images")
+    return chosen
+
+
+def part_of(data: Dataset, places: NDArray[np.int64]) -> Dataset:
+    """The samples at these places alone."""
+    return replace(
+        data,
+        labels=data.labels[places],
+        sizes=data.sizes[places],
+        images=None if data.images is None else data.images[torch.from_numpy(places)],
+        paths=tuple(data.paths[i] for i in places) if data.paths else (),
+    )

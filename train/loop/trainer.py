@@ -1,0 +1,361 @@
+"""Stage 2: one student, from a loader's (images, labels, records) and a loss."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any, Protocol, runtime_checkable
+
+import torch
+from torch import Tensor, nn
+
+from kdcache.cache.errors import CorruptError, KdcacheError
+from kdcache.cache.records import Records
+from kdcache.pipeline.process.progress import Progress, percent
+from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.train import group
+from kdcache.train.loop.compiling import compiled, one_line
+from kdcache.train.loop.ema import WeightAverage
+from kdcache.train.loop.interrupts import Interrupts
+from kdcache.train.loop.optimisers import Recipe, Updater
+from kdcache.train.loop.runfolder import ANEW, RunFolder
+from kdcache.train.losses import Loss
+
+SAVE_EVERY = 300.0  # seconds
+PARTNER = "teacher"  # in the names of its metrics and files
+
+
+class Loader(Protocol):
+    """What the trainer iterates over: an epoch of (images uint8, labels, records), or what is left after `start`."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+    def __len__(self) -> int: ...
+
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records | None]]: ...
+
+
+@runtime_checkable
+class Learnt(Protocol):
+    """A loss with parameters of its own, which are trained beside the student's."""
+
+    def parameters(self) -> Iterator[nn.Parameter]: ...
+
+    def state_dict(self) -> dict[str, Tensor]: ...
+
+    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
+
+
+@runtime_checkable
+class Paced(Protocol):
+    """A loss that goes by the epoch, counted from 1."""
+
+    def set_epoch(self, epoch: int) -> None: ...
+
+
+class Partner(Protocol):
+    """A second network that learns beside the student (bdkd's teacher), by the same recipe.
+
+    Its metrics stand in those of an evaluation with `teacher_` before their names. notes: for its weights' files.
+    """
+
+    model: Classifier
+    notes: dict[str, Any]
+
+    def learn(self, student: Tensor, labels: Tensor, batches: int) -> Tensor: ...
+
+    def update(self, step: int, steps_per_epoch: int) -> None: ...
+
+    def state_dict(self) -> dict[str, Any]: ...
+
+    def load_state_dict(self, state: dict[str, Any]) -> None: ...
+
+
+class Training:
+    """All that changes while a student learns. learn() takes a batch, update() ends a step of `recipe.accumulate`.
+
+    epoch, batch: how far it has come, from 0. evaluated: the network that is evaluated and filed, which is the average
+    of the weights where the recipe has one.
+    """
+
+    def __init__(
+        self, model: Classifier, loss: Loss, recipe: Recipe, batches: int, partner: Partner | None = None
+    ) -> None:
+        self.model, self.loss, self.recipe, self.partner = model, loss, recipe, partner
+        self.epoch = self.batch = 0
+        self.seconds = 0.0
+        self._batches, self._steps = batches, math.ceil(batches / recipe.accumulate)  # an epoch
+        self._device = next(model.parameters()).device
+        learnt = list(loss.parameters()) if isinstance(loss, Learnt) else []
+        self._averaged, self._weighted = group.averaged(model, learnt), group.Weighted()
+        self._forward = compiled(self._averaged) if recipe.compile else self._averaged
+        group.draw_apart()
+        self._updater = Updater([*model.parameters(), *learnt], recipe, self._device)
+        self._average = WeightAverage(model, recipe.ema) if recipe.ema is not None else None
+        self._sums = torch.zeros((2,), device=self._device)  # of the epoch's losses: the student's, the partner's
+
+    @property
+    def evaluated(self) -> Classifier:
+        return self.model if self._average is None else self._average.model
+
+    @one_line()
+    def learn(self, images: Tensor, labels: Tensor, records: Records | None) -> None:
+        """One batch: its gradient, and nothing that waits for the device."""
+        # Of a step's batches the mean counts, also where an epoch ends with fewer.
+        first = self.batch - self.batch % self.recipe.accumulate
+        together = min(self.recipe.accumulate, self._batches - first)
+        more = self.batch + 1 < first + together
+        with group.gradients_stay(self._averaged) if more else nullcontext():
+            with torch.autocast(self._device.type, self.recipe.dtype, enabled=self.recipe.dtype is not None):
+                logits = self._forward(images)
+            value = self._weighted(self.loss(logits, labels, records), len(images))
+            self._updater.backward(value, together)
+        self._sums[0] += value.detach()
+        if self.partner is not None:
+            self._sums[1] += self.partner.learn(logits.detach(), labels, together)
+        self.batch += 1
+
+    @property
+    def step_is_whole(self) -> bool:
+        return self.batch % self.recipe.accumulate == 0 or self.batch == self._batches
+
+    def update(self) -> None:
+        """New weights, from the gradients since the last ones."""
+        step = self.epoch * self._steps + math.ceil(self.batch / self.recipe.accumulate) - 1
+        self._updater.update(step, self._steps)
+        if self._average is not None:
+            self._average.update(step)
+        if self.partner is not None:
+            self.partner.update(step, self._steps)
+
+    def losses(self) -> dict[str, float]:
+        """The mean loss of the epoch's batches, and that of the partner."""
+        sums = self._sums_of_ranks().tolist()
+        names = ["loss"] if self.partner is None else ["loss", f"{PARTNER}_loss"]
+        return {name: total / self._batches for name, total in zip(names, sums, strict=False)}
+
+    def _sums_of_ranks(self) -> Tensor:
+        return group.total(self._sums) / group.world()
+
+    def average_statistics(self) -> None:
+        """Of all ranks, in all networks, before they are evaluated or kept."""
+        average, partner = self._average, self.partner
+        group.average_statistics(self.model, *(other.model for other in (average, partner) if other is not None))
+
+    def end_epoch(self) -> None:
+        self._sums.zero_()
+        self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
+
+    def state_dict(self) -> dict[str, Any]:
+        """Everything, generators included; between two steps alone, and on all ranks together."""
+        self.average_statistics()
+        return {
+            "epoch": self.epoch,
+            "batch": self.batch,
+            "seconds": self.seconds,
+            "sums": self._sums_of_ranks(),
+            "model": self.model.state_dict(),
+            "average": self._average.state_dict() if self._average is not None else {},
+            "updater": self._updater.state_dict(),
+            "loss": self.loss.state_dict() if isinstance(self.loss, Learnt) else {},
+            PARTNER: self.partner.state_dict() if self.partner is not None else {},
+            "random": group.everyones(_random_state(self._device)),
+        }
+
+    def load_state_dict(self, state: dict[str, Any]) -> None:
+        self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
+        self._sums.copy_(state["sums"])
+        self.model.load_state_dict(state["model"])
+        if self._average is not None:
+            self._average.load_state_dict(state["average"])
+        self._updater.load_state_dict(state["updater"])
+        if isinstance(self.loss, Learnt):
+            self.loss.load_state_dict(state["loss"])
+        if self.partner is not None:
+            self.partner.load_state_dict(state[PARTNER])
+        if group.rank() < len(state["random"]):
+            _restore_random(state["random"][group.rank()], self._device)
+
+
+def fit(
+    model: Classifier,
+    loss: Loss,
+    loader: Loader,
+    recipe: Recipe,
+    evaluate: Callable[[Classifier], dict[str, float]],
+    folder: RunFolder | None = None,
+    notes: dict[str, Any] | None = None,
+    say: Callable[[str], None] = print,
+    partner: Partner | None = None,
+    save_every: float = SAVE_EVERY,
+    evaluate_every: int = 1,
+) -> list[dict[str, Any]]:
+    """Train in place; one line of metrics an epoch. With a folder, goes on from the state there.
+
+    The state is kept after every epoch, within one every so many seconds, and where Ctrl-C or SIGTERM asks to stop:
+    then KeyboardInterrupt, once the step is whole. `notes` go into the weights' files. partner: learns in the same
+    steps. evaluate_every: in epochs, and always after the last one; other lines have no metrics. KdcacheError when a
+    loss is no longer finite.
+    """
+    training = Training(model, loss, recipe, len(loader), partner)
+    history = _resume(training, folder, say) if folder else []
+    # All ranks take part in what is kept, and the first one writes it.
+    keeps, folder = folder is not None, None if group.rank() else folder
+
+    def save() -> None:
+        if keeps:
+            state = training.state_dict()
+            if folder:
+                folder.save_state(history, state)
+
+    events = _events(folder, len(history), say) if folder else None
+    wishes = group.Wishes()
+    with Interrupts() as interrupts:
+        while training.epoch < recipe.epochs:
+            _train_epoch(training, loader, interrupts, wishes, save, save_every)
+            training.average_statistics()
+            losses = training.losses()
+            if not all(map(math.isfinite, losses.values())):
+                at = f"in epoch {training.epoch + 1}"
+                raise KdcacheError(f"the loss is not finite {at}: lower --lr (now {recipe.lr:g})")
+            measured: dict[str, float] = {}
+            if (training.epoch + 1) % evaluate_every == 0 or training.epoch + 1 == recipe.epochs:
+                if group.world() > 1:
+                    save()  # ranks evaluate together, to the end: torchrun may not wait so long for one that is to stop
+                try:
+                    with interrupts.at_once() if group.world() == 1 else nullcontext():
+                        measured = evaluate(training.evaluated)
+                except KeyboardInterrupt:
+                    if group.world() == 1:
+                        save()
+                    raise
+            line: dict[str, Any] = {"epoch": training.epoch + 1, **losses, "seconds": training.seconds, **measured}
+            training.end_epoch()
+            history.append(line)
+            say(_describe(line, recipe.epochs))
+            if events is not None:
+                for name, value in line.items():
+                    events.add_scalar(name, value, training.epoch)
+                events.flush()
+            if folder:
+                folder.save_weights(training.evaluated, notes or {}, history, of="")
+                if partner is not None:
+                    theirs = [_of_partner(past) for past in history]
+                    folder.save_weights(partner.model, partner.notes, theirs, of=f"{PARTNER}-")
+                folder.save_metrics(history)
+            save()
+            _stop_together(interrupts)
+    if events is not None:
+        events.close()
+    return history
+
+
+def _resume(training: Training, folder: RunFolder, say: Callable[[str], None]) -> list[dict[str, Any]]:
+    """The lines of the epochs that are done, and the training as it was."""
+    state = group.from_first(folder.load_state)
+    if state is None:
+        return []
+    try:
+        training.load_state_dict(state["training"])
+    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+        raise CorruptError(f"{folder.path / 'state.pt'} is not of this network: {ANEW}") from e
+    within = f" and {training.batch} batches" if training.batch else ""
+    say(f"resuming {folder.path} after epoch {training.epoch}{within} of {training.recipe.epochs}")
+    history: list[dict[str, Any]] = state["history"]
+    return history
+
+
+def _train_epoch(
+    training: Training,
+    loader: Loader,
+    interrupts: Interrupts,
+    wishes: group.Wishes,
+    save: Callable[[], None],
+    save_every: float,
+) -> None:
+    """The rest of the epoch that the training is in."""
+    loader.set_epoch(training.epoch)
+    if isinstance(training.loss, Paced):
+        training.loss.set_epoch(training.epoch + 1)
+    training.model.train()
+    left = len(loader) - training.batch
+    if not left:  # stopped in the evaluation
+        return
+    began, saved = time.monotonic() - training.seconds, time.monotonic()
+    with Progress(f"epoch {training.epoch + 1}/{training.recipe.epochs}", left, "steps") as progress:
+        for images, labels, records in loader.steps(training.batch):
+            training.learn(images, labels, records)
+            progress.advance(1)
+            if not training.step_is_whole:
+                continue
+            training.update()
+            interrupts.waiting = True  # not in the first step, which may compile for minutes
+            now = time.monotonic()
+            training.seconds = now - began
+            stop, keep = wishes(interrupts.asked, now - saved > save_every)
+            if stop:
+                break  # which ends the loader's threads and processes
+            if keep:
+                save()
+                saved = time.monotonic()
+    _stop_together(interrupts, save)
+
+
+def _stop_together(interrupts: Interrupts, save: Callable[[], None] = lambda: None) -> None:
+    """KeyboardInterrupt where any rank was asked to stop. One that is asked just now stops with the others later."""
+    if group.anyones(interrupts.asked):
+        save()
+        raise KeyboardInterrupt
+
+
+def _of_partner(line: dict[str, Any]) -> dict[str, Any]:
+    """The partner's part of a line of metrics, under the names that a student's has."""
+    mark = f"{PARTNER}_"
+    return {k.removeprefix(mark): v for k, v in line.items() if k.startswith(mark)}
+
+
+def _describe(line: dict[str, Any], epochs: int) -> str:
+    parts = [f"epoch {line['epoch']}/{epochs}", f"loss {line['loss']:.4f}"]
+    parts += [
+        f"{name} {percent(line[key])}" for name, key in (("top-1", "top1"), ("agreement", "agreement")) if key in line
+    ]
+    if "nll" in line:
+        parts.append(f"nll {line['nll']:.4f}")
+    if "validation_top1" in line:
+        parts.append(f"validation top-1 {percent(line['validation_top1'])}")
+    if theirs := _of_partner(line):
+        parts += [f"ece {line['ece']:.4f}"] if "ece" in line else []
+        parts.append(f"teacher: loss {theirs['loss']:.4f}")
+        if "top1" in theirs:
+            parts.append(f"top-1 {percent(theirs['top1'])}  nll {theirs['nll']:.4f}  ece {theirs['ece']:.4f}")
+    return "  ".join([*parts, f"{line['seconds']:.1f} s"])
+
+
+def _events(folder: RunFolder, done: int, say: Callable[[str], None]) -> Any:
+    try:
+        from torch.utils.tensorboard import SummaryWriter
+    except ImportError:
+        say("note: no TensorBoard events are written: pip install tensorboard for them")
+        return None
+    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=done + 1)
+
+
+def _random_state(device: torch.device) -> dict[str, Tensor]:
+    state = {"cpu": torch.get_rng_state()}
+    if device.type == "cuda":
+        state["cuda"] = torch.cuda.get_rng_state(device)
+    return state
+
+
+def _restore_random(state: dict[str, Tensor], device: torch.device) -> None:
+    torch.set_rng_state(state["cpu"])
+    if device.type == "cuda" and "cuda" in state:
+        torch.cuda.set_rng_state(state["cuda"], device)
+
+
+def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
+    """A freshly initialised network that depends on the seed alone; dropout goes on from there."""
+    torch.manual_seed(seed)
+    return make()

@@ -1,0 +1,43 @@
+"""The losses, by the names of docs/losses.md."""
+
+from kdcache.train.losses.families import (
+    BDKD,
+    CE,
+    CMKD,
+    DIST,
+    DKD,
+    GKD,
+    IKL,
+    KD,
+    MSE,
+    NKD,
+    TFNKD,
+    USKD,
+    WSLD,
+    LogitStd,
+    Loss,
+    Needs,
+    SkewKL,
+    SkewRKL,
+)
+
+__all__ = [
+    "BDKD",
+    "CE",
+    "CMKD",
+    "DIST",
+    "DKD",
+    "GKD",
+    "IKL",
+    "KD",
+    "MSE",
+    "NKD",
+    "TFNKD",
+    "USKD",
+    "WSLD",
+    "LogitStd",
+    "Loss",
+    "Needs",
+    "SkewKL",
+    "SkewRKL",
+]
