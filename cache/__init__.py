@@ -11,7 +11,7 @@ if TYPE_CHECKING:
     from kdcache.cache.store.cache import Cache
 else:
     _HOMES = {
-        "Cache": "store",
+        "Cache": "store.cache",
         "Identity": "identity",
         "KdcacheError": "errors",
         "Records": "records",

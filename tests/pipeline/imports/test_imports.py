@@ -427,7 +427,7 @@ def test_a_killed_import_goes_on(fkd, tmp_path):
     script = (
         "import os, signal, sys\n"
         "from kdcache.cache.store.cache import SplitStore\n"
-        "from kdcache.pipeline import imports\n"
+        "from kdcache.pipeline.imports import imports\n"
         "imports.PART, write, count = 8, SplitStore.write_shard, 0\n"
         "def killed(*args):\n"
         "    global count\n"

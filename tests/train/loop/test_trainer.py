@@ -297,7 +297,7 @@ def test_a_signal_while_it_hears_the_other_ranks_is_not_lost(tmp_path, whole, mo
         return asked
 
     with monkeypatch.context() as patch:
-        patch.setattr(trainer.ranks, "anyones", heard)
+        patch.setattr(trainer.group, "anyones", heard)
         with pytest.raises(KeyboardInterrupt):
             run(tmp_path, settings())
     weights, lines, said = run(tmp_path, settings(), True)
