@@ -156,8 +156,7 @@ class Plain(TorchDataset[torch.Tensor]):
     drawn: ViewParameters
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        assert self.data.root is not None
-        image = decode_image(str(self.data.root / self.data.paths[index]))
+        image = decode_image(str(self.data.file(index)))
         top, left, height, width = self.drawn.boxes[index].tolist()
         image = tv.resized_crop(image, top, left, height, width, [224, 224], antialias=True)
         return tv.horizontal_flip(image) if self.drawn.flips[index] else image

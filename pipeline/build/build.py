@@ -111,7 +111,7 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
     check_options(config, teacher.classes)
     labels = [to_teacher[split.labels] for split in (data, evaluation)]
     policy = check_policy(config.augment or defaults_for(data).augment)
-    if data.images is None and "crop" in policy.split(","):
+    if not data.in_memory and "crop" in policy.split(","):
         say(f"note: {policy} keeps each image's own frame; rrc,flip is usual for image files")
     k = stored_classes(teacher.classes) if config.topk is None else config.topk
     dense = k is None or k == teacher.classes
@@ -264,7 +264,7 @@ def view_parameters(data: Dataset, identity: Identity, view: int, rows: range) -
     """The parameters of a view's samples, or of the evaluation view where `data` is that split."""
     sizes = data.sizes[rows.start : rows.stop]
     if data.split == "eval":
-        return evaluation_view(sizes, whole=data.images is not None)
+        return evaluation_view(sizes, whole=data.in_memory)
     return draw(identity.views.policy, identity.views.seed, view, rows, sizes)
 
 
@@ -399,7 +399,7 @@ class _Builder:
                 continue
             if not self.leases.take(shard.lease):
                 continue
-            if not taken and self._data(shard)[0].images is None:
+            if not taken and not self._data(shard)[0].in_memory:
                 alike = sum((s.store, s.rows) == (shard.store, shard.rows) for s in self._todo)
                 builders = max(this_rank().world, 1 + len(self.leases.others()))
                 most = min(self.config.views_per_decode, -(-alike // builders))
@@ -589,7 +589,7 @@ def _probe(
     ids, first = np.unique(labels, return_index=True)
     index = suspicions.choose(labels, len(data), suspicions.count_of(len(ids), images))
     batches = [index[i : i + batch] for i in range(0, len(index), batch)]
-    rendered = renderer.batches(evaluation_view(data.sizes, whole=data.images is not None), batches)
+    rendered = renderer.batches(evaluation_view(data.sizes, whole=data.in_memory), batches)
     timed = list(islice(rendered, -(-_TIMED // batch)))
     suspicions.require_steady(teacher.logits, teacher.model, timed[0], source.identity.teacher.numeric)
     start = time.monotonic()
@@ -644,7 +644,7 @@ def describe_data(data: Dataset, full: bool) -> DataIdentity:
         samples=len(data),
         fingerprint=data.fingerprint(full),
         full_contents=full,
-        files=data.images is None,
+        files=not data.in_memory,
     )
 
 

@@ -383,7 +383,7 @@ class PlainLoader(_Epochs):
 def _renderer(
     cache: Cache, data: Dataset, image_size: int | None, device: torch.device, workers: int | None
 ) -> Renderer:
-    size = image_size or (None if data.images is not None else cache.identity.teacher.input_size)
+    size = image_size or (None if data.in_memory else cache.identity.teacher.input_size)
     return Renderer(data, size, device, cache.identity.views.policy, workers)
 
 
