@@ -48,9 +48,9 @@ from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.optimisers import Recipe, default_rates, require_autocast
 from kdcache.train.loop.runfolder import RunFolder, best_of, settings_of
 from kdcache.train.loop.trainer import PARTNER, fit, seeded
-from kdcache.train.losses import BDKD, IKL, USKD, Loss
-from kdcache.train.losses.features import FeatureLoss
-from kdcache.train.losses.options import described, head_mass_warning, make_loss, options_of, require_served
+from kdcache.train.losses.base import Partnered
+from kdcache.train.losses.options import described, make_loss, options_of
+from kdcache.train.losses.prepare import prepared, require_served
 from kdcache.train.resuming import exists, given_by, place_of, placed, resumed
 
 DEFAULT_LOSS = "nkd"
@@ -197,7 +197,7 @@ def _train(
         ema=config.ema,
         compile=long if config.compile is None else config.compile,
     )
-    partner = _learning_teacher(cache, config, data, loss, recipe, device) if isinstance(loss, BDKD) else None
+    partner = _learning_teacher(cache, config, data, loss, recipe, device) if isinstance(loss, Partnered) else None
     loader: CachedLoader | OnlineLoader | BetonLoader
     if isinstance(cache, Beton):
         loader = BetonLoader(
@@ -328,37 +328,6 @@ def class_ids(data: Dataset, labels: NDArray[np.int64]) -> list[int | None]:
         return []
     ids = dict(zip(data.labels[:, 0].tolist(), labels[:, 0].tolist(), strict=True))
     return [ids.get(c) for c in range(len(data.class_names))]
-
-
-def prepared(
-    loss: Loss,
-    cache: Cache | Beton,
-    model: Classifier,
-    size: int,
-    online: bool,
-    say: Callable[[str], None],
-    samples: NDArray[np.int64] | None = None,
-    live: OnlineLoader | None = None,
-) -> Loss:
-    """The loss with all that it takes from view 0 and from the student; a warning where the tail is most of it.
-
-    samples: those that it may learn from; by default all. live: answers where the cache has no view with all classes.
-    """
-    dense, softened = cache.identity.record.dense, loss.needs.temperatures or loss.needs.standardised
-
-    def first_view() -> Records:
-        records = cache.read(cache.views[0])
-        return records if samples is None else records[torch.from_numpy(samples)]
-
-    if isinstance(loss, IKL) and loss.pairs == "prior":
-        if live is not None and not (dense and cache.views):
-            say(f"the teacher answers view 0 once, for the class prior of {loss.name}")
-            loss.prepare(live.answers(0))
-        else:
-            loss.prepare(first_view().to(next(model.parameters()).device))
-    if softened and not (online or dense) and (warning := head_mass_warning(loss, first_view())):
-        say(f"warning: {warning}")
-    return FeatureLoss(loss, model, size, cache.identity.record.classes) if isinstance(loss, USKD) else loss
 
 
 class Judge:
@@ -528,23 +497,24 @@ def _same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, devi
 
 
 def _learning_teacher(
-    cache: Cache | Beton, config: TrainConfig, data: Dataset, loss: BDKD, recipe: Recipe, device: torch.device
+    cache: Cache | Beton, config: TrainConfig, data: Dataset, loss: Partnered, recipe: Recipe, device: torch.device
 ) -> LearningTeacher | None:
-    """The teacher that learns beside bdkd's student, online; None from a cache."""
+    """The teacher that learns beside the student, online; None from a cache."""
     if not config.online:
-        if (loss.teacher_alpha, loss.regulariser, loss.start) != (BDKD.teacher_alpha, BDKD.regulariser, BDKD.start):
-            raise InputError("bdkd's teacher_alpha, regulariser and start are of a teacher that learns: give --online")
+        if any(getattr(loss, name) != getattr(type(loss), name) for name in loss.partner_options):
+            *most, last = loss.partner_options
+            raise InputError(f"{loss.name}'s {', '.join(most)} and {last} are of a teacher that learns: give --online")
         return None
     record, had = cache.identity.record, cache.identity.teacher
     if not record.labels:
-        raise InputError("bdkd's teacher learns from labels too, and this cache was built with --unlabelled")
+        raise InputError(f"{loss.name}'s teacher learns from labels too, and this cache was built with --unlabelled")
     mean, std = data.mean, data.std
-    if loss.start == "taught":
+    if loss.starts_taught:
         teacher = _same_teacher(cache, config, data, device)
         model, mean, std = teacher.model, had.mean, had.std
     else:
         if config.weights:
-            raise InputError("--weights are those of a taught teacher: give --loss bdkd:start=taught")
+            raise InputError(f"--weights are those of a taught teacher: give --loss {loss.name}:start=taught")
         name = config.teacher or stored_network(had.network, cache.path, "--teacher")
         # A seed that no student has: two of one kind must not start from equal weights.
         network = seeded(-1 - config.seed, lambda: build_network(name, record.classes, had.input_size))

@@ -43,7 +43,8 @@ from kdcache.train.loop.trainer import Training, fit, seeded
 from kdcache.train.losses import IKL
 from kdcache.train.losses.features import FeatureTap
 from kdcache.train.losses.options import LOSSES, make_loss
-from kdcache.train.run import evaluate_run, prepared, student_of, train
+from kdcache.train.losses.prepare import prepared
+from kdcache.train.run import evaluate_run, student_of, train
 from kdcache.train.teach import TeachConfig, teach
 
 BATCH = 128
