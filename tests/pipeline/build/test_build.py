@@ -29,13 +29,15 @@ from torchvision.transforms.v2 import functional as tv
 from kdcache.cache import Cache, KdcacheError, encode, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import list_caches
-from kdcache.cache.store import leases
+from kdcache.cache.store import chunks, leases
 from kdcache.cache.store.cache import SplitStore, shard_name
 from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build import build as build_module
+from kdcache.pipeline.build import builder
 from kdcache.pipeline.build import spool as spool_module
-from kdcache.pipeline.build.build import build, open_source, record_batches
-from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.build.answers import answers, record_batches, teacher_renderer, view_parameters
+from kdcache.pipeline.build.build import build
+from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import defaults_for
 from kdcache.pipeline.info import describe, facts, one_line
@@ -43,62 +45,7 @@ from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.pipeline.verify import verify
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import _Pixels
-
-# 150 images in parts of 64, 64 and 22; batches of 16, the last of each split short.
-TOY = """
-import numpy as np, torch
-from torch import nn
-
-def images(split):
-    rng = np.random.default_rng(split == "train")
-    labels = np.arange(150 if split == "train" else 40) * 5 % 12
-    patterns = np.random.default_rng(2).integers(0, 256, (12, 10, 10, 3))
-    noisy = patterns[labels] + rng.normal(0, 60, (len(labels), 10, 10, 3))
-    return np.clip(noisy, 0, 255).astype("u1"), labels, tuple("abcdefghijkl")
-
-def net(classes, width=8, stride=2, side=3):
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        found = nn.Sequential(
-            nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, 16, 3, stride, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(16 * side * side, classes))
-        with torch.no_grad():
-            found[-1].weight.mul_(8)
-        return found
-
-def twelve():
-    return net(12)
-
-def thousand():
-    return net(1000, 4, 8, 2)
-
-def forty():
-    return net(40)
-
-def probabilities():
-    return nn.Sequential(net(12), nn.Softmax(1))
-
-def constant():
-    found = net(12)
-    nn.init.zeros_(found[-1].weight)
-    return found
-
-def huge():
-    found = net(12)
-    with torch.no_grad():
-        found[-1].weight.mul_(1e5)
-    return found
-
-class Careless(nn.Sequential):
-    def forward(self, images):
-        self[8].train()
-        return super().forward(images)
-
-def careless():
-    return Careless(*list(net(12))[:-1], nn.Dropout(0.1), net(12)[-1])
-"""
-BATCH, PART, PARTS = 16, 64, 3
+from kdcache.tests.helpers.building import BATCH, PART, PARTS, TOY, settings
 
 
 def quiet(_):
@@ -122,24 +69,6 @@ def toy(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _home(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
-
-
-def settings(**changes):
-    return BuildConfig(
-        **{
-            "teacher": "kd_toy:net",
-            "data": "kd_toy:images",
-            "augment": "crop,flip",
-            "views": 2,
-            "topk": 4,
-            "temperatures": (1.0, 4.0),
-            "batch_size": BATCH,
-            "allow_low_accuracy": True,
-            "device": "cpu",
-            "part": PART,
-            **changes,
-        }
-    )
 
 
 @pytest.fixture(scope="module")
@@ -539,7 +468,7 @@ def test_another_cache_in_the_same_place_is_refused_field_by_field(reference):
 
 
 def test_a_record_too_large_for_a_shard_is_refused_before_the_teacher_works(source, monkeypatch):
-    monkeypatch.setattr(build_module.arrays, "MAX_CHUNK_BYTES", 300)
+    monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", 300)
     with pytest.raises(e.InputError, match=r"a shard would hold 384 B .*4 classes a record are too many, lower --topk"):
         open_source(settings(precision="float16"), quiet)
 
@@ -554,10 +483,10 @@ torch.set_num_threads(1)
 from pathlib import Path
 from kdcache.cache.store import cache
 from kdcache.pipeline.build import build as module
-from kdcache.pipeline.build import spool
+from kdcache.pipeline.build import builder, spool
 from kdcache.pipeline.teachers.teacher import Teacher
 spool.SPOOL_SECONDS = 0.0
-module._POLL_SECONDS = 0.01
+builder._POLL_SECONDS = 0.01
 quiet = lambda line: None
 config = module.BuildConfig(**json.loads(sys.argv[1]) | {"temperatures": (1.0, 4.0)})
 source = module.open_source(config, quiet)
@@ -776,7 +705,7 @@ def test_a_build_that_was_overtaken_computes_nothing_again(tmp_path, reference, 
 def test_builders_share_the_work_though_one_is_killed_and_one_stopped(toy, tmp_path):
     """Four at once; in the later rounds one dies and one is stopped until others have taken over, then goes on."""
     script = """
-from kdcache.cache.store import leases
+from kdcache.cache.store import chunks, leases
 leases.EXPIRES = 1.0
 answer = Teacher.logits
 def slow(*args):
@@ -854,7 +783,7 @@ def test_a_build_that_is_interrupted_gives_its_leases_back(tmp_path, source, mon
 
 def test_a_build_says_for_whom_it_waits_and_does_not_wait_for_the_dead(tmp_path, reference, source, monkeypatch):
     path, said = tmp_path / "c", []
-    monkeypatch.setattr(build_module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(builder, "_POLL_SECONDS", 0.01)
     shutil.copytree(reference, path)
     (path / "commits" / "v00001-p0001.json").unlink()
     with Cache(path).writing() as other:
@@ -867,7 +796,7 @@ def test_a_build_says_for_whom_it_waits_and_does_not_wait_for_the_dead(tmp_path,
                 other.release("v00001-p0001")
             sleep(seconds)
 
-        monkeypatch.setattr(build_module.time, "sleep", poll)
+        monkeypatch.setattr(builder.time, "sleep", poll)
         assert build(settings(out=str(path)), said.append, source).teacher_images == 64
     who = f"{socket.gethostname()} (process {os.getpid()}, since 20"
     assert [line for line in said if line.startswith(f"sharing the work with {who}")] != []
@@ -1410,7 +1339,7 @@ def test_answers_go_on_from_any_state_of_the_spool(files_source, whole_answers, 
     """done: how many of its three batches each view has."""
     source, views, renderer = files_source
     starts = [min(4 * count, 10) for count in done]
-    found = list(build_module.answers(source, renderer, source.train_labels, views[: len(done)], starts, range(10), 4))
+    found = list(answers(source, renderer, source.train_labels, views[: len(done)], starts, range(10), 4))
     want = {(place, i) for place, count in enumerate(done) for i in range(count, 3)}
     assert len(found) == len(want) and {(place, at.start // 4) for place, at, *_ in found} == want
     for place, at, records, logits in found:
@@ -1422,15 +1351,15 @@ def test_answers_go_on_from_any_state_of_the_spool(files_source, whole_answers, 
 def files_source(toy, photos):
     """The source of `of_files`, the parameters of its views' first part, and a renderer."""
     source = open_source(of_files(photos, "unused"), quiet)
-    views = [build_module.view_parameters(source.train, source.identity, view, range(10)) for view in range(3)]
-    return source, views, build_module.teacher_renderer(source.train, source, 0)
+    views = [view_parameters(source.train, source.identity, view, range(10)) for view in range(3)]
+    return source, views, teacher_renderer(source.train, source, 0)
 
 
 @pytest.fixture(scope="module")
 def whole_answers(files_source):
     """Records and logits of the first part by view and rows."""
     source, views, renderer = files_source
-    found = build_module.answers(source, renderer, source.train_labels, views, [0, 0, 0], range(10), 4)
+    found = answers(source, renderer, source.train_labels, views, [0, 0, 0], range(10), 4)
     return {(place, at): answered for place, at, *answered in found}
 
 
