@@ -24,6 +24,7 @@ from kdcache.pipeline.data.dataset import Dataset, is_function, open_data, open_
 from kdcache.pipeline.data.defaults import defaults_for
 from kdcache.pipeline.ffcv.beton import Beton
 from kdcache.pipeline.info import one_line
+from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.teachers import weightstore
 from kdcache.pipeline.teachers.networks import build_network, load_fitting
 from kdcache.pipeline.teachers.pixels import Wanted
@@ -31,7 +32,6 @@ from kdcache.pipeline.teachers.teacher import (
     Classifier,
     Teacher,
     load_teacher,
-    pick_device,
     read_weights,
     try_out,
 )
@@ -46,7 +46,7 @@ from kdcache.train.loaders.cached import CachedLoader, OnlineLoader, require_dat
 from kdcache.train.loaders.ffcv import BetonLoader
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.optimisers import Recipe, default_rates, require_autocast
-from kdcache.train.loop.runfolder import RunFolder, best_of, settings_of
+from kdcache.train.loop.runfolder import RunFolder, best_of, config_of
 from kdcache.train.loop.trainer import PARTNER, fit, seeded
 from kdcache.train.losses import BDKD, IKL, USKD, Loss
 from kdcache.train.losses.features import FeatureLoss
@@ -123,7 +123,7 @@ def _as_it_was(config: TrainConfig, given: Collection[str] | None, say: Callable
     config = replace(config, out=str(out))
     if not config.resume and not group.from_first(lambda: (out / "config.json").exists()):
         return config
-    had = group.from_first(lambda: settings_of(out))
+    had = group.from_first(lambda: config_of(out))
     given = given_by(config) if given is None else given
     return resumed(replace(config, resume=True), had, given, out, say)
 
