@@ -30,7 +30,7 @@ from kdcache.train.evaluation.validation import held_out_part
 from kdcache.train.loaders.cached import CachedLoader, OnlineLoader, require_data
 from kdcache.train.loaders.ffcv import BetonLoader
 from kdcache.train.loop.optimisers import Recipe, default_rates, require_autocast
-from kdcache.train.loop.runfolder import RunFolder, best_of, settings_of
+from kdcache.train.loop.runfolder import RunFolder, best_of, config_of
 from kdcache.train.loop.trainer import PARTNER, fit, seeded
 from kdcache.train.losses.base import Partnered
 from kdcache.train.losses.options import described, make_loss, options_of
@@ -70,7 +70,7 @@ def _as_it_was(config: TrainConfig, given: Collection[str] | None, say: Callable
     config = replace(config, out=str(out))
     if not config.resume and not group.from_first(lambda: (out / "config.json").exists()):
         return config
-    had = group.from_first(lambda: settings_of(out))
+    had = group.from_first(lambda: config_of(out))
     given = given_by(config) if given is None else given
     return resumed(replace(config, resume=True), had, given, out, say)
 

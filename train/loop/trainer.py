@@ -16,7 +16,7 @@ from kdcache.cache.records import Records
 from kdcache.pipeline.process.progress import Progress, percent
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train import group
-from kdcache.train.loop.compiling import compiled, one_line
+from kdcache.train.loop.compiling import clear_compile_error, compiled
 from kdcache.train.loop.ema import WeightAverage
 from kdcache.train.loop.interrupts import Interrupts
 from kdcache.train.loop.optimisers import Recipe, Updater
@@ -82,7 +82,7 @@ class Training:
     def evaluated(self) -> Classifier:
         return self.model if self._average is None else self._average.model
 
-    @one_line()
+    @clear_compile_error()
     def learn(self, images: Tensor, labels: Tensor, records: Records | None) -> None:
         """One batch: its gradient, and nothing that waits for the device."""
         # Of a step's batches the mean counts, also where an epoch ends with fewer.
