@@ -40,7 +40,7 @@ from pixels import images
 
 from kdcache.cache import Cache, Identity
 from kdcache.cache.store.chunks import as_arrays, encode_as, id_dtype
-from kdcache.pipeline.build.build import describe_data
+from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.ffcv.beton import Beton, pack_beton
 from kdcache.pipeline.views.policy import ViewParameters, draw

@@ -43,7 +43,7 @@ from kdcache.cache.records import Records
 from kdcache.cache.store.cache import Cache, Commit, shard_name
 from kdcache.cache.store.chunks import ArraySpec, as_arrays, as_records, id_dtype, record_arrays
 from kdcache.cache.store.packing import clear_leaving, new_file
-from kdcache.pipeline.build.build import describe_data
+from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.data.imagefiles import Triple
 from kdcache.pipeline.process.progress import Progress, duration, size

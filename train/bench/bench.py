@@ -26,8 +26,10 @@ from kdcache import __version__
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import home_at
 from kdcache.cache.store.cache import Cache
-from kdcache.pipeline.build.build import Source, build, describe_data, open_source, teacher_renderer, view_parameters
+from kdcache.pipeline.build.answers import teacher_renderer, view_parameters
+from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import VIEWS_PER_DECODE, BuildConfig
+from kdcache.pipeline.build.source import Source, describe_data, open_source
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import DATA, Defaults, defaults_for
 from kdcache.pipeline.process.progress import Progress, duration
