@@ -32,7 +32,9 @@ from kdcache.cache.records import tail_distribution
 from kdcache.cache.store.chunks import as_arrays
 from kdcache.cli import main
 from kdcache.pipeline.build.source import describe_data
-from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.data.dataset import open_data
+from kdcache.pipeline.data.kinds.arrays import ArrayDataset
+from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.ffcv import beton as module
 from kdcache.pipeline.ffcv.beton import Beton, pack_beton
 from kdcache.pipeline.views.policy import draw
@@ -61,7 +63,7 @@ def toy_data(cache, place):
         Image.fromarray(rng.integers(0, 256, (5, 8, 3), np.uint8)).save(place / path)
     sizes = np.tile(np.array([[5, 8]], np.int32), (has.samples, 1))
     unlabelled = np.zeros((has.samples, 0), np.int64)
-    data = Dataset(has.name, "train", unlabelled, (), sizes, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), None, place, paths)
+    data = FileDataset(has.name, "train", unlabelled, (), sizes, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), place, paths)
     data._fingerprints[has.full_contents] = has.fingerprint
     vars(cache.train)["sizes"] = sizes
     return data
@@ -93,7 +95,7 @@ class Drawn(Filled):
 
 def arrays_data(n, height, width, labelled=True):
     rng = np.random.default_rng(n)
-    return Dataset(
+    return ArrayDataset(
         name="toy",
         split="train",
         labels=rng.integers(0, 12, (n, int(labelled))),
@@ -101,7 +103,7 @@ def arrays_data(n, height, width, labelled=True):
         sizes=np.tile(np.array([[height, width]], np.int32), (n, 1)),
         mean=(0.4, 0.5, 0.6),
         std=(0.2, 0.3, 0.25),
-        images=torch.from_numpy(rng.integers(0, 256, (n, height, width, 3), np.uint8)),
+        pixels=torch.from_numpy(rng.integers(0, 256, (n, height, width, 3), np.uint8)),
     )
 
 
@@ -407,7 +409,7 @@ def test_ffcv_itself_reads_the_file_as_one_of_its_own(packed):
     at = 0
     for images, labels, index, records in loader:
         rows = slice(at, at + len(images))
-        assert images.equal(data.images[rows]) and labels.flatten().tolist() == Beton(path).labels[rows, 0].tolist()
+        assert images.equal(data.pixels[rows]) and labels.flatten().tolist() == Beton(path).labels[rows, 0].tolist()
         assert index.flatten().tolist() == list(range(at, at + len(images)))
         assert records.shape[1:] == (2, Beton(path).layout.record_bytes + 4)
         at += len(images)
@@ -603,7 +605,7 @@ def files(tmp_path_factory):
         image = pixels.convert(["RGB", "L", "CMYK", "RGB"][kind])
         image.save(folder / f"{i:02d}.{'png' if kind == 3 else 'jpg'}")
     data = open_data(f"imagefolder:{place / 'images'}", "train", home=place)
-    assert data.images is None
+    assert data.pixels is None
     cache = Drawn(place / "c", data, "rrc,flip", k=3).cache
     return cache, data, pack_beton(cache, data, place / "x.beton", None, quiet)
 
