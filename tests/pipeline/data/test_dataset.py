@@ -21,14 +21,7 @@ from kdcache.pipeline.data.imagefiles import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.pipeline.data.kinds import files, named
 from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.data.kinds.files import FileDataset
-
-
-def draw(path: Path, h: int = 8, w: int = 8) -> Path:
-    """An image whose pixels depend on its name only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    seed = list(path.name.encode())
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)).save(path)
-    return path
+from kdcache.tests.helpers.images import draw
 
 
 @pytest.fixture
