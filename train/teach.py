@@ -19,12 +19,13 @@ from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import check_options
 from kdcache.pipeline.data.dataset import list_unreadable, open_data
 from kdcache.pipeline.data.defaults import DATA, defaults_for
+from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.progress import percent
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.share import build_shared, find_taught
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import pixels_of_data
-from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, pick_device, taught_file, try_out
+from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, taught_file, try_out
 from kdcache.pipeline.views.policy import check_policy
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
