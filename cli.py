@@ -540,7 +540,7 @@ def build(
         sys.exit(1 if found else 0)
     if teacher is None:
         raise click.UsageError("Missing option '--teacher': the network that answers, such as --teacher resnet34.")
-    result = build_and_teach(BuildConfig(teacher, **options), _say, registry, publish, not no_teacher)
+    result = build_and_teach(BuildConfig(teacher, **options), registry, publish, _say, not no_teacher)
     if store == "zarr" or this_rank().rank:
         _print(vars(result), as_json, str(result.path))
     else:
