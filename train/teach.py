@@ -8,6 +8,7 @@ from collections.abc import Callable
 from dataclasses import dataclass
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from filelock import FileLock
@@ -19,6 +20,7 @@ from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import Draft, draft_build, require_topk
 from kdcache.pipeline.data.dataset import list_unreadable, open_data
 from kdcache.pipeline.data.defaults import DATA, defaults_for
+from kdcache.pipeline.pack import PackResult, pack
 from kdcache.pipeline.process.progress import percent
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.share import build_shared, find_taught, open_plan, open_shared
@@ -140,8 +142,9 @@ def build_and_teach(
     publish: bool = False,
     say: Callable[[str], None] = print,
     teacher: bool = True,
-) -> BuildResult:
-    """`kdcache build`: build what the registry lacks and, with `publish`, push it.
+    store: Literal["zarr", "hdf5", "ffcv"] = "zarr",
+) -> tuple[BuildResult, PackResult | None]:
+    """`kdcache build`: build what the registry lacks; with `publish` push it, with another store than zarr pack it.
 
     teacher: whether its weights are pushed too. The teacher of the embedded digits is taught first where there is none.
     """
@@ -151,7 +154,10 @@ def build_and_teach(
     draft = draft_build(config, say)
     draft = _with_digits_teacher(draft, shared, say)
     plan = open_plan(draft, shared, say)
-    return build_shared(plan, shared, publish, say, teacher)
+    built = build_shared(plan, shared, publish, say, teacher)
+    if store == "zarr" or this_rank().rank:
+        return built, None
+    return built, pack(built.path, store, data=plan.source.train, say=say)
 
 
 def _with_digits_teacher(draft: Draft, shared: Registry | None, say: Callable[[str], None]) -> Draft:

@@ -37,7 +37,7 @@ from kdcache.tests.cache.store.test_cache import Filled, same
 from kdcache.tests.pipeline.build.test_build import TOY, settings
 from kdcache.train.config import TrainConfig
 from kdcache.train.run import train
-from kdcache.train.teach import build_and_teach as build_shared
+from kdcache.train.teach import build_and_teach
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -71,6 +71,10 @@ warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
 
 
 # ---- building with a registry ----
+
+
+def build_shared(*args, **kwargs):
+    return build_and_teach(*args, **kwargs)[0]
 
 
 @contextlib.contextmanager
