@@ -66,8 +66,7 @@ def published(name: str, entry: WeightsEnum) -> OrderedDict[str, Tensor]:
     for key, value in network.state_dict().items():
         if key.endswith("num_batches_tracked") and _UNCOUNTED.match(f"{name} {entry.name}"):
             continue
-        gain = 1 if name.startswith(("efficientnet_v2", "efficientnet_b7")) else 2
-        state[old_key(name, key)] = _filled(key, value, noise, gain)
+        state[old_key(name, key)] = _filled(key, value, noise, gain_of(name))
     if not name.startswith(("densenet", "vit_")) and not _UNCOUNTED.match(f"{name} {entry.name}"):
         state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     return state
@@ -87,7 +86,13 @@ def old_key(name: str, key: str) -> str:
     return key
 
 
-def _filled(key: str, like: Tensor, noise: Tensor, gain: int) -> Tensor:
+def gain_of(name: str) -> float:
+    """By what each layer multiplies the variance. 2 suits ReLU; the deepest networks would explode, and lose digits."""
+    gains = {"efficientnet_v2": 1.0, "efficientnet_b7": 1.4, "regnet_y_128gf": 1.6}
+    return next((gain for start, gain in gains.items() if name.startswith(start)), 2.0)
+
+
+def _filled(key: str, like: Tensor, noise: Tensor, gain: float) -> Tensor:
     """Values that keep what flows through the network of a usual size: chaos would magnify rounding."""
     if not like.is_floating_point() or "relative_coords" in key:
         return torch.zeros(like.shape, dtype=like.dtype) if like.is_meta else like.clone()

@@ -24,9 +24,10 @@ from kdcache.pipeline.data import classmap
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import Defaults, defaults_for, stored_classes
 from kdcache.pipeline.data.split import Split
+from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.progress import size
 from kdcache.pipeline.teachers.pixels import Wanted
-from kdcache.pipeline.teachers.teacher import Teacher, load_teacher, pick_device
+from kdcache.pipeline.teachers.teacher import Teacher, load_teacher
 from kdcache.pipeline.views.policy import check_policy
 from kdcache.pipeline.views.render import RENDERER
 

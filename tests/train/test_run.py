@@ -40,12 +40,13 @@ from kdcache.train.loaders.cached import CachedLoader, OnlineLoader, PlainLoader
 from kdcache.train.loop import runfolder
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.optimisers import Recipe
-from kdcache.train.loop.runfolder import settings_of
+from kdcache.train.loop.runfolder import config_of
 from kdcache.train.loop.trainer import Training, fit, seeded
 from kdcache.train.losses import IKL
 from kdcache.train.losses.features import FeatureTap
 from kdcache.train.losses.options import LOSSES, make_loss
-from kdcache.train.run import prepared, train
+from kdcache.train.losses.prepare import prepared
+from kdcache.train.run import train
 from kdcache.train.teach import TeachConfig, teach
 
 BATCH = 128
@@ -725,7 +726,7 @@ def test_a_run_of_an_older_version_is_resumed(home, tmp_path, monkeypatch):
         with pytest.raises(KdcacheError, match=rf"not resumed: {name}\w*: the run has {had}.*, asked for "):
             train(replace(again, **{name: value}), quiet)
     # Every setting has such a value, or is not compared.
-    assert set(later) <= FIRST | set(settings_of(out)) | runfolder._FREE
+    assert set(later) <= FIRST | set(config_of(out)) | runfolder._FREE
 
 
 UNUSUAL = (

@@ -32,17 +32,18 @@ from kdcache.pipeline.build.config import VIEWS_PER_DECODE, BuildConfig
 from kdcache.pipeline.build.source import Source, describe_data, open_source
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import DATA, Defaults, defaults_for
+from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.progress import Progress, duration
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import pixels_of_data
-from kdcache.pipeline.teachers.teacher import Classifier, Teacher, file_classifier, pick_device, try_out
+from kdcache.pipeline.teachers.teacher import Classifier, Teacher, file_classifier, try_out
 from kdcache.train.bench.layouts import noise_cache, reading_cases
 from kdcache.train.loaders.cached import CachedLoader, OnlineLoader
 from kdcache.train.loop.optimisers import Amp, Recipe
 from kdcache.train.loop.trainer import Loader, Training, fit, seeded
 from kdcache.train.losses import CE, Loss
-from kdcache.train.losses.options import make_loss, options_of, require_served
-from kdcache.train.run import prepared
+from kdcache.train.losses.options import make_loss, options_of
+from kdcache.train.losses.prepare import prepared, require_served
 
 TEACHER, FILES_TEACHER = "resnet56", "resnet34"
 READ_RECORDS, FKD_IMAGES, READ_BATCH = 65_536, 200, 1024

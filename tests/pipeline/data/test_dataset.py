@@ -18,14 +18,7 @@ from kdcache.cache.errors import InputError
 from kdcache.pipeline.data import arrays, dataset, imagefiles
 from kdcache.pipeline.data.dataset import Dataset, list_unreadable, open_data
 from kdcache.pipeline.data.imagefiles import IMAGENET_MEAN, IMAGENET_STD
-
-
-def draw(path: Path, h: int = 8, w: int = 8) -> Path:
-    """An image whose pixels depend on its name only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    seed = list(path.name.encode())
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)).save(path)
-    return path
+from kdcache.tests.helpers.images import draw
 
 
 @pytest.fixture
