@@ -38,8 +38,9 @@ from kdcache.pipeline.build import spool as spool_module
 from kdcache.pipeline.build.answers import answers, record_batches, teacher_renderer, view_parameters
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.source import open_source
-from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.defaults import defaults_for
+from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.info import describe, facts, one_line
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.pipeline.verify import verify
@@ -116,7 +117,7 @@ def equal(a, b):
 def rendered_apart(data, boxes, flips):
     """uint8 [n, H, W, 3]: each crop on its own, by numpy."""
     out = []
-    for image, (top, left, height, width), flip in zip(data.images.numpy(), boxes, flips, strict=True):
+    for image, (top, left, height, width), flip in zip(data.pixels.numpy(), boxes, flips, strict=True):
         pad = max(height, width)
         black = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
         cut = black[pad + top : pad + top + height, pad + left : pad + left + width]
@@ -403,7 +404,7 @@ def test_one_class_of_several_has_the_sum_of_their_probabilities(tmp_path, sourc
     assert (cache.train.labels == source.train.labels).all()
     assert verify(cache, open_source(config, quiet)).passed
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (source.train.mean, source.train.std))
-    images = source.evaluation.images.permute(0, 3, 1, 2)
+    images = source.evaluation.pixels.permute(0, 3, 1, 2)
     with torch.inference_mode():
         p = kd_toy.forty().eval()((images - mean) / std).double().exp()
     sums = torch.stack([p[:, group].sum(1) for group in groups], 1)
@@ -1248,7 +1249,7 @@ def test_image_files_are_built_alike_with_any_number_of_workers(toy, photos, tmp
     assert cache.identity.record.k == 20 and cache.identity.teacher.input_size == 224
     assert set(cache.train.labels[:, 0].tolist()) == {17, 999, 0, 512}
     data = source.train
-    assert data.images is None and len(np.unique(data.sizes, axis=0)) > 10
+    assert data.pixels is None and len(np.unique(data.sizes, axis=0)) > 10
     drawn = draw("rrc,flip", 0, 1, range(24), data.sizes)
     records = cache.read(1)
     for part in (0, 10, 20):
@@ -1271,8 +1272,8 @@ def test_the_bytes_are_the_same_however_many_views_are_cut_from_a_decode(toy, ph
     )  # fmt: skip
     source = open_source(config, quiet)
     monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
-    decoded, decode = [], Dataset.decode
-    monkeypatch.setattr(Dataset, "decode", lambda self, i: decoded.append(i) or decode(self, i))
+    decoded, decode = [], FileDataset.decode
+    monkeypatch.setattr(FileDataset, "decode", lambda self, i: decoded.append(i) or decode(self, i))
     counts = {}
     for together in (1, 3, 5):
         decoded.clear()
