@@ -33,7 +33,7 @@ from kdcache.cache.store import chunks, leases
 from kdcache.cache.store.cache import SplitStore, shard_name
 from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build import build as build_module
-from kdcache.pipeline.build import builder
+from kdcache.pipeline.build import builder, plan
 from kdcache.pipeline.build import spool as spool_module
 from kdcache.pipeline.build.answers import answers, record_batches, teacher_renderer, view_parameters
 from kdcache.pipeline.build.build import build
@@ -259,8 +259,9 @@ def test_whether_the_teacher_is_compiled_depends_on_neither_what_is_left_nor_ran
     on_gpu = replace(source, teacher=replace(source.teacher, device=torch.device("cuda")))
 
     def compiled(of, records, choice=None):
-        monkeypatch.setattr(build_module, "_WORTH_COMPILING", records)
-        return build_module._compiled(of, settings(compile=choice), BATCH, quiet).teacher.compiled is not None
+        monkeypatch.setattr(plan, "WORTH_COMPILING", records)
+        planned = plan.plan_build(settings(compile=choice), of)
+        return build_module._compiled(planned, quiet).source.teacher.compiled is not None
 
     usual = 150 * 16
     assert compiled(on_gpu, usual) and not compiled(on_gpu, usual + 1) and not compiled(source, usual)
