@@ -27,8 +27,10 @@ import torch
 from pixels import images
 from safetensors.torch import save_file
 
-from kdcache.pipeline.build.build import build, open_source, teacher_renderer, view_parameters
+from kdcache.pipeline.build.answers import teacher_renderer, view_parameters
+from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.train.bench.bench import machine

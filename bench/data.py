@@ -40,7 +40,7 @@ from pixels import images
 
 from kdcache.cache import Cache, Identity
 from kdcache.cache.store.chunks import as_arrays, encode_as, id_dtype
-from kdcache.pipeline.build.build import describe_data
+from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.ffcv.beton import Beton, pack_beton
 from kdcache.pipeline.views.policy import ViewParameters, draw
@@ -156,8 +156,7 @@ class Plain(TorchDataset[torch.Tensor]):
     drawn: ViewParameters
 
     def __getitem__(self, index: int) -> torch.Tensor:
-        assert self.data.root is not None
-        image = decode_image(str(self.data.root / self.data.paths[index]))
+        image = decode_image(str(self.data.file(index)))
         top, left, height, width = self.drawn.boxes[index].tolist()
         image = tv.resized_crop(image, top, left, height, width, [224, 224], antialias=True)
         return tv.horizontal_flip(image) if self.drawn.flips[index] else image

@@ -34,9 +34,10 @@ from kdcache.cache import Cache
 from kdcache.cache.store import leases
 from kdcache.cache.store.cache import shard_name
 from kdcache.pipeline.build import build as module
-from kdcache.pipeline.build import spool
-from kdcache.pipeline.build.build import Source, build, open_source
+from kdcache.pipeline.build import builder, spool
+from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.build.source import Source, open_source
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.verify import verify
@@ -83,7 +84,7 @@ class Bench:
             return child
         code = 1
         try:
-            answers = module.answers
+            answers = builder.answers
             with (place / f"{who}.log").open("a", buffering=1) as log:
 
                 def timed(*args: Any) -> Iterator[Any]:
@@ -96,7 +97,7 @@ class Bench:
                         log.write(f"{time.monotonic()} {len(item[1])}\n")
                         yield item
 
-                module.answers = timed
+                builder.answers = timed
                 result = build(replace(self.config, out=str(place / "cache")), lambda line: None, self.source)
             (place / who).write_text(str(result.teacher_images))
             code = 0

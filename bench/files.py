@@ -24,8 +24,9 @@ from safetensors.torch import save_file
 from sklearn.datasets import load_sample_images
 
 from kdcache.cache import open_cache
-from kdcache.pipeline.build.build import Source, build, open_source
+from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.build.source import Source, open_source
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.verify import verify

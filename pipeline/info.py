@@ -192,7 +192,7 @@ def fidelity(cache: Cache) -> dict[str, Any]:
     # Here, because ls needs none of it and torch takes seconds to import.
     import torch
 
-    from kdcache.pipeline.build.build import teacher_top1
+    from kdcache.pipeline.build.answers import teacher_top1
 
     views = cache.views
     chosen = sorted({views[i * (len(views) - 1) // (_VIEWS - 1)] for i in range(_VIEWS)} if views else ())

@@ -19,8 +19,10 @@ from kdcache.cache.registry.registry import Registry, check_name, split_url
 from kdcache.cache.registry.transfer import Moved, count, into_bucket, into_folder, require_movable
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.packing import choose_views
-from kdcache.pipeline.build.build import BuildResult, Source, build, open_source, teacher_top1
+from kdcache.pipeline.build.answers import teacher_top1
+from kdcache.pipeline.build.build import BuildResult, build
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.build.source import Source, open_source
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.defaults import DATA, defaults_for
 from kdcache.pipeline.process.progress import Progress, duration, size

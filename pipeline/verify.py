@@ -16,8 +16,9 @@ from kdcache.cache.records import TEMPERATURES, Records
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache, SplitStore, shard_name
 from kdcache.cache.store.chunks import ArraySpec
-from kdcache.pipeline.build.build import Source, describe_data, open_source, teacher_renderer, view_parameters
+from kdcache.pipeline.build.answers import teacher_renderer, view_parameters
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.build.source import Source, describe_data, open_source
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.teachers import weightstore

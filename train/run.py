@@ -41,7 +41,7 @@ from kdcache.train import group
 from kdcache.train.config import TrainConfig
 from kdcache.train.evaluation.metrics import metrics, predict
 from kdcache.train.evaluation.otherdata import labels_of_other, whole_of
-from kdcache.train.evaluation.validation import held_out_part, part_of
+from kdcache.train.evaluation.validation import held_out_part
 from kdcache.train.loaders.cached import CachedLoader, OnlineLoader, require_data
 from kdcache.train.loaders.ffcv import BetonLoader
 from kdcache.train.loop.cotrain import LearningTeacher
@@ -235,7 +235,7 @@ def _train(
     validate = None
     if held is not None:
         places = np.flatnonzero(held)
-        validate = Judge(None, part_of(data, places), size, device, config.workers, labels[places])
+        validate = Judge(None, data.subset(places), size, device, config.workers, labels[places])
     elif third is not None:
         ids = labels_of_other(third, data.class_names, class_ids(data, labels), path)
         validate = Judge(None, third, size, device, config.workers, ids)

@@ -14,8 +14,9 @@ from filelock import FileLock
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import open_registry
-from kdcache.pipeline.build.build import BuildResult, check_options
+from kdcache.pipeline.build.build import BuildResult
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.build.source import check_options
 from kdcache.pipeline.data.dataset import list_unreadable, open_data
 from kdcache.pipeline.data.defaults import DATA, defaults_for
 from kdcache.pipeline.process.progress import percent

@@ -19,6 +19,8 @@ class folder count, at any depth; class ids go by folder name in byte order, alw
 image folder needs no class folders.
 """
 
+from __future__ import annotations
+
 import hashlib
 import importlib
 import json
@@ -95,6 +97,49 @@ class Dataset:
     def image_size(self) -> int | None:
         """Of images held in memory the side in pixels, the longer one where they are not square; else None."""
         return None if self.images is None else max(self.images.shape[1:3])
+
+    @property
+    def in_memory(self) -> bool:
+        """Whether all images are held in memory, as `pixels`."""
+        return self.images is not None
+
+    @property
+    def pixels(self) -> torch.Tensor | None:
+        """uint8 [N, H, W, 3], where all images are held in memory."""
+        return self.images
+
+    def file(self, index: int) -> Path | None:
+        """The file that holds the image alone, where there is one."""
+        return None if self.root is None else self.root / self.paths[index]
+
+    def where(self, index: int) -> str:
+        """What to call the image in a message: its file, or its place in the dataset."""
+        return str(self.file(index) or f"image {index} of {self.name}")
+
+    def subset(self, places: np.ndarray) -> Dataset:
+        """The images at these places (int64 [n]) alone."""
+        return replace(
+            self,
+            labels=self.labels[places],
+            sizes=self.sizes[places],
+            images=None if self.images is None else self.images[torch.from_numpy(places)],
+            paths=tuple(self.paths[i] for i in places) if self.paths else (),
+        )
+
+    def joined(self, before: Dataset) -> Dataset | None:
+        """These images after those of `before`; None unless both are parts of one folder."""
+        if self.root is None or before.root != self.root:
+            return None
+        images = None
+        if before.images is not None and self.images is not None:
+            images = torch.cat([before.images, self.images])
+        return replace(
+            self,
+            labels=np.concatenate([before.labels, self.labels]),
+            sizes=np.concatenate([before.sizes, self.sizes]),
+            images=images,
+            paths=(*before.paths, *self.paths),
+        )
 
     def decode(self, index: int) -> torch.Tensor:
         """The whole image, uint8 [3, H, W]. InputError where its file cannot be read or has changed."""

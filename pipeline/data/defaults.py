@@ -51,7 +51,7 @@ def defaults_for(data: Dataset) -> Defaults:
     """The row of the table for a dataset."""
     if data.name == "digits":
         return _DIGITS
-    return _SMALL if data.images is not None else _FILES
+    return _SMALL if data.in_memory else _FILES
 
 
 def stored_classes(classes: int) -> int | None:

@@ -43,7 +43,7 @@ from kdcache.cache.records import Records
 from kdcache.cache.store.cache import Cache, Commit, shard_name
 from kdcache.cache.store.chunks import ArraySpec, as_arrays, as_records, id_dtype, record_arrays
 from kdcache.cache.store.packing import clear_leaving, new_file
-from kdcache.pipeline.build.build import describe_data
+from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.data.imagefiles import Triple
 from kdcache.pipeline.process.progress import Progress, duration, size
@@ -202,7 +202,7 @@ def pack_beton(
     try:
         with new_file(temporary) as target, open(target.fileno(), "wb", closefd=False) as file:
             seconds = writer.estimate(file)
-            kept = "raw pixels" if data.images is not None else f"JPEG as it is; trained on with {AREA_RENDERER}"
+            kept = "raw pixels" if data.in_memory else f"JPEG as it is; trained on with {AREA_RENDERER}"
             say(
                 f"packing {len(data):,} images ({kept}) and {len(chosen)} views of cache {cache.key[:12]}: "
                 f"{size(writer.bytes)}, about {duration(seconds)}, in {out}"
@@ -243,7 +243,7 @@ class _Writer:
         if (data.sizes > 65535).any():
             raise InputError(f"{data.name} has images above 65,535 pixels a side, which FFCV cannot store")
         raw_bytes = data.sizes.prod(1, dtype=np.int64) * 3
-        if data.images is not None:
+        if data.in_memory:
             image["mode"], self.image_bytes = RAW, raw_bytes
         else:
             kept = np.empty(n, np.int64)
@@ -271,8 +271,8 @@ class _Writer:
 
     def _jpeg_bytes(self, i: int) -> int:
         """The length of a JPEG file that FFCV can decode, or -1."""
-        assert self.data.root is not None
-        path = self.data.root / self.data.paths[i]
+        if (path := self.data.file(i)) is None:
+            return -1
         try:
             with Image.open(path) as found:
                 if found.format not in ("JPEG", "MPO") or found.mode not in ("RGB", "L"):
@@ -302,7 +302,7 @@ class _Writer:
     def write(self, file: BinaryIO, folder: Path) -> None:
         """folder: where there is room for the records of a part, which memory may not hold."""
         views = [hashlib.sha256() for _ in self.views]
-        pixels = hashlib.sha256() if self.data.images is not None else None
+        pixels = hashlib.sha256() if self.data.in_memory else None
         with Progress("pack", len(self.table), "samples") as progress:
             for part in range(self.cache.train.parts):
                 rows = self.cache.train.rows(part)
@@ -333,11 +333,9 @@ class _Writer:
         return packed
 
     def _image(self, i: int) -> bytes | memoryview:
-        if self.data.images is not None:
-            return self.data.images[i].contiguous().numpy().reshape(-1).data
-        assert self.data.root is not None
-        if self.table["image"]["mode"][i] == JPEG:
-            path = self.data.root / self.data.paths[i]
+        if (pixels := self.data.pixels) is not None:
+            return pixels[i].contiguous().numpy().reshape(-1).data
+        if self.table["image"]["mode"][i] == JPEG and (path := self.data.file(i)):
             try:
                 return path.read_bytes()
             except OSError as e:

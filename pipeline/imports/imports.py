@@ -42,10 +42,11 @@ from kdcache.cache.home import caches_folder
 from kdcache.cache.identity import Identity, RecordIdentity, TeacherIdentity, ViewsIdentity
 from kdcache.cache.store.cache import Cache, shard_name
 from kdcache.cache.store.chunks import id_dtype
-from kdcache.pipeline.build import provenance, suspicions
-from kdcache.pipeline.build.build import describe_data
+from kdcache.pipeline.build import suspicions
 from kdcache.pipeline.build.config import PART
+from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.process import provenance
 from kdcache.pipeline.process.progress import Progress, duration, size
 from kdcache.pipeline.views.policy import ViewParameters
 

@@ -102,7 +102,7 @@ def _torchvision_pixels(
     if entry is not None:
         pixels, names = pixels_of(entry), categories(entry)
         origin = f"from torchvision's {entry.name}, which is published in a file of this name"
-    elif classes == _IMAGENET_CLASSES or data.images is None:
+    elif classes == _IMAGENET_CLASSES or not data.in_memory:
         entry = usual_weights(name)
         pixels = pixels_of(entry)
         origin = f"as torchvision's {entry.name} wants it; {FLAGS} say otherwise"

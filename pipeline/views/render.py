@@ -16,7 +16,6 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
-from pathlib import Path
 from typing import Any
 from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
@@ -116,11 +115,11 @@ _SHARED: WeakKeyDictionary[Dataset, WeakValueDictionary[tuple[int, torch.device]
 
 def _pixels(data: Dataset, pad: int, device: torch.device) -> _Pixels:
     """Its in-memory images, once for all renderers with that margin on that device."""
-    assert data.images is not None
+    assert data.pixels is not None
     held = _SHARED.setdefault(data, WeakValueDictionary())
     found = held.get((pad, device))
     if found is None:
-        found = held[pad, device] = _Pixels(data.images, pad, device)
+        found = held[pad, device] = _Pixels(data.pixels, pad, device)
     return found
 
 
@@ -212,7 +211,7 @@ class Renderer:
     ) -> None:
         self.data, self.device, self.interpolation = data, device, interpolation
         self.workers = cores() if workers is None else workers
-        own = None if data.images is None else (int(data.sizes[0, 0]), int(data.sizes[0, 1]))
+        own = (int(data.sizes[0, 0]), int(data.sizes[0, 1])) if data.in_memory else None
         if size is not None:
             self.size = (size, size)
         elif own is not None:
@@ -235,7 +234,7 @@ class Renderer:
             flips = torch.from_numpy(parameters.flips).to(self.device)
             for index in torch.split(order_on(self.device, batches), [len(batch) for batch in batches]):
                 yield self._pixels.crops(index, boxes[index - first], flips[index - first])
-        elif (images := self.data.images) is not None and _whole(parameters.boxes, self.data):
+        elif (images := self.data.pixels) is not None and _whole(parameters.boxes, self.data):
             for batch in batches:
                 pixels = images[torch.from_numpy(batch)].permute(0, 3, 1, 2)
                 resized = tv.resize(pixels, list(self.size), InterpolationMode(self.interpolation), antialias=True)
@@ -252,7 +251,7 @@ class Renderer:
 
         Files are decoded once for all views of a batch, so batch by batch; in-memory images come view by view.
         """
-        if self.data.images is None:
+        if not self.data.in_memory:
             yield from self._by_workers(parameters, batches, first)
             return
         for place, drawn in enumerate(parameters):
@@ -346,12 +345,11 @@ class _Loader:
                 raise
             raise UnreadableError(reason) from e
 
-    def reading(self, pid: int) -> Path | str | None:
+    def reading(self, pid: int) -> str | None:
         """The file, or which image, that the worker process with this id has under way, if any."""
         for process, sample in zip(self._cuts.at[::2], self._cuts.at[1::2], strict=True):
             if process == pid and sample >= 0:
-                data = self._cuts.data
-                return data.root / data.paths[sample] if data.root else f"image {sample} of {data.name}"
+                return self._cuts.data.where(sample)
         return None
 
 

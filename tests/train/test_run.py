@@ -22,9 +22,10 @@ from kdcache import cli
 from kdcache.cache import KdcacheError, open_cache
 from kdcache.cache.records import Records
 from kdcache.cli import main
-from kdcache.pipeline.build import build as build_module
-from kdcache.pipeline.build.build import build, open_source, record_batches
+from kdcache.pipeline.build.answers import record_batches, view_parameters
+from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.data.arrays import digits
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.teachers.networks import build_network
@@ -328,7 +329,7 @@ class SlabsFromTheTeacher:
         whole = Records(
             None, *(torch.cat([getattr(p, f) for p in parts]) for f in ("gaps", "target_gap", "tail", "labels")), 10, ()
         )
-        parameters = build_module.view_parameters(self._source.train, self._source.identity, view, rows)
+        parameters = view_parameters(self._source.train, self._source.identity, view, rows)
         return whole, parameters
 
     def set_epoch(self, epoch):

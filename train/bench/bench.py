@@ -26,8 +26,10 @@ from kdcache import __version__
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import home_at
 from kdcache.cache.store.cache import Cache
-from kdcache.pipeline.build.build import Source, build, describe_data, open_source, teacher_renderer, view_parameters
+from kdcache.pipeline.build.answers import teacher_renderer, view_parameters
+from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import VIEWS_PER_DECODE, BuildConfig
+from kdcache.pipeline.build.source import Source, describe_data, open_source
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import DATA, Defaults, defaults_for
 from kdcache.pipeline.process.progress import Progress, duration
@@ -35,7 +37,6 @@ from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import pixels_of_data
 from kdcache.pipeline.teachers.teacher import Classifier, Teacher, file_classifier, pick_device, try_out
 from kdcache.train.bench.layouts import noise_cache, reading_cases
-from kdcache.train.evaluation.validation import part_of
 from kdcache.train.loaders.cached import CachedLoader, OnlineLoader
 from kdcache.train.loop.optimisers import Amp, Recipe
 from kdcache.train.loop.trainer import Loader, Training, fit, seeded
@@ -125,17 +126,17 @@ def _source(config: BenchConfig, folder: Path, device: torch.device) -> tuple[So
             f"at least two batches are needed, and {config.data} has {len(data)} samples{asked} for batches of "
             f"{batch}: lower --batch-size"
         )
-    name = config.teacher or (FILES_TEACHER if data.images is None else TEACHER)
+    name = config.teacher or (FILES_TEACHER if not data.in_memory else TEACHER)
     weights = folder / "teacher.safetensors"
     _untrained(name, data, weights)
     found = open_source(
         BuildConfig(name, str(weights), config.data, device=config.device, amp=config.amp, workers=config.workers)
     )
     chosen = np.arange(samples) * len(data) // samples
-    train, labels = part_of(found.train, chosen), found.train_labels[chosen]
+    train, labels = found.train.subset(chosen), found.train_labels[chosen]
     teacher, built = found.teacher, _build_batch(config, defaults, samples, found.teacher)
     few = np.arange(min(len(found.evaluation), built))
-    evaluation = part_of(found.evaluation, few)
+    evaluation = found.evaluation.subset(few)
     identity = found.identity.model_copy(
         update={"data": describe_data(train, False), "evaluation": describe_data(evaluation, False)}
     )
@@ -255,7 +256,7 @@ class _Bench:
             workers=self.config.workers, out=str(self.folder / "cache"), compile=False,
         )  # fmt: skip
         rows, views = range(self.samples), 0
-        more = VIEWS_PER_DECODE if source.train.images is None else 1
+        more = 1 if source.train.in_memory else VIEWS_PER_DECODE
         renderer = teacher_renderer(source.train, source, self.config.workers)
         parameters = [view_parameters(source.train, source.identity, view, rows) for view in range(more)]
         batches = [np.arange(i, i + batch) for i in range(0, self.samples, batch)]
@@ -355,7 +356,7 @@ class _Bench:
 
     def _steps(self, loader: Loader, work: Callable[[Any], None]) -> Callable[[], float]:
         """Seconds a step: of an epoch after its first where worker processes decode, else of steps without end."""
-        if self.source.train.images is None:
+        if not self.source.train.in_memory:
             onward = _Onward(loader)
 
             def run() -> float:

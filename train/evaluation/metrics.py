@@ -26,7 +26,7 @@ def predict(model: Classifier, data: Dataset, renderer: Renderer, dtype: torch.d
     """
     model.eval()
     batches = np.split(np.arange(len(data)), range(_BATCH, len(data), _BATCH))
-    parameters = evaluation_view(data.sizes, whole=data.images is not None)
+    parameters = evaluation_view(data.sizes, whole=data.in_memory)
     shares = [[batches[i] for i in share] for share in np.array_split(np.arange(len(batches)), group.world())]
     out = []
     for images in renderer.batches(parameters, shares[group.rank()]):

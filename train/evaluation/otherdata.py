@@ -3,11 +3,9 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
@@ -18,21 +16,10 @@ _SHOWN = 5  # names in one message
 
 def whole_of(spec: str, evaluation: Dataset) -> Dataset:
     """The evaluation split of `spec`; of a folder of classes without any splits, all images."""
-    if evaluation.root is None:
+    if not evaluation.paths:
         return evaluation
-    train = open_data(spec, "train")
-    if train.root != evaluation.root:
-        return evaluation
-    images = None
-    if train.images is not None and evaluation.images is not None:
-        images = torch.cat([train.images, evaluation.images])
-    return replace(
-        evaluation,
-        labels=np.concatenate([train.labels, evaluation.labels]),
-        sizes=np.concatenate([train.sizes, evaluation.sizes]),
-        images=images,
-        paths=(*train.paths, *evaluation.paths),
-    )
+    joined = evaluation.joined(open_data(spec, "train"))
+    return evaluation if joined is None else joined
 
 
 def labels_of_other(data: Dataset, names: Sequence[str], ids: Sequence[int | None], weights: Path) -> NDArray[np.int64]:

@@ -5,10 +5,7 @@ The evaluation split is what is reported, and what chooses must not be what is r
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
-import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
@@ -36,14 +33,3 @@ def held_out_part(data: Dataset, fraction: float) -> NDArray[np.bool_]:
         kept = "none" if not chosen.any() else "all"
         raise InputError(f"--validation {fraction:g} holds out {kept} of {data.name}'s {len(data):,} training images")
     return chosen
-
-
-def part_of(data: Dataset, places: NDArray[np.int64]) -> Dataset:
-    """The samples at these places alone."""
-    return replace(
-        data,
-        labels=data.labels[places],
-        sizes=data.sizes[places],
-        images=None if data.images is None else data.images[torch.from_numpy(places)],
-        paths=tuple(data.paths[i] for i in places) if data.paths else (),
-    )

@@ -18,7 +18,7 @@ from torch import Tensor
 from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.records import Records, encode
 from kdcache.cache.store.cache import Cache, shard_name
-from kdcache.pipeline.build.build import describe_data
+from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.ffcv.beton import Beton
 from kdcache.pipeline.views.policy import TEACHING, ViewParameters, draw, imported_view
@@ -383,7 +383,7 @@ class PlainLoader(_Epochs):
 def _renderer(
     cache: Cache, data: Dataset, image_size: int | None, device: torch.device, workers: int | None
 ) -> Renderer:
-    size = image_size or (None if data.images is not None else cache.identity.teacher.input_size)
+    size = image_size or (None if data.in_memory else cache.identity.teacher.input_size)
     return Renderer(data, size, device, cache.identity.views.policy, workers)
 
 

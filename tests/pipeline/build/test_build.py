@@ -29,13 +29,16 @@ from torchvision.transforms.v2 import functional as tv
 from kdcache.cache import Cache, KdcacheError, encode, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import list_caches
-from kdcache.cache.store import leases
+from kdcache.cache.store import chunks, leases
 from kdcache.cache.store.cache import SplitStore, shard_name
 from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build import build as build_module
+from kdcache.pipeline.build import builder
 from kdcache.pipeline.build import spool as spool_module
-from kdcache.pipeline.build.build import build, open_source, record_batches
+from kdcache.pipeline.build.answers import answers, record_batches, teacher_renderer, view_parameters
+from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import defaults_for
 from kdcache.pipeline.info import describe, facts, one_line
@@ -539,7 +542,7 @@ def test_another_cache_in_the_same_place_is_refused_field_by_field(reference):
 
 
 def test_a_record_too_large_for_a_shard_is_refused_before_the_teacher_works(source, monkeypatch):
-    monkeypatch.setattr(build_module.arrays, "MAX_CHUNK_BYTES", 300)
+    monkeypatch.setattr(chunks, "MAX_CHUNK_BYTES", 300)
     with pytest.raises(e.InputError, match=r"a shard would hold 384 B .*4 classes a record are too many, lower --topk"):
         open_source(settings(precision="float16"), quiet)
 
@@ -554,10 +557,10 @@ torch.set_num_threads(1)
 from pathlib import Path
 from kdcache.cache.store import cache
 from kdcache.pipeline.build import build as module
-from kdcache.pipeline.build import spool
+from kdcache.pipeline.build import builder, spool
 from kdcache.pipeline.teachers.teacher import Teacher
 spool.SPOOL_SECONDS = 0.0
-module._POLL_SECONDS = 0.01
+builder._POLL_SECONDS = 0.01
 quiet = lambda line: None
 config = module.BuildConfig(**json.loads(sys.argv[1]) | {"temperatures": (1.0, 4.0)})
 source = module.open_source(config, quiet)
@@ -776,7 +779,7 @@ def test_a_build_that_was_overtaken_computes_nothing_again(tmp_path, reference, 
 def test_builders_share_the_work_though_one_is_killed_and_one_stopped(toy, tmp_path):
     """Four at once; in the later rounds one dies and one is stopped until others have taken over, then goes on."""
     script = """
-from kdcache.cache.store import leases
+from kdcache.cache.store import chunks, leases
 leases.EXPIRES = 1.0
 answer = Teacher.logits
 def slow(*args):
@@ -854,7 +857,7 @@ def test_a_build_that_is_interrupted_gives_its_leases_back(tmp_path, source, mon
 
 def test_a_build_says_for_whom_it_waits_and_does_not_wait_for_the_dead(tmp_path, reference, source, monkeypatch):
     path, said = tmp_path / "c", []
-    monkeypatch.setattr(build_module, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(builder, "_POLL_SECONDS", 0.01)
     shutil.copytree(reference, path)
     (path / "commits" / "v00001-p0001.json").unlink()
     with Cache(path).writing() as other:
@@ -867,7 +870,7 @@ def test_a_build_says_for_whom_it_waits_and_does_not_wait_for_the_dead(tmp_path,
                 other.release("v00001-p0001")
             sleep(seconds)
 
-        monkeypatch.setattr(build_module.time, "sleep", poll)
+        monkeypatch.setattr(builder.time, "sleep", poll)
         assert build(settings(out=str(path)), said.append, source).teacher_images == 64
     who = f"{socket.gethostname()} (process {os.getpid()}, since 20"
     assert [line for line in said if line.startswith(f"sharing the work with {who}")] != []
@@ -1410,7 +1413,7 @@ def test_answers_go_on_from_any_state_of_the_spool(files_source, whole_answers, 
     """done: how many of its three batches each view has."""
     source, views, renderer = files_source
     starts = [min(4 * count, 10) for count in done]
-    found = list(build_module.answers(source, renderer, source.train_labels, views[: len(done)], starts, range(10), 4))
+    found = list(answers(source, renderer, source.train_labels, views[: len(done)], starts, range(10), 4))
     want = {(place, i) for place, count in enumerate(done) for i in range(count, 3)}
     assert len(found) == len(want) and {(place, at.start // 4) for place, at, *_ in found} == want
     for place, at, records, logits in found:
@@ -1422,15 +1425,15 @@ def test_answers_go_on_from_any_state_of_the_spool(files_source, whole_answers, 
 def files_source(toy, photos):
     """The source of `of_files`, the parameters of its views' first part, and a renderer."""
     source = open_source(of_files(photos, "unused"), quiet)
-    views = [build_module.view_parameters(source.train, source.identity, view, range(10)) for view in range(3)]
-    return source, views, build_module.teacher_renderer(source.train, source, 0)
+    views = [view_parameters(source.train, source.identity, view, range(10)) for view in range(3)]
+    return source, views, teacher_renderer(source.train, source, 0)
 
 
 @pytest.fixture(scope="module")
 def whole_answers(files_source):
     """Records and logits of the first part by view and rows."""
     source, views, renderer = files_source
-    found = build_module.answers(source, renderer, source.train_labels, views, [0, 0, 0], range(10), 4)
+    found = answers(source, renderer, source.train_labels, views, [0, 0, 0], range(10), 4)
     return {(place, at): answered for place, at, *answered in found}
 
 

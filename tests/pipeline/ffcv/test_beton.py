@@ -31,7 +31,7 @@ from kdcache.cache.identity import canonical
 from kdcache.cache.records import tail_distribution
 from kdcache.cache.store.chunks import as_arrays
 from kdcache.cli import main
-from kdcache.pipeline.build.build import describe_data
+from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.ffcv import beton as module
 from kdcache.pipeline.ffcv.beton import Beton, pack_beton

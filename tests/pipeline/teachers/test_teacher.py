@@ -21,8 +21,10 @@ from torchvision.transforms.v2 import functional as tv
 from kdcache.cache import open_cache
 from kdcache.cache.errors import InputError, NotFoundError
 from kdcache.cache.identity import TeacherIdentity, canonical
-from kdcache.pipeline.build.build import build, open_source, teacher_renderer
+from kdcache.pipeline.build.answers import teacher_renderer
+from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.teachers.networks import build_network, load_fitting
 from kdcache.pipeline.teachers.pixels import Pixels, Wanted

@@ -154,7 +154,7 @@ def test_who_joins_a_build_in_a_shared_folder_takes_its_teacher(first, member, t
     shutil.rmtree(caches_folder())
     with monkeypatch.context() as patch:
         patch.setattr(
-            "kdcache.pipeline.build.build._Builder.build", lambda *a: (_ for _ in ()).throw(ZeroDivisionError)
+            "kdcache.pipeline.build.builder.Builder.build", lambda *a: (_ for _ in ()).throw(ZeroDivisionError)
         )
         with pytest.raises(ZeroDivisionError):
             run(f"{BUILD} --registry {root} --push")

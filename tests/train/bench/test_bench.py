@@ -15,8 +15,8 @@ from PIL import Image
 
 from kdcache.cache.identity import Identity
 from kdcache.cli import main
-from kdcache.pipeline.build.build import open_source
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.train.bench import bench as bench_module
 from kdcache.train.bench.bench import BenchConfig, bench, table

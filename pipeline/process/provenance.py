@@ -15,7 +15,6 @@ from pathlib import Path
 import torch
 
 import kdcache
-from kdcache.pipeline.teachers.teacher import Teacher
 
 _LONGEST = 2000  # characters of a command line
 _SECRET_NAME = re.compile(r"(?i)(token|secret|passw|credential|api.?key|access.?key|private.?key)")
@@ -24,7 +23,7 @@ _FLAG = re.compile(r"(--?[\w-]+)(=|$)")
 _HIDDEN = "***"
 
 
-def writer(teacher: Teacher | None = None) -> dict[str, str]:
+def writer(device: str | None = None, compiled: bool = False) -> dict[str, str]:
     """Versions, host, process, time, command line, device, and the git commits of kdcache and of the folder worked in.
 
     A commit that is followed by "+" is not all: files were changed since.
@@ -33,11 +32,7 @@ def writer(teacher: Teacher | None = None) -> dict[str, str]:
     # Installed, it may lie in a work tree that is another project's.
     own = _commit(package) if (package / ".git").exists() else None
     commits = {"kdcache_commit": own, "commit": _commit(Path.cwd())}
-    device = (
-        {}
-        if teacher is None
-        else {"device": str(teacher.device), "compiled": "no" if teacher.compiled is None else "yes"}
-    )
+    teacher = {} if device is None else {"device": device, "compiled": "yes" if compiled else "no"}
     return {
         "kdcache": kdcache.__version__,
         "torch": str(torch.__version__),
@@ -46,7 +41,7 @@ def writer(teacher: Teacher | None = None) -> dict[str, str]:
         "process": str(os.getpid()),
         "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
         "command": command_line(sys.argv, os.environ),
-        **device,
+        **teacher,
         **{name: commit for name, commit in commits.items() if commit},
     }
 

@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 
 from kdcache.cache import Cache
 from kdcache.cli import main
-from kdcache.pipeline.build import provenance
 from kdcache.pipeline.info import built, describe, facts
+from kdcache.pipeline.process import provenance
 from kdcache.tests.cache.store.test_cache import Filled, identity
 
 SECRET = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=12, max_size=30)

@@ -1,0 +1,119 @@
+"""The teacher's answers: asked for batch by batch, encoded as records, and brought to the host."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+
+from kdcache.cache.identity import Identity
+from kdcache.cache.records import Records
+from kdcache.cache.store import chunks
+from kdcache.cache.store.cache import Cache
+from kdcache.pipeline.build.source import Source
+from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.views.policy import ViewParameters, draw, evaluation_view
+from kdcache.pipeline.views.render import Renderer
+
+FINITE, SUMS = "_finite", "_sums"
+
+
+def view_parameters(data: Dataset, identity: Identity, view: int, rows: range) -> ViewParameters:
+    """The parameters of a view's samples, or of the evaluation view where `data` is that split."""
+    sizes = data.sizes[rows.start : rows.stop]
+    if data.split == "eval":
+        return evaluation_view(sizes, whole=data.in_memory)
+    return draw(identity.views.policy, identity.views.seed, view, rows, sizes)
+
+
+def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) -> Renderer:
+    """Images as the teacher wants them."""
+    identity = source.identity
+    shown, device = identity.teacher, source.teacher.device
+    return Renderer(data, shown.input_size, device, identity.views.policy, workers, shown.interpolation)
+
+
+def record_batches(
+    source: Source, data: Dataset, labels: NDArray[np.int64], view: int, rows: range, batch: int, workers: int | None
+) -> Iterator[tuple[Records, torch.Tensor]]:
+    """The live teacher's records and logits [B, C] for rows of a view, in the batches that a build takes.
+
+    `rows` starts on a batch boundary of its shard.
+    """
+    parameters = view_parameters(data, source.identity, view, rows)
+    renderer = teacher_renderer(data, source, workers)
+    for _, _, records, logits in answers(source, renderer, labels, [parameters], [rows.start], rows, batch):
+        yield records, logits
+
+
+def answers(
+    source: Source,
+    renderer: Renderer,
+    labels: NDArray[np.int64],
+    views: Sequence[ViewParameters],
+    starts: Sequence[int],
+    rows: range,
+    batch: int,
+    skip: Callable[[int], bool] = lambda _: False,
+) -> Iterator[tuple[int, range, Records, torch.Tensor]]:
+    """The teacher's answers for rows of several views, each from its own start, which is a batch boundary, on.
+
+    The place in `views`, the rows of the batch, their records and logits [B, C], unchecked. skip: whether a view, by
+    its place, is no longer wanted. A short last batch is filled up, because logits of small batches can differ in the
+    last bit.
+    """
+    bounds = [range(i, min(i + batch, rows.stop)) for i in range(rows.start, rows.stop, batch)]
+    # A view that lacks nothing starts at the very end, which is inside of a short last batch.
+    bounds = [b for b in bounds if min(starts) <= b.start]
+    filled = [np.pad(np.arange(b.start, b.stop), (0, batch - len(b)), mode="edge") for b in bounds]
+    wanted = [[place for place, start in enumerate(starts) if start <= b.start] for b in bounds]
+    y = torch.from_numpy(labels[rows.start : rows.stop]).to(source.teacher.device)
+    for number, place, images in renderer.views(views, list(zip(filled, wanted, strict=True)), rows.start):
+        if skip(place):
+            continue
+        at = bounds[number]
+        logits = source.teacher.logits(images)[: len(at)]
+        of = y[at.start - rows.start : at.stop - rows.start]
+        yield place, at, chunks.encode_as(source.identity.record, logits, of, check=False), logits
+
+
+class Copy:
+    """A batch's answers on their way to the host: only records cross the bus, and nobody waits for them yet."""
+
+    def __init__(self, records: Records, logits: torch.Tensor, sums: torch.Tensor | None) -> None:
+        found = {**chunks.as_tensors(records), FINITE: torch.isfinite(logits).all(1)}
+        if sums is not None:
+            found[SUMS] = sums
+        self._event = torch.cuda.Event() if logits.is_cuda else None  # type: ignore[no-untyped-call]
+        if self._event is None:
+            self._host = {name: tensor.cpu() for name, tensor in found.items()}
+        else:
+            self._host = {
+                name: torch.empty_like(tensor, device="cpu", pin_memory=True).copy_(tensor, non_blocking=True)
+                for name, tensor in found.items()
+            }
+            self._event.record()
+
+    def wait(self) -> None:
+        """Until it is there."""
+        if self._event is not None:
+            self._event.synchronize()
+
+    def arrays(self) -> dict[str, NDArray[Any]]:
+        """By name, once it is there."""
+        self.wait()
+        # Pinned memory is for the way only.
+        return {name: t.numpy() if self._event is None else t.numpy().copy() for name, t in self._host.items()}
+
+
+def teacher_top1(cache: Cache) -> float | None:
+    """The teacher's accuracy (0..1) on the evaluation split, from its records; None without records or labels."""
+    if not cache.evaluation_views:
+        return None
+    records = cache.read_evaluation()
+    if not records.labels.shape[1]:
+        return None
+    return float((records.predictions() == records.labels[:, 0].long()).float().mean())
