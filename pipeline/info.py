@@ -9,7 +9,8 @@ from typing import Any
 from kdcache.cache.errors import KdcacheError
 from kdcache.cache.home import registry_beside, weights_file
 from kdcache.cache.registry.registry import KEY, Registry
-from kdcache.cache.store.cache import Cache, shard_name
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.process.progress import percent, size
 
 _SAMPLE = 10_000  # records, enough for a mean

@@ -14,8 +14,9 @@ from numpy.typing import NDArray
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.records import TEMPERATURES, Records
 from kdcache.cache.store import chunks
-from kdcache.cache.store.cache import Cache, SplitStore, shard_name
-from kdcache.cache.store.chunks import ArraySpec
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import shard_name
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build.answers import teacher_renderer, view_parameters
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import Source, describe_data, open_source
@@ -64,12 +65,12 @@ def verify(
     report = Report(views=cache.views)
     if contents:
         _try(report, cache.check_rest)
-    for store, name, wanted, check in _commits(cache, contents, report):
+    for store, name, check in _commits(cache, contents, report):
         error = _try(report, check)
         # What could not be read now may be sound, and what a newer kdcache wrote is.
         if repair and isinstance(error, (CorruptError, NotFoundError)):
-            store.remove(name, wanted)
-            report.repaired.append(f"{name} of {store.root}")
+            store.remove(name)
+            report.repaired.append(f"{name} of {store.where}")
     if source is not None and not report.problems:
         try:
             _replay(cache, source, replay, report)
@@ -78,57 +79,52 @@ def verify(
     return report
 
 
-Arrays = list[tuple[str, ArraySpec, int]]
-
-
-def _commits(
-    cache: Cache, contents: bool, report: Report
-) -> Iterator[tuple[SplitStore, str, Arrays, Callable[[], object]]]:
-    """Every commit there is or should be: its split, name, arrays, and what checks it."""
-    has_prior = bool(cache.prior_arrays) and 0 in cache.train.complete_views()
-    for store in (cache.evaluation, cache.train):
-        yield store, "labels", store.label_arrays, partial(_labels, store, contents)
-        if store.size_arrays:
-            yield store, "sizes", store.size_arrays, partial(_sizes, store, contents)
+def _commits(cache: Cache, contents: bool, report: Report) -> Iterator[tuple[SplitStore, str, Callable[[], object]]]:
+    """Every commit there is or should be: its split, its name, and what checks it."""
+    has_prior = cache.train.layout.has_prior and 0 in cache.train.complete_views()
+    for store in cache.splits:
+        yield store, "labels", partial(_labels, store, contents)
+        if store.layout.sizes:
+            yield store, "sizes", partial(_sizes, store, contents)
         committed = store.committed()
         if not committed and (store is cache.train or cache.evaluation_views):
-            report.problems.append(f"{store.root}: nothing is committed: run kdcache build again")
+            report.problems.append(f"{store.where}: nothing is committed: run kdcache build again")
         if not cache.packed and (gaps := sorted(set(range(max(committed, default=0))) - committed.keys())):
-            report.problems.append(f"{store.root}: lacks views {gaps}: run kdcache build again")
+            report.problems.append(f"{store.where}: lacks views {gaps}: run kdcache build again")
         for view, parts in sorted(committed.items()):
             if missing := set(range(store.parts)) - parts:
                 report.problems.append(
-                    f"{store.root}: view {view} lacks parts {sorted(missing)}: run kdcache build again"
+                    f"{store.where}: view {view} lacks parts {sorted(missing)}: run kdcache build again"
                 )
             for part in sorted(parts):
                 report.shards += 1
-                name, wanted = shard_name(view, part), store.shard_arrays(view, part, store.carries_tail_sums(view))
+                name = shard_name(view, part)
                 deep = contents or part >= store.parts  # which is refused before anything is read
-                check = partial(store.check_shard, view, part) if deep else partial(store.require, name, wanted)
-                yield store, name, wanted, check
+                check = partial(store.check_shard, view, part) if deep else partial(store.require, name)
+                yield store, name, check
     if has_prior:
-        yield cache.train, "prior", cache.prior_arrays, partial(_prior, cache, contents)
+        yield cache.train, "prior", partial(_prior, cache, contents)
 
 
 def _labels(store: SplitStore, contents: bool) -> None:
     if contents:
         _ = store.labels
     else:
-        store.require("labels", store.label_arrays)
+        store.require("labels")
 
 
 def _sizes(store: SplitStore, contents: bool) -> None:
     if contents:
         _ = store.sizes
     else:
-        store.require("sizes", store.size_arrays)
+        store.require("sizes")
 
 
 def _prior(cache: Cache, contents: bool) -> None:
     if contents:
         _ = cache.prior
     else:
-        cache.train.require("prior", cache.prior_arrays)
+        cache.train.require("prior")
 
 
 def _try(report: Report, check: Callable[[], object]) -> KdcacheError | None:
@@ -166,12 +162,12 @@ def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
             report.replayed += len(index)
             if not mean <= limit:
                 report.problems.append(
-                    f"{store.root}: view {view} is not what the teacher answers now: mean total variation "
+                    f"{store.where}: view {view} is not what the teacher answers now: mean total variation "
                     f"{mean:.4f}, at most {limit} is allowed; sample {index[worst]} differs most"
                 )
             elif not distance[worst] <= record_limit:
                 report.problems.append(
-                    f"{store.root}: view {view}, sample {index[worst]} is not what the teacher answers now: total "
+                    f"{store.where}: view {view}, sample {index[worst]} is not what the teacher answers now: total "
                     f"variation {float(distance[worst]):.3f}, at most {record_limit} is allowed"
                 )
     report.total_variation = max(distances)
@@ -181,7 +177,7 @@ def _same_parameters(store: SplitStore, data: Dataset, source: Source, view: int
     for part in range(store.parts):
         digest = view_parameters(data, source.identity, view, store.rows(part)).digest()
         if store.commit(shard_name(view, part)).parameters != digest:
-            raise MismatchError(f"{store.root}: view {view}, part {part} was built with other view parameters")
+            raise MismatchError(f"{store.where}: view {view}, part {part} was built with other view parameters")
 
 
 def _answer(

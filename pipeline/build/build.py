@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 from kdcache.cache.errors import InputError, MismatchError
 from kdcache.cache.files import make_folder
 from kdcache.cache.home import caches_folder
+from kdcache.cache.identity import id_dtype
 from kdcache.cache.store import chunks
-from kdcache.cache.store.cache import Cache, SplitStore, require_folder
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import record_arrays
+from kdcache.cache.store.publish import SplitStore, require_folder
 from kdcache.pipeline.build import suspicions
 from kdcache.pipeline.build.answers import teacher_renderer, teacher_top1
 from kdcache.pipeline.build.builder import Builder, missing_shards
@@ -122,7 +125,7 @@ def build(
         if others := leases.others():
             say(f"sharing the work with {', '.join(map(str, others))}")
         for store, data, labels in _splits(cache, source):
-            store.write_labels(labels.astype(chunks.id_dtype(source.teacher.classes)), writer)
+            store.write_labels(labels.astype(id_dtype(source.teacher.classes)), writer)
             store.write_sizes(data.sizes, writer)
         with Progress("build", images, "images") as progress:
             builder = Builder(source, config, cache, leases, batch, spool, writer, progress, say, {"train": renderer})
@@ -205,6 +208,6 @@ def _probe(
     some = slice(None, None, -(-len(index) // _TIMED))
     few = torch.from_numpy(source.train_labels[index][some])
     encoded = chunks.as_arrays(chunks.encode_as(record, logits[some], few))
-    specs = chunks.record_arrays(record, len(few), len(few))
+    specs = record_arrays(record, len(few), len(few))
     record_bytes = sum(len(chunks.encode_part(spec, 0, encoded[spec.name])) for spec in specs) / len(few)
     return rate, record_bytes

@@ -16,8 +16,11 @@ from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.records import require_std, tail_distribution
-from kdcache.cache.store.cache import Cache, SplitStore, shard_name
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import shard_name
 from kdcache.cache.store.leases import Leases
+from kdcache.cache.store.place import Folder
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build.answers import FINITE, SUMS, Copy, answers, teacher_renderer, view_parameters
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import Source
@@ -63,8 +66,8 @@ def missing_shards(path: Path, source: Source, views: int) -> list[Shard]:
     else:
         identity = source.identity
         stores = (
-            SplitStore(path, "train", identity),
-            SplitStore(path, "eval", identity),
+            SplitStore(Folder(path), "train", identity),
+            SplitStore(Folder(path), "eval", identity),
         )
     train, evaluation = stores
     todo = []

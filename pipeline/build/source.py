@@ -12,6 +12,7 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
 from kdcache.cache.records import default_precision
 from kdcache.cache.store import chunks
+from kdcache.cache.store.layout import record_arrays
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data import classmap
 from kdcache.pipeline.data.dataset import Dataset, open_data
@@ -83,7 +84,7 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
         class_map=class_map,
         part=config.part,
     )
-    largest = max(spec.chunk_bytes for spec in chunks.record_arrays(identity.record, len(data), config.part))
+    largest = max(spec.chunk_bytes for spec in record_arrays(identity.record, len(data), config.part))
     if largest > chunks.MAX_CHUNK_BYTES:
         raise InputError(
             f"a shard would hold {size(largest)} in one array, the most is {size(chunks.MAX_CHUNK_BYTES)}: "

@@ -23,7 +23,8 @@ from kdcache.cache import errors as e
 from kdcache.cache.files import publish, read_bounded, replace_file
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
 from kdcache.cache.records import class_prior, tail_distribution
-from kdcache.cache.store.chunks import array_metadata, as_arrays, encode_as, encode_part, record_arrays
+from kdcache.cache.store.chunks import array_metadata, as_arrays, encode_as, encode_part
+from kdcache.cache.store.layout import record_arrays
 from kdcache.pipeline.verify import verify
 
 FIELDS = ("classes", "gaps", "target_gap", "tail", "tail_std", "labels", "prior")
@@ -67,7 +68,7 @@ class Filled:
         for store in (self.cache.evaluation, self.cache.train):
             y = self.rng.integers(0, r.classes, (store.samples, r.labels))
             self.labels[store.split] = torch.from_numpy(y)
-            store.write_labels(y.astype(store._labels.dtype), WRITER)
+            store.write_labels(y.astype(store.layout.labels.dtype), WRITER)
             store.write_sizes(self.sizes(store), WRITER)
         self.logits = {("eval", 0): self.draw(self.cache.evaluation)}
         self.logits |= {("train", v): self.draw(self.cache.train) for v in range(views)}
@@ -575,11 +576,11 @@ def test_a_coded_tail_that_shows_a_hole_is_refused(tmp_path):
 def test_forged_labels_priors_and_sums_are_refused(filled):
     cache, path = filled.cache, filled.cache.path
     for name, spec, value, message in (
-        ("labels", cache.train._labels, 12, "labels holds a class id above 11"),
-        ("sizes", cache.train._sizes, 0, "sizes holds sizes below 1"),
-        ("prior", cache._prior_array, 0, "prior holds values that are no probabilities"),
-        ("prior", cache._prior_array, np.nan, "prior holds values that are no probabilities"),
-        ("tail_sums", cache.train.tail_sums_array, -1, "tail_sums holds values below zero"),
+        ("labels", cache.train.layout.labels, 12, "labels holds a class id above 11"),
+        ("sizes", cache.train.layout.sizes, 0, "sizes holds sizes below 1"),
+        ("prior", cache.train.layout.prior, 0, "prior holds values that are no probabilities"),
+        ("prior", cache.train.layout.prior, np.nan, "prior holds values that are no probabilities"),
+        ("tail_sums", cache.train.layout.tail_sums, -1, "tail_sums holds values below zero"),
     ):
         file = spec.chunk_file(0)
         kept = (path / file).read_bytes()
