@@ -725,7 +725,7 @@ def evaluate(as_json: bool, run: str, **options: Any) -> None:
     Example: kdcache eval runs/digits-resnet8-nkd-seed0
              kdcache eval runs/birds/best.safetensors --data imagefolder:/data/other-birds
     """
-    from kdcache.train.run import evaluate_run
+    from kdcache.train.evaluate import evaluate_run
 
     found = evaluate_run(run, **options)
     figures = {k: _figure(k, v) if isinstance(v, float) else v for k, v in found.items()}

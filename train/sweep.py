@@ -15,8 +15,9 @@ from kdcache.train import group
 from kdcache.train.config import TrainConfig
 from kdcache.train.loop.runfolder import settings_of
 from kdcache.train.losses.options import read_spec
-from kdcache.train.resuming import given_by, resumed
-from kdcache.train.run import cache_of, train
+from kdcache.train.plan.choosing import choose_cache
+from kdcache.train.plan.resuming import given_by, resumed
+from kdcache.train.run import train
 
 FILE = "sweep.json"
 _OUT = "runs/sweep"
@@ -85,7 +86,7 @@ def _sweep(
         config = resumed(config, common, given, started[0], say)
     # Found once, and pinned by the runs that are there.
     with group.one_first():
-        cache = cache_of(config)
+        cache = choose_cache(config)
     runs: list[dict[str, Any]] = []
     _write(out, cache.key, losses, seeds, runs)
     for (spec, seed), path in folders.items():
