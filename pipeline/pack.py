@@ -56,7 +56,7 @@ def pack(
     path = Path(out) if out else _beside(found.path, to, views)
     if to == "ffcv":
         if found.identity.views.imported:
-            raise InputError(f"{found.path} was imported, and FFCV's loader cannot make its views: give --to hdf5")
+            raise InputError(f"{found.where} was imported, and FFCV's loader cannot make its views: give --to hdf5")
         path = pack_beton(found, _images(found, data), path, chosen, say)
     else:
         _hdf5(found, path, chosen, say)
@@ -89,7 +89,7 @@ def _images(cache: Cache, data: str | None) -> Dataset:
     identity = cache.identity
     if data is None and identity.data.name in ("imagenet", "imagefolder"):
         raise InputError(f"where are the images? give --data {identity.data.name}:PATH")
-    data = data or stored_data(identity.data.name, cache.path)
+    data = data or stored_data(identity.data.name, cache.where)
     return open_data(data, "train", unlabelled=identity.record.labels == 0)
 
 

@@ -59,7 +59,7 @@ def verify(
     """
     if repair and not cache.writable:
         raise InputError(
-            f"--repair is for folders of one's own: copy {cache.path} anew, or remove it and pack it again"
+            f"--repair is for folders of one's own: copy {cache.where} anew, or remove it and pack it again"
         )
     cache = cache.fresh()
     report = Report(views=cache.views)
@@ -140,7 +140,7 @@ def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
     # The answer may be asked for in another numeric type than the cache's: then by the coarser type's tolerance.
     mine, theirs = cache.identity.teacher, source.identity.teacher
     in_type = source.identity.model_copy(update={"teacher": theirs.model_copy(update={"numeric": mine.numeric})})
-    cache.identity.require(in_type, str(cache.path))
+    cache.identity.require(in_type, cache.where)
     limit, record_limit = (max(t[mine.numeric], t[theirs.numeric]) for t in (TOLERANCE, RECORD_TOLERANCE))
     distances = []
     plan = [(cache.evaluation, source.evaluation, source.evaluation_labels, 0)]
@@ -227,18 +227,18 @@ def source_of(
     """
     i = cache.identity
     if i.views.imported:
-        raise InputError(f"{cache.path} was imported, and its teacher is not at hand: give --depth contents")
+        raise InputError(f"{cache.where} was imported, and its teacher is not at hand: give --depth contents")
     if data is None and i.data.name in ("imagenet", "imagefolder"):
         place = f"--data {i.data.name}:PATH"
         raise InputError(f"where are the images? give {place}, or --depth contents to do without them")
     config = BuildConfig(
-        teacher=teacher or stored_network(i.teacher.network, cache.path, "--teacher"),
-        weights=weightstore.weights_of(i, cache.path, weights, registry),
+        teacher=teacher or stored_network(i.teacher.network, cache.where, "--teacher"),
+        weights=weightstore.weights_of(i, cache.where, weights, registry),
         teacher_size=i.teacher.input_size,
         teacher_mean=i.teacher.mean,
         teacher_std=i.teacher.std,
         teacher_interpolation=i.teacher.interpolation,
-        data=data or stored_data(i.data.name, cache.path),
+        data=data or stored_data(i.data.name, cache.where),
         augment=i.views.policy,
         topk=i.record.k or i.record.classes,
         temperatures=i.record.temperatures or TEMPERATURES,
@@ -259,10 +259,10 @@ def source_of(
     except (InputError, NotFoundError) as e:
         # A teacher of other data does not fit them: it is the data that is wrong where they differ from the cache's.
         found = describe_data(open_data(config.data, "train", unlabelled=config.unlabelled), i.data.full_contents)
-        i.require(i.model_copy(update={"data": found}), str(cache.path))
+        i.require(i.model_copy(update={"data": found}), cache.where)
         if isinstance(e, NotFoundError):
             raise weightstore.not_to_be_had(i.teacher, registry) from None
         raise
     if weights is None:
-        i.require(i.model_copy(update={"data": source.identity.data}), str(cache.path))
+        i.require(i.model_copy(update={"data": source.identity.data}), cache.where)
     return source

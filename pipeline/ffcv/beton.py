@@ -175,14 +175,14 @@ def pack_beton(
         raise InputError(f"{out}: the name of an FFCV file ends in .beton")
     has = cache.identity.data
     if found := has.differences(describe_data(data, has.full_contents), theirs="the data"):
-        raise MismatchError(f"{cache.path} was built from other data than {data.name}: {'; '.join(found)}")
+        raise MismatchError(f"{cache.where} was built from other data than {data.name}: {'; '.join(found)}")
     cache.train.require_sizes(data.sizes)
     complete = cache.views
     chosen = tuple(sorted(set(complete if views is None else views)))
     if not chosen:
-        raise NotFoundError(f"there are no views to pack: {cache.path} has {len(complete)} complete ones")
+        raise NotFoundError(f"there are no views to pack: {cache.where} has {len(complete)} complete ones")
     if missing := set(chosen) - set(complete):
-        raise NotFoundError(f"{cache.path} has no complete view {min(missing)}: build it, or choose other --views")
+        raise NotFoundError(f"{cache.where} has no complete view {min(missing)}: build it, or choose other --views")
     if out.exists():
         there = Beton(out)
         if (there.key, there.views) != (cache.key, chosen):
@@ -403,7 +403,7 @@ class Beton:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path, self.where = Path(path), str(Path(path))
         self.content = _mapped(self.path)
         self._bytes = len(self.content)
         header = self._header()
