@@ -180,7 +180,7 @@ def _is_hash(text: str) -> bool:
 
 
 def weights_of(identity: Identity, where: str, given: str | None, registry: str | None) -> str | None:
-    """The file of the weights of a cache's teacher: here, in in the registry that the cache lies in, or in another.
+    """The file of the weights of a cache's teacher: here, in the registry that it lies in, or in another.
 
     given: what --weights says, which is then the answer. None where none is found: weights may have a public name too.
     """
