@@ -13,7 +13,7 @@ from kdcache.cache.errors import CorruptError, InputError, KdcacheError, machine
 from kdcache.cache.files import replace_file
 from kdcache.train import group
 from kdcache.train.config import TrainConfig
-from kdcache.train.loop.runfolder import settings_of
+from kdcache.train.loop.runfolder import config_of
 from kdcache.train.losses.options import read_spec
 from kdcache.train.plan.choosing import choose_cache
 from kdcache.train.plan.resuming import given_by, resumed
@@ -81,7 +81,7 @@ def _sweep(
     # A folder's name says its run's loss and seed.
     given = set(given_by(config) if given is None else given) - {"loss", "seed"}
     if started:
-        had = group.from_first(lambda: settings_of(started[0]))
+        had = group.from_first(lambda: config_of(started[0]))
         common = {name: value for name, value in had.items() if name not in ("loss", "loss_options", "seed")}
         config = resumed(config, common, given, started[0], say)
     # Found once, and pinned by the runs that are there.
