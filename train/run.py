@@ -99,9 +99,9 @@ def _train(
     with group.one_first():
         cache = choose_cache(config)
     if config.online and cache.identity.views.imported:
-        raise InputError(f"{cache.path} was imported, and its teacher is not at hand: train without --online")
+        raise InputError(f"{cache.where} was imported, and its teacher is not at hand: train without --online")
     if config.online and isinstance(cache, Beton):
-        raise InputError(f"--online renders as the cache was built: give the cache itself, not {cache.path}")
+        raise InputError(f"--online renders as the cache was built: give the cache itself, not {cache.where}")
     record = cache.identity.record
     with group.one_first():
         data, evaluation = (open_data(config.data, split, unlabelled=record.labels == 0) for split in ("train", "eval"))
@@ -158,7 +158,7 @@ def _train(
             )
     elif config.online:
         if config.views and not config.fresh_views and config.views > len(cache.views):
-            raise NotFoundError(f"{cache.path} has {len(cache.views)} complete views, not {config.views}: build more")
+            raise NotFoundError(f"{cache.where} has {len(cache.views)} complete views, not {config.views}: build more")
         teacher = same_teacher(cache, config, data, device) if partner is None else partner
         loader = OnlineLoader(
             cache, data, teacher, batch, fresh_views=config.fresh_views, seed=config.seed, image_size=size,
@@ -194,7 +194,7 @@ def _train(
         "amp": config.amp, "optimiser": recipe.optimiser, "sgd_lr": recipe.sgd_lr, "sgd_weight_decay": recipe.sgd_decay,
         "accumulate": recipe.accumulate, "clip": recipe.clip, "ema": recipe.ema, "compile": recipe.compile,
         "renderer": cache.renderer if isinstance(cache, Beton) else RENDERER,
-        "cache_path": str(cache.path.absolute()), "ranks": group.world(), "sync_bn": config.sync_bn,
+        "cache_path": place_of(cache.where), "ranks": group.world(), "sync_bn": config.sync_bn,
         "validation": config.validation, "teacher": config.teacher, "save_every": config.save_every,
         "weights": _placed_weights(config.weights), "evaluate_every": config.evaluate_every,
     }  # fmt: skip
@@ -215,7 +215,7 @@ def _train(
         "student": student, "classes": record.classes, "input_size": size, "mean": list(data.mean),
         "std": list(data.std), "class_names": list(data.class_names), "class_ids": class_ids(data, labels),
         "data": placed(config.data), "evaluation": has.fingerprint, "full_contents": has.full_contents,
-        "cache": cache.key, "cache_path": str(cache.path.absolute()), "beside_teacher": partner is not None,
+        "cache": cache.key, "cache_path": place_of(cache.where), "beside_teacher": partner is not None,
     }  # fmt: skip
     beside = (partner.model, partner.input_size) if partner else None
 
@@ -230,9 +230,9 @@ def _train(
             config.evaluate_every,
         )  # fmt: skip
     except KdcacheError as e:
-        if exists(str(cache.path)):
+        if exists(cache.where):
             raise
-        raise UnreadableError(f"{cache.path} has gone: bring the disk or folder back, and go on with --resume") from e
+        raise UnreadableError(f"{cache.where} has gone: bring the disk or folder back, and go on with --resume") from e
     best = best_of(history)
     summary = {
         **{k: v for k, v in history[-1].items() if k not in ("epoch", "seconds")},

@@ -25,7 +25,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.identity import Identity, Sha256, Strict
-from kdcache.cache.store.chunks import ArraySpec, record_arrays
+from kdcache.cache.store.layout import ArraySpec, record_arrays
 from kdcache.pipeline.data.imagefiles import Triple
 
 SUFFIX = ".beton"

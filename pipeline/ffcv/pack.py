@@ -33,7 +33,7 @@ def pack_ffcv(
         raise InputError(f"{out}: the name of an FFCV file ends in {SUFFIX}")
     has = cache.identity.data
     if found := has.differences(describe_data(data, has.full_contents), theirs="the data"):
-        raise MismatchError(f"{cache.path} was built from other data than {data.name}: {'; '.join(found)}")
+        raise MismatchError(f"{cache.where} was built from other data than {data.name}: {'; '.join(found)}")
     cache.train.require_sizes(data.sizes)
     chosen = _chosen(cache, views)
     if out.exists():
@@ -58,9 +58,9 @@ def _chosen(cache: Cache, views: Sequence[int] | None) -> tuple[int, ...]:
     complete = cache.views
     chosen = tuple(sorted(set(complete if views is None else views)))
     if not chosen:
-        raise NotFoundError(f"there are no views to pack: {cache.path} has {len(complete)} complete ones")
+        raise NotFoundError(f"there are no views to pack: {cache.where} has {len(complete)} complete ones")
     if missing := set(chosen) - set(complete):
-        raise NotFoundError(f"{cache.path} has no complete view {min(missing)}: build it, or choose other --views")
+        raise NotFoundError(f"{cache.where} has no complete view {min(missing)}: build it, or choose other --views")
     return chosen
 
 

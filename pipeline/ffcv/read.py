@@ -16,8 +16,9 @@ from torchvision.io import ImageReadMode
 
 from kdcache.cache.errors import CorruptError, MismatchError, NotFoundError
 from kdcache.cache.files import sha256
+from kdcache.cache.identity import id_dtype
 from kdcache.cache.records import Records
-from kdcache.cache.store.chunks import as_records, id_dtype
+from kdcache.cache.store.chunks import as_records
 from kdcache.pipeline.ffcv.format import AREA_RENDERER, CRC_BYTES, RAW, Block, PackedView
 from kdcache.pipeline.ffcv.headers import corrupt, read_headers, sizes_of
 from kdcache.pipeline.views.policy import ViewParameters, draw
@@ -35,7 +36,7 @@ class FFCVFile:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path, self.where = Path(path), str(Path(path))
         self._headers = read_headers(self.path)
         self.content, notes, self.layout, self.table, self.image_bytes = self._headers
         self.identity, self.key = notes.identity, notes.identity.key

@@ -17,8 +17,9 @@ from PIL import Image
 from kdcache.cache.errors import CorruptError, InputError
 from kdcache.cache.files import sha256
 from kdcache.cache.identity import canonical
-from kdcache.cache.store.cache import Cache, shard_name
+from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.chunks import as_arrays
+from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.ffcv.format import (
     ALLOCATION,

@@ -23,9 +23,9 @@ from kdcache.train.losses.base import Partnered
 def same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, device: torch.device) -> Teacher:
     """The live teacher, which must be the one that the cache was built by."""
     had = cache.identity.teacher
-    name = config.teacher or stored_network(had.network, cache.path, "--teacher")
+    name = config.teacher or stored_network(had.network, cache.where, "--teacher")
     amp = "bf16" if had.numeric == "bf16" else None
-    weights = weightstore.weights_of(cache.identity, cache.path, config.weights, config.registry)
+    weights = weightstore.weights_of(cache.identity, cache.where, config.weights, config.registry)
     try:
         teacher = load_teacher(name, data, device, weights=weights, amp=amp, wanted=Wanted.of(had))
     except NotFoundError:
@@ -59,7 +59,7 @@ def learning_teacher(
     else:
         if config.weights:
             raise InputError(f"--weights are those of a taught teacher: give --loss {loss.name}:start=taught")
-        name = config.teacher or stored_network(had.network, cache.path, "--teacher")
+        name = config.teacher or stored_network(had.network, cache.where, "--teacher")
         # A seed that no student has: two of one kind must not start from equal weights.
         network = seeded(-1 - config.seed, lambda: build_network(name, record.classes, had.input_size))
         model = Classifier(network, mean, std).to(device)
