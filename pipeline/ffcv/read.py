@@ -162,7 +162,7 @@ class FFCVFile:
 
 
 class _Train:
-    """The train split of a packed file."""
+    """The train split of a packed file, whose images lie beside its records."""
 
     def __init__(self, file: FFCVFile) -> None:
         self._file = file
@@ -171,6 +171,9 @@ class _Train:
     def labels(self) -> NDArray[Any]:
         """[N, L] class ids of the teacher."""
         return self._file.labels
+
+    def require_sizes(self, sizes: NDArray[np.int32]) -> None:
+        """Nothing to compare: the images that a student sees are the file's own."""
 
 
 class _Evaluation:
@@ -194,6 +197,9 @@ class _Evaluation:
     def labels(self) -> NDArray[Any]:
         """[N, L] class ids of the teacher."""
         return self.records.labels.numpy()
+
+    def require_sizes(self, sizes: NDArray[np.int32]) -> None:
+        """Nothing to compare: the file does not hold the sizes of the evaluation split's images."""
 
 
 def _ranges(views: Sequence[int]) -> str:
