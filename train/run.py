@@ -10,12 +10,9 @@ from typing import Any
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kdcache import __version__
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError, UnreadableError
-from kdcache.cache.records import Records
-from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import open_data, open_validation
 from kdcache.pipeline.data.defaults import defaults_for
 from kdcache.pipeline.ffcv.beton import Beton
@@ -35,9 +32,9 @@ from kdcache.train.loaders.ffcv import BetonLoader
 from kdcache.train.loop.optimisers import Recipe, default_rates, require_autocast
 from kdcache.train.loop.runfolder import RunFolder, best_of, config_of
 from kdcache.train.loop.trainer import PARTNER, fit, seeded
-from kdcache.train.losses import BDKD, IKL, USKD, Loss
-from kdcache.train.losses.features import FeatureLoss
-from kdcache.train.losses.options import described, head_mass_warning, make_loss, options_of, require_served
+from kdcache.train.losses.base import Partnered
+from kdcache.train.losses.options import described, make_loss, options_of
+from kdcache.train.losses.prepare import prepared, require_served
 from kdcache.train.plan.choosing import choose_cache
 from kdcache.train.plan.resuming import exists, given_by, place_of, placed, resumed
 from kdcache.train.plan.teachers import learning_teacher, same_teacher
@@ -147,7 +144,7 @@ def _train(
         ema=config.ema,
         compile=long if config.compile is None else config.compile,
     )
-    partner = learning_teacher(cache, config, data, loss, recipe, device) if isinstance(loss, BDKD) else None
+    partner = learning_teacher(cache, config, data, loss, recipe, device) if isinstance(loss, Partnered) else None
     loader: CachedLoader | OnlineLoader | BetonLoader
     if isinstance(cache, Beton):
         loader = BetonLoader(
@@ -270,34 +267,3 @@ def _of_validation(found: dict[str, float]) -> dict[str, float]:
     mark = f"{PARTNER}_"
     of = {k: mark if k.startswith(mark) else "" for k in found}
     return {f"{of[k]}validation_{k.removeprefix(of[k])}": v for k, v in found.items()}
-
-
-def prepared(
-    loss: Loss,
-    cache: Cache | Beton,
-    model: Classifier,
-    size: int,
-    online: bool,
-    say: Callable[[str], None],
-    samples: NDArray[np.int64] | None = None,
-    live: OnlineLoader | None = None,
-) -> Loss:
-    """The loss with all that it takes from view 0 and from the student; a warning where the tail is most of it.
-
-    samples: those that it may learn from; by default all. live: answers where the cache has no view with all classes.
-    """
-    dense, softened = cache.identity.record.dense, loss.needs.temperatures or loss.needs.standardised
-
-    def first_view() -> Records:
-        records = cache.read(cache.views[0])
-        return records if samples is None else records[torch.from_numpy(samples)]
-
-    if isinstance(loss, IKL) and loss.pairs == "prior":
-        if live is not None and not (dense and cache.views):
-            say(f"the teacher answers view 0 once, for the class prior of {loss.name}")
-            loss.prepare(live.answers(0))
-        else:
-            loss.prepare(first_view().to(next(model.parameters()).device))
-    if softened and not (online or dense) and (warning := head_mass_warning(loss, first_view())):
-        say(f"warning: {warning}")
-    return FeatureLoss(loss, model, size, cache.identity.record.classes) if isinstance(loss, USKD) else loss

@@ -45,7 +45,8 @@ from kdcache.train.loop.trainer import Training, fit, seeded
 from kdcache.train.losses import IKL
 from kdcache.train.losses.features import FeatureTap
 from kdcache.train.losses.options import LOSSES, make_loss
-from kdcache.train.run import prepared, train
+from kdcache.train.losses.prepare import prepared
+from kdcache.train.run import train
 from kdcache.train.teach import TeachConfig, teach
 
 BATCH = 128

@@ -42,8 +42,8 @@ from kdcache.train.loaders.cached import CachedLoader, OnlineLoader
 from kdcache.train.loop.optimisers import Amp, Recipe
 from kdcache.train.loop.trainer import Loader, Training, fit, seeded
 from kdcache.train.losses import CE, Loss
-from kdcache.train.losses.options import make_loss, options_of, require_served
-from kdcache.train.run import prepared
+from kdcache.train.losses.options import make_loss, options_of
+from kdcache.train.losses.prepare import prepared, require_served
 
 TEACHER, FILES_TEACHER = "resnet56", "resnet34"
 READ_RECORDS, FKD_IMAGES, READ_BATCH = 65_536, 200, 1024

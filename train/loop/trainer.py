@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +21,7 @@ from kdcache.train.loop.ema import WeightAverage
 from kdcache.train.loop.interrupts import Interrupts
 from kdcache.train.loop.optimisers import Recipe, Updater
 from kdcache.train.loop.runfolder import ANEW, RunFolder
-from kdcache.train.losses import Loss
+from kdcache.train.losses.base import Learnt, Loss, Paced
 
 SAVE_EVERY = 300.0  # seconds
 PARTNER = "teacher"  # in the names of its metrics and files
@@ -35,24 +35,6 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records | None]]: ...
-
-
-@runtime_checkable
-class Learnt(Protocol):
-    """A loss with parameters of its own, which are trained beside the student's."""
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-
-@runtime_checkable
-class Paced(Protocol):
-    """A loss that goes by the epoch, counted from 1."""
-
-    def set_epoch(self, epoch: int) -> None: ...
 
 
 class Partner(Protocol):

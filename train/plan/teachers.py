@@ -17,7 +17,7 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.trainer import seeded
-from kdcache.train.losses import BDKD
+from kdcache.train.losses.base import Partnered
 
 
 def same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, device: torch.device) -> Teacher:
@@ -41,23 +41,24 @@ def same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, devic
 
 
 def learning_teacher(
-    cache: Cache | Beton, config: TrainConfig, data: Dataset, loss: BDKD, recipe: Recipe, device: torch.device
+    cache: Cache | Beton, config: TrainConfig, data: Dataset, loss: Partnered, recipe: Recipe, device: torch.device
 ) -> LearningTeacher | None:
-    """The teacher that learns beside bdkd's student, online; None from a cache."""
+    """The teacher that learns beside the student, online; None from a cache."""
     if not config.online:
-        if (loss.teacher_alpha, loss.regulariser, loss.start) != (BDKD.teacher_alpha, BDKD.regulariser, BDKD.start):
-            raise InputError("bdkd's teacher_alpha, regulariser and start are of a teacher that learns: give --online")
+        if any(getattr(loss, name) != getattr(type(loss), name) for name in loss.partner_options):
+            *most, last = loss.partner_options
+            raise InputError(f"{loss.name}'s {', '.join(most)} and {last} are of a teacher that learns: give --online")
         return None
     record, had = cache.identity.record, cache.identity.teacher
     if not record.labels:
-        raise InputError("bdkd's teacher learns from labels too, and this cache was built with --unlabelled")
+        raise InputError(f"{loss.name}'s teacher learns from labels too, and this cache was built with --unlabelled")
     mean, std = data.mean, data.std
-    if loss.start == "taught":
+    if loss.starts_taught:
         teacher = same_teacher(cache, config, data, device)
         model, mean, std = teacher.model, had.mean, had.std
     else:
         if config.weights:
-            raise InputError("--weights are those of a taught teacher: give --loss bdkd:start=taught")
+            raise InputError(f"--weights are those of a taught teacher: give --loss {loss.name}:start=taught")
         name = config.teacher or stored_network(had.network, cache.path, "--teacher")
         # A seed that no student has: two of one kind must not start from equal weights.
         network = seeded(-1 - config.seed, lambda: build_network(name, record.classes, had.input_size))
