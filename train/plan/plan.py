@@ -23,8 +23,9 @@ from kdcache.train.evaluation.otherdata import class_ids
 from kdcache.train.evaluation.validation import held_out_part
 from kdcache.train.loaders.cached import require_data
 from kdcache.train.loop.optimisers import Recipe, default_rates, require_autocast
-from kdcache.train.losses import BDKD, Loss
-from kdcache.train.losses.options import described, make_loss, options_of, require_served
+from kdcache.train.losses.base import Loss, Partnered
+from kdcache.train.losses.options import described, make_loss, options_of
+from kdcache.train.losses.prepare import require_served
 from kdcache.train.plan.choosing import choose_cache
 from kdcache.train.plan.resuming import place_of, placed
 from kdcache.train.plan.stores import Feed, feed_of
@@ -78,7 +79,7 @@ class TrainPlan:
     @property
     def teacher_learns(self) -> bool:
         """Whether a teacher learns beside the student, with weights of its own."""
-        return self.asked.online and isinstance(self.loss, BDKD)
+        return self.asked.online and isinstance(self.loss, Partnered)
 
     @property
     def settings(self) -> dict[str, Any]:
@@ -134,7 +135,7 @@ def make_plan(config: TrainConfig, device: torch.device, say: Callable[[str], No
         cache = choose_cache(config)
     feed = feed_of(cache)
     if config.online:
-        feed.require_live()
+        feed.live()  # or an error
     record = cache.identity.record
     data, evaluation, validation = _open_splits(config, record.labels == 0, say)
     require_data(cache, data)

@@ -30,8 +30,8 @@ class Feed(Protocol):
     def labels(self) -> NDArray[np.int64]:
         """int64 [N, L] the classes of the training samples, as the teacher counts them."""
 
-    def require_live(self) -> None:
-        """InputError where a live teacher cannot answer in the place of this store's records."""
+    def live(self) -> Cache:
+        """The cache whose views a live teacher answers. InputError where none can stand in for these records."""
 
     def loader(
         self, data: Dataset, batch: int, allow_renderer: bool, say: Callable[[str], None], **options: Any
@@ -50,9 +50,10 @@ class CacheFeed:
     def labels(self) -> NDArray[np.int64]:
         return self._cache.train.labels.astype(np.int64)
 
-    def require_live(self) -> None:
+    def live(self) -> Cache:
         if self._cache.identity.views.imported:
             raise InputError(f"{self._cache.path} was imported, and its teacher is not at hand: train without --online")
+        return self._cache
 
     def loader(
         self, data: Dataset, batch: int, allow_renderer: bool, say: Callable[[str], None], **options: Any
@@ -73,7 +74,7 @@ class BetonFeed:
     def labels(self) -> NDArray[np.int64]:
         return self._beton.labels.astype(np.int64)
 
-    def require_live(self) -> None:
+    def live(self) -> Cache:
         raise InputError(f"--online renders as the cache was built: give the cache itself, not {self._beton.path}")
 
     def loader(
