@@ -530,8 +530,6 @@ def build(
     With a registry, what is published there is not computed again.
     """
     from kdcache.pipeline.build.config import BuildConfig
-    from kdcache.pipeline.pack import pack as run_pack
-    from kdcache.pipeline.process.rank import this_rank
     from kdcache.train.teach import build_and_teach, unreadable_files
 
     if list_unreadable:
@@ -540,12 +538,11 @@ def build(
         sys.exit(1 if found else 0)
     if teacher is None:
         raise click.UsageError("Missing option '--teacher': the network that answers, such as --teacher resnet34.")
-    result = build_and_teach(BuildConfig(teacher, **options), _say, registry, publish, not no_teacher)
-    if store == "zarr" or this_rank().rank:
-        _print(vars(result), as_json, str(result.path))
+    built, packed = build_and_teach(BuildConfig(teacher, **options), registry, publish, _say, not no_teacher, store)
+    if packed is None:
+        _print(vars(built), as_json, str(built.path))
     else:
-        packed = run_pack(result.path, store, data=options["data"], say=_say)
-        _print({**vars(result), "packed": vars(packed)}, as_json, str(packed.path))
+        _print({**vars(built), "packed": vars(packed)}, as_json, str(packed.path))
 
 
 @main.command()

@@ -32,7 +32,7 @@ from torchvision.models import WeightsEnum
 from torchvision.transforms.v2 import functional as tv
 
 from kdcache.cache.files import replace_file
-from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.teachers.teacher import load_teacher
 from kdcache.train.bench.bench import machine
 
@@ -117,12 +117,12 @@ def write(name: str, entry: WeightsEnum) -> Path:
     return file
 
 
-def any_data(classes: int = 3) -> Dataset:
+def any_data(classes: int = 3) -> ArrayDataset:
     """In-memory images of 32 pixels: what a pretrained teacher wants to see does not come from them."""
     labels, pixels = np.arange(classes)[:, None], torch.zeros((classes, 32, 32, 3), dtype=torch.uint8)
     sizes = np.full((classes, 2), 32, np.int32)
     names = tuple(f"class {i}" for i in range(classes))
-    return Dataset("any", "train", labels, names, sizes, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), pixels)
+    return ArrayDataset("any", "train", labels, names, sizes, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), pixels)
 
 
 def pictures(size: int) -> Tensor:

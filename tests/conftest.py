@@ -1,9 +1,12 @@
-"""For all files; fixtures of several: registries of each kind that can be written, all of them empty."""
+"""Fixtures of several files: a home of one's own, one thread, and empty registries of each kind that can be written."""
 
 import os
 import signal
 
 import pytest
+
+# Helpers and contracts hold assertions too: pytest shall explain those that fail, as it does in test files.
+pytest.register_assert_rewrite("kdcache.tests.helpers", "kdcache.tests.contracts")
 
 BUCKETS = 100
 
@@ -40,17 +43,30 @@ def own_home(tmp_path, monkeypatch):
 
 
 @pytest.fixture(scope="module")
-def impatient():
-    """Requests to servers are given up soon, nothing is synced to the disk, and one thread computes."""
-    import torch
-
-    from kdcache.cache.registry import objects
+def one_thread():
+    """Torch computes with one thread: for tensors as small as the tests', more only wait for each other."""
+    import torch  # slow, and some files do without it
 
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def no_fsync():
+    """Files are not synced to the disk, which takes most of the time of writing small ones."""
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def impatient(one_thread, no_fsync):
+    """Requests to servers are given up after a few seconds."""
+    from kdcache.cache.registry import objects
+
+    with pytest.MonkeyPatch.context() as patch:
         patch.setattr(objects, "PATIENCE", 8.0)
         patch.setattr(objects, "AT_FIRST", 1.0)
         yield
-    torch.set_num_threads(threads)

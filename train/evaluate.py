@@ -75,7 +75,7 @@ def evaluate_run(
     place = notes.get("cache_path")
     found = open_store(cache or (place if place and exists(place) else notes["cache"]), registry)
     if cache is None and found.key != notes["cache"]:
-        raise MismatchError(f"{found.path} is not the cache of this run any more: give the one to use with --cache")
+        raise MismatchError(f"{found.where} is not the cache of this run any more: give the one to use with --cache")
     evaluation = open_data(
         data or stored_data(notes["data"], path), "eval", unlabelled=found.identity.record.labels == 0
     )

@@ -88,8 +88,8 @@ def _train(
             config.evaluate_every,
         )  # fmt: skip
     except KdcacheError as e:
-        where = plan.cache.path
-        if exists(str(where)):
+        where = plan.cache.where
+        if exists(where):
             raise
         raise UnreadableError(f"{where} has gone: bring the disk or folder back, and go on with --resume") from e
     summary = _summary(plan, history, time.monotonic() - started)
@@ -111,7 +111,7 @@ def _loader(
         return plan.feed.loader(plan.data, plan.batch, asked.allow_renderer, say, device=plan.device, **shared)
     cache = plan.feed.live()
     if plan.views is not None and plan.views > len(cache.views):
-        raise NotFoundError(f"{cache.path} has {len(cache.views)} complete views, not {plan.views}: build more")
+        raise NotFoundError(f"{cache.where} has {len(cache.views)} complete views, not {plan.views}: build more")
     teacher = live_teacher(plan) if partner is None else partner
     return OnlineLoader(cache, plan.data, teacher, plan.batch, fresh_views=asked.fresh_views, **shared)
 

@@ -6,7 +6,8 @@ import numpy as np
 import torch
 from PIL import Image
 
-from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.data.kinds.arrays import ArrayDataset
+from kdcache.pipeline.data.kinds.files import FileDataset
 
 
 def draw(path: Path, h: int = 8, w: int = 8) -> Path:
@@ -25,7 +26,7 @@ def toy_data(cache, place):
         Image.fromarray(rng.integers(0, 256, (5, 8, 3), np.uint8)).save(place / path)
     sizes = np.tile(np.array([[5, 8]], np.int32), (has.samples, 1))
     unlabelled = np.zeros((has.samples, 0), np.int64)
-    data = Dataset(has.name, "train", unlabelled, (), sizes, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), None, place, paths)
+    data = FileDataset(has.name, "train", unlabelled, (), sizes, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), place, paths)
     data._fingerprints[has.full_contents] = has.fingerprint
     vars(cache.train)["sizes"] = sizes
     return data
@@ -33,7 +34,7 @@ def toy_data(cache, place):
 
 def arrays_data(n, height, width, labelled=True):
     rng = np.random.default_rng(n)
-    return Dataset(
+    return ArrayDataset(
         name="toy",
         split="train",
         labels=rng.integers(0, 12, (n, int(labelled))),
@@ -41,5 +42,5 @@ def arrays_data(n, height, width, labelled=True):
         sizes=np.tile(np.array([[height, width]], np.int32), (n, 1)),
         mean=(0.4, 0.5, 0.6),
         std=(0.2, 0.3, 0.25),
-        images=torch.from_numpy(rng.integers(0, 256, (n, height, width, 3), np.uint8)),
+        pixels=torch.from_numpy(rng.integers(0, 256, (n, height, width, 3), np.uint8)),
     )

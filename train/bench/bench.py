@@ -143,7 +143,11 @@ def _source(config: BenchConfig, folder: Path, device: torch.device) -> tuple[So
     )
     if config.compile:
         teacher = teacher.compile(built)
-    return Source(train, evaluation, labels, found.evaluation_labels[few], teacher, identity), len(data)
+    found = replace(
+        found, train=train, evaluation=evaluation, train_labels=labels, evaluation_labels=found.evaluation_labels[few],
+        teacher=teacher, identity=identity,
+    )  # fmt: skip
+    return found, len(data)
 
 
 def _build_batch(config: BenchConfig, defaults: Defaults, samples: int, teacher: Teacher) -> int:
@@ -181,7 +185,7 @@ class _Bench:
     ) -> None:
         self.config, self.source, self.folder, self.device, self.say = config, source, folder, device, say
         self.whole, self.samples = whole, len(source.train)
-        self.defaults, record = defaults_for(source.train), source.identity.record
+        self.defaults, record = source.defaults, source.identity.record
         self.batch = config.batch_size or self.defaults.train_batch
         self.build_batch = _build_batch(config, self.defaults, self.samples, source.teacher)
         self.size = config.image_size or source.train.image_size or source.teacher.input_size

@@ -34,7 +34,7 @@ def choose_cache(config: TrainConfig) -> Cache | Beton:
     cache = open_store(where, config.registry, config.local_store_size)
     built_by = cache.identity.teacher.network
     if config.teacher and config.teacher != built_by:
-        raise MismatchError(f"{cache.path} was built by {built_by}, not by {config.teacher}")
+        raise MismatchError(f"{cache.where} was built by {built_by}, not by {config.teacher}")
     return cache
 
 

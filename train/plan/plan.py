@@ -93,7 +93,7 @@ class TrainPlan:
             "fresh_views": asked.fresh_views, "amp": asked.amp, "optimiser": recipe.optimiser, "sgd_lr": recipe.sgd_lr,
             "sgd_weight_decay": recipe.sgd_decay, "accumulate": recipe.accumulate, "clip": recipe.clip,
             "ema": recipe.ema, "compile": recipe.compile, "renderer": self.feed.renderer,
-            "cache_path": str(cache.path.absolute()), "ranks": group.world(), "sync_bn": asked.sync_bn,
+            "cache_path": place_of(cache.where), "ranks": group.world(), "sync_bn": asked.sync_bn,
             "validation": asked.validation, "teacher": asked.teacher, "save_every": asked.save_every,
             "weights": _placed_weights(asked.weights), "evaluate_every": asked.evaluate_every,
         }  # fmt: skip
@@ -106,7 +106,7 @@ class TrainPlan:
             "student": self.student, "classes": self.classes, "input_size": self.image_size, "mean": list(data.mean),
             "std": list(data.std), "class_names": list(data.class_names), "class_ids": class_ids(data, self.labels),
             "data": placed(self.asked.data), "evaluation": has.fingerprint, "full_contents": has.full_contents,
-            "cache": self.cache.key, "cache_path": str(self.cache.path.absolute()),
+            "cache": self.cache.key, "cache_path": place_of(self.cache.where),
             "beside_teacher": self.teacher_learns,
         }  # fmt: skip
 

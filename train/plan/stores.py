@@ -52,7 +52,9 @@ class CacheFeed:
 
     def live(self) -> Cache:
         if self._cache.identity.views.imported:
-            raise InputError(f"{self._cache.path} was imported, and its teacher is not at hand: train without --online")
+            raise InputError(
+                f"{self._cache.where} was imported, and its teacher is not at hand: train without --online"
+            )
         return self._cache
 
     def loader(
@@ -75,7 +77,7 @@ class BetonFeed:
         return self._beton.labels.astype(np.int64)
 
     def live(self) -> Cache:
-        raise InputError(f"--online renders as the cache was built: give the cache itself, not {self._beton.path}")
+        raise InputError(f"--online renders as the cache was built: give the cache itself, not {self._beton.where}")
 
     def loader(
         self, data: Dataset, batch: int, allow_renderer: bool, say: Callable[[str], None], **options: Any

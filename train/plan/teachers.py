@@ -21,7 +21,7 @@ def live_teacher(plan: TrainPlan) -> Teacher:
     asked, cache = plan.asked, plan.cache
     had = cache.identity.teacher
     amp = "bf16" if had.numeric == "bf16" else None
-    weights = weightstore.weights_of(cache.identity, cache.path, asked.weights, asked.registry)
+    weights = weightstore.weights_of(cache.identity, cache.where, asked.weights, asked.registry)
     try:
         teacher = load_teacher(
             _network_of(plan), plan.data, plan.device, weights=weights, amp=amp, wanted=Wanted.of(had)
@@ -86,4 +86,4 @@ def _new_teacher(plan: TrainPlan) -> Classifier:
 
 def _network_of(plan: TrainPlan) -> str:
     """The teacher's network. InputError where only the cache names a function for it."""
-    return plan.asked.teacher or stored_network(plan.cache.identity.teacher.network, plan.cache.path, "--teacher")
+    return plan.asked.teacher or stored_network(plan.cache.identity.teacher.network, plan.cache.where, "--teacher")

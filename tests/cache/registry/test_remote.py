@@ -22,7 +22,8 @@ from kdcache.cache.registry.remote import LocalStore
 from kdcache.cache.store.place import StoredFile
 from kdcache.pipeline import share
 from kdcache.pipeline.build import build as build_module
-from kdcache.pipeline.share import build_shared, pull, push
+from kdcache.pipeline.build.plan import plan_build
+from kdcache.pipeline.share import pull, push
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.tests.helpers.building import TOY, settings
 from kdcache.tests.helpers.caches import Filled, same
@@ -30,6 +31,7 @@ from kdcache.tests.helpers.registries import about, content, quiet, refused, run
 from kdcache.tests.helpers.servers import faulty, web_server
 from kdcache.train.config import TrainConfig
 from kdcache.train.run import train
+from kdcache.train.teach import build_and_teach
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -60,6 +62,10 @@ warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
 
 
 # ---- building with a registry ----
+
+
+def build_shared(*args, **kwargs):
+    return build_and_teach(*args, **kwargs)[0]
 
 
 @contextlib.contextmanager
@@ -181,7 +187,8 @@ def test_a_source_of_the_other_numeric_type_answers_in_it(tmp_path, root, monkey
     a = build_shared(settings(amp="bf16"), root, publish=True, say=quiet)
     live_in(tmp_path, monkeypatch, "b")
     config = settings()
-    source = share._as_published(build_module.open_source(config), config, open_registry(root), 2, quiet)
+    plan = plan_build(config, build_module.open_source(config))
+    source = share._as_published(plan, open_registry(root), quiet).source
     assert source.identity == open_registry(root).cache(a.key).identity
     assert source.teacher.identity == source.identity.teacher and source.teacher.identity.numeric == "bf16"
     build_module.build(settings(out=str(tmp_path / "anew")), quiet, source)
@@ -290,7 +297,7 @@ def test_a_warm_store_needs_the_network_for_no_record(tmp_path, toy, bucket, mon
 
 def test_what_is_here_comes_before_what_is_there(tmp_path, toy, root):
     push(toy.cache.path, root, name="toy-v1", say=quiet)
-    assert open_cache("toy-v1", root).path != caches_folder() / toy.cache.key
+    assert open_cache("toy-v1", root).where != str(caches_folder() / toy.cache.key)
     pull("toy-v1", root, say=quiet)
     assert open_cache("toy-v1", root).path == caches_folder() / toy.cache.key
 

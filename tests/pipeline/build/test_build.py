@@ -30,16 +30,18 @@ from kdcache.cache import Cache, KdcacheError, encode, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import list_caches
 from kdcache.cache.store import chunks, leases
-from kdcache.cache.store.cache import SplitStore, shard_name
+from kdcache.cache.store.layout import shard_name
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build import build as build_module
-from kdcache.pipeline.build import builder
+from kdcache.pipeline.build import builder, plan
 from kdcache.pipeline.build import spool as spool_module
 from kdcache.pipeline.build.answers import answers, record_batches, teacher_renderer, view_parameters
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.source import open_source
-from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.defaults import defaults_for
+from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.info import describe, facts, one_line
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.pipeline.verify import verify
@@ -116,7 +118,7 @@ def equal(a, b):
 def rendered_apart(data, boxes, flips):
     """uint8 [n, H, W, 3]: each crop on its own, by numpy."""
     out = []
-    for image, (top, left, height, width), flip in zip(data.images.numpy(), boxes, flips, strict=True):
+    for image, (top, left, height, width), flip in zip(data.pixels.numpy(), boxes, flips, strict=True):
         pad = max(height, width)
         black = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
         cut = black[pad + top : pad + top + height, pad + left : pad + left + width]
@@ -258,8 +260,9 @@ def test_whether_the_teacher_is_compiled_depends_on_neither_what_is_left_nor_ran
     on_gpu = replace(source, teacher=replace(source.teacher, device=torch.device("cuda")))
 
     def compiled(of, records, choice=None):
-        monkeypatch.setattr(build_module, "_WORTH_COMPILING", records)
-        return build_module._compiled(of, settings(compile=choice), BATCH, quiet).teacher.compiled is not None
+        monkeypatch.setattr(plan, "WORTH_COMPILING", records)
+        planned = plan.plan_build(settings(compile=choice), of)
+        return build_module._compiled(planned, quiet).source.teacher.compiled is not None
 
     usual = 150 * 16
     assert compiled(on_gpu, usual) and not compiled(on_gpu, usual + 1) and not compiled(source, usual)
@@ -402,7 +405,7 @@ def test_one_class_of_several_has_the_sum_of_their_probabilities(tmp_path, sourc
     assert (cache.train.labels == source.train.labels).all()
     assert verify(cache, open_source(config, quiet)).passed
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (source.train.mean, source.train.std))
-    images = source.evaluation.images.permute(0, 3, 1, 2)
+    images = source.evaluation.pixels.permute(0, 3, 1, 2)
     with torch.inference_mode():
         p = kd_toy.forty().eval()((images - mean) / std).double().exp()
     sums = torch.stack([p[:, group].sum(1) for group in groups], 1)
@@ -969,7 +972,7 @@ def forge(path, change, target=0, source=None):
     rows = {name: change(getattr(view, name)).numpy() for name in ("classes", "gaps", "target_gap", "tail")}
     for part in range(PARTS):
         about = store.commit(shard_name(target, part))
-        sums = store.read_shard(0, part, with_tail_sums=True)["tail_sums"][0] if target == 0 else None
+        sums = store.read_shard(0, part)["tail_sums"][0] if target == 0 else None
         (path / "commits" / f"{shard_name(target, part)}.json").unlink()
         at = slice(store.rows(part).start, store.rows(part).stop)
         store.write_shard(target, part, {n: r[at] for n, r in rows.items()}, about.parameters, about.writer, sums)
@@ -1247,7 +1250,7 @@ def test_image_files_are_built_alike_with_any_number_of_workers(toy, photos, tmp
     assert cache.identity.record.k == 20 and cache.identity.teacher.input_size == 224
     assert set(cache.train.labels[:, 0].tolist()) == {17, 999, 0, 512}
     data = source.train
-    assert data.images is None and len(np.unique(data.sizes, axis=0)) > 10
+    assert data.pixels is None and len(np.unique(data.sizes, axis=0)) > 10
     drawn = draw("rrc,flip", 0, 1, range(24), data.sizes)
     records = cache.read(1)
     for part in (0, 10, 20):
@@ -1270,8 +1273,8 @@ def test_the_bytes_are_the_same_however_many_views_are_cut_from_a_decode(toy, ph
     )  # fmt: skip
     source = open_source(config, quiet)
     monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
-    decoded, decode = [], Dataset.decode
-    monkeypatch.setattr(Dataset, "decode", lambda self, i: decoded.append(i) or decode(self, i))
+    decoded, decode = [], FileDataset.decode
+    monkeypatch.setattr(FileDataset, "decode", lambda self, i: decoded.append(i) or decode(self, i))
     counts = {}
     for together in (1, 3, 5):
         decoded.clear()

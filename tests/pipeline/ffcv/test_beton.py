@@ -380,7 +380,7 @@ def test_ffcv_itself_reads_the_file_as_one_of_its_own(packed):
     at = 0
     for images, labels, index, records in loader:
         rows = slice(at, at + len(images))
-        assert images.equal(data.images[rows]) and labels.flatten().tolist() == Beton(path).labels[rows, 0].tolist()
+        assert images.equal(data.pixels[rows]) and labels.flatten().tolist() == Beton(path).labels[rows, 0].tolist()
         assert index.flatten().tolist() == list(range(at, at + len(images)))
         assert records.shape[1:] == (2, Beton(path).layout.record_bytes + 4)
         at += len(images)
@@ -576,7 +576,7 @@ def files(tmp_path_factory):
         image = pixels.convert(["RGB", "L", "CMYK", "RGB"][kind])
         image.save(folder / f"{i:02d}.{'png' if kind == 3 else 'jpg'}")
     data = open_data(f"imagefolder:{place / 'images'}", "train", home=place)
-    assert data.images is None
+    assert data.pixels is None
     cache = Drawn(place / "c", data, "rrc,flip", k=3).cache
     return cache, data, pack_beton(cache, data, place / "x.beton", None, quiet)
 
