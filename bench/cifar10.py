@@ -24,7 +24,8 @@ from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier, load_teacher, read_weights, taught_file
 from kdcache.train.bench.bench import machine
 from kdcache.train.config import TrainConfig
-from kdcache.train.loaders.cached import CachedLoader, OnlineLoader
+from kdcache.train.loaders.cached import CachedLoader
+from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.trainer import seeded
 from kdcache.train.losses.options import make_loss

@@ -31,7 +31,7 @@ from kdcache.pipeline.views.policy import check_policy
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
 from kdcache.train.evaluation.metrics import metrics, predict
-from kdcache.train.loaders.cached import PlainLoader
+from kdcache.train.loaders.live import PlainLoader
 from kdcache.train.loop.optimisers import Amp, Recipe
 from kdcache.train.loop.runfolder import RunFolder
 from kdcache.train.loop.trainer import fit, seeded

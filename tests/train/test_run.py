@@ -36,7 +36,9 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.evaluate import evaluate_run, student_of
 from kdcache.train.evaluation.metrics import metrics
 from kdcache.train.evaluation.validation import held_out_part
-from kdcache.train.loaders.cached import CachedLoader, OnlineLoader, PlainLoader, epoch_batches
+from kdcache.train.loaders.cached import CachedLoader
+from kdcache.train.loaders.live import OnlineLoader, PlainLoader
+from kdcache.train.loaders.order import epoch_batches
 from kdcache.train.loop import runfolder
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.optimisers import Recipe

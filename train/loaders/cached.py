@@ -9,8 +9,8 @@ from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 
-import torch
 import numpy as np
+import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
@@ -114,7 +114,7 @@ class CachedLoader(Epochs):
             yield normalised(images, self._mean, self._std), labels, records
 
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
-        """The same batches with the images as they are rendered, uint8. start: leave out so many batches, unrendered."""
+        """The same batches with the images as rendered, uint8. start: leave out so many batches, unrendered."""
         epoch = self._order.next_epoch
         now, after = self._view_of(epoch), self._view_of(epoch + 1)
         spare = self._drop_others(now, after)
@@ -155,5 +155,3 @@ def renderer_for(
     """What cuts the cache's views for a student: at image_size, or else as CachedLoader says."""
     size = image_size or (None if data.in_memory else cache.identity.teacher.input_size)
     return Renderer(data, size, device, cache.identity.views.policy, workers)
-
-
