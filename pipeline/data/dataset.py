@@ -35,7 +35,7 @@ import torch
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import home as default_home
-from kdcache.pipeline.data.imagefiles import Progress, Triple
+from kdcache.pipeline.data.imagefiles import FilesDone, Triple
 from kdcache.pipeline.data.kinds import named
 from kdcache.pipeline.data.kinds.arrays import InMemory
 from kdcache.pipeline.data.kinds.base import Asked, Kind
@@ -115,7 +115,7 @@ class Dataset(Protocol):
         be read.
         """
 
-    def unreadable(self, progress: Progress | None = None) -> list[str]:
+    def unreadable(self, progress: FilesDone | None = None) -> list[str]:
         """Decode every file; one line 'path: reason' for each that cannot be decoded. Calls progress(done, all)."""
 
     def named(self, name: str, split: str) -> Dataset:
@@ -166,7 +166,7 @@ def list_unreadable(
     split: str,
     *,
     unlabelled: bool = False,
-    progress: Progress | None = None,
+    progress: FilesDone | None = None,
 ) -> list[str]:
     """Dataset.unreadable, also for image folders that open_data refuses because headers cannot be read."""
     asked = _asked(spec, split, unlabelled, None)

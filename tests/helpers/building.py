@@ -132,7 +132,7 @@ warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
 import torch
 torch.set_num_threads(1)
 from pathlib import Path
-from kdcache.cache.store import cache
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build import build as module
 from kdcache.pipeline.build import builder, spool
 from kdcache.pipeline.teachers.teacher import Teacher

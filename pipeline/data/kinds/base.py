@@ -14,7 +14,7 @@ import numpy as np
 import torch
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.imagefiles import Progress, Triple
+from kdcache.pipeline.data.imagefiles import FilesDone, Triple
 
 TakesPath = Literal["never", "may", "must"]
 
@@ -51,7 +51,7 @@ class Kind(ABC):
         """The splits that there are: 'train' and 'eval', and perhaps 'validation' to choose weights by."""
         return "train", "eval"
 
-    def unreadable(self, asked: Asked, progress: Progress | None = None) -> list[str]:
+    def unreadable(self, asked: Asked, progress: FilesDone | None = None) -> list[str]:
         """Decode every file; one line 'path: reason' for each that cannot be decoded."""
         return self.open(asked).unreadable(progress)
 
@@ -120,7 +120,7 @@ class Described(_Contents, ABC):
     def where(self, index: int) -> str:
         return str(self.file(index) or f"image {index} of {self.name}")
 
-    def unreadable(self, progress: Progress | None = None) -> list[str]:
+    def unreadable(self, progress: FilesDone | None = None) -> list[str]:
         return []
 
     def fingerprint(self, full: bool = False) -> str:

@@ -12,7 +12,7 @@ import torch
 
 from kdcache.pipeline.data import imagefiles
 from kdcache.pipeline.data.decode import decode_file
-from kdcache.pipeline.data.imagefiles import Progress
+from kdcache.pipeline.data.imagefiles import FilesDone
 from kdcache.pipeline.data.kinds.base import Described
 
 FINGERPRINTED_FILES = 4096
@@ -41,7 +41,7 @@ class FileDataset(Described):
     def file(self, index: int) -> Path:
         return self.root / self.paths[index]
 
-    def unreadable(self, progress: Progress | None = None) -> list[str]:
+    def unreadable(self, progress: FilesDone | None = None) -> list[str]:
         return imagefiles.unreadable_files(self.root, self.paths, progress)
 
     def _fingerprint(self, full: bool) -> str:

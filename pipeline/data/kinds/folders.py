@@ -10,7 +10,7 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.imagefiles import Progress, left_out, list_images, load_folder, unreadable_files
+from kdcache.pipeline.data.imagefiles import FilesDone, left_out, list_images, load_folder, unreadable_files
 from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
 from kdcache.pipeline.data.kinds.files import FileDataset
 
@@ -85,7 +85,7 @@ class ClassFolders(Kind):
         third = asked.path is not None and has_validation(asked.path, self._layout(asked))
         return (*super().splits(asked), *(["validation"] if third else ()))
 
-    def unreadable(self, asked: Asked, progress: Progress | None = None) -> list[str]:
+    def unreadable(self, asked: Asked, progress: FilesDone | None = None) -> list[str]:
         """List them without opening the dataset, which is refused where a header cannot be read."""
         files = self._list(asked)
         return unreadable_files(files.root, files.paths, progress)

@@ -2,17 +2,14 @@
 
 from __future__ import annotations
 
-import importlib
-import sys
 from dataclasses import dataclass
-from pathlib import Path
 
 import numpy as np
 
-from kdcache.cache.errors import InputError, KdcacheError
-from kdcache.pipeline.data.imagefiles import one_line
+from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.kinds.arrays import Arrays, from_arrays
 from kdcache.pipeline.data.kinds.base import Asked, Described, Kind
+from kdcache.pipeline.process.functions import call_function, import_function
 
 
 @dataclass(frozen=True)
@@ -23,22 +20,10 @@ class UserFunction(Kind):
 
     def open(self, asked: Asked) -> Described:
         spec = asked.spec
-        module_name, _, function_name = spec.partition(":")
-        here = str(Path.cwd())
-        if here not in sys.path:
-            sys.path.append(here)  # and left there, for worker processes
-        try:
-            function = getattr(importlib.import_module(module_name), function_name)
-        except Exception as e:  # a user's module may raise anything
-            raise InputError(f"dataset {spec!r} cannot be imported ({one_line(e)}); known are {self.known}") from e
+        function = import_function(spec, "dataset", f"; known are {self.known}")
 
         def call(split: str) -> object:
-            try:
-                return function(split)
-            except KdcacheError:
-                raise
-            except Exception as e:
-                raise InputError(f"dataset {spec!r}: {function_name}({split!r}) failed: {one_line(e)}") from e
+            return call_function(function, (split,), spec, "dataset")
 
         found = call(asked.split)
         if isinstance(found, Described):

@@ -11,8 +11,7 @@ from typing import Any
 import numpy as np
 from torchvision import datasets
 
-from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.imagefiles import one_line
+from kdcache.cache.errors import InputError, kind_and_message
 from kdcache.pipeline.data.kinds.arrays import Arrays
 from kdcache.pipeline.data.kinds.base import Asked
 from kdcache.pipeline.data.kinds.folders import held_out
@@ -64,7 +63,7 @@ def _present_or_downloaded(kind: Callable[..., Any], root: Path, train: bool, wh
             return kind(root, train=train, download=True)
         except _BROKEN as e:
             raise InputError(
-                f"{root}: has no {what}, and the download failed ({one_line(e)[:200]}): "
+                f"{root}: has no {what}, and the download failed ({kind_and_message(e)[:200]}): "
                 "put the files there, or use imagefolder:PATH"
             ) from e
 

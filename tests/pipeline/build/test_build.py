@@ -12,7 +12,7 @@ import torch
 
 from kdcache.cache import Cache, KdcacheError, encode, open_cache
 from kdcache.cache import errors as e
-from kdcache.cache.store.cache import SplitStore
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build import build as build_module
 from kdcache.pipeline.build import plan
 from kdcache.pipeline.build.build import build

@@ -13,7 +13,7 @@ import pytest
 from kdcache.cache import Cache, open_cache
 from kdcache.cache.home import list_caches
 from kdcache.cache.store import leases
-from kdcache.cache.store.cache import SplitStore
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build import build as build_module
 from kdcache.pipeline.build import builder
 from kdcache.pipeline.build.build import build

@@ -121,12 +121,12 @@ def test_the_bytes_are_the_same_however_many_views_are_cut_from_a_decode(toy, ph
 
 def test_image_files_killed_when_all_rows_of_a_part_are_spooled_are_gone_on_with(toy, photos, tmp_path, monkeypatch):
     script = """
-write = cache.SplitStore.write_shard
+write = SplitStore.write_shard
 def killed(self, *args):
     if self.split == "train":
         os.kill(os.getpid(), signal.SIGKILL)
     write(self, *args)
-cache.SplitStore.write_shard = killed
+SplitStore.write_shard = killed
 module.build(config, quiet, source)
 """
     config = of_files(photos, tmp_path / "c")

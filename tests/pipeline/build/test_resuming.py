@@ -12,7 +12,7 @@ import pytest
 
 from kdcache.cache import Cache
 from kdcache.cache import errors as e
-from kdcache.cache.store.cache import shard_name
+from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.build import build as build_module
 from kdcache.pipeline.build import spool as spool_module
 from kdcache.pipeline.build.build import build

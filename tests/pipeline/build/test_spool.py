@@ -10,7 +10,7 @@ from filelock import FileLock
 from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.cache.store.cache import SplitStore
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build import build as build_module
 from kdcache.pipeline.build import spool as spool_module
 from kdcache.pipeline.build.build import build
