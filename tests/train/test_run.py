@@ -771,7 +771,7 @@ def test_a_function_that_only_the_folder_names_is_not_called(home, tmp_path, mon
         (out / "config.json").write_text(json.dumps({**had, name: "os:abort"}))
         with pytest.raises(KdcacheError, match=rf"names the \w+ 'os:abort', .*: .* give --{name} os:abort"):
             train(TrainConfig(out=str(out), resume=True), quiet)
-    monkeypatch.setattr("kdcache.train.run.open_data", lambda spec, *_, **__: pytest.fail(f"{spec} is opened"))
+    monkeypatch.setattr("kdcache.train.plan.plan.open_data", lambda spec, *_, **__: pytest.fail(f"{spec} is opened"))
     (out / "config.json").write_text(json.dumps({**had, "data": "my:images"}))
     with pytest.raises(
         pytest.fail.Exception, match="my:images is opened"

@@ -428,7 +428,7 @@ def test_a_killed_import_goes_on(fkd, tmp_path):
     """Killed by SIGKILL when it has written some shards."""
     script = (
         "import os, signal, sys\n"
-        "from kdcache.cache.store.cache import SplitStore\n"
+        "from kdcache.cache.store.publish import SplitStore\n"
         "from kdcache.pipeline.imports import imports\n"
         "imports.PART, write, count = 8, SplitStore.write_shard, 0\n"
         "def killed(*args):\n"
