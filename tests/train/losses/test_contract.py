@@ -1,6 +1,8 @@
 """Every loss of the table, and one that is added to it here, goes through the contract; and inputs of any shape."""
 
-from dataclasses import dataclass
+import re
+from dataclasses import dataclass, replace
+from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -19,7 +21,7 @@ from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.trainer import fit
 from kdcache.train.losses import CE, Batch, ByParts, Needs, Parts, option, part
 from kdcache.train.losses.base import Partnered
-from kdcache.train.losses.options import LOSSES, make_loss
+from kdcache.train.losses.options import LOSSES, make_loss, options_of
 
 
 class TestLosses(LossContract):
@@ -28,6 +30,19 @@ class TestLosses(LossContract):
 
 def test_every_loss_has_a_case():
     assert {case.loss.name for case in CASES.values()} == set(LOSSES)
+
+
+def test_the_parts_in_the_docs_are_those_that_are_logged():
+    page = (Path(__file__).parents[3] / "docs" / "losses.md").read_text().split("## What is logged")[1].split("## ")[0]
+    rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `") and "--loss" not in line]
+    told = {name.strip(" `"): set(re.findall(r"`(\w+)`", parts)) for name, parts in rows}
+    found = {name: set() for name in LOSSES}
+    s, t, y = sample()
+    for case in CASES.values():
+        if "alpha" in options_of(case.loss):
+            case = replace(case, loss=replace(case.loss, alpha=1.0))
+        found[case.loss.name] |= set(case.ready().parts(s, y, encode(t, y)).named)
+    assert told == found
 
 
 # A loss is added by its class, a line in the table and a row of the contract.
