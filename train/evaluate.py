@@ -18,8 +18,8 @@ from kdcache.train.evaluation.judge import Judge
 from kdcache.train.evaluation.otherdata import labels_of_other, whole_of
 from kdcache.train.loaders.cached import require_data
 from kdcache.train.loop.trainer import PARTNER
-from kdcache.train.plan.choosing import open_store
 from kdcache.train.plan.resuming import exists
+from kdcache.train.plan.stores import open_store
 
 
 def student_of(path: Path, state: dict[str, Tensor], notes: dict[str, Any], student: str | None = None) -> Classifier:
