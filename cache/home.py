@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
-from kdcache.cache.registry.registry import DIGITS, Registry, may_be_name, split_url, weights_name
-from kdcache.cache.registry.remote import LOCAL_STORE_BYTES
+from kdcache.cache.registry.localstore import LOCAL_STORE_BYTES
+from kdcache.cache.registry.registry import DIGITS, Registry, may_be_name, split_url
+from kdcache.cache.registry.teachers import weights_name
 from kdcache.cache.store.cache import Cache
 
 # What is packed with its images, and so is opened by those who know images (pipeline/stores.py).
