@@ -212,7 +212,7 @@ class Partnered(Protocol):
     """A loss by which a live teacher learns too, beside the student.
 
     partner_options: the names of the options that are about that teacher alone. starts_taught: whether it starts from
-    the weights of the cache's teacher, not from new ones.
+    the weights of the cache's teacher, not from new ones (option start=taught).
     """
 
     partner_options: ClassVar[tuple[str, ...]]
