@@ -29,7 +29,8 @@ from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.kinds.named import digits
 from kdcache.pipeline.teachers.networks import build_network
-from kdcache.pipeline.teachers.teacher import Classifier, read_weights
+from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer
 from kdcache.tests.helpers.building import record_batches
@@ -37,7 +38,9 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.evaluate import evaluate_run, student_of
 from kdcache.train.evaluation.metrics import metrics
 from kdcache.train.evaluation.validation import held_out_part
-from kdcache.train.loaders.cached import CachedLoader, OnlineLoader, PlainLoader, epoch_batches
+from kdcache.train.loaders.cached import CachedLoader
+from kdcache.train.loaders.live import OnlineLoader, PlainLoader
+from kdcache.train.loaders.order import epoch_batches
 from kdcache.train.loop import runfolder
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.optimisers import Recipe
