@@ -15,7 +15,7 @@ VIEWS_PER_DECODE = 4
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build. None means the default for the dataset's kind (defaults.py), of teacher_* what its source says."""
+    """What to build. None means the default for the kind of data (defaults.py); for teacher_*, what its source says."""
 
     teacher: str
     weights: str | None = None

@@ -22,27 +22,31 @@ from kdcache import cli
 from kdcache.cache import KdcacheError, open_cache
 from kdcache.cache.records import Records
 from kdcache.cli import main
-from kdcache.pipeline.build.answers import record_batches, view_parameters
+from kdcache.pipeline.build.answers import view_parameters
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.kinds.named import digits
 from kdcache.pipeline.teachers.networks import build_network
-from kdcache.pipeline.teachers.teacher import Classifier, read_weights
+from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer
+from kdcache.tests.helpers.building import record_batches
 from kdcache.train.config import TrainConfig
 from kdcache.train.evaluate import evaluate_run, student_of
 from kdcache.train.evaluation.metrics import metrics
 from kdcache.train.evaluation.validation import held_out_part
-from kdcache.train.loaders.cached import CachedLoader, OnlineLoader, PlainLoader, epoch_batches
+from kdcache.train.loaders.cached import CachedLoader
+from kdcache.train.loaders.live import OnlineLoader, PlainLoader
+from kdcache.train.loaders.order import epoch_batches
 from kdcache.train.loop import runfolder
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import config_of
 from kdcache.train.loop.trainer import Training, fit, seeded
-from kdcache.train.losses import IKL
+from kdcache.train.losses import IKL, NKD
 from kdcache.train.losses.features import FeatureTap
 from kdcache.train.losses.options import LOSSES, make_loss
 from kdcache.train.losses.prepare import prepared
@@ -326,7 +330,7 @@ class SlabsFromTheTeacher:
 
     def _read(self, view, spare):
         rows = range(len(self._source.train))
-        batches = record_batches(self._source, self._source.train, self._source.train_labels, view, rows, 256, 0)
+        batches = record_batches(self._source, "train", view, rows, 256)
         parts = [records for records, _ in batches]
         whole = Records(
             None, *(torch.cat([getattr(p, f) for p in parts]) for f in ("gaps", "target_gap", "tail", "labels")), 10, ()
@@ -710,7 +714,7 @@ FIRST = {
 
 def test_a_run_of_an_older_version_is_resumed(home, tmp_path, monkeypatch):
     """Settings that came later are compared with what held before them, those of the loss too."""
-    monkeypatch.setitem(runfolder._OPTIONS_BEFORE, "nkd", {"gamma": 9.0})
+    monkeypatch.setattr(NKD, "options_before", lambda: {"gamma": 9.0})
     out, config = tmp_path / "run", TrainConfig("nkd:gamma=9", str(home / "default"), epochs=1, batch_size=512)
     want = train(replace(config, out=str(out)), quiet)
     later = json.loads((out / "config.json").read_text())
