@@ -55,7 +55,7 @@ def shared_summaries(registry: Registry) -> tuple[list[dict[str, Any]], list[str
     """
     found, lines = [], []
     caches, bad = registry.caches()
-    teachers = registry.teachers()
+    teachers = registry.teachers.sizes()
     for cache in caches:
         try:
             found.append(_shared(cache, registry, cache.identity.teacher.weights in teachers))
@@ -72,7 +72,7 @@ def _shared(cache: Cache, registry: Registry, teacher: bool) -> dict[str, Any]:
         **summary(cache),
         "registry": registry.url,
         "names": [name for name, key in registry.names.items() if key == cache.key],
-        "teacher_weights": registry.teacher_url(cache.identity.teacher.weights) if teacher else None,
+        "teacher_weights": registry.teachers.url(cache.identity.teacher.weights) if teacher else None,
         "published": published and published.model_dump(mode="json", exclude={"format", "key"}),
     }
 
@@ -105,7 +105,7 @@ def weights_place(cache: Cache, registry: Registry | None = None) -> str | None:
     if registry is None and (path := weights_file(weights)).exists():
         return str(path)
     shared = registry or registry_beside(cache.where)
-    return shared.teacher_url(weights) if shared is not None and shared.has_teacher(weights) else None
+    return shared.teachers.url(weights) if shared is not None and shared.teachers.has(weights) else None
 
 
 def facts(cache: Cache) -> dict[str, Any]:

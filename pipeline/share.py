@@ -14,9 +14,8 @@ from filelock import FileLock
 from kdcache import __version__
 from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
 from kdcache.cache.home import caches_folder, home, list_caches, open_cache, open_registry
-from kdcache.cache.registry.objects import FolderObjects
 from kdcache.cache.registry.registry import Registry, check_name, split_url
-from kdcache.cache.registry.transfer import Moved, count, into_bucket, into_folder, require_movable
+from kdcache.cache.registry.transfer import Moved, count, into_folder, into_objects, require_movable
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.packing import choose_views
 from kdcache.pipeline.build.answers import teacher_top1
@@ -99,11 +98,7 @@ def _publish(cache: Cache, shared: Registry, views: Sequence[int], say: Say, tea
         became.append(_publish_teacher(cache, shared, lines.append, teacher))
 
     with Progress("push", count(cache, views), "parts") as progress:
-        if isinstance(shared.objects, FolderObjects):
-            folder = shared.objects.at(f"{prefix}/identity.json").parent
-            moved = into_folder(cache, folder, views, progress.advance, begun)
-        else:
-            moved = into_bucket(cache, shared.objects, prefix, views, progress.advance, begun)
+        moved = into_objects(cache, shared.objects, prefix, views, progress.advance, begun)
     for line in lines:
         say(line)
     if moved.new:
@@ -191,8 +186,8 @@ def build_shared(
     if shared is None:
         return carry_out(plan, say, partial(_keep, plan.source, say))
     plan = _as_published(plan, shared, say)
-    if publish and plan.folder is None and isinstance(shared.objects, FolderObjects):
-        return _build_there(plan, shared, say, teacher)
+    if publish and plan.folder is None and (there := shared.folder(plan.key)):
+        return _build_there(plan, there, shared, say, teacher)
     if _lacks(plan.path, plan.views) and shared.has(plan.key):
         _fetch(shared.cache(plan.key), plan.path, plan.views, say)
     result = carry_out(plan, say, partial(_keep, plan.source, say))
@@ -202,10 +197,9 @@ def build_shared(
     return result
 
 
-def _build_there(plan: BuildPlan, shared: Registry, say: Say, teacher: bool) -> BuildResult:
+def _build_there(plan: BuildPlan, there: Path, shared: Registry, say: Say, teacher: bool) -> BuildResult:
     """Build in the registry's own folder, from what there is of the cache under KDCACHE_HOME."""
-    assert isinstance(shared.objects, FolderObjects)
-    own, plan = plan.path, replace(plan, folder=shared.objects.at(f"caches/{plan.key}/identity.json").parent)
+    own, plan = plan.path, replace(plan, folder=there)
     if _is_cache(own):
         _fetch(Cache(own), plan.path, plan.views, say)
 
