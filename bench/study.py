@@ -57,10 +57,10 @@ from kdcache.pipeline.process.progress import duration
 from kdcache.pipeline.teachers.teacher import read_weights, taught_file, weights_hash
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train.bench.bench import machine
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.evaluation.metrics import metrics, predict, reliability
 from kdcache.train.run import student_of, train
-from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.teach import teach
 
 TEACHER_DATA, STUDENT_DATA = "study_data:teacher", "study_data:students"
 HERE = Path(__file__).parent

@@ -38,7 +38,7 @@ from kdcache.pipeline.teachers.teacher import (
 from kdcache.pipeline.trust import stored_data, stored_network
 from kdcache.pipeline.views.render import RENDERER, Renderer
 from kdcache.train import group
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import DEFAULT_LOSS, TrainConfig
 from kdcache.train.evaluation.metrics import metrics, predict
 from kdcache.train.evaluation.otherdata import labels_of_other, whole_of
 from kdcache.train.evaluation.validation import held_out_part
@@ -53,7 +53,6 @@ from kdcache.train.losses.features import FeatureLoss
 from kdcache.train.losses.options import described, head_mass_warning, make_loss, options_of, require_served
 from kdcache.train.resuming import exists, given_by, place_of, placed, resumed
 
-DEFAULT_LOSS = "nkd"
 _WORTH_COMPILING = 10_000  # batches in a run
 _EXAMPLE = "resnet34"  # of a teacher, where the user has named none
 

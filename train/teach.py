@@ -5,7 +5,7 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from functools import partial
 from pathlib import Path
 
@@ -28,32 +28,15 @@ from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, pick_
 from kdcache.pipeline.views.policy import check_policy
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
+from kdcache.train.config import TeachConfig
 from kdcache.train.evaluation.metrics import metrics, predict
 from kdcache.train.loaders.cached import PlainLoader
-from kdcache.train.loop.optimisers import Amp, Recipe
+from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import RunFolder
 from kdcache.train.loop.trainer import fit, seeded
 from kdcache.train.losses import CE
 
 _POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class TeachConfig:
-    """What to teach. None means the default for the dataset's kind (defaults.py)."""
-
-    teacher: str
-    data: str = DATA
-    augment: str | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    seed: int = 0
-    device: str | None = None
-    amp: Amp | None = None
-    workers: int | None = None
-    force: bool = False
 
 
 def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path, float]:

@@ -18,10 +18,11 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor, nn
 
+from kdcache.cache.choices import Interpolation
 from kdcache.cache.errors import InputError, NotFoundError
 from kdcache.cache.files import replace_file
 from kdcache.cache.home import teachers_folder
-from kdcache.cache.identity import Interpolation, TeacherIdentity
+from kdcache.cache.identity import TeacherIdentity
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.teachers.networks import SMALL_STEM_UP_TO, is_torchvision, outline, small_stem

@@ -29,8 +29,8 @@ from torch.utils.data import Dataset as TorchDataset
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
+from kdcache.cache.choices import Interpolation
 from kdcache.cache.errors import EXPLANATIONS, InputError, KdcacheError, UnreadableError
-from kdcache.cache.identity import Interpolation
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.rank import cores, this_rank
 from kdcache.pipeline.views.policy import ViewParameters, padding

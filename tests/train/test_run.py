@@ -32,7 +32,7 @@ from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier, read_weights
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.evaluation.metrics import metrics
 from kdcache.train.evaluation.validation import held_out_part
 from kdcache.train.loaders.cached import CachedLoader, OnlineLoader, PlainLoader, epoch_batches
@@ -45,7 +45,7 @@ from kdcache.train.losses import IKL
 from kdcache.train.losses.features import FeatureTap
 from kdcache.train.losses.options import LOSSES, make_loss
 from kdcache.train.run import evaluate_run, prepared, student_of, train
-from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.teach import teach
 
 BATCH = 128
 

@@ -16,6 +16,7 @@ from kdcache.cache.records import Records
 from kdcache.pipeline.process.progress import Progress, percent
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train import group
+from kdcache.train.config import SAVE_EVERY
 from kdcache.train.loop.compiling import compiled, one_line
 from kdcache.train.loop.ema import WeightAverage
 from kdcache.train.loop.interrupts import Interrupts
@@ -23,7 +24,6 @@ from kdcache.train.loop.optimisers import Recipe, Updater
 from kdcache.train.loop.runfolder import ANEW, RunFolder
 from kdcache.train.losses import Loss
 
-SAVE_EVERY = 300.0  # seconds
 PARTNER = "teacher"  # in the names of its metrics and files
 
 

@@ -30,7 +30,8 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.imports import imports as module
-from kdcache.pipeline.imports.imports import FKD, ImportConfig, TinyViT, import_logits
+from kdcache.pipeline.imports.config import ImportConfig
+from kdcache.pipeline.imports.imports import FKD, TinyViT, import_logits
 from kdcache.pipeline.info import facts, one_line
 from kdcache.pipeline.pack import pack, unpack
 from kdcache.pipeline.share import pull, push
