@@ -95,20 +95,17 @@ def build(
 
     With a registry, what is published there is not computed again.
     """
-    from kdcache.pipeline.pack import pack as run_pack
-    from kdcache.pipeline.process.rank import this_rank
     from kdcache.train.teach import build_and_teach, unreadable_files
 
     if list_unreadable:
         found = unreadable_files(config.data, config.unlabelled, say)
         show(found, as_json, "\n".join(found) or "every file can be read")
         sys.exit(1 if found else 0)
-    result = build_and_teach(config, say, registry, publish, not no_teacher)
-    if store == "zarr" or this_rank().rank:
-        show(vars(result), as_json, str(result.path))
+    built, packed = build_and_teach(config, registry, publish, say, not no_teacher, store)
+    if packed is None:
+        show(vars(built), as_json, str(built.path))
     else:
-        packed = run_pack(result.path, store, data=config.data, say=say)
-        show({**vars(result), "packed": vars(packed)}, as_json, str(packed.path))
+        show({**vars(built), "packed": vars(packed)}, as_json, str(packed.path))
 
 
 @main.command()
@@ -192,7 +189,7 @@ def evaluate(config: EvalConfig, as_json: Json = False) -> None:
     Example: kdcache eval runs/digits-resnet8-nkd-seed0
              kdcache eval runs/birds/best.safetensors --data imagefolder:/data/other-birds
     """
-    from kdcache.train.run import evaluate_run
+    from kdcache.train.evaluate import evaluate_run
 
     asked = vars(config).copy()
     found = evaluate_run(asked.pop("run"), **asked)

@@ -42,6 +42,7 @@ from kdcache.cache import Cache, Identity
 from kdcache.cache.store.chunks import as_arrays, encode_as, id_dtype
 from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.ffcv.beton import Beton, pack_beton
 from kdcache.pipeline.views.policy import ViewParameters, draw
 from kdcache.pipeline.views.render import RENDERER, Renderer
@@ -162,9 +163,9 @@ class Plain(TorchDataset[torch.Tensor]):
         return tv.horizontal_flip(image) if self.drawn.flips[index] else image
 
 
-def pixels(count: int, split: str, side: int = SIDE, classes: int = CLASSES) -> Dataset:
+def pixels(count: int, split: str, side: int = SIDE, classes: int = CLASSES) -> ArrayDataset:
     noise, labels = images(count, classes, side)
-    return Dataset(
+    return ArrayDataset(
         name="noise",
         split=split,
         labels=labels[:, None],
@@ -172,11 +173,11 @@ def pixels(count: int, split: str, side: int = SIDE, classes: int = CLASSES) -> 
         sizes=np.full((count, 2), side, np.int32),
         mean=(0.5,) * 3,
         std=(0.25,) * 3,
-        images=torch.from_numpy(noise),
+        pixels=torch.from_numpy(noise),
     )
 
 
-def filled(path: Path, data: Dataset, classes: int = CLASSES, views: int = VIEWS, name: str = "noise") -> Cache:
+def filled(path: Path, data: ArrayDataset, classes: int = CLASSES, views: int = VIEWS, name: str = "noise") -> Cache:
     """A cache of random logits for these images."""
     side = int(data.sizes[0, 0])
     data, evaluation = (replace(split, name=name) for split in (data, pixels(100, "eval", side, classes)))

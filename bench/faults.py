@@ -41,7 +41,7 @@ from kdcache.pipeline.build.source import Source, open_source
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.verify import verify
-from kdcache.tests.cache.store import test_leases
+from kdcache.tests.helpers import interleaving
 from kdcache.train.bench.bench import machine
 
 SEED, VIEWS, PART, BATCH = 0, 4, 512, 64
@@ -277,10 +277,10 @@ def crowd(bench: Bench, name: str, disturbed: bool) -> dict[str, Any]:
 def interleavings(bench: Bench) -> dict[str, Any]:
     """Every interleaving of the file operations of two writers of one shard, and a death of both in every state."""
     found = {}
-    for case in test_leases.CASES + test_leases.LONG_CASES:
-        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=test_leases.IN_MEMORY) as folder:
-            test_leases.stepwise(patch)
-            states, deaths = test_leases.every_interleaving(case, Path(folder), bench.source.identity)
+    for case in interleaving.CASES + interleaving.LONG_CASES:
+        with pytest.MonkeyPatch.context() as patch, tempfile.TemporaryDirectory(dir=interleaving.IN_MEMORY) as folder:
+            interleaving.stepwise(patch)
+            states, deaths = interleaving.every_interleaving(case, Path(folder), bench.source.identity)
             found[case] = {"states": states, "states_of_the_files_from_which_a_third_builder_went_on": deaths}
     return found
 

@@ -30,7 +30,7 @@ from torch.profiler import ProfilerActivity, profile
 from kdcache.cache import Records, encode
 from kdcache.cache.records import class_prior, tail_distribution
 from kdcache.train.bench.bench import machine
-from kdcache.train.losses import IKL, USKD, Loss
+from kdcache.train.losses import Loss
 from kdcache.train.losses.options import LOSSES, make_loss, options_of
 
 CLASSES = 1000
@@ -105,7 +105,7 @@ def errors(got: Measured, want: Measured) -> dict[str, float]:
 
 
 def call(loss: Loss, logits: Tensor, labels: Tensor, records: Records) -> Tensor:
-    if isinstance(loss, USKD):
+    if loss.needs.features:
         return loss(logits, labels, None, features=FEATURES[: len(logits)])
     return loss(logits, labels, records)
 
@@ -122,9 +122,9 @@ def speed(rounds: int, batch: int = 1024, classes: int = CLASSES, k: int = 20) -
     cases: dict[tuple[str, str], tuple[Loss, Records]] = {}
     for name in LOSSES:
         loss = make_loss(name, classes)
-        if isinstance(loss, USKD):
+        if loss.needs.features:
             loss.make_head(FEATURES.shape[1], classes)
-        if isinstance(loss, IKL):
+        if loss.needs.first_view:
             loss.prepare(dense)
         if loss.needs.dense:
             cases[name, "dense"] = loss, dense

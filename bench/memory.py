@@ -24,7 +24,7 @@ import torch
 sys.path.insert(0, str(Path(__file__).parent))
 from data import filled, pixels
 
-from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.train.bench.bench import machine
 from kdcache.train.config import TrainConfig
 from kdcache.train.run import train
@@ -33,7 +33,7 @@ CLASSES, SIDE, BATCH = 1000, 8, 512
 CASES = {"1 view, 2 epochs": (1, 2), "2 views, 2 epochs": (2, 2), "12 views, 2 epochs": (12, 2), "12, 12": (12, 12)}
 
 
-def images(split: str) -> Dataset:
+def images(split: str) -> ArrayDataset:
     """A dataset by module:function."""
     return pixels(int(os.environ["SAMPLES"]) if split == "train" else 100, split, SIDE, CLASSES)
 

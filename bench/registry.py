@@ -50,9 +50,9 @@ from kdcache.cache.registry.objects import NetworkObjects
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.share import pull, push
-from kdcache.tests.cache.registry.test_registry import content, stored
-from kdcache.tests.cache.registry.test_remote import Faulty
-from kdcache.tests.cache.store.test_cache import WRITER, Filled, identity, same
+from kdcache.tests.helpers.caches import WRITER, Filled, identity, same
+from kdcache.tests.helpers.registries import content, stored
+from kdcache.tests.helpers.servers import Faulty
 from kdcache.train.loaders.cached import CachedLoader
 
 TRIALS, THREADS, READERS, FAULTS = 9, 16, 16, 500

@@ -58,8 +58,9 @@ from kdcache.pipeline.teachers.teacher import read_weights, taught_file, weights
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train.bench.bench import machine
 from kdcache.train.config import TeachConfig, TrainConfig
+from kdcache.train.evaluate import student_of
 from kdcache.train.evaluation.metrics import metrics, predict, reliability
-from kdcache.train.run import student_of, train
+from kdcache.train.run import train
 from kdcache.train.teach import teach
 
 TEACHER_DATA, STUDENT_DATA = "study_data:teacher", "study_data:students"

@@ -8,8 +8,8 @@ from typing import Any
 
 from study_data import HELD_OUT, STUDENTS
 
-from kdcache.train.losses import CMKD, DIST, Loss
-from kdcache.train.losses.options import LOSSES, make_loss, spec_of
+from kdcache.train.losses import Loss
+from kdcache.train.losses.options import LOSSES, make_loss, options_of, spec_of
 
 TEACHER, STUDENT, SMALL_STUDENT = "resnet56", "resnet20", "resnet8"
 TEACHER_EPOCHS, EPOCHS = 10, 20
@@ -50,7 +50,7 @@ Results = Mapping[str, Mapping[str, Any]]
 def loss_of(spec: str) -> Loss:
     """The loss that the study calls by this name."""
     loss = make_loss(spec, PRESET_CLASSES)
-    return replace(loss, eps=0.0) if isinstance(loss, DIST | CMKD) and "eps=" not in spec else loss
+    return replace(loss, eps=0.0) if "eps" in options_of(loss) and "eps=" not in spec else loss
 
 
 def spelled(spec: str) -> str:

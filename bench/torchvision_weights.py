@@ -32,7 +32,7 @@ from torchvision.models import WeightsEnum
 from torchvision.transforms.v2 import functional as tv
 
 from kdcache.cache.files import replace_file
-from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.teachers.teacher import load_teacher
 from kdcache.train.bench.bench import machine
 
@@ -66,8 +66,7 @@ def published(name: str, entry: WeightsEnum) -> OrderedDict[str, Tensor]:
     for key, value in network.state_dict().items():
         if key.endswith("num_batches_tracked") and _UNCOUNTED.match(f"{name} {entry.name}"):
             continue
-        gain = 1 if name.startswith(("efficientnet_v2", "efficientnet_b7")) else 2
-        state[old_key(name, key)] = _filled(key, value, noise, gain)
+        state[old_key(name, key)] = _filled(key, value, noise, gain_of(name))
     if not name.startswith(("densenet", "vit_")) and not _UNCOUNTED.match(f"{name} {entry.name}"):
         state._metadata = network.state_dict()._metadata  # type: ignore[attr-defined]
     return state
@@ -87,7 +86,13 @@ def old_key(name: str, key: str) -> str:
     return key
 
 
-def _filled(key: str, like: Tensor, noise: Tensor, gain: int) -> Tensor:
+def gain_of(name: str) -> float:
+    """By what each layer multiplies the variance. 2 suits ReLU; the deepest networks would explode, and lose digits."""
+    gains = {"efficientnet_v2": 1.0, "efficientnet_b7": 1.4, "regnet_y_128gf": 1.6}
+    return next((gain for start, gain in gains.items() if name.startswith(start)), 2.0)
+
+
+def _filled(key: str, like: Tensor, noise: Tensor, gain: float) -> Tensor:
     """Values that keep what flows through the network of a usual size: chaos would magnify rounding."""
     if not like.is_floating_point() or "relative_coords" in key:
         return torch.zeros(like.shape, dtype=like.dtype) if like.is_meta else like.clone()
@@ -112,12 +117,12 @@ def write(name: str, entry: WeightsEnum) -> Path:
     return file
 
 
-def any_data(classes: int = 3) -> Dataset:
+def any_data(classes: int = 3) -> ArrayDataset:
     """In-memory images of 32 pixels: what a pretrained teacher wants to see does not come from them."""
     labels, pixels = np.arange(classes)[:, None], torch.zeros((classes, 32, 32, 3), dtype=torch.uint8)
     sizes = np.full((classes, 2), 32, np.int32)
     names = tuple(f"class {i}" for i in range(classes))
-    return Dataset("any", "train", labels, names, sizes, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), pixels)
+    return ArrayDataset("any", "train", labels, names, sizes, (0.1, 0.2, 0.3), (0.4, 0.5, 0.6), pixels)
 
 
 def pictures(size: int) -> Tensor:

@@ -52,3 +52,14 @@ def machine_error(e: Exception) -> str | None:
     if first.startswith("Expected to have finished reduction"):
         return "the student has weights that take no part in its answers, which several ranks cannot train: freeze them"
     return next((reason for explain in EXPLANATIONS if (reason := explain(e))), None)
+
+
+def kind_and_message(error: BaseException) -> str:
+    """An error of other people's code in one line: its class and its whole message."""
+    return " ".join(f"{type(error).__name__}: {error}".split())
+
+
+def first_sentence(error: BaseException) -> str:
+    """An error of other people's code in short: its class and the beginning of its message, which can be pages long."""
+    text = " ".join(str(error).split()).split(". ")[0][:160]
+    return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -41,12 +41,12 @@ def pack(
     to: FileStore,
     out: str | None = None,
     views: range | None = None,
-    data: str | None = None,
+    data: str | Dataset | None = None,
     say: Say = print,
 ) -> PackResult:
     """Pack complete views of a cache, all by default, into the new file `out` (by default named after the cache).
 
-    data: name of the images as in --data, for ffcv. A file that holds the same already is only named; no file is
+    data: the images, or their name as in --data, for ffcv. A file that holds the same already is only named; no file is
     ever overwritten.
     """
     start = time.monotonic()
@@ -84,7 +84,9 @@ def unpack(file: str, out: str | None = None, say: Say = print) -> PackResult:
     return PackResult(path, cache.key, len(cache.views), unpacked.size(), seconds)
 
 
-def _images(cache: Cache, data: str | None) -> Dataset:
+def _images(cache: Cache, data: str | Dataset | None) -> Dataset:
+    if data is not None and not isinstance(data, str):
+        return data
     identity = cache.identity
     if data is None and identity.data.name in ("imagenet", "imagefolder"):
         raise InputError(f"where are the images? give --data {identity.data.name}:PATH")

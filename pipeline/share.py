@@ -20,11 +20,11 @@ from kdcache.cache.registry.transfer import Moved, count, into_bucket, into_fold
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.packing import choose_views
 from kdcache.pipeline.build.answers import teacher_top1
-from kdcache.pipeline.build.build import BuildResult, build
-from kdcache.pipeline.build.config import BuildConfig
-from kdcache.pipeline.build.source import Source, open_source
+from kdcache.pipeline.build.build import BuildResult, carry_out
+from kdcache.pipeline.build.plan import BuildPlan, plan_build
+from kdcache.pipeline.build.source import Draft, Source, open_teacher
 from kdcache.pipeline.data.dataset import open_data
-from kdcache.pipeline.data.defaults import DATA, defaults_for
+from kdcache.pipeline.data.defaults import DATA
 from kdcache.pipeline.process.progress import Progress, duration, size
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.teachers import weightstore
@@ -151,47 +151,71 @@ def _result(done: str, moved: Moved, cache: Cache, where: str, views: int, start
     return ShareResult(cache.key, where, views, moved.bytes, moved.new, moved.there, seconds, moved.kept)
 
 
+def open_shared(registry: str | None, publish: bool) -> Registry | None:
+    """The registry that a build looks in, if one is named; publish: it must be one that can be written."""
+    if publish:
+        require_registry(registry)
+    if registry is None:
+        return None
+    shared = open_registry(registry, store_bytes=0)
+    return shared.require_writable() if publish else shared
+
+
+def open_plan(draft: Draft, shared: Registry | None, say: Say) -> BuildPlan:
+    """Open the draft's teacher, wherever its weights are, and plan the build."""
+    return plan_build(draft.config, _open_teacher(draft, shared, say))
+
+
+def _open_teacher(draft: Draft, shared: Registry | None, say: Say) -> Source:
+    """Open the draft's teacher; one that is not here is looked for among those that caches of this data are by."""
+    if (named := draft.config.weights) is not None:
+        registries = [] if shared is None else [shared]
+        return open_teacher(draft.with_weights(weightstore.named_weights(named, registries, say)), say)
+    try:
+        return open_teacher(draft, say)
+    except NotFoundError:
+        if (weights := find_taught(draft, shared, say)) is None:
+            raise
+    return open_teacher(draft.with_weights(weights), say)
+
+
 def build_shared(
-    config: BuildConfig, registry: str | None = None, publish: bool = False, say: Say = print, teacher: bool = True
+    plan: BuildPlan, shared: Registry | None, publish: bool = False, say: Say = print, teacher: bool = True
 ) -> BuildResult:
     """Build what the registry lacks: views that are published are pulled, the teacher runs for the others.
 
-    publish: push the result, and unless `teacher` is False the teacher's weights. In a folder that is shared it is
-    built right there, so that all who build it divide the work by leases.
+    publish: push the result, and unless `teacher` is False the teacher's weights. In a registry that is a folder, the
+    cache is built right there, so that all who build it divide the work by leases.
     """
-    if publish:
-        require_registry(registry)
-    shared = None if registry is None else open_registry(registry, store_bytes=0)
-    if shared is not None and publish:
-        shared.require_writable()
-    source = _open(config, shared, say)
     if shared is None:
-        return build(config, say, source, partial(_keep, source, say))
-    views = config.views if config.views is not None else defaults_for(source.train).views
-    source = _as_published(source, config, shared, views, say)
-    key, keep = source.identity.key, partial(_keep, source, say)
-    own = caches_folder() / key
-    if publish and config.out is None and isinstance(shared.objects, FolderObjects):
-        path = shared.objects.at(f"caches/{key}/identity.json").parent
-        if _is_cache(own):
-            _fetch(Cache(own), path, views, say)
+        return carry_out(plan, say, partial(_keep, plan.source, say))
+    plan = _as_published(plan, shared, say)
+    if publish and plan.folder is None and isinstance(shared.objects, FolderObjects):
+        return _build_there(plan, shared, say, teacher)
+    if _lacks(plan.path, plan.views) and shared.has(plan.key):
+        _fetch(shared.cache(plan.key), plan.path, plan.views, say)
+    result = carry_out(plan, say, partial(_keep, plan.source, say))
+    if publish and this_rank().rank == 0:  # each process returns when all of it is done
+        cache = Cache(plan.path)
+        _publish(cache, shared, [v for v in cache.views if v < plan.views], say, teacher)
+    return result
 
-        def begun() -> None:  # before it is built, for those who build it too
-            keep()
-            if this_rank().rank == 0:
-                _publish_teacher(Cache(path), shared, say, teacher)
 
-        result = build(replace(config, out=str(path)), say, source, begun)
-        if result.teacher_images and this_rank().rank == 0:
-            shared.record(Cache(path), __version__, result.teacher_top1)
-        return result
-    path = Path(config.out) if config.out else own
-    if _lacks(path, views) and shared.has(key):
-        _fetch(shared.cache(key), path, views, say)
-    result = build(replace(config, out=str(path)), say, source, keep)
-    if publish and this_rank().rank == 0:  # each returns when all of it is done
-        cache = Cache(path)
-        _publish(cache, shared, [v for v in cache.views if v < views], say, teacher)
+def _build_there(plan: BuildPlan, shared: Registry, say: Say, teacher: bool) -> BuildResult:
+    """Build in the registry's own folder, from what there is of the cache under KDCACHE_HOME."""
+    assert isinstance(shared.objects, FolderObjects)
+    own, plan = plan.path, replace(plan, folder=shared.objects.at(f"caches/{plan.key}/identity.json").parent)
+    if _is_cache(own):
+        _fetch(Cache(own), plan.path, plan.views, say)
+
+    def begun() -> None:  # before it is built, for those who build it too
+        _keep(plan.source, say)
+        if this_rank().rank == 0:
+            _publish_teacher(Cache(plan.path), shared, say, teacher)
+
+    result = carry_out(plan, say, begun)
+    if result.teacher_images and this_rank().rank == 0:
+        shared.record(Cache(plan.path), __version__, result.teacher_top1)
     return result
 
 
@@ -201,26 +225,13 @@ def _keep(source: Source, say: Say) -> None:
         weightstore.keep(source.teacher, say)
 
 
-def _open(config: BuildConfig, shared: Registry | None, say: Say) -> Source:
-    """The data and the teacher; one that is not here is looked for among those that caches of this data are by."""
-    registries = [] if shared is None else [shared]
-    if config.weights is not None:
-        return open_source(replace(config, weights=weightstore.named_weights(config.weights, registries, say)), say)
-    try:
-        return open_source(config, say)
-    except NotFoundError:
-        if (weights := find_taught(config, shared, say)) is None:
-            raise
-    return open_source(replace(config, weights=str(weights)), say)
-
-
-def find_taught(config: BuildConfig, shared: Registry | None, say: Say) -> Path | None:
+def find_taught(draft: Draft, shared: Registry | None, say: Say) -> Path | None:
     """The weights of the only teacher, of that architecture, that caches of this data are by, here or in a registry.
 
     None where there is none. InputError where there are several, which it lists; NotFoundError where the weights of the
     only one are not to be had.
     """
-    found = _caches_of(config, shared, say)
+    config, found = draft.config, _caches_of(draft, shared, say)
     if not found:
         return None
     what = f"{config.teacher} on this {config.data} data"
@@ -250,9 +261,9 @@ def _described(cache: Cache, shared: Registry | None) -> str:
     return f"cache {cache.key[:12]} in {shared.url}{by}"
 
 
-def _caches_of(config: BuildConfig, shared: Registry | None, say: Say) -> list[Cache]:
+def _caches_of(draft: Draft, shared: Registry | None, say: Say) -> list[Cache]:
     """Caches here and in the registry of this data by this architecture: one a teacher, those here before others."""
-    caches = list_caches()[0]
+    config, caches = draft.config, list_caches()[0]
     if shared is not None and shared.objects.listable:
         with ThreadPoolExecutor(_THREADS) as threads:
             caches += [cache for cache in threads.map(partial(_opened, shared), shared.keys()) if cache]
@@ -268,8 +279,9 @@ def _caches_of(config: BuildConfig, shared: Registry | None, say: Say) -> list[C
         if unlabelled != config.unlabelled and config.data != DATA:  # digits' teacher is taught with labels in any case
             continue
         if (kind := (unlabelled, data.full_contents)) not in prints:
-            data_here = open_data(config.data, "train", unlabelled=unlabelled)
-            prints[kind] = data_here.fingerprint(data.full_contents)
+            same = unlabelled == config.unlabelled
+            here = draft.train if same else open_data(config.data, "train", unlabelled=unlabelled)
+            prints[kind] = here.fingerprint(data.full_contents)
         if data.fingerprint == prints[kind]:
             found.setdefault(teacher.weights, cache)
     return list(found.values())
@@ -295,22 +307,24 @@ def _fetch(theirs: Cache, path: Path, views: int, say: Say) -> None:
             _pull(theirs, path, wanted)
 
 
-def _as_published(source: Source, config: BuildConfig, shared: Registry, views: int, say: Say) -> Source:
-    """The source in the other numeric type, where no type is asked for and only that one is published, complete.
+def _as_published(plan: BuildPlan, shared: Registry, say: Say) -> BuildPlan:
+    """The plan in the other numeric type, where no type is asked for and only that one is published, complete.
 
     Its teacher answers in that type too, so that whatever is still computed is what the identity says.
     """
-    identity = source.identity
-    if config.amp is not None or _is_cache(caches_folder() / identity.key) or shared.has(identity.key):
-        return source
+    identity = plan.identity
+    if not plan.any_numeric or _is_cache(caches_folder() / identity.key) or shared.has(identity.key):
+        return plan
     numeric = "bf16" if identity.teacher.numeric == "float32" else "float32"
     other = identity.model_copy(update={"teacher": identity.teacher.model_copy(update={"numeric": numeric})})
-    if shared.has(other.key):
-        theirs = shared.cache(other.key)
-        if theirs.complete and set(range(views)) <= set(theirs.views):
-            say(f"note: {shared.url} has it by a teacher in {numeric}, cache {other.key[:12]}: that one is taken")
-            return replace(source, identity=other, teacher=replace(source.teacher, identity=other.teacher))
-    return source
+    if not shared.has(other.key):
+        return plan
+    theirs = shared.cache(other.key)
+    if not (theirs.complete and set(range(plan.views)) <= set(theirs.views)):
+        return plan
+    say(f"note: {shared.url} has it by a teacher in {numeric}, cache {other.key[:12]}: that one is taken")
+    teacher = replace(plan.source.teacher, identity=other.teacher)
+    return replace(plan, source=replace(plan.source, identity=other, teacher=teacher))
 
 
 def _is_cache(path: Path) -> bool:

@@ -19,8 +19,8 @@ from kdcache.cache.store.cache import Cache, SplitStore, shard_name
 from kdcache.cache.store.chunks import ArraySpec
 from kdcache.pipeline.build.answers import teacher_renderer, view_parameters
 from kdcache.pipeline.build.config import BuildConfig
-from kdcache.pipeline.build.source import Source, describe_data, open_source
-from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.build.source import Source, describe_data, draft_build, open_teacher
+from kdcache.pipeline.data.split import Split
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.teachers import weightstore
 from kdcache.pipeline.trust import stored_data, stored_network
@@ -159,54 +159,57 @@ def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
     in_type = source.identity.model_copy(update={"teacher": theirs.model_copy(update={"numeric": mine.numeric})})
     cache.identity.require(in_type, str(cache.path))
     limit, record_limit = (max(t[mine.numeric], t[theirs.numeric]) for t in (TOLERANCE, RECORD_TOLERANCE))
+    train, evaluation = source.splits(cache)
+    views = sorted({cache.views[0], cache.views[len(cache.views) // 2], cache.views[-1]})
+    chosen = [(evaluation, 0), *((train, view) for view in views)]
     distances = []
-    plan = [(cache.evaluation, source.evaluation, source.evaluation_labels, 0)]
-    chosen_views = sorted({cache.views[0], cache.views[len(cache.views) // 2], cache.views[-1]})
-    plan += [(cache.train, source.train, source.train_labels, view) for view in chosen_views]
-    total = sum(min(count, len(data)) for _, data, _, _ in plan)
-    with Progress("replay", total, "records") as progress:
-        for store, data, labels, view in plan:
-            store.require_labels(labels)
-            store.require_sizes(data.sizes)
-            _same_parameters(store, data, source, view)
-            raw = np.random.Philox(key=11 + view).random_raw(len(data))
-            index = np.sort(np.argsort(raw, kind="stable")[:count]).astype(np.int64)
-            stored = store.read(view, cache.prior)[torch.from_numpy(index)]
-            live = _answer(source, data, labels, view, index, progress)
-            distance = _total_variation(stored, live, cache.prior)
-            mean, worst = float(distance.mean()), int(distance.argmax())
+    with Progress("replay", sum(min(count, len(split.data)) for split, _ in chosen), "records") as progress:
+        for split, view in chosen:
+            index, distance = _distances(cache, source, split, view, count, progress)
+            root, mean, worst = split.store.root, float(distance.mean()), int(distance.argmax())
             distances.append(mean)
             report.replayed += len(index)
             if not mean <= limit:
                 report.problems.append(
-                    f"{store.root}: view {view} is not what the teacher answers now: mean total variation "
+                    f"{root}: view {view} is not what the teacher answers now: mean total variation "
                     f"{mean:.4f}, at most {limit} is allowed; sample {index[worst]} differs most"
                 )
             elif not distance[worst] <= record_limit:
                 report.problems.append(
-                    f"{store.root}: view {view}, sample {index[worst]} is not what the teacher answers now: total "
+                    f"{root}: view {view}, sample {index[worst]} is not what the teacher answers now: total "
                     f"variation {float(distance[worst]):.3f}, at most {record_limit} is allowed"
                 )
     report.total_variation = max(distances)
 
 
-def _same_parameters(store: SplitStore, data: Dataset, source: Source, view: int) -> None:
+def _distances(
+    cache: Cache, source: Source, split: Split, view: int, count: int, progress: Progress
+) -> tuple[NDArray[np.int64], torch.Tensor]:
+    """Up to `count` seeded samples of a view, and how far what is stored of them is from what the teacher answers now.
+
+    MismatchError where labels, image sizes or view parameters are not those of the source.
+    """
+    split.store.require_labels(split.labels)
+    split.store.require_sizes(split.data.sizes)
+    _require_parameters(split, source, view)
+    raw = np.random.Philox(key=11 + view).random_raw(len(split.data))
+    index = np.sort(np.argsort(raw, kind="stable")[:count]).astype(np.int64)
+    stored = split.store.read(view, cache.prior)[torch.from_numpy(index)]
+    return index, _total_variation(stored, _answer(source, split, view, index, progress), cache.prior)
+
+
+def _require_parameters(split: Split, source: Source, view: int) -> None:
+    """MismatchError unless the view was built with the parameters that it has now."""
+    store = split.store
     for part in range(store.parts):
-        digest = view_parameters(data, source.identity, view, store.rows(part)).digest()
+        digest = view_parameters(split.data, source.identity, view, store.rows(part)).digest()
         if store.commit(shard_name(view, part)).parameters != digest:
             raise MismatchError(f"{store.root}: view {view}, part {part} was built with other view parameters")
 
 
-def _answer(
-    source: Source,
-    data: Dataset,
-    labels: NDArray[np.int64],
-    view: int,
-    index: NDArray[np.int64],
-    progress: Progress,
-) -> Records:
+def _answer(source: Source, split: Split, view: int, index: NDArray[np.int64], progress: Progress) -> Records:
     """The live teacher's records of single samples, in full batches."""
-    record = source.identity.record
+    data = split.data
     parameters = view_parameters(data, source.identity, view, range(len(data)))
     renderer = teacher_renderer(data, source)
     batches = [np.resize(index[i : i + _BATCH], _BATCH) for i in range(0, len(index), _BATCH)]
@@ -215,7 +218,7 @@ def _answer(
         logits.append(source.teacher.logits(images).cpu())
         progress.advance(min(_BATCH, len(index) - _BATCH * (len(logits) - 1)))
     answered = torch.cat(logits)[: len(index)]
-    return chunks.encode_as(record, answered, torch.from_numpy(labels[index]))
+    return chunks.encode_as(source.identity.record, answered, torch.from_numpy(split.labels[index]))
 
 
 def _total_variation(a: Records, b: Records, prior: torch.Tensor | None) -> torch.Tensor:
@@ -269,13 +272,14 @@ def source_of(
         full_fingerprint=i.data.full_contents,
         part=i.part,
     )
+    draft = draft_build(config)
     try:
-        source = open_source(config)
+        source = open_teacher(draft)
         if config.weights is None and source.identity.teacher.weights != i.teacher.weights:
             raise NotFoundError  # a teacher of that name and data that is another one
     except (InputError, NotFoundError) as e:
         # A teacher of other data does not fit them: it is the data that is wrong where they differ from the cache's.
-        found = describe_data(open_data(config.data, "train", unlabelled=config.unlabelled), i.data.full_contents)
+        found = describe_data(draft.train, i.data.full_contents)
         i.require(i.model_copy(update={"data": found}), str(cache.path))
         if isinstance(e, NotFoundError):
             raise weightstore.not_to_be_had(i.teacher, registry) from None

@@ -1,8 +1,12 @@
-"""For all files; fixtures of several: registries of each kind that can be written, all of them empty."""
+"""Fixtures of several files: a home of one's own, one thread, and empty registries of each kind that can be written."""
 
+import os
 import signal
 
 import pytest
+
+# Helpers and contracts hold assertions too: pytest shall explain those that fail, as it does in test files.
+pytest.register_assert_rewrite("kdcache.tests.helpers", "kdcache.tests.contracts")
 
 BUCKETS = 100
 
@@ -13,7 +17,7 @@ if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background
 @pytest.fixture(scope="module")
 def s3():
     """The address of an S3 server."""
-    from kdcache.tests.cache.registry.test_registry import s3_server  # slow to import, and few files need it
+    from kdcache.tests.helpers.servers import s3_server
 
     with s3_server([f"bucket{i}" for i in range(BUCKETS)]) as address:
         yield address
@@ -29,3 +33,40 @@ def bucket(s3, count=iter(range(BUCKETS))):  # noqa: B008  one each: what is in 
 def root(request, tmp_path):
     """An empty registry of each kind that can be written."""
     return str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
+
+
+@pytest.fixture
+def own_home(tmp_path, monkeypatch):
+    """The current directory is empty, and KDCACHE_HOME is a folder in it."""
+    monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
+    monkeypatch.chdir(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def one_thread():
+    """Torch computes with one thread: for tensors as small as the tests', more only wait for each other."""
+    import torch  # slow, and some files do without it
+
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
+@pytest.fixture(scope="module")
+def no_fsync():
+    """Files are not synced to the disk, which takes most of the time of writing small ones."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda fd: None)
+        yield
+
+
+@pytest.fixture(scope="module")
+def impatient(one_thread, no_fsync):
+    """Requests to servers are given up after a few seconds."""
+    from kdcache.cache.registry import objects
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(objects, "PATIENCE", 8.0)
+        patch.setattr(objects, "AT_FIRST", 1.0)
+        yield

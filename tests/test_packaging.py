@@ -11,8 +11,8 @@ from pathlib import Path
 import pytest
 
 import kdcache
+from kdcache.tests.helpers.places import ROOT
 
-ROOT = Path(__file__).resolve().parents[1]
 AT_ROOT = {"__init__.py", "cli.py"}
 FOLDERS = {"cache", "pipeline", "train"}
 

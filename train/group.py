@@ -22,8 +22,8 @@ from torch import Tensor, nn
 from torch.nn.parallel import DistributedDataParallel
 
 from kdcache.cache.errors import InputError, KdcacheError
+from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.rank import this_rank
-from kdcache.pipeline.teachers.teacher import pick_device
 
 T = TypeVar("T")
 
@@ -219,7 +219,7 @@ def wait() -> None:
 @contextmanager
 def one_first() -> Iterator[None]:
     """One rank of each machine goes through the block before the others: what it downloads they find."""
-    goes_first = world() == 1 or os.environ["LOCAL_RANK"] == "0"
+    goes_first = world() == 1 or this_rank().local_rank == 0
     if not goes_first:
         wait()
     try:

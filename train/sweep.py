@@ -13,10 +13,11 @@ from kdcache.cache.errors import CorruptError, InputError, KdcacheError, machine
 from kdcache.cache.files import replace_file
 from kdcache.train import group
 from kdcache.train.config import TrainConfig
-from kdcache.train.loop.runfolder import settings_of
+from kdcache.train.loop.runfolder import config_of
 from kdcache.train.losses.options import read_spec
-from kdcache.train.resuming import given_by, resumed
-from kdcache.train.run import cache_of, train
+from kdcache.train.plan.choosing import choose_cache
+from kdcache.train.plan.resuming import given_by, resumed
+from kdcache.train.run import train
 
 FILE = "sweep.json"
 _OUT = "runs/sweep"
@@ -96,12 +97,12 @@ def _sweep(
     # A folder's name says its run's loss and seed.
     given = set(given_by(config) if given is None else given) - {"loss", "seed"}
     if started:
-        had = group.from_first(lambda: settings_of(started[0]))
+        had = group.from_first(lambda: config_of(started[0]))
         common = {name: value for name, value in had.items() if name not in ("loss", "loss_options", "seed")}
         config = resumed(config, common, given, started[0], say)
     # Found once, and pinned by the runs that are there.
     with group.one_first():
-        cache = cache_of(config)
+        cache = choose_cache(config)
     runs: list[dict[str, Any]] = []
     _write(out, cache.key, losses, seeds, runs)
     for (spec, seed), path in folders.items():

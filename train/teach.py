@@ -5,26 +5,27 @@ from __future__ import annotations
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import replace
 from functools import partial
 from pathlib import Path
+from typing import Literal
 
 import torch
 from filelock import FileLock
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.home import open_registry
+from kdcache.cache.registry.registry import Registry
 from kdcache.pipeline.build.build import BuildResult
 from kdcache.pipeline.build.config import BuildConfig
-from kdcache.pipeline.build.source import check_options
+from kdcache.pipeline.build.source import Draft, draft_build, require_topk
 from kdcache.pipeline.data.dataset import list_unreadable, open_data
 from kdcache.pipeline.data.defaults import DATA, defaults_for
+from kdcache.pipeline.pack import PackResult, pack
 from kdcache.pipeline.process.progress import percent
 from kdcache.pipeline.process.rank import this_rank
-from kdcache.pipeline.share import build_shared, find_taught
+from kdcache.pipeline.share import build_shared, find_taught, open_plan, open_shared
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import pixels_of_data
-from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, pick_device, taught_file, try_out
+from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, taught_file, try_out
 from kdcache.pipeline.views.policy import check_policy
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
@@ -119,42 +120,59 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
 
 def build_and_teach(
     config: BuildConfig,
-    say: Callable[[str], None] = print,
     registry: str | None = None,
     publish: bool = False,
+    say: Callable[[str], None] = print,
     teacher: bool = True,
-) -> BuildResult:
-    """Build what the registry lacks, and with `publish` push it, with the teacher's weights unless `teacher` is False.
+    store: Literal["zarr", "hdf5", "ffcv"] = "zarr",
+) -> tuple[BuildResult, PackResult | None]:
+    """`kdcache build`: build what the registry lacks; with `publish` push it, with another store than zarr pack it.
 
-    On the embedded digits a teacher that is not there is taught first, so that the short form works: unless a cache of
-    them, here or in the registry, is by one already.
+    teacher: whether its weights are pushed too. The teacher of the embedded digits is taught first where there is none.
     """
     if config.data == DATA:
         say(f"data: {DATA}, scikit-learn's 8x8 images, to try things out; --data names your own")
-        if ":" not in config.teacher and config.weights is None:
-            data = open_data(DATA, "train")
-            weights = taught_file(config.teacher, data)
-            if not weights.exists():
-                check_options(config, len(data.class_names))
-                build_network(config.teacher, len(data.class_names), pixels_of_data(data).size)  # a known name?
-                shared = None if registry is None else open_registry(registry, store_bytes=0)
-                if found := find_taught(config, shared, say):
-                    weights = found
-                else:
-                    _teach_once(config, weights, say)
-            config = replace(config, weights=str(weights))  # also where --unlabelled makes it other data
-    return build_shared(config, registry, publish, say, teacher)
+    shared = open_shared(registry, publish)
+    draft = draft_build(config, say)
+    draft = _with_digits_teacher(draft, shared, say)
+    plan = open_plan(draft, shared, say)
+    built = build_shared(plan, shared, publish, say, teacher)
+    if store == "zarr" or this_rank().rank:
+        return built, None
+    return built, pack(built.path, store, data=plan.source.train, say=say)
 
 
-def _teach_once(config: BuildConfig, taught: Path, say: Callable[[str], None]) -> None:
-    """In one of the processes that start together, while the others wait."""
+def _with_digits_teacher(draft: Draft, shared: Registry | None, say: Callable[[str], None]) -> Draft:
+    """The draft with the weights of the teacher that is taught on the embedded digits, so that the short form works.
+
+    A teacher that is not here is taught first, unless caches here or in the registry are by one already.
+    Other data, and teachers whose weights are named or come with a function, stay as they are.
+    """
+    config = draft.config
+    if config.data != DATA or ":" in config.teacher or config.weights is not None:
+        return draft
+    data = open_data(DATA, "train") if config.unlabelled else draft.train  # it is taught with labels in any case
+    weights = taught_file(config.teacher, data)
+    if not weights.exists():
+        require_topk(config, len(data.class_names))
+        build_network(config.teacher, len(data.class_names), pixels_of_data(data).size)  # a known name?
+        if found := find_taught(draft, shared, say):
+            weights = found
+        else:
+            _teach_once(draft, weights, say)
+    return draft.with_weights(weights)
+
+
+def _teach_once(draft: Draft, taught: Path, say: Callable[[str], None]) -> None:
+    """Teach in one of the processes that start together, while the others wait."""
+    name = draft.config.teacher
     while this_rank().local_rank and not taught.exists():
         time.sleep(_POLL_SECONDS)
     taught.parent.mkdir(parents=True, exist_ok=True)
     with FileLock(taught.with_suffix(".lock")):
         if not taught.exists():
-            say(f"no {config.teacher} has been taught on {DATA} yet: teaching one first")
-            _teach(TeachConfig(config.teacher), pick_device(config.device), say)  # without the other ranks
+            say(f"no {name} has been taught on {DATA} yet: teaching one first")
+            _teach(TeachConfig(name), draft.device, say)  # without the other ranks
 
 
 def unreadable_files(data: str, unlabelled: bool, say: Callable[[str], None]) -> list[str]:

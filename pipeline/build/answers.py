@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 import torch
@@ -18,11 +18,20 @@ from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.views.policy import ViewParameters, draw, evaluation_view
 from kdcache.pipeline.views.render import Renderer
 
-FINITE, SUMS = "_finite", "_sums"
+_FINITE, _SUMS = "_finite", "_sums"
+
+
+class Answer(NamedTuple):
+    """The teacher's answers to one batch of one view: which view, by its place; the rows; logits [B, C]."""
+
+    place: int
+    rows: range
+    records: Records
+    logits: torch.Tensor
 
 
 def view_parameters(data: Dataset, identity: Identity, view: int, rows: range) -> ViewParameters:
-    """The parameters of a view's samples, or of the evaluation view where `data` is that split."""
+    """The parameters of a view's samples; where `data` is the evaluation split, those of its only view."""
     sizes = data.sizes[rows.start : rows.stop]
     if data.split == "eval":
         return evaluation_view(sizes, whole=data.in_memory)
@@ -30,7 +39,7 @@ def view_parameters(data: Dataset, identity: Identity, view: int, rows: range) -
 
 
 def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) -> Renderer:
-    """Images as the teacher wants them."""
+    """What renders images as the teacher wants them; workers: as in `Renderer`."""
     identity = source.identity
     shown, device = identity.teacher, source.teacher.device
     return Renderer(data, shown.input_size, device, identity.views.policy, workers, shown.interpolation)
@@ -45,8 +54,8 @@ def record_batches(
     """
     parameters = view_parameters(data, source.identity, view, rows)
     renderer = teacher_renderer(data, source, workers)
-    for _, _, records, logits in answers(source, renderer, labels, [parameters], [rows.start], rows, batch):
-        yield records, logits
+    for answer in answers(source, renderer, labels, [parameters], [rows.start], rows, batch):
+        yield answer.records, answer.logits
 
 
 def answers(
@@ -58,12 +67,11 @@ def answers(
     rows: range,
     batch: int,
     skip: Callable[[int], bool] = lambda _: False,
-) -> Iterator[tuple[int, range, Records, torch.Tensor]]:
-    """The teacher's answers for rows of several views, each from its own start, which is a batch boundary, on.
+) -> Iterator[Answer]:
+    """The teacher's answers for rows of several views, each view from its own start on, which is a batch boundary.
 
-    The place in `views`, the rows of the batch, their records and logits [B, C], unchecked. skip: whether a view, by
-    its place, is no longer wanted. A short last batch is filled up, because logits of small batches can differ in the
-    last bit.
+    Nothing has checked them yet. labels: int64 [N, L]. skip: whether a view, by its place in `views`, is no longer
+    wanted. A short last batch is filled up, because logits of small batches can differ in the last bit.
     """
     bounds = [range(i, min(i + batch, rows.stop)) for i in range(rows.start, rows.stop, batch)]
     # A view that lacks nothing starts at the very end, which is inside of a short last batch.
@@ -77,16 +85,21 @@ def answers(
         at = bounds[number]
         logits = source.teacher.logits(images)[: len(at)]
         of = y[at.start - rows.start : at.stop - rows.start]
-        yield place, at, chunks.encode_as(source.identity.record, logits, of, check=False), logits
+        records = chunks.encode_as(source.identity.record, logits, of, check=False)
+        yield Answer(place, at, records, logits)
 
 
 class Copy:
-    """A batch's answers on their way to the host: only records cross the bus, and nobody waits for them yet."""
+    """Answers on their way to the host: only records cross the bus, and nobody waits for them yet.
 
-    def __init__(self, records: Records, logits: torch.Tensor, sums: torch.Tensor | None) -> None:
-        found = {**chunks.as_tensors(records), FINITE: torch.isfinite(logits).all(1)}
+    sums: the batch's share of the prior, [T, C], or None.
+    """
+
+    def __init__(self, answer: Answer, sums: torch.Tensor | None) -> None:
+        logits = answer.logits
+        found = {**chunks.as_tensors(answer.records), _FINITE: torch.isfinite(logits).all(1)}
         if sums is not None:
-            found[SUMS] = sums
+            found[_SUMS] = sums
         self._event = torch.cuda.Event() if logits.is_cuda else None  # type: ignore[no-untyped-call]
         if self._event is None:
             self._host = {name: tensor.cpu() for name, tensor in found.items()}
@@ -98,15 +111,16 @@ class Copy:
             self._event.record()
 
     def wait(self) -> None:
-        """Until it is there."""
+        """Wait until everything is on the host."""
         if self._event is not None:
             self._event.synchronize()
 
-    def arrays(self) -> dict[str, NDArray[Any]]:
-        """By name, once it is there."""
+    def arrive(self) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_], NDArray[np.float64] | None]:
+        """The records' arrays by name, whether each row's logits are finite, and the sums; waits for them."""
         self.wait()
         # Pinned memory is for the way only.
-        return {name: t.numpy() if self._event is None else t.numpy().copy() for name, t in self._host.items()}
+        arrays = {name: t.numpy() if self._event is None else t.numpy().copy() for name, t in self._host.items()}
+        return arrays, arrays.pop(_FINITE), arrays.pop(_SUMS, None)
 
 
 def teacher_top1(cache: Cache) -> float | None:

@@ -4,28 +4,25 @@ from __future__ import annotations
 
 import os
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
 import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError, MismatchError
 from kdcache.cache.files import make_folder
-from kdcache.cache.home import caches_folder
 from kdcache.cache.store import chunks
-from kdcache.cache.store.cache import Cache, SplitStore, require_folder
+from kdcache.cache.store.cache import Cache, require_folder
 from kdcache.pipeline.build import suspicions
 from kdcache.pipeline.build.answers import teacher_renderer, teacher_top1
-from kdcache.pipeline.build.builder import Builder, missing_shards
+from kdcache.pipeline.build.builder import Builder, Shard, missing_shards
 from kdcache.pipeline.build.config import BuildConfig
-from kdcache.pipeline.build.source import Source, open_source
+from kdcache.pipeline.build.plan import BuildPlan, plan_build
+from kdcache.pipeline.build.source import Say, Source, open_source
 from kdcache.pipeline.build.spool import SPOOL_SECONDS, WAITING_SECONDS, clear, spool_folder
-from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.data.defaults import defaults_for
 from kdcache.pipeline.process import provenance
 from kdcache.pipeline.process.progress import Progress, duration, percent, size
 from kdcache.pipeline.process.rank import this_rank
@@ -34,7 +31,6 @@ from kdcache.pipeline.views.render import Renderer
 
 _TIMED = 512  # images of the probe, at most
 _LOST_AT_MOST = 60.0
-_WORTH_COMPILING = 1_000_000  # records of a cache
 
 
 @dataclass(frozen=True)
@@ -50,13 +46,13 @@ class BuildResult:
     teacher_top1: float | None
 
 
-def build(
-    config: BuildConfig,
-    say: Callable[[str], None] = print,
-    source: Source | None = None,
-    begun: Callable[[], object] = lambda: None,
-) -> BuildResult:
-    """Build, extend or complete the cache that `config` describes; complete ones are only named.
+def build(config: BuildConfig, say: Say = print, source: Source | None = None) -> BuildResult:
+    """Build, extend or complete the cache that `config` describes, from `source` where that is open already."""
+    return carry_out(plan_build(config, source or open_source(config, say)), say)
+
+
+def carry_out(plan: BuildPlan, say: Say = print, begun: Callable[[], object] = lambda: None) -> BuildResult:
+    """Build, extend or complete the cache of a plan; a complete one is only named.
 
     begun: called once the cache is there, before anything is computed for it.
 
@@ -69,82 +65,80 @@ def build(
     `views_per_decode` for files, `WAITING_JOBS` batches of records, and the pixels that `Renderer` states.
     """
     start = time.monotonic()
-    source = source or open_source(config, say)
-    views = config.views if config.views is not None else defaults_for(source.train).views
-    if views < 1:
-        raise InputError(f"--views {views}: at least one view is needed")
-    key = source.identity.key
-    path = Path(config.out) if config.out else caches_folder() / key
-    spool = spool_folder(path, key)
-    todo = missing_shards(path, source, views)
-    if not todo and (cache := Cache(path)).finished:
-        for store, data, labels in _splits(cache, source):
-            store.require_labels(labels)
-            store.require_sizes(data.sizes)
-        clear(spool, cache)
+    todo = missing_shards(plan)
+    spools = spool_folder(plan.path, plan.key)
+    if not todo and (cache := Cache(plan.path)).finished:
+        _require_same_data(plan, cache)
+        clear(spools, cache)
         cache.tidy()
         begun()
-        say(f"cache {key[:12]} has all of {views} views already: nothing to compute ({path})")
-        return BuildResult(path, key, views, cache.size(), 0, time.monotonic() - start, teacher_top1(cache))
-    if found := source.identity.teacher.differences(source.teacher.identity, theirs="this teacher has"):
-        raise MismatchError(f"cache {key[:12]} is another teacher's: {'; '.join(found)}")
-    _require_place(path)
-    teacher = source.teacher
-    batch = config.batch_size or defaults_for(source.train).batch_for(
-        teacher.device.type, teacher.input_size, len(source.train)
-    )
-    if batch > len(source.train):
-        raise InputError(f"--batch-size {batch} is larger than the data, {len(source.train):,} images: lower it")
-    images = sum(len(shard.rows) for shard in todo)
+        say(f"cache {plan.key[:12]} has all of {plan.views} views already: nothing to compute ({plan.path})")
+        return _result(plan, cache, 0, start)
+    _require_buildable(plan)
+    source, images = plan.source, sum(len(shard.rows) for shard in todo)
     say(
-        f"cache {key[:12]}: {source.identity.teacher.architecture} on {source.identity.data.name}, "
-        f"{source.identity.views.policy}, {views} views of {len(source.train):,} samples"
+        f"cache {plan.key[:12]}: {plan.identity.teacher.architecture} on {plan.identity.data.name}, "
+        f"{plan.identity.views.policy}, {plan.views} views of {len(source.train):,} samples"
     )
-    renderer = teacher_renderer(source.train, source, config.workers)
+    renderer = teacher_renderer(source.train, source, plan.workers)
     if images:
-        rate, record_bytes = _probe(source, config, batch, images, renderer, say)
-        say(
-            f"to compute: {images:,} records on {source.teacher.device}, about {duration(images / rate)} at "
-            f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {path}"
-        )
-        if batch / rate > _LOST_AT_MOST - SPOOL_SECONDS - WAITING_SECONDS:
-            say(f"note: a build that is killed loses up to a batch, here {duration(batch / rate)}: lower --batch-size")
-        if (world := this_rank().world) > len(todo):
-            say(f"note: {world} processes for {len(todo)} shards: {world - len(todo)} of them have nothing to compute")
-        source = _compiled(source, config, batch, say)
-    make_folder(path)
-    cache = Cache.create(path, source.identity)
+        _foretell(plan, images, len(todo), renderer, say)
+        plan = _compiled(plan, say)
+    make_folder(plan.path)
+    cache = Cache.create(plan.path, plan.identity)
     begun()
-    # From here on in the stores whose scratch folder the lease is for.
-    todo = [s._replace(store=cache.train if s.store.split == "train" else cache.evaluation) for s in todo]
-    writer = provenance.writer(str(source.teacher.device), source.teacher.compiled is not None)
+    computed = _fill(plan, cache, todo, images, spools, renderer, say)
+    clear(spools, cache)
+    result = _result(plan, cache, computed, start)
+    share = f", {computed:,} of {images:,} images by this build" if computed < images else ""
+    top1 = result.teacher_top1
+    told = "" if top1 is None else f"; teacher's top-1 on the evaluation split {percent(top1)}"
+    say(f"done in {duration(result.seconds)}: {size(result.bytes)}{share}{told}")
+    return result
+
+
+def _fill(
+    plan: BuildPlan, cache: Cache, todo: list[Shard], images: int, spools: Path, renderer: Renderer, say: Say
+) -> int:
+    """Commit labels, sizes and the shards that are missing, as one of the builders; how many images were computed."""
+    teacher = plan.source.teacher
+    writer = provenance.writer(str(teacher.device), teacher.compiled is not None)
     with cache.writing(say) as leases:
         if others := leases.others():
             say(f"sharing the work with {', '.join(map(str, others))}")
-        for store, data, labels in _splits(cache, source):
-            store.write_labels(labels.astype(chunks.id_dtype(source.teacher.classes)), writer)
-            store.write_sizes(data.sizes, writer)
+        for split in plan.source.splits(cache):
+            split.store.write_labels(split.labels.astype(chunks.id_dtype(teacher.classes)), writer)
+            split.store.write_sizes(split.data.sizes, writer)
         with Progress("build", images, "images") as progress:
-            builder = Builder(source, config, cache, leases, batch, spool, writer, progress, say, {"train": renderer})
-            computed = builder.build(todo)
-    clear(spool, cache)
+            builder = Builder(plan, cache, leases, spools, writer, progress, say, {"train": renderer})
+            return builder.build(todo)
+
+
+def _result(plan: BuildPlan, cache: Cache, computed: int, start: float) -> BuildResult:
     top1 = teacher_top1(cache)
     seconds = time.monotonic() - start
-    share = f", {computed:,} of {images:,} images by this build" if computed < images else ""
-    say(
-        f"done in {duration(seconds)}: {size(cache.size())}{share}"
-        + (f"; teacher's top-1 on the evaluation split {percent(top1)}" if top1 is not None else "")
-    )
-    return BuildResult(path, key, views, cache.size(), computed, seconds, top1)
+    return BuildResult(plan.path, plan.key, plan.views, cache.size(), computed, seconds, top1)
 
 
-def _splits(cache: Cache, source: Source) -> Iterator[tuple[SplitStore, Dataset, NDArray[np.int64]]]:
-    yield cache.train, source.train, source.train_labels
-    yield cache.evaluation, source.evaluation, source.evaluation_labels
+def _require_same_data(plan: BuildPlan, cache: Cache) -> None:
+    """MismatchError unless the cache has the labels and the image sizes of the plan's data."""
+    for split in plan.source.splits(cache):
+        split.store.require_labels(split.labels)
+        split.store.require_sizes(split.data.sizes)
+
+
+def _require_buildable(plan: BuildPlan) -> None:
+    """MismatchError or InputError where the build cannot be done, before the teacher is asked for anything."""
+    if found := plan.identity.teacher.differences(plan.source.teacher.identity, theirs="this teacher has"):
+        raise MismatchError(f"cache {plan.key[:12]} is another teacher's: {'; '.join(found)}")
+    _require_place(plan.path)
+    samples = len(plan.source.train)
+    if plan.batch > samples:
+        raise InputError(f"--batch-size {plan.batch} is larger than the data, {samples:,} images: lower it")
 
 
 def _require_place(path: Path) -> None:
-    """InputError where no cache can be made or gone on with, before the teacher is asked for anything."""
+    """InputError where no cache can be made or gone on with."""
     require_folder(path)
     folder = next(p for p in (path, *path.absolute().parents) if p.exists())
     if not folder.is_dir():
@@ -155,41 +149,48 @@ def _require_place(path: Path) -> None:
         raise InputError(f"{path} is not empty and no cache: give another --out")
 
 
-def _compiled(source: Source, config: BuildConfig, batch: int, say: Callable[[str], None]) -> Source:
-    """With a compiled teacher where that was asked for, or on CUDA for so many records.
+def _foretell(plan: BuildPlan, images: int, shards: int, renderer: Renderer, say: Say) -> None:
+    """Try the teacher out and say what the build will take; InputError where its answers are suspicious."""
+    rate, record_bytes = _probe(plan, images, renderer, say)
+    say(
+        f"to compute: {images:,} records on {plan.source.teacher.device}, about {duration(images / rate)} at "
+        f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {plan.path}"
+    )
+    if plan.batch / rate > _LOST_AT_MOST - SPOOL_SECONDS - WAITING_SECONDS:
+        lost = duration(plan.batch / rate)
+        say(f"note: a build that is killed loses up to a batch, here {lost}: lower --batch-size")
+    if (world := this_rank().world) > shards:
+        say(f"note: {world} processes for {shards} shards: {world - shards} of them have nothing to compute")
 
-    Of the data's usual number of views, not of what is left: its logits differ from others in their last bits, so
-    ranks, and builds that go on with a cache, have to choose alike.
-    """
-    records = len(source.train) * defaults_for(source.train).views
-    by_default = source.teacher.device.type == "cuda" and records >= _WORTH_COMPILING
-    if not (by_default if config.compile is None else config.compile):
-        return source
-    say(f"compiling {source.identity.teacher.architecture}")
+
+def _compiled(plan: BuildPlan, say: Say) -> BuildPlan:
+    """The same plan with a compiled teacher, where that is planned and can be done."""
+    if plan.compile == "no":
+        return plan
+    say(f"compiling {plan.identity.teacher.architecture}")
     try:
-        return replace(source, teacher=source.teacher.compile(batch))
+        teacher = plan.source.teacher.compile(plan.batch)
     except InputError as e:
-        if config.compile:
+        if plan.compile == "must":
             raise
         say(f"note: {e}")
-        return source
+        return plan
+    return replace(plan, source=replace(plan.source, teacher=teacher))
 
 
-def _probe(
-    source: Source, config: BuildConfig, batch: int, images: int, renderer: Renderer, say: Callable[[str], None]
-) -> tuple[float, float]:
-    """The teacher's images/s and bytes a record, from seeded images without augmentation.
+def _probe(plan: BuildPlan, images: int, renderer: Renderer, say: Say) -> tuple[float, float]:
+    """The teacher's images/s and the bytes of a record, from seeded images without augmentation.
 
-    InputError where its answers give away that the cache would be wrong, as suspicions.py has it.
+    InputError where the teacher's answers give away that the cache would be wrong (suspicions.py).
     """
-    data, teacher, record = source.train, source.teacher, source.identity.record
-    labels = source.train_labels[:, :1].ravel()
+    source, teacher, batch = plan.source, plan.source.teacher, plan.batch
+    data, labels = source.train, source.train_labels[:, :1].ravel()
     ids, first = np.unique(labels, return_index=True)
     index = suspicions.choose(labels, len(data), suspicions.count_of(len(ids), images))
     batches = [index[i : i + batch] for i in range(0, len(index), batch)]
     rendered = renderer.batches(evaluation_view(data.sizes, whole=data.in_memory), batches)
     timed = list(islice(rendered, -(-_TIMED // batch)))
-    suspicions.require_steady(teacher.logits, teacher.model, timed[0], source.identity.teacher.numeric)
+    suspicions.require_steady(teacher.logits, teacher.model, timed[0], plan.identity.teacher.numeric)
     start = time.monotonic()
     answered = [teacher.logits(pixels) for pixels in timed]
     answered = [logits.cpu() for logits in answered]
@@ -200,11 +201,16 @@ def _probe(
             progress.advance(len(pixels))
     logits = torch.cat(answered)
     names = {int(i): data.class_names[at] for i, at in zip(ids, data.labels[first, :1].ravel(), strict=True)}
-    for note in suspicions.examine(logits, index, labels[index] if names else labels, names, config.allow_low_accuracy):
+    known = labels[index] if names else labels
+    for note in suspicions.examine(logits, index, known, names, plan.allow_low_accuracy):
         say(f"note: {note}")
     some = slice(None, None, -(-len(index) // _TIMED))
-    few = torch.from_numpy(source.train_labels[index][some])
-    encoded = chunks.as_arrays(chunks.encode_as(record, logits[some], few))
-    specs = chunks.record_arrays(record, len(few), len(few))
-    record_bytes = sum(len(chunks.encode_part(spec, 0, encoded[spec.name])) for spec in specs) / len(few)
-    return rate, record_bytes
+    return rate, _record_bytes(source, logits[some], torch.from_numpy(source.train_labels[index][some]))
+
+
+def _record_bytes(source: Source, logits: torch.Tensor, labels: torch.Tensor) -> float:
+    """The bytes of a record as it is stored, from some logits [B, C] with labels [B, L]."""
+    record = source.identity.record
+    encoded = chunks.as_arrays(chunks.encode_as(record, logits, labels))
+    specs = chunks.record_arrays(record, len(labels), len(labels))
+    return sum(len(chunks.encode_part(spec, 0, encoded[spec.name])) for spec in specs) / len(labels)

@@ -1,4 +1,4 @@
-"""A build at work: shards are taken by lease, answered by the teacher, spooled and committed."""
+"""A build at work: it takes shards by lease, has the teacher answer for them, and spools and commits the records."""
 
 from __future__ import annotations
 
@@ -10,19 +10,16 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import numpy as np
 import torch
-from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.records import require_std, tail_distribution
 from kdcache.cache.store.cache import Cache, SplitStore, shard_name
 from kdcache.cache.store.leases import Leases
-from kdcache.pipeline.build.answers import FINITE, SUMS, Copy, answers, teacher_renderer, view_parameters
-from kdcache.pipeline.build.config import BuildConfig
-from kdcache.pipeline.build.source import Source
+from kdcache.pipeline.build.answers import Answer, Copy, answers, teacher_renderer, view_parameters
+from kdcache.pipeline.build.plan import BuildPlan
 from kdcache.pipeline.build.spool import Spool, Writer
-from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.data.split import Split
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.teachers.teacher import Teacher
@@ -35,11 +32,15 @@ _AHEAD = 8  # batches that the GPU has still to do
 
 
 class Shard(NamedTuple):
-    """The rows of a part in one view."""
+    """The rows of a part in one view of a split."""
 
-    store: SplitStore
+    split: Split
     view: int
     rows: range
+
+    @property
+    def store(self) -> SplitStore:
+        return self.split.store
 
     @property
     def part(self) -> int:
@@ -51,34 +52,41 @@ class Shard(NamedTuple):
 
     @property
     def lease(self) -> str:
-        return ("eval-" if self.store.split == "eval" else "") + self.name
+        """The name of its lease, and of its spool."""
+        return ("eval-" if self.split.name == "eval" else "") + self.name
 
 
-def missing_shards(path: Path, source: Source, views: int) -> list[Shard]:
-    """The shards still to compute: the evaluation split first, then view after view."""
+def missing_shards(plan: BuildPlan) -> list[Shard]:
+    """The shards that are still to be computed: those of the evaluation split first, then view after view.
+
+    MismatchError where another cache lies in the place.
+    """
+    path, identity = plan.path, plan.identity
     if (path / "identity.json").exists():
         cache = Cache(path)
-        cache.identity.require(source.identity, str(path))
-        stores = cache.train, cache.evaluation
+        cache.identity.require(identity, str(path))
+        train, evaluation = plan.source.splits(cache)
     else:
-        identity = source.identity
-        stores = (
-            SplitStore(path, "train", identity),
-            SplitStore(path, "eval", identity),
-        )
-    train, evaluation = stores
-    todo = []
-    for store, count in ((evaluation, 1), (train, views)):
-        done = store.committed()
-        todo += [
-            Shard(store, v, store.rows(p)) for v in range(count) for p in range(store.parts) if p not in done.get(v, ())
+        train = plan.source.split(SplitStore(path, "train", identity))
+        evaluation = plan.source.split(SplitStore(path, "eval", identity))
+    missing = []
+    for split, views in ((evaluation, 1), (train, plan.views)):
+        store, done = split.store, split.store.committed()
+        missing += [
+            Shard(split, view, store.rows(part))
+            for view in range(views)
+            for part in range(store.parts)
+            if part not in done.get(view, ())
         ]
-    return todo
+    return missing
 
 
 @dataclass(eq=False)
 class _Lot:
-    """A shard under way: where it is spooled, its view parameters, and whether another build has committed it."""
+    """A shard under way: where it is spooled, its view parameters, and whether another build has committed it.
+
+    start: the first row that was not found in the spool.
+    """
 
     shard: Shard
     spool: Spool
@@ -89,13 +97,15 @@ class _Lot:
 
 @dataclass(eq=False)
 class Builder:
-    """One build at work: the teacher here, and a thread that writes what it has answered."""
+    """One build at work: the teacher here, and a thread that writes what it has answered.
 
-    source: Source
-    config: BuildConfig
+    spools: the folder of its spools. writer: what commits say of who built them. renderers: by the name of the split.
+    computed: images that the teacher has answered for here.
+    """
+
+    plan: BuildPlan
     cache: Cache
     leases: Leases
-    batch: int
     spools: Path
     writer: Mapping[str, str]
     progress: Progress
@@ -109,9 +119,11 @@ class Builder:
     def build(self, todo: list[Shard]) -> int:
         """See to it that all shards are committed: compute those that nobody else does, then wait for the others.
 
-        How many images the teacher answered for here.
+        Returns how many images the teacher answered for here.
         """
-        self._todo, told = todo, ""
+        # In the stores whose scratch folder the lease is for.
+        splits = {split.name: split for split in self.plan.source.splits(self.cache)}
+        self._todo, told = [shard._replace(split=splits[shard.split.name]) for shard in todo], ""
         try:
             with Writer() as thread:
                 while True:
@@ -124,7 +136,7 @@ class Builder:
                     if shards := self._take():
                         self._compute(shards, thread)
                         continue
-                    thread.finish()  # also because an error of its would else be told only at the end
+                    thread.finish()  # here too, because an error of the thread would else be told only at the end
                     if (now := self._waiting()) not in (told, ""):
                         told = now
                         self.say(told)
@@ -145,21 +157,21 @@ class Builder:
         self._todo = left
 
     def _take(self) -> list[Shard]:
-        """Lease the first shard that can be, and of image files the same part of as many views as are cut together.
+        """Lease the first shard that is free and, of image files, the same part of the views that are cut with it.
 
-        But leave the other builders as much of it.
+        As many shards are left to each of the other builders.
         """
         taken: list[Shard] = []
         most = 1
         for shard in list(self._todo):
-            if taken and (shard.store, shard.rows) != (taken[0].store, taken[0].rows):
+            if taken and (shard.split, shard.rows) != (taken[0].split, taken[0].rows):
                 continue
             if not self.leases.take(shard.lease):
                 continue
-            if not taken and not self._data(shard)[0].in_memory:
-                alike = sum((s.store, s.rows) == (shard.store, shard.rows) for s in self._todo)
+            if not taken and not shard.split.data.in_memory:
+                alike = sum((s.split, s.rows) == (shard.split, shard.rows) for s in self._todo)
                 builders = max(this_rank().world, 1 + len(self.leases.others()))
-                most = min(self.config.views_per_decode, -(-alike // builders))
+                most = min(self.plan.views_per_decode, -(-alike // builders))
             taken.append(shard)
             self._todo.remove(shard)
             if len(taken) == most:
@@ -167,44 +179,39 @@ class Builder:
         return taken
 
     def _waiting(self) -> str:
+        """For whom the build waits; empty where nobody holds a lease."""
         holders = {str(holder) for shard in self._todo if (holder := self.leases.holder(shard.lease))}
         return f"waiting for the last {len(self._todo)} shards, at {', '.join(sorted(holders))}" if holders else ""
 
-    def _data(self, shard: Shard) -> tuple[Dataset, NDArray[np.int64]]:
-        if shard.store.split == "eval":
-            return self.source.evaluation, self.source.evaluation_labels
-        return self.source.train, self.source.train_labels
-
-    def _renderer(self, data: Dataset) -> Renderer:
-        if data.split == "train":
-            self.renderers.pop("eval", None)  # and its worker processes
-        if data.split not in self.renderers:
-            self.renderers[data.split] = teacher_renderer(data, self.source, self.config.workers)
-        return self.renderers[data.split]
+    def _renderer(self, split: Split) -> Renderer:
+        if split.name == "train":
+            self.renderers.pop("eval", None)  # its worker processes end with it
+        if split.name not in self.renderers:
+            self.renderers[split.name] = teacher_renderer(split.data, self.plan.source, self.plan.workers)
+        return self.renderers[split.name]
 
     def _compute(self, shards: list[Shard], thread: Writer) -> None:
-        """Have the teacher answer for shards of one part, and the thread write them."""
-        data, labels = self._data(shards[0])
-        lots = [lot for shard in shards if (lot := self._begin(shard, data))]
+        """Have the teacher answer for shards of one part, and the thread write the answers."""
+        split, rows = shards[0].split, shards[0].rows
+        lots = [lot for shard in shards if (lot := self._begin(shard))]
         if not lots:
             return
         under_way: deque[Copy] = deque()
-        for place, at, records, logits in answers(
-            self.source, self._renderer(data), labels, [lot.parameters for lot in lots], [lot.start for lot in lots],
-            shards[0].rows, self.batch, lambda place: lots[place].gone,
+        for answer in answers(
+            self.plan.source, self._renderer(split), split.labels, [lot.parameters for lot in lots],
+            [lot.start for lot in lots], rows, self.plan.batch, lambda place: lots[place].gone,
         ):  # fmt: skip
-            lot = lots[place]
-            sums = lot.shard.store.carries_tail_sums(lot.shard.view)
-            copy = Copy(records, logits, tail_distribution(logits, records) if sums else None)
+            lot = lots[answer.place]
+            copy = _copy(lot, answer)
             under_way.append(copy)
             if len(under_way) > _AHEAD:
                 under_way.popleft().wait()
-            thread.do(partial(self._spool, lot, at, copy))
-            self.computed += len(at)
-            self.progress.advance(len(at), f"(view {lot.shard.view}, {data.split})")
+            thread.do(partial(self._spool, lot, answer.rows, copy))
+            self.computed += len(answer.rows)
+            self.progress.advance(len(answer.rows), f"(view {lot.shard.view}, {split.data.split})")
             if self.leases.lost(lot.shard.lease) and lot.shard.store.has(lot.shard.name):
                 lot.gone = True
-                self.progress.advance(lot.shard.rows.stop - at.stop)  # by the build that took over the lease
+                self.progress.advance(rows.stop - answer.rows.stop)  # by the build that took over the lease
                 if all(lot.gone for lot in lots):
                     break
             if time.monotonic() - self._looked > _LOOK_SECONDS:
@@ -212,29 +219,29 @@ class Builder:
         for lot in lots:
             thread.do(partial(self._commit, lot))
 
-    def _begin(self, shard: Shard, data: Dataset) -> _Lot | None:
-        """Open its spool; None where it is committed."""
+    def _begin(self, shard: Shard) -> _Lot | None:
+        """Open the shard's spool; None where the shard is committed."""
         shard.store.finish(shard.name)  # decided by a builder that died before it was committed
         if shard.store.has(shard.name):
             self.leases.release(shard.lease)
             self.progress.advance(len(shard.rows))
             return None
-        # Rows that were computed otherwise would differ in their last bits.
-        spool = Spool(self.spools / f"{shard.lease}-b{self.batch}-{_way(self.source.teacher)}", len(shard.rows))
+        # Rows that were computed in another way would differ in their last bits.
+        way = f"{shard.lease}-b{self.plan.batch}-{_way(self.plan.source.teacher)}"
+        spool = Spool(self.spools / way, len(shard.rows))
         self._open.add(spool)
         self.progress.advance(spool.rows)
-        parameters = view_parameters(data, self.source.identity, shard.view, shard.rows)
+        parameters = view_parameters(shard.split.data, self.plan.identity, shard.view, shard.rows)
         return _Lot(shard, spool, shard.rows.start + spool.rows, parameters)
 
-    def _spool(self, lot: _Lot, at: range, copy: Copy) -> None:
-        found = copy.arrays()
-        finite, sums = found.pop(FINITE), found.pop(SUMS, None)
+    def _spool(self, lot: _Lot, rows: range, copy: Copy) -> None:
+        arrays, finite, sums = copy.arrive()
         if not finite.all():
-            split, sample = lot.shard.store.split, at[int(finite.argmin())]
-            raise InputError(f"the teacher's logits are not finite: view {lot.shard.view}, sample {sample} of {split}")
-        if "tail_std" in found:
-            require_std(torch.from_numpy(found["tail_std"]), self.source.identity.record.classes)
-        lot.spool.add(found, sums)
+            name, sample = lot.shard.split.name, rows[int(finite.argmin())]
+            raise InputError(f"the teacher's logits are not finite: view {lot.shard.view}, sample {sample} of {name}")
+        if "tail_std" in arrays:
+            require_std(torch.from_numpy(arrays["tail_std"]), self.plan.identity.record.classes)
+        lot.spool.add(arrays, sums)
 
     def _commit(self, lot: _Lot) -> None:
         shard, spool = lot.shard, lot.spool
@@ -246,6 +253,12 @@ class Builder:
         spool.close()
         self._open.remove(spool)
         self.leases.release(shard.lease)
+
+
+def _copy(lot: _Lot, answer: Answer) -> Copy:
+    """Send a batch's records to the host, with its share of the prior where the shard carries that."""
+    sums = lot.shard.store.carries_tail_sums(lot.shard.view)
+    return Copy(answer, tail_distribution(answer.logits, answer.records) if sums else None)
 
 
 def _way(teacher: Teacher) -> str:

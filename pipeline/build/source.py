@@ -1,31 +1,64 @@
-"""What a build is of: the data with labels in the teacher's classes, the teacher, and the identity they give."""
+"""What a build starts from: both splits of the data, the teacher, and the identity of the cache that they give.
+
+A `Draft` is what is known before the teacher is open, because an untaught teacher may have to be taught first. Opening
+its teacher makes a `Source` of it.
+"""
 
 from __future__ import annotations
 
 from collections.abc import Callable
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 import numpy as np
+import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
 from kdcache.cache.records import default_precision
 from kdcache.cache.store import chunks
+from kdcache.cache.store.cache import Cache, SplitStore
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data import classmap
 from kdcache.pipeline.data.dataset import Dataset, open_data
-from kdcache.pipeline.data.defaults import defaults_for, stored_classes
+from kdcache.pipeline.data.defaults import Defaults, defaults_for, stored_classes
+from kdcache.pipeline.data.split import Split
+from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.progress import size
 from kdcache.pipeline.teachers.pixels import Wanted
-from kdcache.pipeline.teachers.teacher import Teacher, load_teacher, pick_device
+from kdcache.pipeline.teachers.teacher import Teacher, load_teacher
 from kdcache.pipeline.views.policy import check_policy
 from kdcache.pipeline.views.render import RENDERER
+
+Say = Callable[[str], None]
+
+
+@dataclass(frozen=True, eq=False)
+class Draft:
+    """A build before its teacher is open: what was asked for, both splits of the data, and what follows from them.
+
+    defaults: those for the kind of dataset. policy: the view policy, spelled in full.
+    """
+
+    config: BuildConfig
+    device: torch.device
+    train: Dataset
+    evaluation: Dataset
+    defaults: Defaults
+    policy: str
+
+    def with_weights(self, weights: str | Path) -> Draft:
+        """The same draft with a file of weights, or their name, for its teacher."""
+        return replace(self, config=replace(self.config, weights=str(weights)))
 
 
 @dataclass(frozen=True, eq=False)
 class Source:
-    """Both splits of a dataset with labels in the teacher's classes, the teacher, and the identity they give."""
+    """Both splits of a dataset with labels in the teacher's classes, the teacher, and the identity they give.
+
+    Labels are int64 [N, L]. defaults: those for the kind of dataset.
+    """
 
     train: Dataset
     evaluation: Dataset
@@ -33,17 +66,52 @@ class Source:
     evaluation_labels: NDArray[np.int64]
     teacher: Teacher
     identity: Identity
+    defaults: Defaults
+
+    def split(self, store: SplitStore) -> Split:
+        """The images and labels whose records the store holds, with that store."""
+        if store.split == "eval":
+            return Split(self.evaluation, self.evaluation_labels, store)
+        return Split(self.train, self.train_labels, store)
+
+    def splits(self, cache: Cache) -> tuple[Split, Split]:
+        """The train split and the evaluation split, with their stores in the cache."""
+        return self.split(cache.train), self.split(cache.evaluation)
 
 
-def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None) -> Source:
-    """Open the data and the teacher and describe what a build of them is. Writes nothing."""
+def _quiet(_: str) -> None:
+    pass
+
+
+def draft_build(config: BuildConfig, say: Say = _quiet) -> Draft:
+    """Open the data and settle what can be settled without a teacher. Writes nothing.
+
+    InputError where the data, the device, the view policy or the place asked for cannot be had.
+    """
     device = pick_device(config.device)
-    data = open_data(config.data, "train", unlabelled=config.unlabelled)
+    if config.out and "://" in config.out:
+        raise InputError(f"--out {config.out}: caches are built in folders; --registry URL --push publishes them")
+    train = open_data(config.data, "train", unlabelled=config.unlabelled)
     evaluation = open_data(config.data, "eval", unlabelled=config.unlabelled)
-    for note in filter(None, (data.note, evaluation.note)):
+    for note in filter(None, (train.note, evaluation.note)):
         say(note)
+    defaults = defaults_for(train)
+    return Draft(config, device, train, evaluation, defaults, check_policy(config.augment or defaults.augment))
+
+
+def open_source(config: BuildConfig, say: Say = _quiet) -> Source:
+    """Open the data and the teacher and describe what a build of them is. Writes nothing."""
+    return open_teacher(draft_build(config, say), say)
+
+
+def open_teacher(draft: Draft, say: Say = _quiet) -> Source:
+    """Open the teacher of a draft and describe what a build by it is. Writes nothing.
+
+    NotFoundError where there are no weights of that teacher; InputError where something does not fit.
+    """
+    config, data = draft.config, draft.train
     wanted = Wanted(config.teacher_size, config.teacher_mean, config.teacher_std, config.teacher_interpolation)
-    teacher = load_teacher(config.teacher, data, device, weights=config.weights, amp=config.amp, wanted=wanted)
+    teacher = load_teacher(config.teacher, data, draft.device, weights=config.weights, amp=config.amp, wanted=wanted)
     say(f"teacher: {teacher.about}")
     if not config.class_map and teacher.class_names is None and data.class_names:
         say(
@@ -53,13 +121,33 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
     teacher, to_teacher, class_map = _class_map(data, config.class_map, teacher, say)
     if teacher.classes < 2:
         raise InputError(f"the teacher has {teacher.classes} classes, at least 2 are needed: is {config.data} right?")
-    check_options(config, teacher.classes)
-    labels = [to_teacher[split.labels] for split in (data, evaluation)]
-    policy = check_policy(config.augment or defaults_for(data).augment)
-    if not data.in_memory and "crop" in policy.split(","):
-        say(f"note: {policy} keeps each image's own frame; rrc,flip is usual for image files")
-    k = stored_classes(teacher.classes) if config.topk is None else config.topk
-    dense = k is None or k == teacher.classes
+    labels = [to_teacher[split.labels] for split in (data, draft.evaluation)]
+    if not data.in_memory and "crop" in draft.policy.split(","):
+        say(f"note: {draft.policy} keeps each image's own frame; rrc,flip is usual for image files")
+    identity = Identity(
+        teacher=teacher.identity,
+        data=describe_data(data, config.full_fingerprint),
+        evaluation=describe_data(draft.evaluation, config.full_fingerprint),
+        views=ViewsIdentity(policy=draft.policy, seed=config.seed, renderer=RENDERER),
+        record=_record(config, teacher.classes, labels[0].shape[1]),
+        class_map=class_map,
+        part=config.part,
+    )
+    _require_shards_fit(identity)
+    return Source(data, draft.evaluation, labels[0], labels[1], teacher, identity, draft.defaults)
+
+
+def require_topk(config: BuildConfig, classes: int) -> None:
+    """InputError unless --topk fits a teacher of so many classes."""
+    if config.topk is not None and not 1 <= config.topk <= classes:
+        raise InputError(f"--topk {config.topk} does not fit the teacher's {classes} classes")
+
+
+def _record(config: BuildConfig, classes: int, labels: int) -> RecordIdentity:
+    """What is stored for each view of a sample; InputError where the settings do not fit each other."""
+    require_topk(config, classes)
+    k = stored_classes(classes) if config.topk is None else config.topk
+    dense = k is None or k == classes
     if dense and config.precision == "uint8":
         raise InputError("--precision uint8 is for top-k records (--topk): dense ones take float16 or float32")
     precision = config.precision or default_precision(dense)
@@ -67,45 +155,31 @@ def open_source(config: BuildConfig, say: Callable[[str], None] = lambda _: None
         raise InputError(
             f"temperature {min(config.temperatures):g} asks for finer gaps than uint8 has: give --precision float16"
         )
-    identity = Identity(
-        teacher=teacher.identity,
-        data=describe_data(data, config.full_fingerprint),
-        evaluation=describe_data(evaluation, config.full_fingerprint),
-        views=ViewsIdentity(policy=policy, seed=config.seed, renderer=RENDERER),
-        record=RecordIdentity(
-            classes=teacher.classes,
-            k=None if dense else k,
-            temperatures=() if dense else config.temperatures,
-            precision=precision,
-            tail_std=config.tail_std and not dense,
-            labels=labels[0].shape[1],
-        ),
-        class_map=class_map,
-        part=config.part,
+    return RecordIdentity(
+        classes=classes,
+        k=None if dense else k,
+        temperatures=() if dense else config.temperatures,
+        precision=precision,
+        tail_std=config.tail_std and not dense,
+        labels=labels,
     )
-    largest = max(spec.chunk_bytes for spec in chunks.record_arrays(identity.record, len(data), config.part))
+
+
+def _require_shards_fit(identity: Identity) -> None:
+    record = identity.record
+    specs = chunks.record_arrays(record, identity.data.samples, identity.part)
+    largest = max(spec.chunk_bytes for spec in specs)
     if largest > chunks.MAX_CHUNK_BYTES:
         raise InputError(
             f"a shard would hold {size(largest)} in one array, the most is {size(chunks.MAX_CHUNK_BYTES)}: "
-            f"{identity.record.k or teacher.classes} classes a record are too many, lower --topk"
+            f"{record.k or record.classes} classes a record are too many, lower --topk"
         )
-    return Source(data, evaluation, labels[0], labels[1], teacher, identity)
-
-
-def check_options(config: BuildConfig, classes: int) -> None:
-    """InputError for what no data can make good, before a teacher of so many classes is taught or asked."""
-    if config.augment:
-        check_policy(config.augment)
-    if config.topk is not None and not 1 <= config.topk <= classes:
-        raise InputError(f"--topk {config.topk} does not fit the teacher's {classes} classes")
-    if config.out and "://" in config.out:
-        raise InputError(f"--out {config.out}: caches are built in folders; --registry URL --push publishes them")
 
 
 def _class_map(
-    data: Dataset, class_map: str | None, teacher: Teacher, say: Callable[[str], None]
+    data: Dataset, class_map: str | None, teacher: Teacher, say: Say
 ) -> tuple[Teacher, NDArray[np.int64], str | None]:
-    """The teacher that answers for the data's labels; its class id for each of the dataset's; the map's digest."""
+    """The teacher that answers for the data's labels, its class id for each of the data's, and the map's digest."""
     own = np.arange(len(data.class_names))
     if class_map and len(own):
         groups = classmap.map_classes(data.class_names, class_map, teacher.class_names, teacher.classes)
@@ -127,7 +201,7 @@ def _class_map(
 
 
 def describe_data(data: Dataset, full: bool) -> DataIdentity:
-    """What an identity says of one split."""
+    """What an identity says of one split; full: with the contents of all files in its fingerprint."""
     return DataIdentity(
         name=data.name,
         split="train" if data.split == "train" else "eval",

@@ -24,7 +24,7 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.files import replace_file
 from kdcache.pipeline.data.decode import decode_file, image_size
 
-Progress = Callable[[int, int], None]  # files done, files in all
+FilesDone = Callable[[int, int], None]  # files done, files in all
 Triple = tuple[float, float, float]
 T = TypeVar("T")
 
@@ -138,7 +138,7 @@ def load_folder(root: Path, paths: Sequence[str], home: Path, *, decode: bool = 
     return Folder(sizes, images if decode else None, mean, std)
 
 
-def unreadable_files(root: Path, paths: Sequence[str], progress: Progress | None = None) -> list[str]:
+def unreadable_files(root: Path, paths: Sequence[str], progress: FilesDone | None = None) -> list[str]:
     """Decodes every file; one line 'path: reason' for each that cannot be."""
 
     def problem(i: int) -> str | None:
@@ -184,7 +184,7 @@ def mean_std(images: np.ndarray) -> tuple[Triple, Triple]:
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def _each(work: Callable[[int], T], n: int, progress: Progress | None = None) -> list[T]:
+def _each(work: Callable[[int], T], n: int, progress: FilesDone | None = None) -> list[T]:
     """[work(0), ..., work(n - 1)]: in threads, unless the first of them show that to be slower."""
     results: list[T] = []
     start = time.perf_counter()
@@ -282,8 +282,3 @@ def _refusal(root: Path, paths: Sequence[str], bad: Sequence[int], first: str) -
         f"{first}; {len(bad)} of {len(paths)} images in {root} cannot be read: "
         "kdcache build --list-unreadable with the same --data lists every one"
     )
-
-
-def one_line(error: Exception) -> str:
-    """The error's kind and message."""
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -24,22 +24,19 @@ Every network takes images [B, 3, H, W] and gives logits [B, classes]. A name is
 Weights are drawn from torch's global generator, so the caller seeds.
 """
 
-import difflib
 import importlib
 import inspect
-import sys
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from functools import cache, partial
-from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torchvision import models
 
-from kdcache.cache.errors import InputError
+from kdcache.cache.errors import InputError, kind_and_message
+from kdcache.pipeline.process.functions import call_function, did_you_mean, import_function
 
 SMALLEST_IMAGE = 8  # three halvings of a vgg leave one pixel
 SMALL_STEM_UP_TO = 64  # torchvision's ResNets reduce 32-fold: 64 px would end as 2x2
@@ -64,7 +61,7 @@ def build_network(name: str, classes: int, image_size: int) -> nn.Module:
     if plain in _torchvision_names():
         return _from_torchvision(plain, classes, image_size)
     raise InputError(
-        f"unknown network {name!r}{_suggestion(plain, {*_CIFAR, *_torchvision_names()})} "
+        f"unknown network {name!r}{did_you_mean(plain, {*_CIFAR, *_torchvision_names()})} "
         "(kdcache knows torchvision's names, the CIFAR networks, timm/NAME and module:function)"
     )
 
@@ -97,7 +94,7 @@ def load_fitting(network: nn.Module, state: Mapping[str, Tensor], what: str) -> 
         try:
             found = network.load_state_dict(versioned, strict=False)
         except RuntimeError as error:
-            raise InputError(f"{what} do not fit: {_line(error)}") from error
+            raise InputError(f"{what} do not fit: {kind_and_message(error)}") from error
         missing, unexpected = set(found.missing_keys), set(found.unexpected_keys)
     missing = {name for name in missing if not name.endswith("num_batches_tracked")}
     for title, names in (("missing", missing), ("not in the network", unexpected)):
@@ -362,7 +359,7 @@ def _from_torchvision(name: str, classes: int, image_size: int) -> nn.Module:
     try:
         network: nn.Module = models.get_model(name, weights=None, num_classes=classes, **options)
     except (AssertionError, ValueError) as error:
-        problem = f"cannot be built for {image_size} px images: {_line(error)}"
+        problem = f"cannot be built for {image_size} px images: {kind_and_message(error)}"
         raise InputError(f"network {name!r} {problem}") from error
     if small_stem(name, image_size):
         stem = nn.Conv2d(3, 64, 3, padding=1, bias=False)
@@ -384,38 +381,24 @@ def import_timm(name: str) -> tuple[Any, str]:
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "timm":
             raise InputError(f"network {name!r} needs timm: pip install timm") from error
-        raise InputError(f"network {name!r}: timm cannot be imported: {_line(error)}") from error
+        raise InputError(f"network {name!r}: timm cannot be imported: {kind_and_message(error)}") from error
     plain = name.removeprefix("timm/")
     if not timm.is_model(plain):  # also keeps out hf-hub: names, which would go to the network
-        hint = _suggestion(plain, timm.list_models(), prefix="timm/")
+        hint = did_you_mean(plain, timm.list_models(), prefix="timm/")
         raise InputError(f"unknown network {name!r}{hint} (timm has no such model)")
     network, _, tag = plain.partition(".")
     if tag and plain not in (known := timm.list_models(f"{network}.*", pretrained=True)):
-        hint = _suggestion(plain, known, prefix="timm/")
+        hint = did_you_mean(plain, known, prefix="timm/")
         raise InputError(f"unknown network {name!r}{hint} (timm has no weights {tag!r} of {network})")
     return timm, plain
 
 
 def _from_function(name: str, classes: int) -> nn.Module:
-    module_name, _, function_name = name.partition(":")
-    with _current_directory_importable():
-        try:
-            module = importlib.import_module(module_name)
-        except Exception as error:  # whatever the user's module raises
-            raise InputError(f"network {name!r}: cannot import {module_name!r}: {_line(error)}") from error
-        function = getattr(module, function_name, None)
-        if not callable(function):
-            known = (key for key, value in vars(module).items() if callable(value))
-            hint = _suggestion(function_name, known)
-            raise InputError(f"network {name!r}: {module_name!r} has no function {function_name!r}{hint}")
-        arguments = _arguments(name, function, classes)
-        try:
-            network = function(*arguments)
-        except Exception as error:
-            raise InputError(f"network {name!r}: {function_name} failed: {_line(error)}") from error
+    function = import_function(name, "network")
+    network = call_function(function, _arguments(name, function, classes), name, "network")
     if not isinstance(network, nn.Module):
         kind = type(network).__name__
-        raise InputError(f"network {name!r}: {function_name} returned {kind}, not a torch.nn.Module")
+        raise InputError(f"network {name!r}: {name.partition(':')[2]} returned {kind}, not a torch.nn.Module")
     return network
 
 
@@ -429,24 +412,3 @@ def _arguments(name: str, function: Callable[..., Any], classes: int) -> tuple[i
     if all(p.kind in (p.KEYWORD_ONLY, p.VAR_KEYWORD) for p in parameters):
         raise InputError(f"network {name!r}: the function must take the number of classes first, or nothing")
     return (classes,)
-
-
-@contextmanager
-def _current_directory_importable() -> Iterator[None]:
-    here = str(Path.cwd())
-    sys.path.insert(0, here)
-    try:
-        yield
-    finally:
-        if here in sys.path:
-            sys.path.remove(here)
-
-
-def _suggestion(name: str, known: Iterable[str], prefix: str = "") -> str:
-    spelling = {key.lower(): key for key in sorted(known)}
-    near = [prefix + spelling[key] for key in difflib.get_close_matches(name.lower(), spelling, n=3)]
-    return f": did you mean {', '.join(near)}?" if near else ""
-
-
-def _line(error: BaseException) -> str:
-    return " ".join(f"{type(error).__name__}: {error}".split())

@@ -105,9 +105,3 @@ def fetching() -> Iterator[None]:
             del os.environ[setting]
         else:
             os.environ[setting] = before
-
-
-def first_sentence(error: Exception) -> str:
-    """The error's kind and the beginning of its message, which torch's can be pages of."""
-    text = " ".join(str(error).split()).split(". ")[0][:160]
-    return f"{type(error).__name__}: {text}" if text else type(error).__name__

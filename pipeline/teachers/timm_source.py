@@ -10,7 +10,7 @@ from typing import Any
 from torch import Tensor, nn
 from torchvision.models import ResNet18_Weights
 
-from kdcache.cache.errors import InputError
+from kdcache.cache.errors import InputError, first_sentence
 from kdcache.pipeline.data.imagefiles import IMAGENET_MEAN, IMAGENET_STD
 from kdcache.pipeline.teachers.networks import import_timm, load_fitting
 from kdcache.pipeline.teachers.pixels import (
@@ -20,7 +20,6 @@ from kdcache.pipeline.teachers.pixels import (
     Pixels,
     Wanted,
     fetching,
-    first_sentence,
     interpolation_of,
 )
 

@@ -12,9 +12,9 @@ from torch import Tensor, nn
 from torchvision import models
 from torchvision.models import WeightsEnum
 
-from kdcache.cache.errors import InputError
+from kdcache.cache.errors import InputError, first_sentence
 from kdcache.pipeline.teachers.networks import SMALL_STEM_UP_TO, is_torchvision, small_stem
-from kdcache.pipeline.teachers.pixels import Found, Pixels, fetching, first_sentence, interpolation_of
+from kdcache.pipeline.teachers.pixels import Found, Pixels, fetching, interpolation_of
 
 # Of torchvision.models.densenet._load_state_dict, which reads the published files.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")

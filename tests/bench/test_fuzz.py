@@ -1,22 +1,18 @@
 """A short run of bench/fuzz.py: damaged and hostile caches end in the same values or in a KdcacheError."""
 
-import importlib.util
 import random
 import shutil
 import warnings
-from pathlib import Path
 
 import pytest
 
 from kdcache.cache.store.packing import pack_hdf5
+from kdcache.tests.helpers.places import bench_script
 
 
 @pytest.fixture(scope="module")
 def fuzz():
-    spec = importlib.util.spec_from_file_location("kdcache_bench_fuzz", Path(__file__).parents[2] / "bench" / "fuzz.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_script("fuzz")
 
 
 @pytest.fixture(params=["folder", "hdf5"])

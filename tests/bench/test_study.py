@@ -5,15 +5,13 @@ import math
 import random
 import statistics
 import sys
-from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
+from kdcache.tests.helpers.places import BENCH
 from kdcache.train.losses.options import LOSSES
-
-BENCH = Path(__file__).parents[2] / "bench"
 
 
 @pytest.fixture(scope="module", autouse=True)

@@ -6,7 +6,6 @@ import multiprocessing
 import os
 import shutil
 import signal
-import time
 from pathlib import Path
 
 import click.testing
@@ -19,17 +18,10 @@ from kdcache.cache.home import caches_folder, home, open_registry
 from kdcache.cli import main
 from kdcache.pipeline.build.spool import Spool, spool_folder
 from kdcache.pipeline.share import push
-from kdcache.tests.cache.registry.test_registry import (  # noqa: F401  fixtures among them
-    _home,
-    _settings,
-    about,
-    quiet,
-    refused,
-    run,
-)
-from kdcache.tests.cache.store.test_cache import Filled
+from kdcache.tests.helpers.caches import Filled
+from kdcache.tests.helpers.registries import OLD, about, age, collect, quiet, refused, run
 
-OLD = 40 * care.DAY
+pytestmark = pytest.mark.usefixtures("impatient", "own_home")
 
 
 @pytest.fixture
@@ -46,16 +38,6 @@ def tree(*tops):
         content = path.readlink() if path.is_symlink() else path.read_bytes() if path.is_file() else None
         found[str(path)] = (content, path.lstat().st_mtime_ns)
     return found
-
-
-def age(path, seconds=OLD):
-    then = time.time() - seconds
-    for one in [path, *path.rglob("*")]:
-        os.utime(one, (then, then), follow_symlinks=False)
-
-
-def collect(line="gc"):
-    return json.loads(run(f"{line} --json").stdout)
 
 
 def spooled(path, key, name):

@@ -15,7 +15,7 @@ from kdcache.cache import Cache, open_cache
 from kdcache.cache.files import make_folder
 from kdcache.cli import main
 from kdcache.pipeline.share import push
-from kdcache.tests.cache.store.test_cache import Filled, identity, same
+from kdcache.tests.helpers.caches import Filled, identity, same
 
 GROUP = 64200
 ANNA, BEN, CARL = 64201, 64202, 64203  # the first two are in the group

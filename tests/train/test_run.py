@@ -26,25 +26,27 @@ from kdcache.pipeline.build.answers import record_batches, view_parameters
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import open_source
-from kdcache.pipeline.data.arrays import digits
 from kdcache.pipeline.data.dataset import open_data
+from kdcache.pipeline.data.kinds.named import digits
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier, read_weights
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train.config import TeachConfig, TrainConfig
+from kdcache.train.evaluate import evaluate_run, student_of
 from kdcache.train.evaluation.metrics import metrics
 from kdcache.train.evaluation.validation import held_out_part
 from kdcache.train.loaders.cached import CachedLoader, OnlineLoader, PlainLoader, epoch_batches
 from kdcache.train.loop import runfolder
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.optimisers import Recipe
-from kdcache.train.loop.runfolder import settings_of
+from kdcache.train.loop.runfolder import config_of
 from kdcache.train.loop.trainer import Training, fit, seeded
 from kdcache.train.losses import IKL
 from kdcache.train.losses.features import FeatureTap
 from kdcache.train.losses.options import LOSSES, make_loss
-from kdcache.train.run import evaluate_run, prepared, student_of, train
+from kdcache.train.losses.prepare import prepared
+from kdcache.train.run import train
 from kdcache.train.teach import teach
 
 BATCH = 128
@@ -449,7 +451,7 @@ def test_a_run_with_a_learning_teacher(home, tmp_path):
     assert {k: found[k] for k in figures} == pytest.approx({k: lines[-1][k] for k in figures})
     # Its weights are a teacher's.
     teacher = teacher_of(home, weights=str(out / "teacher-last.safetensors")).teacher
-    images = torch.as_tensor(open_data("digits", "eval").images).permute(0, 3, 1, 2)
+    images = torch.as_tensor(open_data("digits", "eval").pixels).permute(0, 3, 1, 2)
     right = teacher.logits(images).argmax(1) == torch.from_numpy(open_data("digits", "eval").labels[:, 0])
     assert float(right.float().mean()) == pytest.approx(lines[-1]["teacher_top1"])
     (out / "teacher-last.safetensors").unlink()
@@ -724,7 +726,7 @@ def test_a_run_of_an_older_version_is_resumed(home, tmp_path, monkeypatch):
         with pytest.raises(KdcacheError, match=rf"not resumed: {name}\w*: the run has {had}.*, asked for "):
             train(replace(again, **{name: value}), quiet)
     # Every setting has such a value, or is not compared.
-    assert set(later) <= FIRST | set(settings_of(out)) | runfolder._FREE
+    assert set(later) <= FIRST | set(config_of(out)) | runfolder._FREE
 
 
 UNUSUAL = (
@@ -841,7 +843,7 @@ def test_the_best_weights_are_those_of_the_part_held_out(home, data, tmp_path):
     best = max(reversed(lines), key=lambda line: line["validation_top1"])
     assert summary["best"] == best and summary["top1"] == lines[-1]["top1"]
     held = held_out_part(data, 0.2)
-    images, labels = data.images[torch.from_numpy(held)], torch.from_numpy(data.labels[held, 0])
+    images, labels = data.pixels[torch.from_numpy(held)], torch.from_numpy(data.labels[held, 0])
     for file, line in (("last", lines[-1]), ("best", best)):
         model = student_of(out, *read_weights(out / f"{file}.safetensors")).eval()
         with torch.no_grad():
@@ -862,7 +864,7 @@ def test_a_part_held_out_of_a_run_with_a_learning_teacher(home, tmp_path):
 
 OTHER = """
 import numpy as np
-from kdcache.pipeline.data.arrays import digits
+from kdcache.pipeline.data.kinds.named import digits
 
 def reversed_names(split):
     images, labels, names = digits(split == "train")
@@ -893,7 +895,7 @@ def test_a_student_is_evaluated_on_other_data_with_its_classes(home, tmp_path, m
     chosen = np.isin(evaluation.labels[:, 0], (2, 7))
     model = student_of(Path("run"), *read_weights(Path("run/last.safetensors"))).eval()
     with torch.no_grad():
-        answers = model(evaluation.images[torch.from_numpy(chosen)].permute(0, 3, 1, 2)).argmax(1)
+        answers = model(evaluation.pixels[torch.from_numpy(chosen)].permute(0, 3, 1, 2)).argmax(1)
     right = (answers == torch.from_numpy(evaluation.labels[chosen, 0])).float().mean()
     assert evaluate_run("run", data="other_digits:some")["top1"] == pytest.approx(float(right))
     with pytest.raises(KdcacheError, match=r"not trained on other_digits:foreign's classes 'nine': its own are '0', "):

@@ -32,18 +32,19 @@ from kdcache.pipeline.build.config import VIEWS_PER_DECODE, BuildConfig
 from kdcache.pipeline.build.source import Source, describe_data, open_source
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import Defaults, defaults_for
+from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.progress import Progress, duration
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import pixels_of_data
-from kdcache.pipeline.teachers.teacher import Classifier, Teacher, file_classifier, pick_device, try_out
+from kdcache.pipeline.teachers.teacher import Classifier, Teacher, file_classifier, try_out
 from kdcache.train.bench.config import BenchConfig
 from kdcache.train.bench.layouts import noise_cache, reading_cases
 from kdcache.train.loaders.cached import CachedLoader, OnlineLoader
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.trainer import Loader, Training, fit, seeded
 from kdcache.train.losses import CE, Loss
-from kdcache.train.losses.options import make_loss, options_of, require_served
-from kdcache.train.run import prepared
+from kdcache.train.losses.options import make_loss, options_of
+from kdcache.train.losses.prepare import prepared, require_served
 
 TEACHER, FILES_TEACHER = "resnet56", "resnet34"
 READ_RECORDS, FKD_IMAGES, READ_BATCH = 65_536, 200, 1024
@@ -119,7 +120,11 @@ def _source(config: BenchConfig, folder: Path, device: torch.device) -> tuple[So
     )
     if config.compile:
         teacher = teacher.compile(built)
-    return Source(train, evaluation, labels, found.evaluation_labels[few], teacher, identity), len(data)
+    found = replace(
+        found, train=train, evaluation=evaluation, train_labels=labels, evaluation_labels=found.evaluation_labels[few],
+        teacher=teacher, identity=identity,
+    )  # fmt: skip
+    return found, len(data)
 
 
 def _build_batch(config: BenchConfig, defaults: Defaults, samples: int, teacher: Teacher) -> int:
@@ -157,7 +162,7 @@ class _Bench:
     ) -> None:
         self.config, self.source, self.folder, self.device, self.say = config, source, folder, device, say
         self.whole, self.samples = whole, len(source.train)
-        self.defaults, record = defaults_for(source.train), source.identity.record
+        self.defaults, record = source.defaults, source.identity.record
         self.batch = config.batch_size or self.defaults.train_batch
         self.build_batch = _build_batch(config, self.defaults, self.samples, source.teacher)
         self.size = config.image_size or source.train.image_size or source.teacher.input_size

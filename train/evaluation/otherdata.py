@@ -35,3 +35,11 @@ def labels_of_other(data: Dataset, names: Sequence[str], ids: Sequence[int | Non
         raise InputError(f"{weights} was not trained on {data.name}'s classes {shown}: its own are {has}")
     labels: NDArray[np.int64] = np.array([known[name] for name in data.class_names], np.int64)[data.labels]
     return labels
+
+
+def class_ids(data: Dataset, labels: NDArray[np.int64]) -> list[int | None]:
+    """What the student answers for each class name, given the cache's labels [N, L] of the data; [] without labels."""
+    if not data.labels.shape[1] or labels.shape[1] != 1:
+        return []
+    ids = dict(zip(data.labels[:, 0].tolist(), labels[:, 0].tolist(), strict=True))
+    return [ids.get(c) for c in range(len(data.class_names))]

@@ -18,7 +18,7 @@ def compiled(model: nn.Module) -> Callable[[Tensor], Tensor]:
 
 
 @contextmanager
-def one_line() -> Iterator[None]:
+def clear_compile_error() -> Iterator[None]:
     """UnservedError for what cannot be compiled here: no C compiler, for one."""
     try:
         yield

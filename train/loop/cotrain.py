@@ -10,7 +10,7 @@ from torch import Tensor
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train import group
 from kdcache.train.loop.optimisers import Recipe, Updater
-from kdcache.train.losses import BDKD
+from kdcache.train.losses.base import Partnered
 
 
 class LearningTeacher:
@@ -19,7 +19,9 @@ class LearningTeacher:
     input_size: pixels that the model takes. notes: for its weights' files, from which `kdcache build --weights` reads.
     """
 
-    def __init__(self, model: Classifier, input_size: int, loss: BDKD, recipe: Recipe, notes: dict[str, Any]) -> None:
+    def __init__(
+        self, model: Classifier, input_size: int, loss: Partnered, recipe: Recipe, notes: dict[str, Any]
+    ) -> None:
         self.model, self.input_size, self.notes = model, input_size, notes
         self._loss, self._dtype = loss, recipe.dtype
         self._updater = Updater(model.parameters(), recipe, self.device)

@@ -30,7 +30,7 @@ _OPTIONS_BEFORE: dict[str, dict[str, Any]] = {"dist": {"eps": 0.0}, "cmkd": {"ep
 _FREE = {"cache_path", "data", "evaluate_every", "ranks", "save_every", "teacher", "weights"}
 
 
-def settings_of(path: Path) -> dict[str, Any]:
+def config_of(path: Path) -> dict[str, Any]:
     """The settings of the run in a folder, those that came later at what held before them."""
     config = {**_BEFORE, **read_config(path)}
     if isinstance(config.get("loss_options"), dict):
@@ -79,7 +79,7 @@ class RunFolder:
             replace_file(file, _json(config))
 
     def _require_same(self, config: dict[str, Any]) -> None:
-        raw, had, wanted = read_config(self.path), settings_of(self.path), json.loads(_json(config))
+        raw, had, wanted = read_config(self.path), config_of(self.path), json.loads(_json(config))
         names = [k for k in {**raw, **wanted} if had.get(k) != wanted.get(k) and k not in _FREE]
         if names:
             found = "; ".join(f"{k}: the run has {had.get(k)}, asked for {wanted.get(k)}" for k in names)

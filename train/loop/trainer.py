@@ -6,7 +6,7 @@ import math
 import time
 from collections.abc import Callable, Iterator
 from contextlib import nullcontext
-from typing import Any, Protocol, runtime_checkable
+from typing import Any, Protocol
 
 import torch
 from torch import Tensor, nn
@@ -17,12 +17,12 @@ from kdcache.pipeline.process.progress import Progress, percent
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train import group
 from kdcache.train.config import SAVE_EVERY
-from kdcache.train.loop.compiling import compiled, one_line
+from kdcache.train.loop.compiling import clear_compile_error, compiled
 from kdcache.train.loop.ema import WeightAverage
 from kdcache.train.loop.interrupts import Interrupts
 from kdcache.train.loop.optimisers import Recipe, Updater
 from kdcache.train.loop.runfolder import ANEW, RunFolder
-from kdcache.train.losses import Loss
+from kdcache.train.losses.base import Learnt, Loss, Paced
 
 PARTNER = "teacher"  # in the names of its metrics and files
 
@@ -35,24 +35,6 @@ class Loader(Protocol):
     def __len__(self) -> int: ...
 
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records | None]]: ...
-
-
-@runtime_checkable
-class Learnt(Protocol):
-    """A loss with parameters of its own, which are trained beside the student's."""
-
-    def parameters(self) -> Iterator[nn.Parameter]: ...
-
-    def state_dict(self) -> dict[str, Tensor]: ...
-
-    def load_state_dict(self, state: dict[str, Tensor]) -> None: ...
-
-
-@runtime_checkable
-class Paced(Protocol):
-    """A loss that goes by the epoch, counted from 1."""
-
-    def set_epoch(self, epoch: int) -> None: ...
 
 
 class Partner(Protocol):
@@ -100,7 +82,7 @@ class Training:
     def evaluated(self) -> Classifier:
         return self.model if self._average is None else self._average.model
 
-    @one_line()
+    @clear_compile_error()
     def learn(self, images: Tensor, labels: Tensor, records: Records | None) -> None:
         """One batch: its gradient, and nothing that waits for the device."""
         # Of a step's batches the mean counts, also where an epoch ends with fewer.

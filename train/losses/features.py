@@ -1,37 +1,39 @@
-"""A student's features one stage before the last, for losses that learn from them."""
+"""A student's features one stage before the last, and how a loss that learns from them gets them in training."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import ClassVar
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from kdcache.cache.errors import UnservedError
-from kdcache.cache.records import Records
 from kdcache.pipeline.teachers.teacher import Classifier
-from kdcache.train.losses.families import USKD, Needs
+from kdcache.train.losses.base import Batch, ByParts, Featured, Needs, Paced, Parts
 
 
-class FeatureLoss:
-    """A loss that reads features, called by the trainer like any other; its head is trained beside the student."""
+class FeatureLoss(ByParts):
+    """A loss that needs features, as a trainer calls it: without them, since they are tapped from its student.
 
-    name: ClassVar[str] = USKD.name
+    The loss's head is made here, and is trained beside the student.
+    """
 
-    def __init__(self, loss: USKD, model: Classifier, image_size: int, classes: int) -> None:
-        self._loss, self._tap = loss, FeatureTap(model, image_size)
+    def __init__(self, loss: Featured, model: Classifier, image_size: int, classes: int) -> None:
+        self._loss, self._tap = loss, FeatureTap(model, image_size, loss.name)
+        self.name = loss.name  # type: ignore[misc]  # of the class elsewhere
         loss.make_head(self._tap.channels, classes, next(model.parameters()).device)
 
     @property
     def needs(self) -> Needs:
         return self._loss.needs
 
-    def __call__(
-        self, logits: Tensor, labels: Tensor, records: Records | None, weights: Tensor | None = None
-    ) -> Tensor:
-        return self._loss(logits, labels, records, weights, features=self._tap.features)
+    def terms(self, batch: Batch) -> Parts:
+        return self._loss.terms(replace(batch, features=self._tap.features))
+
+    def set_epoch(self, epoch: int) -> None:
+        if isinstance(self._loss, Paced):
+            self._loss.set_epoch(epoch)
 
     def parameters(self) -> Iterator[nn.Parameter]:
         return self._loss.parameters()
@@ -47,13 +49,13 @@ class FeatureTap:
     """After each forward pass, `features` [B, F] of the last map that is larger than the network's final one.
 
     That is the output of the stage before the last: layer3 of torchvision's ResNets, stages.1 of the CIFAR ones,
-    features.5 of Swin. Maps are [B, F, H, W] or, as Swin's, [B, H, W, F]. `channels`: F. UnservedError for a network
-    without such maps (a vision transformer).
+    features.5 of Swin. Maps are [B, F, H, W] or, as Swin's, [B, H, W, F]. `channels` is F. UnservedError, which names
+    the loss that asks, for a network without such maps (a vision transformer).
     """
 
     features: Tensor
 
-    def __init__(self, model: Classifier, image_size: int) -> None:
+    def __init__(self, model: Classifier, image_size: int, asked_by: str = "a loss that reads features") -> None:
         maps: list[_Map] = []
         pooled = False  # what follows the global average is no map any more
 
@@ -74,11 +76,11 @@ class FeatureTap:
         larger = [i for i, one in enumerate(maps) if one.side > maps[-1].side]
         if not larger:
             raise UnservedError(
-                "uskd needs a student with a stage before its last map, such as a convolutional network or Swin; this "
-                "one has none"
+                f"{asked_by} needs a student with a stage before its last map, such as a convolutional network or "
+                "Swin; this one has none"
             )
         chosen = maps[larger[-1]]
-        # A cube says nothing of its layout: the maps around it do, which are of one kind in a network.
+        # A cube does not show its layout; the maps around it do, since a network has one kind of them.
         near = sorted((abs(i - larger[-1]), one.channels_last) for i, one in enumerate(maps) if not one.cubic)
         channels_last = near[0][1] if chosen.cubic and near else chosen.channels_last
         self.channels = chosen.shape[3 if channels_last else 1]
@@ -124,7 +126,7 @@ def _is_pool(module: nn.Module, output: object) -> bool:
 
 
 def _stages(network: nn.Module) -> list[nn.Module]:
-    """The network's parts and, where a part is a list of parts, those."""
+    """The network's parts; where a part is a list of parts, those too."""
     out = []
     for child in network.children():
         if isinstance(child, nn.ModuleList | nn.Sequential):

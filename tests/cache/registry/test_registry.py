@@ -1,21 +1,12 @@
 """A shared registry in a folder, in a bucket and on a web server: what is published is found, whole, and checked."""
 
 import contextlib
-import functools
-import http.server
 import json
-import os
-import shlex
 import shutil
-import threading
-import urllib.request
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
 import pytest
-import torch
-from click.testing import CliRunner
-from moto.server import ThreadedMotoServer
 
 from kdcache.cache import Cache, KdcacheError, open_cache
 from kdcache.cache import errors as e
@@ -24,133 +15,19 @@ from kdcache.cache.identity import MAX_JSON_BYTES, canonical
 from kdcache.cache.registry import objects
 from kdcache.cache.registry.objects import NetworkObjects, open_objects
 from kdcache.cache.store.cache import SplitStore
-from kdcache.cli import main
 from kdcache.pipeline.share import pull, push
 from kdcache.pipeline.verify import verify
-from kdcache.tests.cache.store.test_cache import Filled, identity, same
+from kdcache.tests.helpers.caches import Filled, identity, same
+from kdcache.tests.helpers.registries import about, content, quiet, refused, run, stored
+from kdcache.tests.helpers.servers import Files, Ranges, web_server
 
-
-@pytest.fixture(scope="module", autouse=True)
-def _settings():
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(os, "fsync", lambda fd: None)
-        patch.setattr(objects, "PATIENCE", 8.0)
-        patch.setattr(objects, "AT_FIRST", 1.0)
-        yield
-    torch.set_num_threads(threads)
-
-
-@pytest.fixture(autouse=True)
-def _home(tmp_path, monkeypatch):
-    monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
-
-
-@contextlib.contextmanager
-def s3_server(buckets=("shared",)):
-    """moto's server, an S3 peer on loopback; its address."""
-    server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
-    server.start()
-    host, port = server.get_host_and_port()
-    address = f"http://{host}:{port}"
-    with pytest.MonkeyPatch.context() as patch:
-        for name, value in {
-            "AWS_ACCESS_KEY_ID": "id",
-            "AWS_SECRET_ACCESS_KEY": "s3cr3t",
-            "AWS_REGION": "us-east-1",
-            "AWS_ENDPOINT_URL": address,
-        }.items():
-            patch.setenv(name, value)
-        objects._store.cache_clear()
-        for bucket in buckets:
-            urllib.request.urlopen(urllib.request.Request(f"{address}/{bucket}", method="PUT")).close()
-        try:
-            yield address
-        finally:
-            server.stop()
-            server._server.server_close()
-            objects._store.cache_clear()
-
-
-class Files(http.server.SimpleHTTPRequestHandler):
-    """Python's own web server, which knows no ranges."""
-
-    def log_message(self, *args):
-        pass
-
-    def list_directory(self, path):
-        self.send_error(404)
-
-
-class Ranges(Files):
-    """The same with ranges, as nginx has them."""
-
-    def do_GET(self):
-        path, asked = Path(self.translate_path(self.path)), self.headers.get("Range")
-        if asked is None or not path.is_file():
-            return super().do_GET()
-        content = path.read_bytes()
-        first, _, last = asked.removeprefix("bytes=").partition("-")
-        part = content[int(first) : int(last) + 1 if last else None]
-        self.send_response(206)
-        self.send_header("Content-Range", f"bytes {first}-{int(first) + len(part) - 1}/{len(content)}")
-        self.send_header("Content-Length", str(len(part)))
-        self.end_headers()
-        self.wfile.write(part)
-
-
-@contextlib.contextmanager
-def web_server(folder, handler=Files):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
-
-
-def about(**record):
-    """Two parts a view, one of the evaluation split."""
-    return identity(part=12, **record)
+pytestmark = pytest.mark.usefixtures("impatient", "own_home")
 
 
 @pytest.fixture(scope="module")
 def toy(tmp_path_factory):
     """A cache with 3 views: not to be changed."""
     return Filled(tmp_path_factory.mktemp("toy") / "c", about(), views=3)
-
-
-def quiet(line):
-    pass
-
-
-def run(line, **env):
-    return CliRunner().invoke(main, shlex.split(line), env=env, catch_exceptions=False)
-
-
-def refused(line, words):
-    """One line that says `words`, and exit status 2."""
-    result = run(line)
-    assert result.exit_code == 2 and words in result.output, result.output
-    assert len(result.output.strip().splitlines()) == 1, result.output
-    return result.output
-
-
-def content(folder):
-    """Every file of a cache's folder but what is left of builders."""
-    found = {p.relative_to(folder).as_posix(): p.read_bytes() for p in sorted(folder.rglob("*")) if p.is_file()}
-    return {name: data for name, data in found.items() if not name.startswith(("leases", "scratch", "published"))}
-
-
-def stored(root):
-    """Everything in a registry by its path."""
-    there = open_objects(root)
-    return {f"caches/{path}": there.read(f"caches/{path}", 1 << 20) for path in there.sizes("caches")}
 
 
 # ---- push and pull ----

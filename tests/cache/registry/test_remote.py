@@ -1,21 +1,14 @@
 """Training and building with a registry: by a local store, over networks that fail."""
 
 import contextlib
-import http.client
-import http.server
-import itertools
 import json
 import multiprocessing
 import os
 import random
 import shutil
-import socket
-import struct
-import threading
 import time
 import warnings
 from concurrent.futures import ProcessPoolExecutor
-from urllib.parse import urlsplit
 
 import pytest
 import torch
@@ -29,13 +22,16 @@ from kdcache.cache.registry.remote import LocalStore
 from kdcache.cache.store.place import StoredFile
 from kdcache.pipeline import share
 from kdcache.pipeline.build import build as build_module
-from kdcache.pipeline.share import build_shared, pull, push
+from kdcache.pipeline.build.plan import plan_build
+from kdcache.pipeline.share import pull, push
 from kdcache.pipeline.teachers.teacher import Teacher
-from kdcache.tests.cache.registry.test_registry import about, content, quiet, refused, run, stored, web_server
-from kdcache.tests.cache.store.test_cache import Filled, same
-from kdcache.tests.pipeline.build.test_build import TOY, settings
+from kdcache.tests.helpers.building import TOY, settings
+from kdcache.tests.helpers.caches import Filled, same
+from kdcache.tests.helpers.registries import about, content, quiet, refused, run, stored
+from kdcache.tests.helpers.servers import faulty, web_server
 from kdcache.train.config import TrainConfig
 from kdcache.train.run import train
+from kdcache.train.teach import build_and_teach
 
 
 @pytest.fixture(scope="module", autouse=True)
@@ -54,10 +50,7 @@ def _settings(tmp_path_factory):
     torch.set_num_threads(threads)
 
 
-@pytest.fixture(autouse=True)
-def _home(tmp_path, monkeypatch):
-    monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
-    monkeypatch.chdir(tmp_path)
+pytestmark = pytest.mark.usefixtures("own_home")
 
 
 @pytest.fixture(scope="module")
@@ -69,6 +62,10 @@ warnings.filterwarnings("ignore", ".*multi-threaded, use of fork")
 
 
 # ---- building with a registry ----
+
+
+def build_shared(*args, **kwargs):
+    return build_and_teach(*args, **kwargs)[0]
 
 
 @contextlib.contextmanager
@@ -190,7 +187,8 @@ def test_a_source_of_the_other_numeric_type_answers_in_it(tmp_path, root, monkey
     a = build_shared(settings(amp="bf16"), root, publish=True, say=quiet)
     live_in(tmp_path, monkeypatch, "b")
     config = settings()
-    source = share._as_published(build_module.open_source(config), config, open_registry(root), 2, quiet)
+    plan = plan_build(config, build_module.open_source(config))
+    source = share._as_published(plan, open_registry(root), quiet).source
     assert source.identity == open_registry(root).cache(a.key).identity
     assert source.teacher.identity == source.identity.teacher and source.teacher.identity.numeric == "bf16"
     build_module.build(settings(out=str(tmp_path / "anew")), quiet, source)
@@ -371,103 +369,6 @@ def test_evaluation_finds_the_remote_cache_of_a_run(tmp_path, trained):
 
 
 # ---- faults between client and server ----
-
-
-class Faulty:
-    """A proxy to a server that spoils a share of the requests. kinds: how often each fault was injected."""
-
-    def __init__(self, target, share, seed=0):
-        self.kinds: dict[str, int] = {}
-        self._target, self._share = urlsplit(target).netloc, share
-        self._turns = itertools.count(), itertools.count()
-        self._rng, self._lock = random.Random(seed), threading.Lock()
-        proxy = self
-
-        class Handler(http.server.BaseHTTPRequestHandler):
-            protocol_version = "HTTP/1.1"
-
-            def log_message(self, *args):
-                pass
-
-            def do_GET(self):
-                proxy._serve(self)
-
-            do_PUT = do_HEAD = do_GET
-
-        self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-        self._server.daemon_threads = True
-        self.address = f"http://127.0.0.1:{self._server.server_port}"
-        threading.Thread(target=self._server.serve_forever, args=(0.02,), daemon=True).start()
-
-    def close(self):
-        self._server.shutdown()
-        self._server.server_close()
-
-    def _choose(self, method):
-        with self._lock:
-            if self._rng.random() > self._share:
-                return None
-            # A changed upload is the server's to refuse: the signature has its digest, which moto does not look at.
-            kinds = ["reset", "busy", "lost"] + (["short", "wrong", "slow"] if method == "GET" else [])
-            turn = self._turns[method == "GET"]
-            kind = kinds[next(turn) % len(kinds)]
-            self.kinds[kind] = self.kinds.get(kind, 0) + 1
-            return kind
-
-    def _serve(self, handler):
-        kind = self._choose(handler.command)
-        body = handler.rfile.read(int(handler.headers.get("Content-Length") or 0))
-        if kind == "reset":
-            return self._reset(handler)
-        if kind == "busy":
-            handler.send_response(503)
-            handler.send_header("Content-Length", "0")
-            return handler.end_headers()
-        upstream = http.client.HTTPConnection(self._target, timeout=30)
-        upstream.request(handler.command, handler.path, body, dict(handler.headers))
-        answer = upstream.getresponse()
-        content = answer.read()
-        upstream.close()
-        if kind == "lost":  # done, and nobody hears of it
-            return self._reset(handler)
-        handler.send_response(answer.status)
-        for name, value in answer.getheaders():
-            if name.lower() not in ("connection", "transfer-encoding", "server", "date", "content-length"):
-                handler.send_header(name, value)
-        given = answer.getheader("Content-Length")
-        handler.send_header("Content-Length", given if handler.command == "HEAD" and given else str(len(content)))
-        handler.end_headers()
-        if kind == "short" and content:
-            handler.wfile.write(content[: len(content) // 2])
-            return self._reset(handler)
-        if kind == "wrong" and content and answer.status == 200:
-            at = self._rng.randrange(len(content))
-            content = content[:at] + bytes([content[at] ^ 1 << self._rng.randrange(8)]) + content[at + 1 :]
-        if kind == "slow":
-            half = len(content) // 2
-            handler.wfile.write(content[:half])
-            handler.wfile.flush()
-            time.sleep(0.02)
-            content = content[half:]
-        if handler.command != "HEAD":
-            handler.wfile.write(content)
-
-    def _reset(self, handler):
-        handler.connection.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
-        handler.connection.close()
-        handler.close_connection = True
-
-
-@contextlib.contextmanager
-def faulty(target, share=0.25, seed=0):
-    proxy = Faulty(target, share, seed)
-    try:
-        # As many wrong answers in a row as chance never gives: elsewhere they are damage that stays.
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(objects, "_WRONG_AT_MOST", 12)
-            yield proxy
-    finally:
-        proxy.close()
 
 
 def test_faults_on_the_way_change_nothing(tmp_path, toy, s3, bucket, monkeypatch):

@@ -31,8 +31,8 @@ from kdcache.cache.store.packing import choose_views, pack_hdf5, unpack_hdf5
 from kdcache.cli import main
 from kdcache.pipeline.ffcv.beton import Beton, pack_beton
 from kdcache.pipeline.verify import verify
-from kdcache.tests.cache.store.test_cache import WRITER, Filled, identity, same, shapes
-from kdcache.tests.pipeline.ffcv.test_beton import toy_data
+from kdcache.tests.helpers.caches import WRITER, Filled, identity, same, shapes
+from kdcache.tests.helpers.images import toy_data
 
 BLOCK = 512
 

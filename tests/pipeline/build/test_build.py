@@ -33,75 +33,20 @@ from kdcache.cache.store import chunks, leases
 from kdcache.cache.store.cache import SplitStore, shard_name
 from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build import build as build_module
-from kdcache.pipeline.build import builder
+from kdcache.pipeline.build import builder, plan
 from kdcache.pipeline.build import spool as spool_module
 from kdcache.pipeline.build.answers import answers, record_batches, teacher_renderer, view_parameters
 from kdcache.pipeline.build.build import build
-from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import open_source
-from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.defaults import defaults_for
+from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.info import describe, facts, one_line
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.pipeline.verify import verify
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import _Pixels
-
-# 150 images in parts of 64, 64 and 22; batches of 16, the last of each split short.
-TOY = """
-import numpy as np, torch
-from torch import nn
-
-def images(split):
-    rng = np.random.default_rng(split == "train")
-    labels = np.arange(150 if split == "train" else 40) * 5 % 12
-    patterns = np.random.default_rng(2).integers(0, 256, (12, 10, 10, 3))
-    noisy = patterns[labels] + rng.normal(0, 60, (len(labels), 10, 10, 3))
-    return np.clip(noisy, 0, 255).astype("u1"), labels, tuple("abcdefghijkl")
-
-def net(classes, width=8, stride=2, side=3):
-    with torch.random.fork_rng():
-        torch.manual_seed(5)
-        found = nn.Sequential(
-            nn.Conv2d(3, width, 3, stride, 1, bias=False), nn.BatchNorm2d(width), nn.ReLU(),
-            nn.Conv2d(width, 16, 3, stride, 1, bias=False), nn.BatchNorm2d(16), nn.ReLU(),
-            nn.AdaptiveAvgPool2d(side), nn.Flatten(), nn.Linear(16 * side * side, classes))
-        with torch.no_grad():
-            found[-1].weight.mul_(8)
-        return found
-
-def twelve():
-    return net(12)
-
-def thousand():
-    return net(1000, 4, 8, 2)
-
-def forty():
-    return net(40)
-
-def probabilities():
-    return nn.Sequential(net(12), nn.Softmax(1))
-
-def constant():
-    found = net(12)
-    nn.init.zeros_(found[-1].weight)
-    return found
-
-def huge():
-    found = net(12)
-    with torch.no_grad():
-        found[-1].weight.mul_(1e5)
-    return found
-
-class Careless(nn.Sequential):
-    def forward(self, images):
-        self[8].train()
-        return super().forward(images)
-
-def careless():
-    return Careless(*list(net(12))[:-1], nn.Dropout(0.1), net(12)[-1])
-"""
-BATCH, PART, PARTS = 16, 64, 3
+from kdcache.tests.helpers.building import BATCH, PART, PARTS, TOY, settings
 
 
 def quiet(_):
@@ -125,24 +70,6 @@ def toy(tmp_path_factory):
 @pytest.fixture(autouse=True)
 def _home(toy, tmp_path, monkeypatch):
     monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
-
-
-def settings(**changes):
-    return BuildConfig(
-        **{
-            "teacher": "kd_toy:net",
-            "data": "kd_toy:images",
-            "augment": "crop,flip",
-            "views": 2,
-            "topk": 4,
-            "temperatures": (1.0, 4.0),
-            "batch_size": BATCH,
-            "allow_low_accuracy": True,
-            "device": "cpu",
-            "part": PART,
-            **changes,
-        }
-    )
 
 
 @pytest.fixture(scope="module")
@@ -190,7 +117,7 @@ def equal(a, b):
 def rendered_apart(data, boxes, flips):
     """uint8 [n, H, W, 3]: each crop on its own, by numpy."""
     out = []
-    for image, (top, left, height, width), flip in zip(data.images.numpy(), boxes, flips, strict=True):
+    for image, (top, left, height, width), flip in zip(data.pixels.numpy(), boxes, flips, strict=True):
         pad = max(height, width)
         black = np.pad(image, ((pad, pad), (pad, pad), (0, 0)))
         cut = black[pad + top : pad + top + height, pad + left : pad + left + width]
@@ -332,8 +259,9 @@ def test_whether_the_teacher_is_compiled_depends_on_neither_what_is_left_nor_ran
     on_gpu = replace(source, teacher=replace(source.teacher, device=torch.device("cuda")))
 
     def compiled(of, records, choice=None):
-        monkeypatch.setattr(build_module, "_WORTH_COMPILING", records)
-        return build_module._compiled(of, settings(compile=choice), BATCH, quiet).teacher.compiled is not None
+        monkeypatch.setattr(plan, "WORTH_COMPILING", records)
+        planned = plan.plan_build(settings(compile=choice), of)
+        return build_module._compiled(planned, quiet).source.teacher.compiled is not None
 
     usual = 150 * 16
     assert compiled(on_gpu, usual) and not compiled(on_gpu, usual + 1) and not compiled(source, usual)
@@ -476,7 +404,7 @@ def test_one_class_of_several_has_the_sum_of_their_probabilities(tmp_path, sourc
     assert (cache.train.labels == source.train.labels).all()
     assert verify(cache, open_source(config, quiet)).passed
     mean, std = (torch.tensor(v).view(3, 1, 1) * 255 for v in (source.train.mean, source.train.std))
-    images = source.evaluation.images.permute(0, 3, 1, 2)
+    images = source.evaluation.pixels.permute(0, 3, 1, 2)
     with torch.inference_mode():
         p = kd_toy.forty().eval()((images - mean) / std).double().exp()
     sums = torch.stack([p[:, group].sum(1) for group in groups], 1)
@@ -1321,7 +1249,7 @@ def test_image_files_are_built_alike_with_any_number_of_workers(toy, photos, tmp
     assert cache.identity.record.k == 20 and cache.identity.teacher.input_size == 224
     assert set(cache.train.labels[:, 0].tolist()) == {17, 999, 0, 512}
     data = source.train
-    assert data.images is None and len(np.unique(data.sizes, axis=0)) > 10
+    assert data.pixels is None and len(np.unique(data.sizes, axis=0)) > 10
     drawn = draw("rrc,flip", 0, 1, range(24), data.sizes)
     records = cache.read(1)
     for part in (0, 10, 20):
@@ -1344,8 +1272,8 @@ def test_the_bytes_are_the_same_however_many_views_are_cut_from_a_decode(toy, ph
     )  # fmt: skip
     source = open_source(config, quiet)
     monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
-    decoded, decode = [], Dataset.decode
-    monkeypatch.setattr(Dataset, "decode", lambda self, i: decoded.append(i) or decode(self, i))
+    decoded, decode = [], FileDataset.decode
+    monkeypatch.setattr(FileDataset, "decode", lambda self, i: decoded.append(i) or decode(self, i))
     counts = {}
     for together in (1, 3, 5):
         decoded.clear()

@@ -16,8 +16,8 @@ from kdcache.cache import KdcacheError
 from kdcache.cli import main
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.rank import Rank, cores, this_rank
-from kdcache.pipeline.teachers.teacher import pick_device
 
 
 def torchrun(home, ranks, line, restarts=0):

@@ -15,17 +15,13 @@ from PIL import Image
 from torchvision.datasets import CIFAR10, FashionMNIST
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data import arrays, dataset, imagefiles
-from kdcache.pipeline.data.dataset import Dataset, list_unreadable, open_data
+from kdcache.pipeline.data import imagefiles
+from kdcache.pipeline.data.dataset import list_unreadable, open_data
 from kdcache.pipeline.data.imagefiles import IMAGENET_MEAN, IMAGENET_STD
-
-
-def draw(path: Path, h: int = 8, w: int = 8) -> Path:
-    """An image whose pixels depend on its name only."""
-    path.parent.mkdir(parents=True, exist_ok=True)
-    seed = list(path.name.encode())
-    Image.fromarray(np.random.default_rng(seed).integers(0, 256, (h, w, 3), dtype=np.uint8)).save(path)
-    return path
+from kdcache.pipeline.data.kinds import files, named
+from kdcache.pipeline.data.kinds.arrays import ArrayDataset
+from kdcache.pipeline.data.kinds.files import FileDataset
+from kdcache.tests.helpers.images import draw
 
 
 @pytest.fixture
@@ -55,7 +51,7 @@ def test_files_and_classes_go_in_byte_order(tmp_path: Path, home: Path) -> None:
 def test_a_small_folder_is_in_memory_and_equals_its_files(top: Path) -> None:
     train, val = (open_data(f"imagefolder:{top}", split) for split in ("train", "eval"))
     pixels = np.stack([np.asarray(Image.open(top / "train" / path)) for path in train.paths])
-    assert train.images is not None and np.array_equal(train.images, pixels)
+    assert train.pixels is not None and np.array_equal(train.pixels, pixels)
     assert torch.equal(train.decode(2), torch.from_numpy(pixels[2]).permute(2, 0, 1))
     assert train.image_size == 8 and train.sizes.tolist() == [[8, 8]] * 3
     np.testing.assert_allclose(train.mean, pixels.mean((0, 1, 2)) / 255, rtol=1e-12)
@@ -74,7 +70,7 @@ def test_larger_images_stay_in_files_and_their_headers_are_read_once(
 ) -> None:
     draw(top / "train/cat/1.png", 70, 90)
     data = open_data(f"imagefolder:{top}", "train")
-    assert data.images is None and data.image_size is None
+    assert data.pixels is None and data.image_size is None
     assert data.sizes.tolist() == [[70, 90], [8, 8], [8, 8]] and data.sizes.dtype == np.int32
     assert (data.mean, data.std) == (IMAGENET_MEAN, IMAGENET_STD)
     assert np.array_equal(data.decode(0), np.asarray(Image.open(top / "train/cat/1.png")).transpose(2, 0, 1))
@@ -144,7 +140,7 @@ def test_a_moved_copy_keeps_its_fingerprint_and_any_change_changes_it(top: Path,
 
 
 def test_only_a_full_fingerprint_reads_all_of_many_files(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(dataset, "FINGERPRINTED_FILES", 1)
+    monkeypatch.setattr(files, "FINGERPRINTED_FILES", 1)
     data = open_data(f"imagefolder:{top}", "train")
     before = data.fingerprint(), data.fingerprint(full=True)
     noticed = []
@@ -161,7 +157,7 @@ def test_only_a_full_fingerprint_reads_all_of_many_files(top: Path, monkeypatch:
 def test_digits_never_change() -> None:
     train, held = (open_data("digits", split) for split in ("train", "eval"))
     assert (len(train), len(held), train.image_size) == (1442, 355, 8)
-    assert train.images is not None and (train.images.min(), train.images.max()) == (0, 255)
+    assert train.pixels is not None and (train.pixels.min(), train.pixels.max()) == (0, 255)
     assert np.bincount(held.labels[:, 0]).tolist() == [35, 36, 35, 36, 36, 36, 36, 35, 34, 36]
     assert train.mean == held.mean
     assert train.fingerprint()[:16] == "c4214a6080dc2b4b"
@@ -184,10 +180,10 @@ def packed(tmp_path: Path) -> Path:
 
 
 def test_fashion_mnist_from_debians_files(packed: Path, home: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(arrays, "DEBIAN_FASHION_MNIST", packed)
+    monkeypatch.setattr(named, "DEBIAN_FASHION_MNIST", packed)
     data = open_data("fashion-mnist", "eval")
-    assert data.images is not None and data.images.shape == (3, 3, 4, 3) and data.image_size == 4
-    assert data.images[1, 2].tolist() == [[20] * 3, [21] * 3, [22] * 3, [23] * 3]
+    assert data.pixels is not None and data.pixels.shape == (3, 3, 4, 3) and data.image_size == 4
+    assert data.pixels[1, 2].tolist() == [[20] * 3, [21] * 3, [22] * 3, [23] * 3]
     assert data.labels.tolist() == [[0], [1], [2]] and data.class_names[1] == "Trouser"
     assert data.mean[0] == pytest.approx(29.5 / 255)  # of the 60 pixels of train
 
@@ -216,7 +212,7 @@ def test_cifar_from_torchvisions_files(tmp_path: Path, monkeypatch: pytest.Monke
     monkeypatch.setattr(CIFAR10, "test_list", [["test_batch", None]])
     monkeypatch.setattr(CIFAR10, "meta", CIFAR10.meta | {"md5": None})
     data = open_data(f"cifar10:{tmp_path}", "eval")
-    assert data.name == "cifar10" and data.images is not None and data.images.shape == (2, 32, 32, 3)
+    assert data.name == "cifar10" and data.pixels is not None and data.pixels.shape == (2, 32, 32, 3)
     assert data.decode(1).flatten().tolist() == [i % 256 for i in range(3072)]
     assert data.labels.tolist() == [[0], [1]] and data.class_names == tuple("abcdefghij")
 
@@ -229,7 +225,7 @@ def test_a_failed_download_says_where_the_files_belong(
         raise OSError("no\nnetwork")
 
     monkeypatch.setattr(kind, "download", fail)
-    monkeypatch.setattr(arrays, "DEBIAN_FASHION_MNIST", home)
+    monkeypatch.setattr(named, "DEBIAN_FASHION_MNIST", home)
     message = rf"^{home}/data: has no {spec} .*no network.*put .* there.*imagefolder:PATH"
     with pytest.raises(InputError, match=message):
         open_data(spec, "train")
@@ -286,7 +282,7 @@ def test_a_users_function() -> None:
         ("negative", "labels must be places in class_names"),
         ("pairs", "must give a Dataset, or images"),
         ("broken", r"broken\('train'\) failed: RuntimeError: two lines"),
-        ("missing", "cannot be imported .*no attribute 'missing'"),
+        ("missing", "'users_data' has no function 'missing'; known are digits"),
     ],
 )
 def test_a_users_mistake_is_one_line(function: str, message: str) -> None:
@@ -303,7 +299,7 @@ def empty(folder: Path) -> None:
 @pytest.mark.parametrize(
     ("spec", "split", "message"),
     [
-        ("imagenett:{top}", "train", "cannot be imported .* known are digits, cifar10"),
+        ("imagenett:{top}", "train", "cannot import 'imagenett': .* known are digits, cifar10"),
         ("{top}", "train", "unknown dataset .* imagefolder:{top}"),
         ("imagefolder", "train", "needs a folder: imagefolder:PATH"),
         ("imagefolder:{top}/train/cat/1.png", "train", "1.png: is not a folder"),
@@ -369,6 +365,6 @@ def test_unreadable_files_are_all_listed(top: Path) -> None:
 def test_fields_that_do_not_fit_are_refused() -> None:
     sizes, labels, images = np.full((2, 2), 4, np.int32), np.zeros((2, 1), np.int64), torch.zeros(2, 4, 4, 3)
     with pytest.raises(InputError, match="dataset mine, split train: images must be uint8"):
-        Dataset("mine", "train", labels, ("a",), sizes, IMAGENET_MEAN, IMAGENET_STD, images)
+        ArrayDataset("mine", "train", labels, ("a",), sizes, IMAGENET_MEAN, IMAGENET_STD, images)
     with pytest.raises(InputError, match="root must come with a path a sample"):
-        Dataset("mine", "train", labels, ("a",), sizes, IMAGENET_MEAN, IMAGENET_STD, None, Path(), ("1.png",))
+        FileDataset("mine", "train", labels, ("a",), sizes, IMAGENET_MEAN, IMAGENET_STD, Path(), ("1.png",))

@@ -17,8 +17,9 @@ from torchvision.io import ImageReadMode
 
 from kdcache.cache import KdcacheError
 from kdcache.cache.identity import TeacherIdentity
-from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.decode import decode_file
+from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.views import render
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer
@@ -140,14 +141,14 @@ def test_pixels_come_where_others_have_taken_the_shared_memory(data, monkeypatch
 
 
 def test_a_worker_that_is_killed_is_reported_with_its_file(data, monkeypatch):
-    decode = Dataset.decode
+    decode = FileDataset.decode
 
     def killed(self, sample):
         if sample == 17:
             os.kill(os.getpid(), signal.SIGKILL)
         return decode(self, sample)
 
-    monkeypatch.setattr(Dataset, "decode", killed)
+    monkeypatch.setattr(FileDataset, "decode", killed)
     with pytest.raises(KdcacheError) as caught:
         all_views(data)
     line = f"{data.root / data.paths[17]}: the worker process that read it was killed"

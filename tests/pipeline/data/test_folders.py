@@ -10,7 +10,7 @@ from PIL import Image
 from kdcache.cache.errors import InputError
 from kdcache.cli import main
 from kdcache.pipeline.data.dataset import list_unreadable, open_data, open_validation, with_folders
-from kdcache.tests.pipeline.data.test_dataset import draw
+from kdcache.tests.helpers.images import draw
 
 
 @pytest.fixture(autouse=True)

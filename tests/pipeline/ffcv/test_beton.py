@@ -32,12 +32,13 @@ from kdcache.cache.records import tail_distribution
 from kdcache.cache.store.chunks import as_arrays
 from kdcache.cli import main
 from kdcache.pipeline.build.source import describe_data
-from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.ffcv import beton as module
 from kdcache.pipeline.ffcv.beton import Beton, pack_beton
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import RENDERER
-from kdcache.tests.cache.store.test_cache import WRITER, Filled, identity, same
+from kdcache.tests.helpers.caches import WRITER, Filled, identity, same
+from kdcache.tests.helpers.images import arrays_data
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.ffcv import BetonLoader
 
@@ -51,20 +52,6 @@ needs_ffcv = pytest.mark.skipif(
 
 def quiet(line):
     pass
-
-
-def toy_data(cache, place):
-    """Image files of random pixels that pass for the cache's own train split."""
-    has, rng = cache.identity.data, np.random.default_rng(0)
-    paths = tuple(f"{i:03d}.png" for i in range(has.samples))
-    for path in paths:
-        Image.fromarray(rng.integers(0, 256, (5, 8, 3), np.uint8)).save(place / path)
-    sizes = np.tile(np.array([[5, 8]], np.int32), (has.samples, 1))
-    unlabelled = np.zeros((has.samples, 0), np.int64)
-    data = Dataset(has.name, "train", unlabelled, (), sizes, (0.4, 0.5, 0.6), (0.2, 0.3, 0.25), None, place, paths)
-    data._fingerprints[has.full_contents] = has.fingerprint
-    vars(cache.train)["sizes"] = sizes
-    return data
 
 
 class Drawn(Filled):
@@ -89,20 +76,6 @@ class Drawn(Filled):
             drawn = draw(self.views.policy, self.views.seed, view, rows, self.data.sizes[rows.start : rows.stop])
             digest = drawn.digest()
         store.write_shard(view, part, as_arrays(records), digest, WRITER, sums)
-
-
-def arrays_data(n, height, width, labelled=True):
-    rng = np.random.default_rng(n)
-    return Dataset(
-        name="toy",
-        split="train",
-        labels=rng.integers(0, 12, (n, int(labelled))),
-        class_names=tuple("abcdefghijkl"),
-        sizes=np.tile(np.array([[height, width]], np.int32), (n, 1)),
-        mean=(0.4, 0.5, 0.6),
-        std=(0.2, 0.3, 0.25),
-        images=torch.from_numpy(rng.integers(0, 256, (n, height, width, 3), np.uint8)),
-    )
 
 
 @pytest.fixture(scope="module")
@@ -203,7 +176,7 @@ def test_a_pack_that_is_stopped_leaves_no_file(packed, tmp_path, how):
         from pathlib import Path
         from kdcache.cache.store.cache import Cache
         from kdcache.pipeline.ffcv import beton
-        from kdcache.tests.pipeline.ffcv.test_beton import arrays_data
+        from kdcache.tests.helpers.images import arrays_data
         image = beton._Writer._image
         def slowly(self, i):
             if i == 5:
@@ -407,7 +380,7 @@ def test_ffcv_itself_reads_the_file_as_one_of_its_own(packed):
     at = 0
     for images, labels, index, records in loader:
         rows = slice(at, at + len(images))
-        assert images.equal(data.images[rows]) and labels.flatten().tolist() == Beton(path).labels[rows, 0].tolist()
+        assert images.equal(data.pixels[rows]) and labels.flatten().tolist() == Beton(path).labels[rows, 0].tolist()
         assert index.flatten().tolist() == list(range(at, at + len(images)))
         assert records.shape[1:] == (2, Beton(path).layout.record_bytes + 4)
         at += len(images)
@@ -603,7 +576,7 @@ def files(tmp_path_factory):
         image = pixels.convert(["RGB", "L", "CMYK", "RGB"][kind])
         image.save(folder / f"{i:02d}.{'png' if kind == 3 else 'jpg'}")
     data = open_data(f"imagefolder:{place / 'images'}", "train", home=place)
-    assert data.images is None
+    assert data.pixels is None
     cache = Drawn(place / "c", data, "rrc,flip", k=3).cache
     return cache, data, pack_beton(cache, data, place / "x.beton", None, quiet)
 

@@ -39,9 +39,11 @@ from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.verify import source_of, verify
 from kdcache.pipeline.views.render import render
 from kdcache.train.config import TrainConfig
+from kdcache.train.evaluate import evaluate_run
 from kdcache.train.loaders.cached import CachedLoader
-from kdcache.train.losses.options import LOSSES, make_loss, require_served
-from kdcache.train.run import evaluate_run, train
+from kdcache.train.losses.options import LOSSES, make_loss
+from kdcache.train.losses.prepare import require_served
+from kdcache.train.run import train
 
 CLASSES, K, VIEWS = ("ant", "bee", "cat", "dog", "eel"), 3, 3
 RNG = np.random.default_rng

@@ -12,7 +12,7 @@ from kdcache.cache import Cache
 from kdcache.cli import main
 from kdcache.pipeline.info import built, describe, facts
 from kdcache.pipeline.process import provenance
-from kdcache.tests.cache.store.test_cache import Filled, identity
+from kdcache.tests.helpers.caches import Filled, identity
 
 SECRET = st.text(st.characters(codec="ascii", categories=("L", "N")), min_size=12, max_size=30)
 SECRET = SECRET.map("s3cr3t".__add__)
@@ -72,7 +72,7 @@ def test_info_tells_who_built_which_views(tmp_path):
             time = f"2026-11-2{view}T00:00:0{part}Z"
             who = {"host": "anna's", "command": command, "process": str(part), "time": time}
             with pytest.MonkeyPatch.context() as patch:
-                patch.setattr("kdcache.tests.cache.store.test_cache.WRITER", who)
+                patch.setattr("kdcache.tests.helpers.caches.WRITER", who)
                 filled.write(store, view, part)
     filled.cache.write_prior({})
     cache = Cache(filled.cache.path)

@@ -305,6 +305,7 @@ def test_module_function_from_the_current_directory(tmp_path: Path, monkeypatch:
     (tmp_path / "my_broken_nets.py").write_text("import surely_not_installed")
     monkeypatch.chdir(tmp_path)
     before = list(sys.path)
+    monkeypatch.setattr(sys, "path", list(before))
     x = torch.zeros(2, 3, 2, 2)
     try:
         assert build_network("my_kdcache_nets:student", 9, 2)(x).shape == (2, 9)
@@ -313,7 +314,7 @@ def test_module_function_from_the_current_directory(tmp_path: Path, monkeypatch:
             "studnet": "'my_kdcache_nets' has no function 'studnet': did you mean student?",
             "keyword": "the function must take the number of classes first, or nothing",
             "wrong": "wrong returned int, not a torch.nn.Module",
-            "fails": "fails failed: ValueError: no such layer",
+            "fails": "fails(9) failed: ValueError: no such layer",
         }.items():
             with pytest.raises(InputError) as caught:
                 build_network(f"my_kdcache_nets:{function}", 9, 2)
@@ -322,4 +323,4 @@ def test_module_function_from_the_current_directory(tmp_path: Path, monkeypatch:
             build_network("my_broken_nets:student", 9, 2)
     finally:
         sys.modules.pop("my_kdcache_nets", None)
-    assert sys.path == before
+    assert sys.path == [*before, str(tmp_path)]  # once, and for worker processes too

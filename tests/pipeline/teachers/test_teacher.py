@@ -5,7 +5,7 @@ import json
 import pickle
 import sys
 import urllib.request
-from dataclasses import replace
+from dataclasses import fields, replace
 from pathlib import Path
 
 import numpy as np
@@ -26,6 +26,8 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.data.dataset import open_data
+from kdcache.pipeline.data.kinds.base import Described
+from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.teachers.networks import build_network, load_fitting
 from kdcache.pipeline.teachers.pixels import Pixels, Wanted
 from kdcache.pipeline.teachers.sources import from_file
@@ -160,6 +162,12 @@ def test_a_file_of_torchvisions_with_a_name_of_ones_own(bench, data, tmp_path):
     assert "from the data; --teacher-size" in found.about
 
 
+def in_files(data, place):
+    """A dataset of the same description, whose three images would be files."""
+    described = {field.name: getattr(data, field.name) for field in fields(Described) if field.init}
+    return FileDataset(**described, root=place, paths=("a", "b", "c"))
+
+
 def test_the_stem_in_a_file_decides(data, tmp_path):
     """A resnet's 7x7 stem is not for 32 pixels, nor its 3x3 stem for 224, unless one says so."""
     torch.manual_seed(0)
@@ -167,7 +175,7 @@ def test_the_stem_in_a_file_decides(data, tmp_path):
         network = build_network("resnet18", 3, size)
         file = tmp_path / f"{size}.pth"
         torch.save(network.state_dict(), file)
-        shown = data if other == 32 else replace(data, images=None, root=tmp_path, paths=("a", "b", "c"))
+        shown = data if other == 32 else in_files(data, tmp_path)
         with pytest.raises(InputError, match=rf"{size}.pth holds resnet18 with the \dx\d stem .* give --teacher-size"):
             load_teacher("resnet18", shown, CPU, weights=str(file))
         teacher = load_teacher("resnet18", shown, CPU, weights=str(file), wanted=Wanted(size=64))
@@ -373,7 +381,7 @@ def test_non_square_images_are_not_enlarged_to_224(own):
     teacher = load_teacher(f"{own}:net", data, CPU)
     assert teacher.input_size == 20  # the longer side
     images = next(Renderer(data, 20, CPU).batches(evaluation_view(data.sizes, whole=True), [np.arange(3)]))
-    want = tv.resize(data.images[:3].permute(0, 3, 1, 2), [20, 20], antialias=True)
+    want = tv.resize(data.pixels[:3].permute(0, 3, 1, 2), [20, 20], antialias=True)
     assert torch.equal(images, want)
 
 
@@ -413,7 +421,7 @@ def test_what_was_asked_for_is_replayed(own, tmp_path):
     assert report.passed and report.total_variation == 0
     data = source.train
     shown = next(teacher_renderer(data, source, 0).batches(evaluation_view(data.sizes, whole=True), [np.arange(4)]))
-    pixels = data.images[:4].permute(0, 3, 1, 2)
+    pixels = data.pixels[:4].permute(0, 3, 1, 2)
     assert torch.equal(shown, tv.resize(pixels, [16, 16], InterpolationMode.BICUBIC, antialias=True))
     train(
         TrainConfig(

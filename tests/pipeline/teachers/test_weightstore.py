@@ -22,18 +22,12 @@ from kdcache.pipeline.teachers import weightstore
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import Wanted
 from kdcache.pipeline.teachers.teacher import Teacher, load_teacher, read_weights, weights_hash
-from kdcache.tests.cache.registry.test_registry import (  # noqa: F401  fixtures among them
-    _home,
-    _settings,
-    about,
-    quiet,
-    refused,
-    run,
-    web_server,
-)
-from kdcache.tests.cache.store.test_cache import Filled
-from kdcache.tests.cache.test_care import age, collect
+from kdcache.tests.helpers.caches import Filled
+from kdcache.tests.helpers.registries import about, age, collect, quiet, refused, run
+from kdcache.tests.helpers.servers import web_server
 from kdcache.train import teach as teach_module
+
+pytestmark = pytest.mark.usefixtures("impatient", "own_home")
 
 BUILD = "build --teacher resnet8 --views 1"
 

@@ -14,7 +14,8 @@ from torch import nn
 from torchvision.transforms.v2 import functional as tv
 
 from kdcache.cache import KdcacheError
-from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.data.dataset import open_data
+from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.views.policy import ViewParameters, draw, evaluation_view
 from kdcache.pipeline.views.render import Renderer, render
@@ -82,17 +83,17 @@ def test_in_memory_images_can_be_resized_too(policy, size):
 
 def test_whole_images_in_memory_are_resized_together(monkeypatch):
     data = open_data("digits", "train")
-    monkeypatch.setattr(Dataset, "decode", None)
+    monkeypatch.setattr(ArrayDataset, "decode", None)
     whole = evaluation_view(data.sizes, whole=True)
     assert [len(images) for images in Renderer(data, 20, CPU).batches(whole, [np.arange(9)])] == [9]
 
 
 def test_renderers_hold_the_pixels_of_a_dataset_once():
     data = open_data("digits", "train")
-    assert data.images is not None
+    assert data.pixels is not None
     one, two, bare = (Renderer(data, None, CPU, policy) for policy in ("crop", "crop,flip", "none"))
     assert one._pixels is two._pixels and one._pixels is not bare._pixels
-    assert bare._pixels._flat.data_ptr() == data.images.data_ptr()
+    assert bare._pixels._flat.data_ptr() == data.pixels.data_ptr()
     assert Renderer(data, 16, CPU, "crop")._pixels is None
     held = weakref.ref(one._pixels)
     del one, two

@@ -87,5 +87,5 @@ def test_features_are_those_of_the_stage_before_the_last(name):
 )
 def test_a_network_without_stages_is_refused_in_one_line(make):
     with pytest.raises(KdcacheError, match="uskd needs a student with a stage before its last map") as caught:
-        FeatureTap(Classifier(make(), (0.5,) * 3, (0.25,) * 3), 32)
+        FeatureTap(Classifier(make(), (0.5,) * 3, (0.25,) * 3), 32, "uskd")
     assert "\n" not in str(caught.value)

@@ -34,12 +34,11 @@ from kdcache.train.losses import (
 from kdcache.train.losses.options import (
     LOSSES,
     described,
-    head_mass_warning,
     make_loss,
     options_of,
-    require_served,
     spec_of,
 )
+from kdcache.train.losses.prepare import head_mass_warning, require_served
 
 B, C, F = 64, 40, 6
 

@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Collection
 from dataclasses import fields, replace
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import pydantic
 
@@ -13,9 +13,7 @@ from kdcache.cache.errors import CorruptError
 from kdcache.pipeline.data.dataset import is_function
 from kdcache.pipeline.trust import stored_data, stored_network
 from kdcache.pipeline.views.render import RENDERER
-
-if TYPE_CHECKING:
-    from kdcache.train.config import TrainConfig
+from kdcache.train.config import TrainConfig
 
 # Fields of TrainConfig that stand in config.json under their own names.
 _NAMED = (

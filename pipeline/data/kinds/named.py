@@ -1,4 +1,4 @@
-"""Small known datasets that live in memory, as arrays: images uint8 [N, H, W, 3], labels int64 [N], names."""
+"""Small well-known datasets that fit into memory: digits, CIFAR and Fashion-MNIST."""
 
 import gzip
 import math
@@ -11,19 +11,18 @@ from typing import Any
 import numpy as np
 from torchvision import datasets
 
-from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.folders import held_out
-from kdcache.pipeline.data.imagefiles import one_line
+from kdcache.cache.errors import InputError, kind_and_message
+from kdcache.pipeline.data.kinds.arrays import Arrays
+from kdcache.pipeline.data.kinds.base import Asked
+from kdcache.pipeline.data.kinds.folders import held_out
 
-Arrays = tuple[np.ndarray, np.ndarray, tuple[str, ...]]
-
-# What torchvision raises where files are missing or not whole, or cannot be downloaded.
+# What torchvision raises where files are missing or incomplete, or cannot be downloaded.
 _BROKEN = (OSError, RuntimeError, ValueError, TypeError, AssertionError, HTTPException)
 DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 
 def digits(train: bool) -> Arrays:
-    """1,797 images of 8x8: every fifth of each class is held out."""
+    """scikit-learn's 1,797 images of 8x8 pixels; every fifth image of each class is held out for the eval split."""
     from sklearn.datasets import load_digits  # takes a second, which every worker process would spend
 
     data = load_digits()
@@ -33,18 +32,18 @@ def digits(train: bool) -> Arrays:
     return _three_channels(grey[chosen].astype(np.uint8)), labels[chosen], tuple("0123456789")
 
 
-def cifar(name: str, root: Path, train: bool) -> Arrays:
-    """cifar10 or cifar100 from torchvision's files in `root`, downloaded where missing."""
+def cifar(name: str, asked: Asked, train: bool) -> Arrays:
+    """Read cifar10 or cifar100 from torchvision's files, which are downloaded where they are missing."""
     kind = datasets.CIFAR10 if name == "cifar10" else datasets.CIFAR100
-    data = _present_or_downloaded(kind, root, train, f"{name} (a folder {kind.base_folder})")
+    data = _present_or_downloaded(kind, asked.downloads, train, f"{name} (a folder {kind.base_folder})")
     return data.data, np.array(data.targets, dtype=np.int64), tuple(data.classes)
 
 
-def fashion_mnist(path: Path | None, downloads: Path, train: bool) -> Arrays:
-    """From the four .gz files in `path` or in Debian's package, else torchvision's files, else a download."""
+def fashion_mnist(asked: Asked, train: bool) -> Arrays:
+    """Read the four .gz files in the PATH or in Debian's package, else torchvision's files, else download these."""
     names = tuple(datasets.FashionMNIST.classes)
     part = "train" if train else "t10k"
-    packed = path or DEBIAN_FASHION_MNIST
+    packed = asked.path or DEBIAN_FASHION_MNIST
     if (packed / f"{part}-images-idx3-ubyte.gz").is_file():
         grey = _read_idx(packed / f"{part}-images-idx3-ubyte.gz", 3)
         labels = _read_idx(packed / f"{part}-labels-idx1-ubyte.gz", 1).astype(np.int64)
@@ -52,7 +51,7 @@ def fashion_mnist(path: Path | None, downloads: Path, train: bool) -> Arrays:
             raise InputError(f"{packed}: the {part} labels do not fit the images: fetch the files again")
         return _three_channels(grey), labels, names
     what = "fashion-mnist (Debian's package dataset-fashion-mnist, or a folder FashionMNIST/raw)"
-    data = _present_or_downloaded(datasets.FashionMNIST, path or downloads, train, what)
+    data = _present_or_downloaded(datasets.FashionMNIST, asked.downloads, train, what)
     return _three_channels(data.data.numpy()), data.targets.numpy(), names
 
 
@@ -64,7 +63,7 @@ def _present_or_downloaded(kind: Callable[..., Any], root: Path, train: bool, wh
             return kind(root, train=train, download=True)
         except _BROKEN as e:
             raise InputError(
-                f"{root}: has no {what}, and the download failed ({one_line(e)[:200]}): "
+                f"{root}: has no {what}, and the download failed ({kind_and_message(e)[:200]}): "
                 "put the files there, or use imagefolder:PATH"
             ) from e
 
@@ -74,7 +73,10 @@ def _three_channels(grey: np.ndarray) -> np.ndarray:
 
 
 def _read_idx(path: Path, dims: int) -> np.ndarray:
-    """uint8 of `dims` dimensions from a gzipped idx file: 0, 0, type 8, dims, big-endian sizes, the bytes."""
+    """Read bytes (uint8, `dims` dimensions) from a gzipped idx file.
+
+    Its header is 0, 0, the type (8), the number of dimensions, and each size as a big-endian 32-bit number.
+    """
     try:
         with gzip.open(path) as f:
             data = f.read()

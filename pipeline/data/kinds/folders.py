@@ -1,16 +1,18 @@
-"""Folders of images by class: which file is in which split, and what its label is."""
+"""Folders of images by class: which file is in which split, what its label is, and how they are opened."""
 
 import os
 import re
 from collections import Counter
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.imagefiles import left_out, list_images
+from kdcache.pipeline.data.imagefiles import FilesDone, left_out, list_images, load_folder, unreadable_files
+from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
+from kdcache.pipeline.data.kinds.files import FileDataset
 
 # What the folders of splits are called, in any case.
 _TRAIN = ("train", "training")
@@ -19,7 +21,7 @@ TEST = ("test", "testing")
 EVALUATION = ("eval", "evaluation")
 _SPLITS = (*_TRAIN, *VALIDATION, *TEST, *EVALUATION)
 
-_HELD_OUT = 10  # where there are no split folders, every so manyth image of a class is the eval split's
+_HELD_OUT = 10  # where there are no split folders, every tenth image of a class belongs to the eval split
 _NAMED = 5  # classes in a line
 _PURPOSE = {"train": "learn from", "eval": "evaluate on", "validation": "choose weights by"}
 
@@ -32,15 +34,15 @@ class Listing:
     paths: tuple[str, ...]  # relative to root
     labels: np.ndarray  # int64 [N, 1], or [N, 0] when unlabelled
     class_names: tuple[str, ...]
-    note: str  # a line on what was found
+    note: str  # one line that tells what was found
 
 
 @dataclass(frozen=True)
 class Layout:
-    """How a kind of folder is laid out, and what the user said of it.
+    """How a kind of folder is laid out, and which folders the user has named.
 
-    evals: the kinds of evaluation splits, first the one that is preferred. split_folders: whether there must be
-    folders of splits. train, eval: the folders of the splits, relative to the top, where the user named them.
+    evals: what the folder of the eval split may be called, the preferred names first. split_folders: whether there must
+    be a folder for each split. train, eval: the folders of the splits, relative to the top, where the user named them.
     """
 
     evals: tuple[tuple[str, ...], ...]
@@ -49,11 +51,59 @@ class Layout:
     eval: str | None = None
 
 
-def list_split(top: Path, split: str, layout: Layout, *, labelled: bool) -> Listing:
-    """The 'train', 'eval' or 'validation' split of the images below `top`; has_validation says whether the last exists.
+@dataclass(frozen=True)
+class ClassFolders(Kind):
+    """Image files below a folder for each class, and perhaps a folder for each split above these."""
 
-    Without any folder of a split, and unless the layout demands them, every tenth image of each class is held out.
-    InputError says what is missing, what is ambiguous, and which flag decides.
+    layout: Layout
+    takes_path: TakesPath = "must"
+    takes_folders: bool = True
+
+    def open(self, asked: Asked) -> FileDataset:
+        files = self._list(asked)
+        found = load_folder(files.root, files.paths, asked.home)
+        train = found
+        if asked.split != "train":  # mean and std are always those of the train split
+            listing = self._list(replace(asked, split="train"))
+            train = load_folder(listing.root, listing.paths, asked.home, decode=False)
+        return FileDataset(
+            name=asked.name,
+            split=asked.split,
+            labels=files.labels,
+            class_names=files.class_names,
+            sizes=found.sizes,
+            mean=train.mean,
+            std=train.std,
+            root=files.root,
+            paths=files.paths,
+            pixels=found.images,
+            note=files.note,
+        )
+
+    def splits(self, asked: Asked) -> tuple[str, ...]:
+        """There is a validation split where val and test folders stand beside train, and test is the eval split."""
+        third = asked.path is not None and has_validation(asked.path, self._layout(asked))
+        return (*super().splits(asked), *(["validation"] if third else ()))
+
+    def unreadable(self, asked: Asked, progress: FilesDone | None = None) -> list[str]:
+        """List them without opening the dataset, which is refused where a header cannot be read."""
+        files = self._list(asked)
+        return unreadable_files(files.root, files.paths, progress)
+
+    def _list(self, asked: Asked) -> Listing:
+        if asked.path is None:
+            raise InputError(f"{asked.name} needs a folder: {asked.name}:PATH")
+        return list_split(asked.path, asked.split, self._layout(asked), labelled=not asked.unlabelled)
+
+    def _layout(self, asked: Asked) -> Layout:
+        return replace(self.layout, train=asked.folders.get("train"), eval=asked.folders.get("eval"))
+
+
+def list_split(top: Path, split: str, layout: Layout, *, labelled: bool) -> Listing:
+    """List the 'train', 'eval' or 'validation' split below `top`; has_validation says whether there is the last one.
+
+    Where no folder is named like a split, and the layout does not demand such folders, every tenth image of each class
+    is held out for the eval split. InputError says what is missing or ambiguous, and which flag decides.
     """
     train, held = _split_folders(top, split, layout)
     third = _third_folder(top, train, held)
@@ -81,12 +131,12 @@ def list_split(top: Path, split: str, layout: Layout, *, labelled: bool) -> List
 
 
 def has_validation(top: Path, layout: Layout) -> bool:
-    """Whether the folders below `top` are three splits: one to learn from, one to choose weights by, one to report."""
+    """Whether there are three splits below `top`: to learn from, to choose weights by, and to report."""
     return _third_folder(top, *_split_folders(top, "eval", layout)) is not None
 
 
 def _third_folder(top: Path, train: Path, held: Path | None) -> Path | None:
-    """The folder of the validation split, where another one is the eval split."""
+    """The folder of the validation split, where another folder is the eval split."""
     if held is None or train == top:
         return None
     found = _only(top, _folders(top), VALIDATION, "--eval-folder")
@@ -94,14 +144,14 @@ def _third_folder(top: Path, train: Path, held: Path | None) -> Path | None:
 
 
 def _unread_test(top: Path, train: Path, held: Path) -> str | None:
-    """The name of a test folder beside a validation folder that is the eval split."""
+    """The name of a test folder that nobody reads, because the validation folder beside it is the eval split."""
     if held.name.casefold() not in VALIDATION:
         return None
     return next((name for name in _folders(top) if name.casefold() in TEST and top / name not in (train, held)), None)
 
 
 def _split_folders(top: Path, split: str, layout: Layout) -> tuple[Path, Path | None]:
-    """The folder of the train split, and that of the eval split; None where there is none."""
+    """The folder of the train split, and the folder of the eval split, or None where there is none."""
     if not top.is_dir():
         raise InputError(f"{top}: {'is not a folder' if top.exists() else 'no such folder'}")
     there = _folders(top)
@@ -128,7 +178,7 @@ def _split_folders(top: Path, split: str, layout: Layout) -> tuple[Path, Path | 
 
 
 def _named(top: Path, name: str | None, flag: str) -> Path | None:
-    """What the user calls a split's folder."""
+    """The folder that the user names for a split."""
     if name is None:
         return None
     folder = Path(os.path.normpath(top / name))
@@ -138,7 +188,7 @@ def _named(top: Path, name: str | None, flag: str) -> Path | None:
 
 
 def _only(top: Path, folders: Sequence[str], names: Sequence[str], flag: str) -> Path | None:
-    """The one of the folders that has one of the names."""
+    """The one folder that has one of the names. InputError where several do."""
     found = [folder for folder in folders if folder.casefold() in names]
     if len(found) > 1:
         raise InputError(f"{top}: {' and '.join(found)} may each be the split: {flag} NAME decides")
@@ -146,7 +196,7 @@ def _only(top: Path, folders: Sequence[str], names: Sequence[str], flag: str) ->
 
 
 def _refuse_splits(top: Path, train: Path) -> None:
-    """InputError for folders of classes that look like those of splits, such as seg_train and seg_test."""
+    """Raise an InputError for class folders that look like splits, such as seg_train and seg_test."""
     words = {folder: _words(folder) & {*_SPLITS} for folder in _folders(train)}
     splits = [folder for folder, found in words.items() if found]
     all_words = set().union(*words.values())
@@ -160,7 +210,7 @@ def _refuse_splits(top: Path, train: Path) -> None:
 
 
 def _words(name: str) -> set[str]:
-    """train and set for trainSet, train_set and train-set1."""
+    """The words of a name, without the ending "set": {"train", ""} for trainSet, train_set and train-set1."""
     parts = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold())
     return {part.removesuffix("set") for part in parts}
 
@@ -176,7 +226,7 @@ def _note(root: Path, split: str, n: int, names: Sequence[str], others: Counter[
 
 
 def held_out(labels: np.ndarray, every: int) -> np.ndarray:
-    """bool [N]: whether a sample is its class's number every-1, 2*every-1 and so on. labels is int64 [N]."""
+    """Hold out every `every`-th sample of each class: bool [N] for labels int64 [N]."""
     order = np.argsort(labels, kind="stable")
     counts = np.bincount(labels)
     place = np.empty_like(labels)
@@ -186,7 +236,7 @@ def held_out(labels: np.ndarray, every: int) -> np.ndarray:
 
 
 def _folders(top: Path) -> tuple[str, ...]:
-    """The names of the folders in `top`, in byte order; hidden ones are left out."""
+    """The names of the folders in `top`, in byte order. Hidden folders are left out."""
     try:
         names = [entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
     except OSError as e:
@@ -204,7 +254,7 @@ def _class_names(train: Path) -> tuple[str, ...]:
 
 
 def _labels(root: Path, paths: Sequence[str], names: Sequence[str], train: Path) -> np.ndarray:
-    """int64 [N]"""
+    """The id of each image's class folder, int64 [N]."""
     ids = {name: i for i, name in enumerate(names)}
     labels = np.array([ids.get(path.partition("/")[0], -1) for path in paths], dtype=np.int64)
     if (unknown := np.flatnonzero(labels < 0)).size:

@@ -1,0 +1,163 @@
+"""What every kind of dataset has in common: what it is asked for, how it is opened, what is known of its images."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from abc import ABC, abstractmethod
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any, Literal, Self
+
+import numpy as np
+import torch
+
+from kdcache.cache.errors import InputError
+from kdcache.pipeline.data.imagefiles import FilesDone, Triple
+
+TakesPath = Literal["never", "may", "must"]
+
+
+@dataclass(frozen=True)
+class Asked:
+    """A dataset that someone asks for: the parts of its spec, NAME[:PATH][?train=FOLDER&eval=FOLDER], and its split."""
+
+    spec: str
+    name: str
+    path: Path | None  # absolute
+    folders: Mapping[str, str]  # by split, where the user names the folders
+    split: str
+    unlabelled: bool
+    home: Path  # takes downloads, and what was learnt from image headers
+
+    @property
+    def downloads(self) -> Path:
+        """The folder that downloaded files belong in."""
+        return self.path or self.home / "data"
+
+
+class Kind(ABC):
+    """One row of the table of kinds: how a dataset of this kind is opened."""
+
+    takes_path: TakesPath = "may"
+    takes_folders: bool = False  # whether --train-folder and --eval-folder name folders in its PATH
+
+    @abstractmethod
+    def open(self, asked: Asked) -> Described:
+        """The split that is asked for. InputError where it cannot be found or read, or does not fit."""
+
+    def splits(self, asked: Asked) -> tuple[str, ...]:
+        """The splits that there are: 'train' and 'eval', and perhaps 'validation' to choose weights by."""
+        return "train", "eval"
+
+    def unreadable(self, asked: Asked, progress: FilesDone | None = None) -> list[str]:
+        """Decode every file; one line 'path: reason' for each that cannot be decoded."""
+        return self.open(asked).unreadable(progress)
+
+
+class _Contents:
+    """What each kind has beside `Described`'s fields, as a field of its own or as a constant."""
+
+    pixels: torch.Tensor | None  # uint8 [N, H, W, 3] where the images are held in memory
+    paths: tuple[str, ...]  # the name of each image, in byte order; () where there are none
+
+
+@dataclass(frozen=True, eq=False)
+class Described(_Contents, ABC):
+    """What is known of the images of one split. Each kind adds where the pixels are; see dataset.Dataset.
+
+    InputError where the fields do not fit each other.
+    """
+
+    name: str
+    split: str
+    labels: np.ndarray
+    class_names: tuple[str, ...]
+    sizes: np.ndarray
+    mean: Triple
+    std: Triple
+    note: str | None = field(default=None, kw_only=True)
+    _fingerprints: dict[bool, str] = field(default_factory=dict, init=False, repr=False)
+
+    def __post_init__(self) -> None:
+        n, ids = len(self.sizes), self.labels
+        self._require(n > 0 and self.sizes.shape == (n, 2), "sizes must be [N, 2] with N > 0")
+        self._require(self.sizes.dtype == np.int32 and ids.dtype == np.int64, "sizes are int32, labels int64")
+        self._require(ids.shape in ((n, 0), (n, 1)), "labels must be [N, 1] or [N, 0]")
+        known = ids.size == 0 or (ids.min() >= 0 and ids.max() < len(self.class_names))
+        self._require(known, "labels must be places in class_names")
+
+    def _require(self, holds: bool, rule: str) -> None:
+        if not holds:
+            raise InputError(f"dataset {self.name}, split {self.split}: {rule}")
+
+    def _require_pixels(self, pixels: torch.Tensor) -> None:
+        shape = (len(self), *self.sizes[0].tolist(), 3)
+        self._require(
+            isinstance(pixels, torch.Tensor) and pixels.dtype == torch.uint8 and pixels.shape == shape,
+            "images must be uint8 [N, H, W, 3]",
+        )
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    @property
+    def in_memory(self) -> bool:
+        return self.pixels is not None
+
+    @property
+    def image_size(self) -> int | None:
+        return int(self.sizes[0].max()) if self.in_memory else None
+
+    @abstractmethod
+    def decode(self, index: int) -> torch.Tensor:
+        """See Dataset."""
+
+    def file(self, index: int) -> Path | None:
+        return None
+
+    def where(self, index: int) -> str:
+        return str(self.file(index) or f"image {index} of {self.name}")
+
+    def unreadable(self, progress: FilesDone | None = None) -> list[str]:
+        return []
+
+    def fingerprint(self, full: bool = False) -> str:
+        if full not in self._fingerprints:
+            self._fingerprints[full] = self._fingerprint(full)
+        return self._fingerprints[full]
+
+    @abstractmethod
+    def _fingerprint(self, full: bool) -> str:
+        """The digest of `_begun` over the order and the contents too, in hexadecimal."""
+
+    def _begun(self, kind: str, full: bool, **more: object) -> hashlib._Hash:
+        """A digest of the labels and the class names, which contents are to be added to."""
+        about = {
+            "format": 1,
+            "kind": kind,
+            "contents": "full" if full else "sample",
+            "labels": self.labels.shape,
+            "classes": self.class_names,
+            **more,
+        }
+        digest = hashlib.sha256(json.dumps(about, sort_keys=True, separators=(",", ":")).encode() + b"\n")
+        digest.update(self.labels.astype("<i8").tobytes())
+        return digest
+
+    def named(self, name: str, split: str) -> Self:
+        return replace(self, name=name, split=split)
+
+    def unlabelled(self) -> Self:
+        return replace(self, labels=np.empty((len(self), 0), np.int64), class_names=())
+
+    def subset(self, places: np.ndarray) -> Self:
+        return replace(self, labels=self.labels[places], sizes=self.sizes[places], **self._contents(places))
+
+    @abstractmethod
+    def _contents(self, places: np.ndarray) -> dict[str, Any]:
+        """The kind's own fields for the images at these places."""
+
+    def joined(self, before: object) -> Self | None:
+        return None

@@ -1,0 +1,78 @@
+"""Images that are files below one folder."""
+
+from __future__ import annotations
+
+import os
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any, Self
+
+import numpy as np
+import torch
+
+from kdcache.pipeline.data import imagefiles
+from kdcache.pipeline.data.decode import decode_file
+from kdcache.pipeline.data.imagefiles import FilesDone
+from kdcache.pipeline.data.kinds.base import Described
+
+FINGERPRINTED_FILES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class FileDataset(Described):
+    """A dataset of image files, decoded one at a time; small images of one size are held in memory too, as `pixels`."""
+
+    root: Path
+    paths: tuple[str, ...]  # POSIX, relative to root, in byte order
+    pixels: torch.Tensor | None = None  # uint8 [N, H, W, 3]
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self._require(len(self.paths) == len(self), "root must come with a path a sample")
+        if self.pixels is not None:
+            self._require_pixels(self.pixels)
+
+    def decode(self, index: int) -> torch.Tensor:
+        """The image. InputError where its file cannot be read or has changed."""
+        if self.pixels is not None:
+            return self.pixels[index].permute(2, 0, 1).contiguous()
+        return decode_file(self.file(index), self.sizes[index])
+
+    def file(self, index: int) -> Path:
+        return self.root / self.paths[index]
+
+    def unreadable(self, progress: FilesDone | None = None) -> list[str]:
+        return imagefiles.unreadable_files(self.root, self.paths, progress)
+
+    def _fingerprint(self, full: bool) -> str:
+        """All paths and sizes, and the contents of FINGERPRINTED_FILES drawn files or, when `full`, of all."""
+        n = len(self)
+        digest = self._begun("files", full)
+        for path, size in zip(self.paths, imagefiles.file_sizes(self.root, self.paths), strict=True):
+            digest.update(os.fsencode(path) + f"\0{size}\n".encode())
+        chosen = np.arange(n)
+        if n > FINGERPRINTED_FILES and not full:
+            # NumPy keeps the raw bits the same across versions. The smallest numbers choose the files.
+            drawn = np.random.Philox(key=0).random_raw(n)
+            chosen = np.sort(np.argsort(drawn, kind="stable")[:FINGERPRINTED_FILES])
+        for content in imagefiles.file_digests(self.root, [self.paths[i] for i in chosen]):
+            digest.update(content)
+        return digest.hexdigest()
+
+    def _contents(self, places: np.ndarray) -> dict[str, Any]:
+        pixels = None if self.pixels is None else self.pixels[torch.from_numpy(places)]
+        return {"paths": tuple(self.paths[i] for i in places), "pixels": pixels}
+
+    def joined(self, before: object) -> Self | None:
+        if not isinstance(before, FileDataset) or before.root != self.root:
+            return None
+        pixels = None
+        if before.pixels is not None and self.pixels is not None:
+            pixels = torch.cat([before.pixels, self.pixels])
+        return replace(
+            self,
+            labels=np.concatenate([before.labels, self.labels]),
+            sizes=np.concatenate([before.sizes, self.sizes]),
+            paths=(*before.paths, *self.paths),
+            pixels=pixels,
+        )

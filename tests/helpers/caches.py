@@ -1,0 +1,114 @@
+"""Caches of random logits, and what stands in them."""
+
+import os
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import strategies as st
+
+from kdcache.cache import Cache, Identity
+from kdcache.cache.records import class_prior, tail_distribution
+from kdcache.cache.store.chunks import as_arrays, encode_as
+
+FIELDS = ("classes", "gaps", "target_gap", "tail", "tail_std", "labels", "prior")
+
+
+WRITER = {"host": "test"}
+
+
+def identity(samples=21, held_out=9, part=8, **record):
+    usual = {"classes": 12, "k": 4, "temperatures": (1.0, 4.0), "precision": "float16", "labels": 1, "tail_std": False}
+    record = {**usual, **record}
+    if record["k"] is None:
+        precision = "float16" if record["precision"] == "uint8" else record["precision"]
+        record = {**record, "temperatures": (), "precision": precision, "tail_std": False}
+    data = {"name": "toy", "fingerprint": "f" * 64, "full_contents": False, "files": True}
+    return Identity.model_validate(
+        {
+            "teacher": {
+                "architecture": "toy:teacher",
+                "weights": "a" * 64,
+                "mean": (0.5, 0.5, 0.5),
+                "std": (0.2, 0.2, 0.2),
+                "input_size": 8,
+                "numeric": "float32",
+            },
+            "data": {**data, "split": "train", "samples": samples},
+            "evaluation": {**data, "split": "eval", "samples": held_out},
+            "views": {"policy": "crop,flip", "seed": 0, "renderer": "toy"},
+            "record": record,
+            "class_map": None,
+            "part": part,
+        }
+    )
+
+
+class Filled:
+    """A cache with `views` complete views of random logits, and what its records are."""
+
+    def __init__(self, path, about, views=2, seed=0):
+        self.cache, self.about, self.rng = Cache.create(path, about), about, np.random.default_rng(seed)
+        r = about.record
+        self.labels = {}
+        for store in (self.cache.evaluation, self.cache.train):
+            y = self.rng.integers(0, r.classes, (store.samples, r.labels))
+            self.labels[store.split] = torch.from_numpy(y)
+            store.write_labels(y.astype(store._labels.dtype), WRITER)
+            store.write_sizes(self.sizes(store), WRITER)
+        self.logits = {("eval", 0): self.draw(self.cache.evaluation)}
+        self.logits |= {("train", v): self.draw(self.cache.train) for v in range(views)}
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: None)  # takes most of the time
+            for split, view in self.logits:
+                store = self.cache.train if split == "train" else self.cache.evaluation
+                for part in range(store.parts):
+                    self.write(store, view, part)
+            self.cache.write_prior(WRITER)
+
+    def sizes(self, store):
+        return self.rng.integers(1, 900, (store.samples, 2)).astype(np.int32)
+
+    def draw(self, store):
+        z = self.rng.normal(0, 3, (store.samples, self.about.record.classes)).astype(np.float32)
+        return torch.from_numpy(z)
+
+    def encode(self, store, view, rows=slice(None)):
+        r = self.about.record
+        z, y = self.logits[store.split, view][rows], self.labels[store.split][rows]
+        return encode_as(r, z, y), z
+
+    def write(self, store, view, part):
+        rows = store.rows(part)
+        records, z = self.encode(store, view, slice(rows.start, rows.stop))
+        sums = tail_distribution(z, records).numpy() if store.carries_tail_sums(view) else None
+        return store.write_shard(view, part, as_arrays(records), f"digest of {view} {part}", WRITER, sums)
+
+    def prior(self):
+        records, z = self.encode(self.cache.train, 0)
+        return None if records.classes is None else class_prior(tail_distribution(z, records))
+
+
+def same(a, b):
+    return all(
+        x is y is None or (x is not None and y is not None and x.dtype == y.dtype and x.equal(y))
+        for x, y in ((getattr(a, f), getattr(b, f)) for f in FIELDS[:6])
+    )
+
+
+@st.composite
+def shapes(draw):
+    classes = draw(st.sampled_from([2, 5, 255, 256, 300, 70_000]))
+    samples = draw(st.integers(1, 3 if classes == 70_000 else 40))
+    k = draw(st.sampled_from([None, 1, min(classes - 1, 6)]))
+    return identity(
+        samples=samples,
+        held_out=draw(st.integers(1, 5)),
+        part=draw(st.integers(1, samples)) if samples < 6 else draw(st.integers(samples // 3, samples + 3)),
+        classes=classes,
+        k=k,
+        temperatures=draw(st.sampled_from([(1.0,), (0.5, 1.0, 20.0)])),
+        precision=draw(st.sampled_from(["uint8", "float16", "float32"])),
+        tail_std=draw(st.booleans()),
+        labels=draw(st.integers(0, 2)),
+    )

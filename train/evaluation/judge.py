@@ -1,0 +1,63 @@
+"""How good students are on one split of the data, as often as they are asked about."""
+
+from __future__ import annotations
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.cache.records import Records, encode
+from kdcache.cache.store.cache import Cache
+from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.ffcv.beton import Beton
+from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.views.render import Renderer
+from kdcache.train import group
+from kdcache.train.evaluation.metrics import metrics, predict
+from kdcache.train.loop.trainer import PARTNER
+
+
+class Judge:
+    """Evaluates students on the evaluation split, beside the teacher's records of it where there are any.
+
+    Or beside a teacher that learnt with the student, and its input size: then agreement and kl are with that one, and
+    its own metrics come too, named teacher_*. labels: int64 [N, L] in the student's classes, where there is no cache.
+    """
+
+    def __init__(
+        self,
+        cache: Cache | Beton | None,
+        evaluation: Dataset,
+        size: int,
+        device: torch.device,
+        workers: int | None,
+        labels: NDArray[np.int64] | None = None,
+    ) -> None:
+        self._data, self._size, self._device, self._workers = evaluation, size, device, workers
+        self._renderers: dict[int, Renderer] = {}
+        self._records: Records | None = None
+        labels = evaluation.labels if labels is None else labels
+        if cache is not None:
+            if "evaluation" not in cache.identity.record.lacks:
+                self._records = cache.read_evaluation()
+            labels = cache.evaluation.labels.astype("int64")
+        self._labels = torch.from_numpy(labels[:, 0] if labels.shape[1] else labels.reshape(-1))
+
+    def __call__(
+        self, model: Classifier, dtype: torch.dtype | None = None, beside: tuple[Classifier, int] | None = None
+    ) -> dict[str, float]:
+        logits = self._predict(model, self._size, dtype)
+        answers = None if beside is None else self._predict(*beside, dtype)
+        return group.from_first(lambda: self._metrics(logits, answers))
+
+    def _metrics(self, logits: Tensor, answers: Tensor | None) -> dict[str, float]:
+        if answers is None:
+            return metrics(logits, self._labels, self._records)
+        theirs = {f"{PARTNER}_{name}": value for name, value in metrics(answers, self._labels).items()}
+        return {**metrics(logits, self._labels, encode(answers, None, precision="float32")), **theirs}
+
+    def _predict(self, model: Classifier, size: int, dtype: torch.dtype | None) -> Tensor:
+        if size not in self._renderers:
+            self._renderers[size] = Renderer(self._data, size, self._device, workers=self._workers)
+        return predict(model, self._data, self._renderers[size], dtype)

@@ -1,0 +1,76 @@
+"""Which cache a run trains from."""
+
+from __future__ import annotations
+
+import shlex
+
+from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.home import list_caches, open_cache, open_registry
+from kdcache.cache.registry.registry import Registry
+from kdcache.cache.store.cache import Cache
+from kdcache.pipeline.data.dataset import Dataset, is_function, open_data
+from kdcache.pipeline.ffcv.beton import Beton
+from kdcache.pipeline.info import one_line
+from kdcache.train.config import TrainConfig
+
+_EXAMPLE = "resnet34"  # a teacher to name in a message, where the user has named none
+
+
+def choose_cache(config: TrainConfig) -> Cache | Beton:
+    """The cache asked for, or the only one that matches."""
+    where = config.cache
+    if where is None:
+        try:
+            return find_cache(config.data, config.teacher)
+        except NotFoundError:
+            shared = open_registry(config.registry, config.local_store_size) if config.registry else None
+            if shared is None or not shared.objects.listable:
+                raise
+            return find_cache(config.data, config.teacher, shared)
+    cache = open_store(where, config.registry, config.local_store_size)
+    built_by = cache.identity.teacher.network
+    if config.teacher and config.teacher != built_by:
+        raise MismatchError(f"{cache.path} was built by {built_by}, not by {config.teacher}")
+    return cache
+
+
+def open_store(where: str, registry: str | None, store_bytes: int | None = None) -> Cache | Beton:
+    return Beton(where) if where.endswith(".beton") else open_cache(where, registry, store_bytes)
+
+
+def find_cache(data: str, teacher: str | None = None, registry: Registry | None = None) -> Cache:
+    """The only cache under KDCACHE_HOME with complete views of this dataset (and teacher's architecture).
+
+    Where there is none, the only one in the registry.
+    NotFoundError where there is none; InputError that lists them where there are several.
+    """
+    name = data if is_function(data) else data.partition(":")[0]
+    opened: dict[bool, Dataset] = {}
+    found: dict[str, Cache] = {}
+    caches, bad = list_caches() if registry is None else registry.caches()
+    for cache in caches:
+        identity = cache.identity
+        if identity.data.name != name:
+            continue
+        if teacher and identity.teacher.network != teacher:
+            continue
+        if not cache.views:
+            continue
+        unlabelled = identity.record.labels == 0
+        if unlabelled not in opened:
+            opened[unlabelled] = open_data(data, "train", unlabelled=unlabelled)
+        if identity.data.fingerprint != opened[unlabelled].fingerprint(identity.data.full_contents):
+            continue
+        # A folder and what was packed from it are one cache.
+        if cache.key not in found or len(cache.views) > len(found[cache.key].views):
+            found[cache.key] = cache
+    if not found:
+        by = f" by {teacher}" if teacher else ""
+        build = shlex.join(["kdcache", "build", "--teacher", teacher or _EXAMPLE, "--data", data])
+        also = f" ({len(bad)} that cannot be read are left out: see kdcache ls)" if bad else ""
+        raise NotFoundError(f"no cache of {data}{by} with a complete view{also}: run {build} first")
+    if len(found) > 1:
+        raise InputError(
+            f"{len(found)} caches of {data} match, choose one with --cache: " + "; ".join(map(one_line, found.values()))
+        )
+    return next(iter(found.values()))
