@@ -1,6 +1,6 @@
 """The command line: parse, call, print.
 
-A command's options are its parameters' annotations and the fields of its config (pipeline/process/options.py). Whatever
+A command's options are its annotated parameters and the fields of its config (pipeline/commandline/options.py). What
 takes long to import is imported by the command that needs it.
 """
 
@@ -14,11 +14,8 @@ import click
 
 from kdcache import __version__
 from kdcache.pipeline.build.config import BuildConfig
-from kdcache.pipeline.config import GcConfig, VerifyConfig
-from kdcache.pipeline.data.defaults import data_option
-from kdcache.pipeline.imports.config import ImportConfig
-from kdcache.pipeline.process.commandline import Main, is_set, is_set_for_all, typed_names
-from kdcache.pipeline.process.options import (
+from kdcache.pipeline.commandline.commands import Main, is_set, is_set_for_all, typed_names
+from kdcache.pipeline.commandline.options import (
     Argument,
     CacheFolder,
     Json,
@@ -27,8 +24,11 @@ from kdcache.pipeline.process.options import (
     TypedRegistry,
     Views,
 )
-from kdcache.pipeline.process.parameters import from_signature
-from kdcache.pipeline.process.terminal import confirm, figure, figures, say, show
+from kdcache.pipeline.commandline.parameters import from_signature
+from kdcache.pipeline.commandline.terminal import confirm, figure, figures, say, show
+from kdcache.pipeline.config import GcConfig, VerifyConfig
+from kdcache.pipeline.data.defaults import data_option
+from kdcache.pipeline.imports.config import ImportConfig
 from kdcache.train.bench.config import BenchConfig
 from kdcache.train.config import EvalConfig, TeachConfig, TrainConfig
 

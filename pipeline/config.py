@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from kdcache.pipeline.build.config import ClassMap, Weights
+from kdcache.pipeline.commandline.options import Argument, Device, Option, Registry, StoreSize, TypedRegistry
 from kdcache.pipeline.data.defaults import data_option, names_function
-from kdcache.pipeline.process.options import Argument, Device, Option, Registry, StoreSize, TypedRegistry
 
 
 @dataclass(frozen=True)

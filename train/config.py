@@ -7,8 +7,8 @@ from dataclasses import dataclass
 from typing import Annotated, Literal
 
 from kdcache.pipeline.build.config import Weights
+from kdcache.pipeline.commandline.options import Argument, Bf16, Device, Option, Registry, Seed, StoreSize, Workers
 from kdcache.pipeline.data.defaults import DATA, Augment, Data, data_option, names_function
-from kdcache.pipeline.process.options import Argument, Bf16, Device, Option, Registry, Seed, StoreSize, Workers
 
 Optimiser = Literal["sgd", "adamw", "muon"]
 Amp = Literal["bf16", "fp16"]

@@ -5,8 +5,8 @@ from functools import partial
 from typing import Annotated
 
 from kdcache.cache.choices import TEMPERATURES, Interpolation, Precision
+from kdcache.pipeline.commandline.options import Bf16, CacheFolder, Device, FullFingerprint, Option, Seed, Workers
 from kdcache.pipeline.data.defaults import DATA, Augment, Data, Unlabelled, names_function
-from kdcache.pipeline.process.options import Bf16, CacheFolder, Device, FullFingerprint, Option, Seed, Workers
 
 PART = 262_144
 VIEWS_PER_DECODE = 4

@@ -5,7 +5,7 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Annotated
 
-from kdcache.pipeline.process.options import Option
+from kdcache.pipeline.commandline.options import Option
 
 if TYPE_CHECKING:
     from kdcache.pipeline.data.dataset import Dataset

@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated, Literal
 
+from kdcache.pipeline.commandline.options import Argument, CacheFolder, FullFingerprint, Option
 from kdcache.pipeline.data.defaults import Unlabelled, data_option
-from kdcache.pipeline.process.options import Argument, CacheFolder, FullFingerprint, Option
 
 Kind = Literal["tinyvit", "fkd"]
 

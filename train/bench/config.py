@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Annotated
 
+from kdcache.pipeline.commandline.options import Bf16, Device, Option, Workers
 from kdcache.pipeline.data.defaults import DATA, Data, names_function
-from kdcache.pipeline.process.options import Bf16, Device, Option, Workers
 from kdcache.train.config import DEFAULT_LOSS, BatchSize, ImageSize, Student
 
 

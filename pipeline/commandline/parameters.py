@@ -13,7 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import click
 from click.core import ParameterSource
 
-from kdcache.pipeline.process.options import Argument, Option
+from kdcache.pipeline.commandline.options import Argument, Option
 
 
 class Parameter(NamedTuple):

@@ -20,10 +20,10 @@ import click
 from click.core import ParameterSource
 
 from kdcache.cache.errors import KdcacheError, machine_error
-from kdcache.pipeline.process.parameters import flag_of, options_of
+from kdcache.pipeline.commandline.parameters import flag_of, options_of
+from kdcache.pipeline.commandline.settings import FILE, KnownOption, Setting, load_settings
+from kdcache.pipeline.commandline.terminal import safe, say
 from kdcache.pipeline.process.rank import share_cores
-from kdcache.pipeline.process.settings import FILE, KnownOption, Setting, load_settings
-from kdcache.pipeline.process.terminal import safe, say
 
 INTERRUPTED = 130
 _SETTINGS = "kdcache.settings"  # where click's context keeps those that were found

@@ -10,9 +10,9 @@ from click.testing import CliRunner, Result
 
 from kdcache.cache.errors import InputError
 from kdcache.cli import main
-from kdcache.pipeline.process.commandline import known_options
-from kdcache.pipeline.process.parameters import options_of
-from kdcache.pipeline.process.settings import KnownOption, load_settings
+from kdcache.pipeline.commandline.commands import known_options
+from kdcache.pipeline.commandline.parameters import options_of
+from kdcache.pipeline.commandline.settings import KnownOption, load_settings
 
 COMMANDS = main.commands
 KNOWN = known_options(COMMANDS)
