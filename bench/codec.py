@@ -31,7 +31,8 @@ from kdcache.cache import Records, encode
 from kdcache.cache.choices import TEMPERATURES
 from kdcache.cache.identity import RecordIdentity
 from kdcache.cache.records import STEP, Tail, class_prior, tail_distribution
-from kdcache.cache.store.chunks import ArraySpec, array_metadata, as_arrays, encode_part, group_metadata, record_arrays
+from kdcache.cache.store.chunks import array_metadata, as_arrays, encode_part, group_metadata
+from kdcache.cache.store.layout import ArraySpec, record_arrays
 from kdcache.train.bench.bench import machine
 
 KEPT = (5, 10, 15, 20, 30, 50)

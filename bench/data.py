@@ -39,7 +39,8 @@ from files import make_folder
 from pixels import images
 
 from kdcache.cache import Cache, Identity
-from kdcache.cache.store.chunks import as_arrays, encode_as, id_dtype
+from kdcache.cache.identity import id_dtype
+from kdcache.cache.store.chunks import as_arrays, encode_as
 from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.kinds.arrays import ArrayDataset

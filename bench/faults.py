@@ -32,7 +32,7 @@ sys.path += [str(Path(__file__).parent)]
 
 from kdcache.cache import Cache
 from kdcache.cache.store import leases
-from kdcache.cache.store.cache import shard_name
+from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.build import build as module
 from kdcache.pipeline.build import builder, spool
 from kdcache.pipeline.build.build import build

@@ -29,6 +29,7 @@ from kdcache.cache import Cache, Identity, encode
 from kdcache.cache.choices import TEMPERATURES
 from kdcache.cache.identity import DataIdentity, RecordIdentity, TeacherIdentity, ViewsIdentity
 from kdcache.cache.store import chunks
+from kdcache.cache.store.layout import ArraySpec
 from kdcache.cache.store.packing import pack_hdf5
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
@@ -108,7 +109,7 @@ def encoding(logits: Tensor, rounds: int) -> dict[str, Any]:
     def encode_them() -> None:
         stored = chunks.as_arrays(encode(z, y, K))
         for name, rows in stored.items():
-            spec = chunks.ArraySpec(name, rows.shape, len(rows), str(rows.dtype), ("sample", "column"))
+            spec = ArraySpec(name, rows.shape, len(rows), str(rows.dtype), ("sample", "column"))
             chunks.encode_part(spec, 0, rows)
 
     def forward() -> None:

@@ -47,6 +47,7 @@ from kdcache.cache.home import open_registry
 from kdcache.cache.identity import Identity
 from kdcache.cache.registry import objects
 from kdcache.cache.registry.objects import NetworkObjects
+from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.share import pull, push
@@ -199,7 +200,7 @@ def measure_train(work: Path) -> dict[str, Any]:
             for name in sorted(loaders, reverse=number % 2 == 1):
                 seconds[name].append(epoch(loaders[name], number))
         usual, real = statistics.median(seconds["folder"]), obstore.get
-        each = usual / 2 / len(local.train.shard_arrays(0, 0))
+        each = usual / 2 / len(local.train.chunks(shard_name(0, 0)))
 
         def slow(store: Any, path: str) -> Any:
             time.sleep(each if "/views/" in path else 0)

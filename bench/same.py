@@ -127,7 +127,8 @@ def run_facts(run: Path, name: str) -> dict[str, str]:
     """Metrics of each epoch to the last digit, and the student's tensors."""
     found = {}
     for line in map(json.loads, (run / "metrics.jsonl").read_text().splitlines()):
-        for key in sorted(line.keys() - _TIMES):
+        # Earlier versions did not log the parts of a loss, which add up to it.
+        for key in sorted(key for key in line.keys() - _TIMES if not key.startswith("loss_")):
             found[f"{name}/epoch {line['epoch']}/{key}"] = repr(line[key])
     found |= tensors(run / "last.safetensors", f"{name}/weights")
     return found

@@ -294,7 +294,7 @@ def _remove_teacher_there(shared: Registry, weights: str, before: float) -> None
 
 def _remove_old(cache: Cache, shared: Registry, before: float) -> None:
     if shared.objects.newest(f"caches/{cache.key}") >= before:
-        raise BusyError(f"{cache.path} was added to just now")
+        raise BusyError(f"{cache.where} was added to just now")
     remove(cache, shared)
 
 

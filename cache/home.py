@@ -54,11 +54,11 @@ def open_registry(url: str, store_bytes: int | None = None) -> Registry:
     return Registry(url, home() / "remote", LOCAL_STORE_BYTES if store_bytes is None else store_bytes)
 
 
-def registry_beside(cache: Path) -> Registry | None:
-    """The registry that the cache at a path or an address lies in, where it does."""
-    if found := split_url(str(cache)):
+def registry_beside(where: str | os.PathLike[str]) -> Registry | None:
+    """The registry that the cache at a path or an address lies in; None where it lies in none."""
+    if found := split_url(os.fspath(where)):
         return open_registry(found[0], store_bytes=0)
-    folder = cache.absolute().parent
+    folder = Path(where).absolute().parent
     lies_in_one = folder.name == "caches" and folder != caches_folder().absolute() and folder.is_dir()
     return open_registry(str(folder.parent), store_bytes=0) if lies_in_one else None
 

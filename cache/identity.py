@@ -20,6 +20,7 @@ STEP = 1 / 8
 NO_TAIL = 254  # 255 is left to show a hole
 
 Sha256 = str
+SplitName = Literal["train", "eval"]
 
 
 class Strict(BaseModel):
@@ -68,7 +69,7 @@ class DataIdentity(Strict):
     """
 
     name: str
-    split: Literal["train", "eval"]
+    split: SplitName
     samples: int = Field(ge=1, le=2**40)
     fingerprint: Sha256
     full_contents: bool
@@ -163,6 +164,10 @@ class Identity(Strict):
     @property
     def key(self) -> str:
         return hashlib.sha256(canonical(self)).hexdigest()
+
+    def split(self, name: SplitName) -> DataIdentity:
+        """The split of that name."""
+        return self.data if name == "train" else self.evaluation
 
     def require(self, other: Identity, where: str) -> None:
         """MismatchError with every differing field unless `other` is the same identity."""

@@ -9,7 +9,8 @@ from typing import Any
 from kdcache.cache.errors import KdcacheError
 from kdcache.cache.home import registry_beside, weights_file
 from kdcache.cache.registry.registry import KEY, Registry
-from kdcache.cache.store.cache import Cache, shard_name
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.process.progress import percent, size
 
 _SAMPLE = 10_000  # records, enough for a mean
@@ -21,7 +22,7 @@ def summary(cache: Cache) -> dict[str, Any]:
     """The identity and the state of a cache."""
     return {
         "key": cache.key,
-        "path": str(cache.path),
+        "path": cache.where,
         "store": "hdf5" if cache.packed else "zarr",
         "views": len(cache.views),
         "samples": cache.train.samples,
@@ -93,7 +94,7 @@ def removed_line(cache: Cache, registry: Registry | None) -> str:
     found: dict[str, Any] = {"published": None, "names": [], "teacher_weights": None}
     if registry is not None:
         found = _shared(cache, registry, False)  # which stays for others
-    return f"{cache.path} ({_shared_line(cache, found)})"
+    return f"{cache.where} ({_shared_line(cache, found)})"
 
 
 def weights_place(cache: Cache, registry: Registry | None = None) -> str | None:
@@ -103,7 +104,7 @@ def weights_place(cache: Cache, registry: Registry | None = None) -> str | None:
         return None  # as somebody's hand may have written
     if registry is None and (path := weights_file(weights)).exists():
         return str(path)
-    shared = registry or registry_beside(cache.path)
+    shared = registry or registry_beside(cache.where)
     return shared.teacher_url(weights) if shared is not None and shared.has_teacher(weights) else None
 
 

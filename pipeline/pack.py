@@ -11,7 +11,8 @@ from typing import Literal
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import caches_folder, open_cache
 from kdcache.cache.store import hdf5
-from kdcache.cache.store.cache import Cache, shard_name
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import shard_name
 from kdcache.cache.store.packing import choose_views, pack_hdf5, packed_rows_bytes, unpack_hdf5
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.ffcv.beton import pack_beton
@@ -55,7 +56,7 @@ def pack(
     path = Path(out) if out else _beside(found.path, to, views)
     if to == "ffcv":
         if found.identity.views.imported:
-            raise InputError(f"{found.path} was imported, and FFCV's loader cannot make its views: give --to hdf5")
+            raise InputError(f"{found.where} was imported, and FFCV's loader cannot make its views: give --to hdf5")
         path = pack_beton(found, _images(found, data), path, chosen, say)
     else:
         _hdf5(found, path, chosen, say)
@@ -90,7 +91,7 @@ def _images(cache: Cache, data: str | Dataset | None) -> Dataset:
     identity = cache.identity
     if data is None and identity.data.name in ("imagenet", "imagefolder"):
         raise InputError(f"where are the images? give --data {identity.data.name}:PATH")
-    data = data or stored_data(identity.data.name, cache.path)
+    data = data or stored_data(identity.data.name, cache.where)
     return open_data(data, "train", unlabelled=identity.record.labels == 0)
 
 
@@ -115,9 +116,7 @@ def _hdf5(cache: Cache, out: Path, views: tuple[int, ...], say: Say) -> None:
 
 def _compression(cache: Cache, view: int) -> tuple[float, float]:
     """Compressed bytes a byte, and bytes a second, of the view's first rows."""
-    shard = cache.train.load(
-        shard_name(view, 0), cache.train.shard_arrays(view, 0, cache.train.carries_tail_sums(view))
-    )
+    shard = cache.train.load(shard_name(view, 0))
     start, raw, packed = time.monotonic(), 0, 0
     for rows in shard:
         sample = rows[: max(1, _SAMPLE_BYTES // max(rows[:1].nbytes, 1))]

@@ -116,7 +116,7 @@ def _publish_teacher(cache: Cache, shared: Registry, say: Say, wanted: bool) -> 
         return None
     if not wanted:
         return "kept back"
-    return weightstore.publish(cache.identity.teacher, cache.path, shared, say)
+    return weightstore.publish(cache.identity.teacher, cache.where, shared, say)
 
 
 def pull(
@@ -254,7 +254,7 @@ def find_taught(draft: Draft, shared: Registry | None, say: Say) -> Path | None:
 
 
 def _described(cache: Cache, shared: Registry | None) -> str:
-    if shared is None or cache.path.parent == caches_folder():
+    if shared is None or (cache.local and cache.path.parent == caches_folder()):
         return f"cache {cache.key[:12]} here"
     published = shared.published(cache.key)
     by = f", published by {published.by} on {published.time[:10]}" if published else ""
@@ -303,7 +303,7 @@ def _fetch(theirs: Cache, path: Path, views: int, say: Say) -> None:
     with FileLock(home() / "remote" / f"{theirs.key}.lock"):  # of several processes one pulls
         wanted = sorted({v for v in theirs.views if v < views} - _complete(path))
         if wanted or not (_is_cache(path) and Cache(path).complete):
-            say(f"{len(wanted)} of {views} views of cache {theirs.key[:12]} are in {theirs.path}")
+            say(f"{len(wanted)} of {views} views of cache {theirs.key[:12]} are in {theirs.where}")
             _pull(theirs, path, wanted)
 
 

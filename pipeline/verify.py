@@ -15,8 +15,9 @@ from kdcache.cache.choices import TEMPERATURES
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.records import Records
 from kdcache.cache.store import chunks
-from kdcache.cache.store.cache import Cache, SplitStore, shard_name
-from kdcache.cache.store.chunks import ArraySpec
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import shard_name
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build.answers import teacher_renderer, view_parameters
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import Source, describe_data, draft_build, open_teacher
@@ -71,18 +72,18 @@ def verify(
     """
     if repair and not cache.writable:
         raise InputError(
-            f"--repair is for folders of one's own: copy {cache.path} anew, or remove it and pack it again"
+            f"--repair is for folders of one's own: copy {cache.where} anew, or remove it and pack it again"
         )
     cache = cache.fresh()
     report = Report(views=cache.views)
     if contents:
         _try(report, cache.check_rest)
-    for store, name, wanted, check in _commits(cache, contents, report):
+    for store, name, check in _commits(cache, contents, report):
         error = _try(report, check)
         # What could not be read now may be sound, and what a newer kdcache wrote is.
         if repair and isinstance(error, (CorruptError, NotFoundError)):
-            store.remove(name, wanted)
-            report.repaired.append(f"{name} of {store.root}")
+            store.remove(name)
+            report.repaired.append(f"{name} of {store.where}")
     if source is not None and not report.problems:
         try:
             _replay(cache, source, replay, report)
@@ -91,57 +92,52 @@ def verify(
     return report
 
 
-Arrays = list[tuple[str, ArraySpec, int]]
-
-
-def _commits(
-    cache: Cache, contents: bool, report: Report
-) -> Iterator[tuple[SplitStore, str, Arrays, Callable[[], object]]]:
-    """Every commit there is or should be: its split, name, arrays, and what checks it."""
-    has_prior = bool(cache.prior_arrays) and 0 in cache.train.complete_views()
-    for store in (cache.evaluation, cache.train):
-        yield store, "labels", store.label_arrays, partial(_labels, store, contents)
-        if store.size_arrays:
-            yield store, "sizes", store.size_arrays, partial(_sizes, store, contents)
+def _commits(cache: Cache, contents: bool, report: Report) -> Iterator[tuple[SplitStore, str, Callable[[], object]]]:
+    """Every commit there is or should be: its split, its name, and what checks it."""
+    has_prior = cache.train.layout.has_prior and 0 in cache.train.complete_views()
+    for store in cache.splits:
+        yield store, "labels", partial(_labels, store, contents)
+        if store.layout.sizes:
+            yield store, "sizes", partial(_sizes, store, contents)
         committed = store.committed()
         if not committed and (store is cache.train or cache.evaluation_views):
-            report.problems.append(f"{store.root}: nothing is committed: run kdcache build again")
+            report.problems.append(f"{store.where}: nothing is committed: run kdcache build again")
         if not cache.packed and (gaps := sorted(set(range(max(committed, default=0))) - committed.keys())):
-            report.problems.append(f"{store.root}: lacks views {gaps}: run kdcache build again")
+            report.problems.append(f"{store.where}: lacks views {gaps}: run kdcache build again")
         for view, parts in sorted(committed.items()):
             if missing := set(range(store.parts)) - parts:
                 report.problems.append(
-                    f"{store.root}: view {view} lacks parts {sorted(missing)}: run kdcache build again"
+                    f"{store.where}: view {view} lacks parts {sorted(missing)}: run kdcache build again"
                 )
             for part in sorted(parts):
                 report.shards += 1
-                name, wanted = shard_name(view, part), store.shard_arrays(view, part, store.carries_tail_sums(view))
+                name = shard_name(view, part)
                 deep = contents or part >= store.parts  # which is refused before anything is read
-                check = partial(store.check_shard, view, part) if deep else partial(store.require, name, wanted)
-                yield store, name, wanted, check
+                check = partial(store.check_shard, view, part) if deep else partial(store.require, name)
+                yield store, name, check
     if has_prior:
-        yield cache.train, "prior", cache.prior_arrays, partial(_prior, cache, contents)
+        yield cache.train, "prior", partial(_prior, cache, contents)
 
 
 def _labels(store: SplitStore, contents: bool) -> None:
     if contents:
         _ = store.labels
     else:
-        store.require("labels", store.label_arrays)
+        store.require("labels")
 
 
 def _sizes(store: SplitStore, contents: bool) -> None:
     if contents:
         _ = store.sizes
     else:
-        store.require("sizes", store.size_arrays)
+        store.require("sizes")
 
 
 def _prior(cache: Cache, contents: bool) -> None:
     if contents:
         _ = cache.prior
     else:
-        cache.train.require("prior", cache.prior_arrays)
+        cache.train.require("prior")
 
 
 def _try(report: Report, check: Callable[[], object]) -> KdcacheError | None:
@@ -157,7 +153,7 @@ def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
     # The answer may be asked for in another numeric type than the cache's: then by the coarser type's tolerance.
     mine, theirs = cache.identity.teacher, source.identity.teacher
     in_type = source.identity.model_copy(update={"teacher": theirs.model_copy(update={"numeric": mine.numeric})})
-    cache.identity.require(in_type, str(cache.path))
+    cache.identity.require(in_type, cache.where)
     limit, record_limit = (max(t[mine.numeric], t[theirs.numeric]) for t in (TOLERANCE, RECORD_TOLERANCE))
     train, evaluation = source.splits(cache)
     views = sorted({cache.views[0], cache.views[len(cache.views) // 2], cache.views[-1]})
@@ -166,7 +162,7 @@ def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
     with Progress("replay", sum(min(count, len(split.data)) for split, _ in chosen), "records") as progress:
         for split, view in chosen:
             index, distance = _distances(cache, source, split, view, count, progress)
-            root, mean, worst = split.store.root, float(distance.mean()), int(distance.argmax())
+            root, mean, worst = split.store.where, float(distance.mean()), int(distance.argmax())
             distances.append(mean)
             report.replayed += len(index)
             if not mean <= limit:
@@ -204,7 +200,7 @@ def _require_parameters(split: Split, source: Source, view: int) -> None:
     for part in range(store.parts):
         digest = view_parameters(split.data, source.identity, view, store.rows(part)).digest()
         if store.commit(shard_name(view, part)).parameters != digest:
-            raise MismatchError(f"{store.root}: view {view}, part {part} was built with other view parameters")
+            raise MismatchError(f"{store.where}: view {view}, part {part} was built with other view parameters")
 
 
 def _answer(source: Source, split: Split, view: int, index: NDArray[np.int64], progress: Progress) -> Records:
@@ -247,18 +243,18 @@ def source_of(
     """
     i = cache.identity
     if i.views.imported:
-        raise InputError(f"{cache.path} was imported, and its teacher is not at hand: give --depth contents")
+        raise InputError(f"{cache.where} was imported, and its teacher is not at hand: give --depth contents")
     if data is None and i.data.name in ("imagenet", "imagefolder"):
         place = f"--data {i.data.name}:PATH"
         raise InputError(f"where are the images? give {place}, or --depth contents to do without them")
     config = BuildConfig(
-        teacher=teacher or stored_network(i.teacher.network, cache.path, "--teacher"),
-        weights=weightstore.weights_of(i, cache.path, weights, registry),
+        teacher=teacher or stored_network(i.teacher.network, cache.where, "--teacher"),
+        weights=weightstore.weights_of(i, cache.where, weights, registry),
         teacher_size=i.teacher.input_size,
         teacher_mean=i.teacher.mean,
         teacher_std=i.teacher.std,
         teacher_interpolation=i.teacher.interpolation,
-        data=data or stored_data(i.data.name, cache.path),
+        data=data or stored_data(i.data.name, cache.where),
         augment=i.views.policy,
         topk=i.record.k or i.record.classes,
         temperatures=i.record.temperatures or TEMPERATURES,
@@ -280,10 +276,10 @@ def source_of(
     except (InputError, NotFoundError) as e:
         # A teacher of other data does not fit them: it is the data that is wrong where they differ from the cache's.
         found = describe_data(draft.train, i.data.full_contents)
-        i.require(i.model_copy(update={"data": found}), str(cache.path))
+        i.require(i.model_copy(update={"data": found}), cache.where)
         if isinstance(e, NotFoundError):
             raise weightstore.not_to_be_had(i.teacher, registry) from None
         raise
     if weights is None:
-        i.require(i.model_copy(update={"data": source.identity.data}), str(cache.path))
+        i.require(i.model_copy(update={"data": source.identity.data}), cache.where)
     return source

@@ -3,7 +3,7 @@
 Importing this file costs nothing: the command line makes its options from it.
 """
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from typing import Annotated, Literal
 
 from kdcache.pipeline.build.config import Weights
@@ -103,6 +103,7 @@ class TrainConfig:
         ),
     ] = None
     cache: Annotated[str | None, Option("[the only one that matches]", metavar="PATH|KEY|NAME|URL")] = None
+    _: KW_ONLY
     registry: Registry = None
     local_store_size: StoreSize = None
     data: Data = DATA

@@ -18,8 +18,8 @@ from kdcache.train.evaluation.judge import Judge
 from kdcache.train.evaluation.otherdata import labels_of_other, whole_of
 from kdcache.train.loaders.cached import require_data
 from kdcache.train.loop.trainer import PARTNER
-from kdcache.train.plan.choosing import open_store
 from kdcache.train.plan.resuming import exists
+from kdcache.train.plan.stores import open_store
 
 
 def student_of(path: Path, state: dict[str, Tensor], notes: dict[str, Any], student: str | None = None) -> Classifier:
@@ -75,7 +75,7 @@ def evaluate_run(
     place = notes.get("cache_path")
     found = open_store(cache or (place if place and exists(place) else notes["cache"]), registry)
     if cache is None and found.key != notes["cache"]:
-        raise MismatchError(f"{found.path} is not the cache of this run any more: give the one to use with --cache")
+        raise MismatchError(f"{found.where} is not the cache of this run any more: give the one to use with --cache")
     evaluation = open_data(
         data or stored_data(notes["data"], path), "eval", unlabelled=found.identity.record.labels == 0
     )

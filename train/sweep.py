@@ -106,7 +106,7 @@ def _sweep(
     runs: list[dict[str, Any]] = []
     _write(out, cache.key, losses, seeds, runs)
     for (spec, seed), path in folders.items():
-        one = replace(config, loss=spec, seed=seed, out=str(path), resume=path in started, cache=str(cache.path))
+        one = replace(config, loss=spec, seed=seed, out=str(path), resume=path in started, cache=cache.where)
         run: dict[str, Any] = {"loss": spec, "seed": seed, "run": str(path)}
         try:
             run["summary"] = train(one, say, keep_finished=True, given=given)

@@ -195,9 +195,8 @@ class Registry:
                 f"{where} is that of cache {identity.key[:12]}, not of {key[:12]}: it was tampered with"
             )
         if isinstance(self.objects, FolderObjects):
-            return Cache(self.objects.root / prefix, SharedFolder(self.objects, prefix))
-        remote = Remote(self.objects, prefix, identity, self._mirror / key, self._store)
-        return Cache(remote.path, remote)
+            return Cache(SharedFolder(self.objects, prefix))
+        return Cache(Remote(self.objects, prefix, identity, self._mirror / key, self._store))
 
     def mirrors(self) -> list[Path]:
         """The local folders, named by keys, of what was seen here of its caches."""
@@ -220,7 +219,7 @@ class Registry:
         now = set(cache.commits())  # only now: another process may just have noted what it saw
         if lost := sorted(before - now):
             raise MismatchError(
-                f"{cache.path} lacks {len(lost)} commits that were there before, such as {lost[0]}: it is an older "
+                f"{cache.where} lacks {len(lost)} commits that were there before, such as {lost[0]}: it is an older "
                 f"state, or was removed from; if that is right, remove {seen.parent}"
             )
         if now - before:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import itertools
 import os
 import re
 import secrets
@@ -10,7 +9,7 @@ from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
-from pathlib import Path, PosixPath
+from pathlib import Path
 
 from filelock import FileLock, Timeout
 
@@ -19,25 +18,14 @@ from kdcache.cache.errors import CorruptError, NotFoundError
 from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, Identity, canonical, parse
 from kdcache.cache.registry.objects import FolderObjects, NetworkObjects
-from kdcache.cache.store.cache import Commit, shard_name
-from kdcache.cache.store.chunks import ArraySpec
-from kdcache.cache.store.place import Folder, StoredFile, ZarrChunks
+from kdcache.cache.store.layout import Chunk, Commit, SplitLayout, StoredFile
+from kdcache.cache.store.place import Folder, ZarrChunks
 
 LOCAL_STORE_BYTES = 20 * 10**9
 MOST_VIEWS = 100_000
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _AT_ONCE = 32  # requests that ask what there is
 _EVICT_TO = 0.9  # of the limit, so that not every file that comes costs a look at all
-
-
-class Address(PosixPath):
-    """Where a remote cache is, for messages: a path that is written as an address, and never opened."""
-
-    def __str__(self) -> str:
-        return super().__str__().replace(":/", "://", 1)
-
-    def absolute(self) -> Address:
-        return self
 
 
 class LocalStore:
@@ -129,10 +117,14 @@ class Remote(ZarrChunks):
     ) -> None:
         self._objects, self._prefix, self._identity = objects, prefix, identity
         self._mirror, self._store = mirror, store
-        self.path: Path = Address(f"{objects.url}/{prefix}")
+        self.where = f"{objects.url}/{prefix}"
+        self.path: Path | None = None
 
     def fresh(self) -> Remote:
         return Remote(self._objects, self._prefix, self._identity, self._mirror, self._store)
+
+    def locate(self, file: str) -> str:
+        return f"{self.where}/{file}"
 
     @cached_property
     def files(self) -> dict[str, int]:
@@ -141,10 +133,9 @@ class Remote(ZarrChunks):
 
     def _probed(self) -> dict[str, int]:
         """Names are foretold; views are asked for from 0 on, until one is not there."""
-        i = self._identity
-        parts = {"": -(-i.data.samples // i.part), "eval/": -(-i.evaluation.samples // i.part)}
-        fixed = [f"{split}commits/{name}.json" for split in parts for name in ("labels", "sizes", "prior")]
-        fixed += [f"eval/commits/{shard_name(0, part)}.json" for part in range(parts["eval/"])]
+        train, evaluation = SplitLayout(self._identity, "train"), SplitLayout(self._identity, "eval")
+        fixed = [split.commit_file(name) for split in (train, evaluation) for name in ("labels", "sizes", "prior")]
+        fixed += map(evaluation.commit_file, evaluation.shards([0]))
         found: dict[str, int] = {}
         with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="kdcache-probe") as threads:
 
@@ -155,10 +146,9 @@ class Remote(ZarrChunks):
                 return len(there) == len(names)
 
             ask(fixed)
-            step = -(-_AT_ONCE // parts[""])
+            step = -(-_AT_ONCE // train.parts)
             for first in range(0, MOST_VIEWS, step):
-                every = itertools.product(range(first, first + step), range(parts[""]))
-                if not ask([f"commits/{shard_name(view, part)}.json" for view, part in every]):
+                if not ask([train.commit_file(name) for name in train.shards(range(first, first + step))]):
                     break
         return found
 
@@ -184,11 +174,11 @@ class Remote(ZarrChunks):
             path = f"{self._prefix}/{name}"
             if (self.files.get(name) if self._objects.listable else self._objects.size(path)) == stored.size:
                 return
-        raise CorruptError(f"{self.path / file} is not the object of {stored.size} bytes that was committed")
+        raise CorruptError(f"{self.locate(file)} is not the object of {stored.size} bytes that was committed")
 
-    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> Content:
-        if not _SHA256.fullmatch(stored.sha256) or not 0 <= stored.size <= spec.max_file_bytes:
-            raise CorruptError(f"the commit of {self.path / file} names {stored.size} bytes, which cannot be")
+    def content(self, file: str, stored: StoredFile, chunk: Chunk) -> Content:
+        if not _SHA256.fullmatch(stored.sha256) or not 0 <= stored.size <= chunk.spec.max_file_bytes:
+            raise CorruptError(f"the commit of {self.locate(file)} names {stored.size} bytes, which cannot be")
         return self._store.get(stored, lambda: self._fetch(file, stored))
 
     def _fetch(self, file: str, stored: StoredFile) -> Content:
@@ -213,7 +203,7 @@ class Remote(ZarrChunks):
         if self._objects.listable:
             return sum(self.files.values())
         commits = [(file, self.read(file, MAX_JSON_BYTES)) for file in self.files]
-        found = (parse(Commit, content, str(self.path / file), self.remedy(file)) for file, content in commits)
+        found = (parse(Commit, content, self.locate(file), self.remedy(file)) for file, content in commits)
         return sum(self.files.values()) + sum(stored.size for commit in found for stored in commit.files.values())
 
     def check(self) -> None:
@@ -233,7 +223,7 @@ class SharedFolder(Folder):
         return self._objects.at(f"{self._prefix}/{file}")
 
     def remedy(self, file: str) -> str:
-        return f"ask who keeps that registry to run kdcache verify {self.path} --repair, then to build it again"
+        return f"ask who keeps that registry to run kdcache verify {self.where} --repair, then to build it again"
 
 
 def other(stored: StoredFile) -> str:

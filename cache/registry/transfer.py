@@ -18,12 +18,14 @@ from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
 from kdcache.cache.registry.objects import NetworkObjects
 from kdcache.cache.registry.remote import other
-from kdcache.cache.store.cache import Cache, Commit, SplitStore, join, metadata_files
-from kdcache.cache.store.chunks import ArraySpec
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.chunks import metadata_files
+from kdcache.cache.store.layout import Commit, parse_shard_name
+from kdcache.cache.store.publish import SplitStore
 
 Advance = Callable[[int], object]
 Begun = Callable[[], object]
-_Item = tuple[SplitStore, str, list[tuple[str, ArraySpec, int]]]
+_Item = tuple[SplitStore, str]
 
 _THREADS = 16
 _MEMORY = 1 << 30  # bytes of chunks that are on their way at once, at most
@@ -61,12 +63,12 @@ def into_folder(
     begun()
 
     def move(item: _Item) -> Moved:
-        store, name, wanted = item
-        into = target.train if store.split == "train" else target.evaluation
+        store, name = item
+        into = target.split(store.split)
         if into.has(name):
             return _compared(into.commit(name), store, name)
-        contents = store.files_of(name, wanted)
-        into.adopt(name, store.commit_bytes(name), wanted, contents)
+        contents = store.files_of(name)
+        into.adopt(name, store.commit_bytes(name), contents)
         return Moved(sum(map(len, contents.values())), 1)
 
     with target.writing():
@@ -84,7 +86,7 @@ def into_bucket(
     """The same into the objects below `prefix`."""
     identity = canonical(source.identity)
     if not objects.create(f"{prefix}/identity.json", identity):
-        raise MismatchError(f"{objects.url}/{prefix}/identity.json is another one than that of {source.path}")
+        raise MismatchError(f"{objects.url}/{prefix}/identity.json is another one than that of {source.where}")
     objects.require_create_only(f"{prefix}/identity.json")
     begun()
     there = objects.sizes(prefix)
@@ -93,20 +95,18 @@ def into_bucket(
         return objects.create(f"{prefix}/{file}", content)
 
     def move(item: _Item) -> Moved:
-        store, name, wanted = item
-        split = "" if store.split == "train" else "eval/"
-        commit = f"{split}commits/{name}.json"
+        store, name = item
+        commit = store.layout.commit_file(name)
         if commit not in there:
-            mine, contents = store.commit(name), store.files_of(name, wanted)
-            for folder, spec, part in wanted:
-                for file, metadata in metadata_files(folder, spec):
-                    if split + file not in there:
-                        put(split + file, metadata())  # another zarr's is as good
-                file = join(folder, spec.chunk_file(part))
-                # Where another publisher's bytes are, which are not committed, ours go elsewhere: neither may change.
-                stored = mine.files[file]
+            mine, contents = store.commit(name), store.files_of(name)
+            for chunk in store.chunks(name):
+                for file, metadata in metadata_files(chunk):
+                    if store.prefix + file not in there:
+                        put(store.prefix + file, metadata())  # that of another zarr is as good
+                # Where another publisher's bytes lie uncommitted, ours go elsewhere: neither may change.
+                stored = mine.files[chunk.file]
                 content = contents[stored.sha256]
-                if not put(split + file, content) and not put(other(stored), content):
+                if not put(store.prefix + chunk.file, content) and not put(other(stored), content):
                     raise CorruptError(
                         f"{objects.url}/{prefix}/{other(stored)} does not have the digest that it is named by"
                     )
@@ -122,15 +122,15 @@ def into_bucket(
 def _compared(theirs: Commit, store: SplitStore, name: str) -> Moved:
     mine = store.commit(name)
     if (theirs.key, theirs.name) != (mine.key, mine.name):
-        raise CorruptError(f"the commit {name} of {store.root} and that at its destination are of different things")
+        raise CorruptError(f"the commit {name} of {store.where} and that at its destination are of different things")
     return Moved(there=1) if theirs.content() == mine.content() else Moved(there=1, kept=[name])
 
 
 def _all(source: Cache, views: Sequence[int], move: Callable[[_Item], Moved], advance: Advance) -> Moved:
     items = list(source.contents(views))
-    shards = [item for item in items if item[0].split == "train" and item[1].startswith("v")]
+    shards = [(store, name) for store, name in items if store is source.train and parse_shard_name(name)]
     first = [item for item in items if item not in shards]
-    largest = max(sum(spec.max_file_bytes for _, spec, _ in wanted) for _, _, wanted in items)
+    largest = max(sum(chunk.spec.max_file_bytes for chunk in store.chunks(name)) for store, name in items)
     moved = Moved()
     with ThreadPoolExecutor(max(1, min(_THREADS, _MEMORY // largest)), thread_name_prefix="kdcache-move") as threads:
         for some in (first, shards):
@@ -151,4 +151,4 @@ def count(source: Cache, views: Sequence[int]) -> int:
 def require_movable(cache: Cache) -> None:
     """InputError for a packed file, whose chunks are others."""
     if cache.packed:
-        raise InputError(f"{cache.path} is packed, and shared are folders: kdcache unpack {cache.path} first")
+        raise InputError(f"{cache.where} is packed, and only folders are shared: kdcache unpack {cache.where} first")

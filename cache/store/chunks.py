@@ -1,16 +1,14 @@
-"""One part of one array to and from the bytes of a Zarr v3 chunk.
+"""Encodes a part of an array as the bytes of a Zarr v3 chunk and decodes it again, and records as arrays.
 
-Metadata is always generated from the identity, never taken from a cache: a foreign codec, dtype or shape in a
-file cannot reach the decoder.
+Metadata is always generated from the identity and never taken from a cache, so that a foreign codec, dtype or shape in
+a file cannot reach the decoder.
 """
 
 from __future__ import annotations
 
 import hashlib
-import math
-from collections.abc import Mapping
-from dataclasses import dataclass
-from functools import cache, lru_cache
+from collections.abc import Callable, Mapping
+from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import google_crc32c
@@ -24,112 +22,28 @@ from zarr.storage import MemoryStore
 
 from kdcache.cache.errors import CorruptError
 from kdcache.cache.files import Content
-from kdcache.cache.identity import NO_TAIL, STEP, RecordIdentity
-from kdcache.cache.identity import id_dtype as id_dtype
+from kdcache.cache.identity import NO_TAIL, RecordIdentity
+from kdcache.cache.store.layout import ArraySpec, Chunk
 
 if TYPE_CHECKING:  # torch takes seconds to import, and much that is done with a cache needs no tensors
     import torch
 
     from kdcache.cache.records import Records
 
-# Blosc never grows data by more than its header and a few bytes a block, and takes no more than this at once.
-_OVERHEAD = 4096
+# Blosc takes no more than this at once.
 MAX_CHUNK_BYTES = 2**31 - 17
 _CRC_BYTES = 4
 
 
-@dataclass(frozen=True)
-class ArraySpec:
-    """An array [N, ...] in chunks of `rows` rows; `attributes` are for people who open it with zarr alone."""
-
-    name: str
-    shape: tuple[int, ...]
-    rows: int
-    dtype: str
-    dims: tuple[str, ...]
-    attributes: tuple[tuple[str, Any], ...] = ()
-
-    @property
-    def fill(self) -> float | int:
-        """Shows a hole: NaN, or the largest id."""
-        return float("nan") if np.dtype(self.dtype).kind == "f" else int(np.iinfo(self.dtype).max)
-
-    @property
-    def level(self) -> int:
-        """Of blosc: bench/codec.py. The best for records of few bytes, which are soon done; faster for dense ones."""
-        return 9 if np.dtype(self.dtype).kind == "u" else 5
-
-    @property
-    def chunk_shape(self) -> tuple[int, ...]:
-        return (min(self.rows, self.shape[0]), *self.shape[1:])
-
-    @property
-    def chunk_bytes(self) -> int:
-        return math.prod(self.chunk_shape) * np.dtype(self.dtype).itemsize
-
-    @property
-    def max_file_bytes(self) -> int:
-        return self.chunk_bytes + self.chunk_bytes // 128 + _OVERHEAD
-
-    def chunk_file(self, part: int) -> str:
-        return "/".join([self.name, "c", str(part), *["0"] * (len(self.shape) - 1)])
-
-    def interval(self, part: int) -> slice:
-        return slice(part * self.rows, min((part + 1) * self.rows, self.shape[0]))
-
-
-def record_arrays(record: RecordIdentity, samples: int, part: int) -> list[ArraySpec]:
-    """The arrays of one view. An array without elements (K = 1 gaps, L = 0 labels) is left out."""
-    ids = id_dtype(record.classes)
-    names: list[tuple[str, int, str, str]] = []
-    if record.k is not None:
-        names.append(("classes", record.k, ids, "rank"))
-        names.append(("gaps", record.k - 1, record.precision, "rank_from_2"))
-    else:
-        names.append(("gaps", record.classes, record.precision, "class"))
-    names.append(("target_gap", record.target_gaps, "float16", "label"))
-    if record.k is not None:
-        coded = record.precision == "uint8"
-        names.append(("tail", len(record.temperatures), "uint8" if coded else "float16", "temperature"))
-        if record.tail_std:
-            names.append(("tail_std", 2, "float16", "std_and_tail"))
-    return [
-        ArraySpec(name, (samples, width), part, dtype, ("sample", dim), _notes(name, record))
-        for name, width, dtype, dim in names
-        if width
-    ]
-
-
-def view_arrays(policy: str, samples: int, part: int) -> list[ArraySpec]:
-    """The arrays of a view that say how an imported one was made; none of one that is drawn."""
-    if policy == "stored":
-        return [
-            ArraySpec("boxes", (samples, 4), part, "int32", ("sample", "top_left_height_width")),
-            ArraySpec("flips", (samples,), part, "uint8", ("sample",)),
-        ]
-    return [ArraySpec("seeds", (samples,), part, "int32", ("sample",))] if policy == "foreign" else []
-
-
-def _notes(name: str, record: RecordIdentity) -> tuple[tuple[str, Any], ...]:
-    """How to read an array's numbers, for people who open it with zarr alone."""
-    coded = record.k is not None and record.precision == "uint8"
-    if name == "gaps":
-        return (("nats", f"{STEP} * cumulative sum along the row" if coded else "as stored"),)
-    if name == "tail":
-        most = f"log({record.classes} - {record.k}) - last gap / temperature - {STEP} * code; {NO_TAIL}: no tail"
-        return ("temperatures", record.temperatures), ("nats", most if coded else "as stored")
-    return ()
-
-
 def encode_as(record: RecordIdentity, logits: torch.Tensor, labels: torch.Tensor, check: bool = True) -> Records:
-    """Logits [B, C] and labels [B, L] as a cache stores them; check: as in `encode`."""
+    """Logits [B, C] and labels [B, L] encoded as a cache stores them; for `check` see `encode`."""
     from kdcache.cache.records import encode
 
     return encode(logits, labels, record.k, record.temperatures, record.precision, record.tail_std, check)
 
 
 def as_tensors(records: Records) -> dict[str, torch.Tensor]:
-    """The fields of records by the name of the array that stores them."""
+    """The tensors of records, by the name of the array that stores each."""
     fields = {"gaps": records.gaps, "target_gap": records.target_gap, "tail": records.tail}
     if records.classes is not None:
         fields["classes"] = records.classes
@@ -139,14 +53,17 @@ def as_tensors(records: Records) -> dict[str, torch.Tensor]:
 
 
 def as_arrays(records: Records) -> dict[str, NDArray[Any]]:
-    """as_tensors, in NumPy."""
+    """The tensors of `as_tensors` as NumPy arrays on the CPU."""
     return {name: tensor.cpu().numpy() for name, tensor in as_tensors(records).items()}
 
 
 def as_records(
     record: RecordIdentity, stored: Mapping[str, NDArray[Any]], labels: NDArray[Any], prior: torch.Tensor | None
 ) -> Records:
-    """The inverse of as_arrays; arrays without elements may be missing. labels [B, L]; shares memory."""
+    """Records from their arrays, whose memory they share: the inverse of `as_arrays`. labels: [B, L].
+
+    Arrays without elements may be missing.
+    """
     import torch
 
     from kdcache.cache.records import Records
@@ -192,7 +109,7 @@ def group_metadata() -> bytes:
     return store["zarr.json"].to_bytes()
 
 
-@lru_cache(100)  # zarr takes milliseconds, and every view's are the same
+@lru_cache(100)  # zarr takes milliseconds to make them, and those of every view are the same
 def array_metadata(spec: ArraySpec) -> bytes:
     """The zarr.json of an array."""
     store: dict[str, Buffer] = {}
@@ -200,13 +117,19 @@ def array_metadata(spec: ArraySpec) -> bytes:
     return store[f"{spec.name}/zarr.json"].to_bytes()
 
 
+def metadata_files(chunk: Chunk) -> list[tuple[str, Callable[[], bytes]]]:
+    """The zarr.json of a chunk's array, and of its view's group: names from the split's folder, and what makes each."""
+    group = [(f"{chunk.folder}/zarr.json", group_metadata)] if chunk.folder else []
+    return [*group, (f"{chunk.base}{chunk.spec.name}/zarr.json", partial(array_metadata, chunk.spec))]
+
+
 def rows_digest(spec: ArraySpec, rows: NDArray[Any]) -> str:
-    """sha256 of rows as raw little-endian bytes in C order: says what they are in every kind of store."""
+    """The sha256 of rows as raw little-endian bytes in C order, which is the same in every kind of store."""
     return hashlib.sha256(np.ascontiguousarray(rows, np.dtype(spec.dtype).newbyteorder("<")).data).hexdigest()
 
 
 def encode_part(spec: ArraySpec, part: int, data: NDArray[Any]) -> bytes:
-    """The chunk's bytes for rows `spec.interval(part)`."""
+    """The bytes of the chunk that holds a part's rows, `data`."""
     store: dict[str, Buffer] = {}
     _open(store, spec)[spec.interval(part)] = data
     return store[spec.chunk_file(part)].to_bytes()
@@ -214,7 +137,7 @@ def encode_part(spec: ArraySpec, part: int, data: NDArray[Any]) -> bytes:
 
 def decode_part(spec: ArraySpec, part: int, data: Content, where: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
     """The rows of a part, in `out` if given; CorruptError naming the file where the bytes are not such a chunk."""
-    # Blosc's header declares how much it will write and read; it does neither check, so both are checked here.
+    # Blosc's header declares how much it will write and read. Blosc checks neither, so both are checked here.
     if len(data) < 16 + _CRC_BYTES:
         raise CorruptError(f"{where}: {len(data)} bytes are no chunk")
     writes, reads = (int.from_bytes(data[i : i + 4], "little") for i in (4, 12))
@@ -225,7 +148,7 @@ def decode_part(spec: ArraySpec, part: int, data: Content, where: str, out: NDAr
     content = np.frombuffer(data, np.uint8)[:-_CRC_BYTES]  # no copy
     if google_crc32c.value(content) != int.from_bytes(data[-_CRC_BYTES:], "little"):
         raise CorruptError(f"{where}: its checksum is not that of its bytes")
-    # Without zarr, whose ways around blosc take several times as long as blosc itself.
+    # zarr is not used here: its code around blosc takes several times as long as blosc itself.
     rows, dtype = spec.interval(part), np.dtype(spec.dtype).newbyteorder("<")
     direct = out is not None and len(out) == spec.chunk_shape[0] and out.dtype == dtype and out.flags.c_contiguous
     chunk = out if direct else np.empty(spec.chunk_shape, dtype)
@@ -245,3 +168,15 @@ def filled(out: NDArray[Any] | None, rows: NDArray[Any]) -> NDArray[Any]:
         return rows
     out[:] = rows
     return out
+
+
+def unsound(name: str, rows: NDArray[Any], classes: int) -> str | None:
+    """What the array of that name holds that no teacher's answer encodes to; None where there is no such thing."""
+    low, high = rows.min(), rows.max()  # both are NaN where one value is
+    if name == "classes":
+        return f"a class id above {classes - 1}" if int(high) >= classes else None
+    if rows.dtype == np.uint8:
+        return "holes" if name == "tail" and high > NO_TAIL else None
+    if np.isnan(low) or np.isposinf(high):
+        return "values that are not finite"
+    return f"values below zero ({low:g})" if name not in ("tail", "tail_std") and low < 0 else None

@@ -29,8 +29,8 @@ from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
 from kdcache.cache.identity import FORMAT, Strict, canonical, parse
 from kdcache.cache.store import chunks
-from kdcache.cache.store.chunks import ArraySpec
-from kdcache.cache.store.place import StoredFile
+from kdcache.cache.store.layout import ArraySpec, Chunk, StoredFile
+from kdcache.cache.store.place import Kind
 
 # Of Python's zlib levels on real records: 1 is 1 to 3% larger and little faster, 6 takes twice as long for 1%.
 LEVEL = 4
@@ -59,13 +59,15 @@ class _Index(Strict):
 
 
 class PackedFile:
-    """Reads a packed cache. Holds no open file, so that it may cross a fork or be sent to another process."""
+    """Reads a packed cache. It holds no open file, so that it may cross a fork or be sent to another process."""
 
+    kind: Kind = "hdf5"
     again = "pack the cache again"
     writable = False
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self._file, self.where = path, str(path)
+        self.path: Path | None = path
         block = files.read_range(path, 0, _BLOCK + len(_SIGNATURE), short=True)
         if block[_BLOCK:] != _SIGNATURE:
             foreign = block.startswith(_SIGNATURE)
@@ -86,7 +88,10 @@ class PackedFile:
         self._sha256 = header.sha256
 
     def fresh(self) -> PackedFile:
-        return PackedFile(self.path)
+        return PackedFile(self._file)
+
+    def locate(self, file: str) -> str:
+        return f"{self._file}/{file}"
 
     def has(self, file: str) -> bool:
         return file in self._index
@@ -97,29 +102,27 @@ class PackedFile:
 
     def read(self, file: str, limit: int) -> bytes:
         if file not in self._index:
-            raise NotFoundError(f"{self.path} holds no {file}")
+            raise NotFoundError(f"{self.where} holds no {file}")
         offset, size = self._index[file]
         if not 0 <= size <= limit:
-            raise CorruptError(f"{self.path}/{file} has {size} bytes, more than the {limit} that it may have")
+            raise CorruptError(f"{self.locate(file)} has {size} bytes, more than the {limit} that it may have")
         return self._range(file, offset, size)
 
     def _range(self, file: str, offset: int, size: int) -> bytes:
         try:
-            return files.read_range(self.path, offset, size)
+            return files.read_range(self._file, offset, size)
         except (CorruptError, NotFoundError) as e:
             raise CorruptError(f"{e} ({file}); {_MEND}") from e
 
     def require(self, file: str, stored: StoredFile) -> None:
         if file not in self._index:  # its bytes are others than in a folder, so their size says nothing
-            raise CorruptError(f"{self.path} holds no {file}")
+            raise CorruptError(f"{self.where} holds no {file}")
 
-    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> bytes:
-        raise InputError(f"{self.path} is packed, in other chunks than a folder: first kdcache unpack {self.path}")
+    def content(self, file: str, stored: StoredFile, chunk: Chunk) -> bytes:
+        raise InputError(f"{self.where} is packed, in other chunks than a folder: first kdcache unpack {self.where}")
 
-    def rows(
-        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
-    ) -> NDArray[Any]:
-        where = f"{self.path}/{file}"
+    def rows(self, file: str, stored: StoredFile, chunk: Chunk, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        where, spec = self.locate(file), chunk.spec
         content = self.read(file, spec.max_file_bytes)
         if spec.chunk_bytes > min(chunks.MAX_CHUNK_BYTES, len(content) * _DEFLATE_MOST):
             raise CorruptError(f"{where}: {len(content)} bytes cannot hold the {spec.chunk_bytes} that belong there")
@@ -130,25 +133,24 @@ class PackedFile:
             raise CorruptError(f"{where}: {e}") from e
         if len(shuffled) != spec.chunk_bytes or not inflate.eof:
             raise CorruptError(f"{where} does not inflate to the {spec.chunk_bytes} bytes that belong there")
-        interval = spec.interval(part)
-        rows = _unshuffled(shuffled, spec)[: interval.stop - interval.start]
+        rows = _unshuffled(shuffled, spec)[: chunk.rows.stop - chunk.rows.start]
         if chunks.rows_digest(spec, rows) != stored.rows:
             raise CorruptError(f"{where} is not what was committed")
         return chunks.filled(out, rows)
 
     def remedy(self, file: str) -> str:
-        return f"copy {self.path} anew, or remove it and pack the cache again"
+        return f"copy {self.where} anew, or remove it and pack the cache again"
 
     def more(self, view: int) -> str:
-        return f"pack a cache that has it, or kdcache unpack {self.path} and build it with --views {view + 1}"
+        return f"pack a cache that has it, or kdcache unpack {self.where} and build it with --views {view + 1}"
 
     def size(self) -> int:
-        return self.path.stat().st_size
+        return self._file.stat().st_size
 
     def check(self) -> None:
         """Every byte, HDF5's own included, against the digest of the whole."""
-        if _digest(self.path) != self._sha256:
-            raise CorruptError(f"{self.path} is not what was packed: {_MEND}")
+        if _digest(self._file) != self._sha256:
+            raise CorruptError(f"{self.where} is not what was packed: {_MEND}")
 
 
 class Packer:
@@ -173,13 +175,13 @@ class Packer:
         self._target.check()
         return self._places[file]
 
-    def rows(self, base: str, spec: ArraySpec, part: int, rows: NDArray[Any]) -> None:
-        """One part of an array. base: the folder of the array, with its slash, or nothing."""
-        name = base + spec.name
+    def rows(self, prefix: str, chunk: Chunk, rows: NDArray[Any]) -> None:
+        """Write one part of an array. prefix: the split's folder, as the beginning of a file's name."""
+        spec, name = chunk.spec, prefix + chunk.base + chunk.spec.name
         dataset = self._file[name] if name in self._file else self._create(name, spec)
-        dataset[spec.interval(part)] = rows
-        info = dataset.id.get_chunk_info_by_coord((part * spec.rows, *[0] * (len(spec.shape) - 1)))
-        self._places[base + spec.chunk_file(part)] = info.byte_offset, info.size
+        dataset[chunk.rows] = rows
+        info = dataset.id.get_chunk_info_by_coord((chunk.part * spec.rows, *[0] * (len(spec.shape) - 1)))
+        self._places[prefix + chunk.file] = info.byte_offset, info.size
         self._target.check()
 
     def _create(self, name: str, spec: ArraySpec) -> Any:

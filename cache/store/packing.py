@@ -1,4 +1,4 @@
-"""A cache folder into one HDF5 file, and back. What is packed can be proven: commits carry the digests of rows."""
+"""Packs a cache folder into one HDF5 file, and back. Both are proven right: commits carry the digests of rows."""
 
 from __future__ import annotations
 
@@ -12,15 +12,21 @@ from kdcache.cache import files
 from kdcache.cache.errors import BusyError, CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.identity import canonical
 from kdcache.cache.store import chunks
-from kdcache.cache.store.cache import Cache, SplitStore
+from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.hdf5 import Packer, Target
+from kdcache.cache.store.publish import SplitStore
 
 Advance = Callable[[int], object]
 
 
 def packed_rows_bytes(cache: Cache, views: Sequence[int]) -> int:
     """Bytes of all rows of these views, labels and evaluation split, before compression."""
-    return sum(spec.chunk_bytes for _, _, wanted in cache.contents(views) for _, spec, _ in wanted)
+    return sum(_bytes(store, name) for store, name in cache.contents(views))
+
+
+def _bytes(store: SplitStore, name: str) -> int:
+    """Bytes of the rows that a commit names, before compression."""
+    return sum(chunk.spec.chunk_bytes for chunk in store.chunks(name))
 
 
 def choose_views(cache: Cache, views: range | None) -> tuple[int, ...]:
@@ -28,10 +34,10 @@ def choose_views(cache: Cache, views: range | None) -> tuple[int, ...]:
     complete = cache.views
     chosen = complete if views is None else tuple(views)
     if not chosen or not cache.complete:
-        raise NotFoundError(f"{cache.path} is not complete: run kdcache build again to finish it")
+        raise NotFoundError(f"{cache.where} is not complete: run kdcache build again to finish it")
     if missing := sorted(set(chosen) - set(complete)):
         raise NotFoundError(
-            f"{cache.path} has no complete view {missing[0]}, but {len(complete)} others: choose --views among them"
+            f"{cache.where} has no complete view {missing[0]}, but {len(complete)} others: choose --views among them"
         )
     return chosen
 
@@ -73,46 +79,37 @@ def unpack_hdf5(cache: Cache, out: Path, advance: Advance = lambda n: None) -> i
     target = Cache.create(out, cache.identity)
     changed = 0
     with target.writing():
-        for store, name, wanted in cache.contents(cache.views):
-            into = target.train if store.split == "train" else target.evaluation
-            commit = store.commit(name)
+        for store, name in cache.contents(cache.views):
+            into, commit = target.split(store.split), store.commit(name)
             if not into.has(name):
-                rows = store.load(name, wanted)
-                into.write(
-                    name, [(*at, r) for at, r in zip(wanted, rows, strict=True)], commit.writer, commit.parameters
-                )
+                data = list(zip(store.chunks(name), store.load(name), strict=True))
+                into.write(name, data, commit.writer, commit.parameters)
             elif into.commit(name).content() != commit.content():
-                raise MismatchError(f"{into.root} has another {name} than {cache.path}: give another --out")
+                raise MismatchError(f"{into.where} has another {name} than {cache.where}: give another --out")
             changed += into.commit_bytes(name) != store.commit_bytes(name)
-            advance(sum(spec.chunk_bytes for _, spec, _ in wanted))
+            advance(_bytes(store, name))
     return changed
 
 
 def _write(cache: Cache, views: Sequence[int], target: Target, advance: Advance) -> None:
     with Packer(target, cache.key) as packer:
         packer.put("identity.json", canonical(cache.identity))
-        for store, name, wanted in cache.contents(views):
-            commit, prefix = store.commit(name), _prefix(store)
-            for (folder, spec, part), rows in zip(wanted, store.load(name, wanted), strict=True):
-                base = f"{folder}/" if folder else ""
-                file = base + spec.chunk_file(part)
-                if chunks.rows_digest(spec, rows) != commit.files[file].rows:
-                    raise CorruptError(f"{store.root / file} holds other rows than {name} of {store.root} says")
-                packer.rows(prefix + base, spec, part, rows)
-                advance(spec.chunk_bytes)
-            packer.put(f"{prefix}commits/{name}.json", store.commit_bytes(name))
+        for store, name in cache.contents(views):
+            commit = store.commit(name)
+            for chunk, rows in zip(store.chunks(name), store.load(name), strict=True):
+                if chunks.rows_digest(chunk.spec, rows) != commit.files[chunk.file].rows:
+                    raise CorruptError(f"{store.where}/{chunk.file} holds other rows than {name} of {store.where} says")
+                packer.rows(store.prefix, chunk, rows)
+                advance(chunk.spec.chunk_bytes)
+            packer.put(store.layout.commit_file(name), store.commit_bytes(name))
         packer.finish()
-
-
-def _prefix(store: SplitStore) -> str:
-    return "" if store.split == "train" else "eval/"
 
 
 def _compare(path: Path, views: Sequence[int], advance: Advance) -> None:
     """Read the new file as readers will."""
-    for store, name, wanted in Cache(path).contents(views):
-        store.load(name, wanted)
-        advance(sum(spec.chunk_bytes for _, spec, _ in wanted))
+    for store, name in Cache(path).contents(views):
+        store.load(name)
+        advance(_bytes(store, name))
 
 
 def _require_equal(cache: Cache, out: Path, views: Sequence[int]) -> None:
@@ -125,7 +122,7 @@ def _require_equal(cache: Cache, out: Path, views: Sequence[int]) -> None:
     same = there.packed and there.key == cache.key and there.views == tuple(views)
     if not same or any(
         store.commit_bytes(name) != mine.commit_bytes(name)
-        for (store, name, _), (mine, _, _) in zip(there.contents(views), cache.contents(views), strict=True)
+        for (store, name), (mine, _) in zip(there.contents(views), cache.contents(views), strict=True)
     ):
         raise InputError(f"{out} exists and holds something else: remove it, or give another --out")
 

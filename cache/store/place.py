@@ -1,4 +1,4 @@
-"""Where the files of a cache lie: in a folder, as built, or packed into one file."""
+"""Where the files of a cache lie and how they are read there: in a folder, as built (other places are elsewhere)."""
 
 from __future__ import annotations
 
@@ -6,41 +6,38 @@ import os
 import stat
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, Literal, Protocol
 
 from numpy.typing import NDArray
 
 from kdcache.cache import files
-from kdcache.cache.errors import CorruptError, NotFoundError, UnreadableError
+from kdcache.cache.errors import CorruptError, InputError, NotFoundError, UnreadableError
 from kdcache.cache.files import Content
-from kdcache.cache.identity import Strict
 from kdcache.cache.store import chunks
-from kdcache.cache.store.chunks import ArraySpec
+from kdcache.cache.store.layout import Chunk, StoredFile
 
-
-class StoredFile(Strict):
-    """A committed chunk: its file's size in bytes and sha256, and the sha256 of the rows in it.
-
-    rows: of the part's rows alone as raw little-endian bytes in C order, the same in every kind of store.
-    """
-
-    size: int
-    sha256: str
-    rows: str
+Kind = Literal["zarr", "hdf5"]
 
 
 class Place(Protocol):
-    """Reads a cache by the names that its files have in a folder; nothing is trusted that no digest covers.
+    """Reads a cache by the names that its files have in a folder; trusts nothing that no digest covers.
 
-    again: what people do to get what is missing. writable: whether it can be built into and repaired.
+    where: the folder, file or address, for people. path: the folder or file; None where it is not on this machine.
+    kind: how arrays are stored there. again: what people do to get what is missing. writable: whether the cache can be
+    built into and repaired there.
     """
 
-    path: Path
+    where: str
+    path: Path | None
+    kind: Kind
     again: str
     writable: bool
 
     def fresh(self) -> Place:
-        """The same with nothing in memory that was read before."""
+        """The same place, with nothing in memory that was read before."""
+
+    def locate(self, file: str) -> str:
+        """Where a file lies, for people."""
 
     def has(self, file: str) -> bool:
         """Whether there is such a file."""
@@ -49,17 +46,15 @@ class Place(Protocol):
         """The names in a folder; others than kdcache's may be among them."""
 
     def read(self, file: str, limit: int) -> bytes:
-        """The file's bytes; NotFoundError, CorruptError where there are more than `limit`."""
+        """The file's bytes; NotFoundError, or CorruptError where there are more than `limit`."""
 
     def require(self, file: str, stored: StoredFile) -> None:
-        """CorruptError unless a committed chunk is there and, as far as that is known unread, of its size."""
+        """CorruptError unless a committed chunk is there and, as far as can be told without reading, of its size."""
 
-    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> Content:
-        """The bytes of a committed chunk as in a folder; CorruptError unless they are what was committed."""
+    def content(self, file: str, stored: StoredFile, chunk: Chunk) -> Content:
+        """The bytes that a committed chunk has in a folder; CorruptError unless they are what was committed."""
 
-    def rows(
-        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
-    ) -> NDArray[Any]:
+    def rows(self, file: str, stored: StoredFile, chunk: Chunk, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The rows of a committed chunk, in `out` if given; CorruptError unless they are what was committed."""
 
     def remedy(self, file: str) -> str:
@@ -75,36 +70,48 @@ class Place(Protocol):
         """CorruptError where bytes are damaged that `rows` and `read` do not look at."""
 
 
+def path_of(place: Place) -> Path:
+    """The folder or file that a place is; InputError where it is an address."""
+    if place.path is None:
+        raise InputError(f"{place.where} is not on this machine: kdcache pull it first")
+    return place.path
+
+
 class ZarrChunks:
-    """Rows out of Zarr's chunks, for places that know how to get a chunk's bytes. Their digest covers the rows too."""
+    """Reads rows from Zarr's chunks, for places that know how to get a chunk's bytes, whose digest covers the rows."""
 
-    path: Path
+    kind: Kind = "zarr"
 
-    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> Content:
+    def locate(self, file: str) -> str:
         raise NotImplementedError
 
-    def rows(
-        self, file: str, stored: StoredFile, spec: ArraySpec, part: int, out: NDArray[Any] | None = None
-    ) -> NDArray[Any]:
-        content = self.content(file, stored, spec, part)
-        return chunks.decode_part(spec, part, content, str(self.path / file), out)
+    def content(self, file: str, stored: StoredFile, chunk: Chunk) -> Content:
+        raise NotImplementedError
+
+    def rows(self, file: str, stored: StoredFile, chunk: Chunk, out: NDArray[Any] | None = None) -> NDArray[Any]:
+        content = self.content(file, stored, chunk)
+        return chunks.decode_part(chunk.spec, chunk.part, content, self.locate(file), out)
 
 
 class Folder(ZarrChunks):
-    """A cache as it is built: a file a chunk, readable with zarr."""
+    """A cache as it is built: one file for each chunk, readable with zarr."""
 
     again = "run kdcache build again"
     writable = True
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.folder, self.where = path, str(path)
+        self.path: Path | None = path
 
     def fresh(self) -> Folder:
         return self
 
     def at(self, file: str) -> Path:
-        """Where a file lies."""
-        return self.path / file
+        """The path by which a file is opened."""
+        return self.folder / file
+
+    def locate(self, file: str) -> str:
+        return str(self.folder / file)
 
     def has(self, file: str) -> bool:
         return self.at(file).exists()
@@ -127,25 +134,25 @@ class Folder(ZarrChunks):
         if not stat.S_ISREG(found.st_mode) or found.st_size != stored.size:
             raise CorruptError(f"{path} is not the file of {stored.size} bytes that was committed")
 
-    def content(self, file: str, stored: StoredFile, spec: ArraySpec, part: int) -> Content:
-        content = self.read(file, spec.max_file_bytes)
+    def content(self, file: str, stored: StoredFile, chunk: Chunk) -> Content:
+        content = self.read(file, chunk.spec.max_file_bytes)
         if len(content) != stored.size or files.sha256(content) != stored.sha256:
-            raise CorruptError(f"{self.path / file} is not what was committed")
+            raise CorruptError(f"{self.locate(file)} is not what was committed")
         return content
 
     def remedy(self, file: str) -> str:
-        return f"remove {self.path / file} and run kdcache build again to make that shard anew"
+        return f"remove {self.locate(file)} and run kdcache build again to make that shard anew"
 
     def more(self, view: int) -> str:
         return f"run kdcache build with --views {view + 1} or more"
 
     def size(self) -> int:
         total = 0
-        for folder, _, names in os.walk(self.path):
+        for folder, _, names in os.walk(self.folder):
             for name in names:
                 with suppress(FileNotFoundError):  # a temporary file of a build that runs now
                     total += Path(folder, name).lstat().st_size
         return total
 
     def check(self) -> None:
-        """Plain zarr's metadata is all that no commit covers, and kdcache reads none of it."""
+        """Only plain zarr's metadata is covered by no commit, and kdcache reads none of it."""

@@ -14,8 +14,11 @@ import torch
 
 from kdcache.cache.errors import InputError, MismatchError
 from kdcache.cache.files import make_folder
+from kdcache.cache.identity import id_dtype
 from kdcache.cache.store import chunks
-from kdcache.cache.store.cache import Cache, require_folder
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import record_arrays
+from kdcache.cache.store.publish import require_folder
 from kdcache.pipeline.build import suspicions
 from kdcache.pipeline.build.answers import teacher_renderer, teacher_top1
 from kdcache.pipeline.build.builder import Builder, Shard, missing_shards
@@ -107,7 +110,7 @@ def _fill(
         if others := leases.others():
             say(f"sharing the work with {', '.join(map(str, others))}")
         for split in plan.source.splits(cache):
-            split.store.write_labels(split.labels.astype(chunks.id_dtype(teacher.classes)), writer)
+            split.store.write_labels(split.labels.astype(id_dtype(teacher.classes)), writer)
             split.store.write_sizes(split.data.sizes, writer)
         with Progress("build", images, "images") as progress:
             builder = Builder(plan, cache, leases, spools, writer, progress, say, {"train": renderer})
@@ -212,5 +215,5 @@ def _record_bytes(source: Source, logits: torch.Tensor, labels: torch.Tensor) ->
     """The bytes of a record as it is stored, from some logits [B, C] with labels [B, L]."""
     record = source.identity.record
     encoded = chunks.as_arrays(chunks.encode_as(record, logits, labels))
-    specs = chunks.record_arrays(record, len(labels), len(labels))
+    specs = record_arrays(record, len(labels), len(labels))
     return sum(len(chunks.encode_part(spec, 0, encoded[spec.name])) for spec in specs) / len(labels)

@@ -14,8 +14,11 @@ import torch
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.records import require_std, tail_distribution
-from kdcache.cache.store.cache import Cache, SplitStore, shard_name
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import shard_name
 from kdcache.cache.store.leases import Leases
+from kdcache.cache.store.place import Folder
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build.answers import Answer, Copy, answers, teacher_renderer, view_parameters
 from kdcache.pipeline.build.plan import BuildPlan
 from kdcache.pipeline.build.spool import Spool, Writer
@@ -67,8 +70,8 @@ def missing_shards(plan: BuildPlan) -> list[Shard]:
         cache.identity.require(identity, str(path))
         train, evaluation = plan.source.splits(cache)
     else:
-        train = plan.source.split(SplitStore(path, "train", identity))
-        evaluation = plan.source.split(SplitStore(path, "eval", identity))
+        train = plan.source.split(SplitStore(Folder(path), "train", identity))
+        evaluation = plan.source.split(SplitStore(Folder(path), "eval", identity))
     missing = []
     for split, views in ((evaluation, 1), (train, plan.views)):
         store, done = split.store, split.store.committed()

@@ -1,6 +1,6 @@
 """What `kdcache build` is asked for. Importing this file costs nothing: the command line makes its options from it."""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Annotated
 
@@ -60,6 +60,7 @@ class BuildConfig:
         ),
     ]
     weights: Weights = None
+    _: KW_ONLY
     teacher_size: Annotated[int | None, Option("Pixels of its images [as its source says].", ge=1, le=4096)] = None
     teacher_mean: Annotated[
         RGB | None, Option("Taken from values in 0..1 [as its source says].", metavar="R,G,B", parse=parse_rgb)

@@ -18,7 +18,9 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
 from kdcache.cache.records import default_precision
 from kdcache.cache.store import chunks
-from kdcache.cache.store.cache import Cache, SplitStore
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import record_arrays
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data import classmap
 from kdcache.pipeline.data.dataset import Dataset, open_data
@@ -167,7 +169,7 @@ def _record(config: BuildConfig, classes: int, labels: int) -> RecordIdentity:
 
 def _require_shards_fit(identity: Identity) -> None:
     record = identity.record
-    specs = chunks.record_arrays(record, identity.data.samples, identity.part)
+    specs = record_arrays(record, identity.data.samples, identity.part)
     largest = max(spec.chunk_bytes for spec in specs)
     if largest > chunks.MAX_CHUNK_BYTES:
         raise InputError(

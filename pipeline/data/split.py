@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.store.cache import SplitStore
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.data.dataset import Dataset
 
 

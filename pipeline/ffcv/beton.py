@@ -38,10 +38,11 @@ from torchvision.io import ImageReadMode
 
 from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
 from kdcache.cache.files import sha256, sync_folder
-from kdcache.cache.identity import Identity, Sha256, Strict, canonical, parse
+from kdcache.cache.identity import Identity, Sha256, Strict, canonical, id_dtype, parse
 from kdcache.cache.records import Records
-from kdcache.cache.store.cache import Cache, Commit, shard_name
-from kdcache.cache.store.chunks import ArraySpec, as_arrays, as_records, id_dtype, record_arrays
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.chunks import as_arrays, as_records
+from kdcache.cache.store.layout import ArraySpec, Commit, record_arrays, shard_name
 from kdcache.cache.store.packing import clear_leaving, new_file
 from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset
@@ -174,14 +175,14 @@ def pack_beton(
         raise InputError(f"{out}: the name of an FFCV file ends in .beton")
     has = cache.identity.data
     if found := has.differences(describe_data(data, has.full_contents), theirs="the data"):
-        raise MismatchError(f"{cache.path} was built from other data than {data.name}: {'; '.join(found)}")
+        raise MismatchError(f"{cache.where} was built from other data than {data.name}: {'; '.join(found)}")
     cache.train.require_sizes(data.sizes)
     complete = cache.views
     chosen = tuple(sorted(set(complete if views is None else views)))
     if not chosen:
-        raise NotFoundError(f"there are no views to pack: {cache.path} has {len(complete)} complete ones")
+        raise NotFoundError(f"there are no views to pack: {cache.where} has {len(complete)} complete ones")
     if missing := set(chosen) - set(complete):
-        raise NotFoundError(f"{cache.path} has no complete view {min(missing)}: build it, or choose other --views")
+        raise NotFoundError(f"{cache.where} has no complete view {min(missing)}: build it, or choose other --views")
     if out.exists():
         there = Beton(out)
         if (there.key, there.views) != (cache.key, chosen):
@@ -402,7 +403,7 @@ class Beton:
     """
 
     def __init__(self, path: str | os.PathLike[str]) -> None:
-        self.path = Path(path)
+        self.path, self.where = Path(path), str(Path(path))
         self.content = _mapped(self.path)
         self._bytes = len(self.content)
         header = self._header()

@@ -39,9 +39,9 @@ from numpy.typing import NDArray
 from kdcache.cache import files
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import caches_folder
-from kdcache.cache.identity import Identity, RecordIdentity, TeacherIdentity, ViewsIdentity
-from kdcache.cache.store.cache import Cache, shard_name
-from kdcache.cache.store.chunks import id_dtype
+from kdcache.cache.identity import Identity, RecordIdentity, TeacherIdentity, ViewsIdentity, id_dtype
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.build import suspicions
 from kdcache.pipeline.build.config import PART
 from kdcache.pipeline.build.source import describe_data
@@ -185,7 +185,7 @@ def import_logits(config: ImportConfig, say: Callable[[str], None] = print) -> I
             split.write_labels(of.labels.astype(id_dtype(classes)), writer)
             split.write_sizes(of.sizes, writer)
         # Nothing is known of the tail's classes, so all are as likely.
-        sums = np.zeros(store.tail_sums_array.shape[1:])
+        sums = np.zeros(store.layout.tail_sums.shape[1:])
         for (views, part), digest in zip(units, digests, strict=True):
             missing = [view for view in views if not store.has(shard_name(view, part))]
             rows = store.rows(part)

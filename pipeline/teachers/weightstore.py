@@ -122,7 +122,7 @@ def _require(content: bytes, weights: str, where: str, advice: str) -> None:
         raise CorruptError(f"{where} has notes that are damaged; {advice}")
 
 
-def publish(teacher: TeacherIdentity, cache: Path, shared: Registry, say: Say) -> Published:
+def publish(teacher: TeacherIdentity, cache: str, shared: Registry, say: Say) -> Published:
     """Put the weights of a cache's teacher into a registry, once for all of its caches.
 
     They are looked for here, and in the registry that the cache at a path or an address lies in.
@@ -179,8 +179,8 @@ def _is_hash(text: str) -> bool:
     return bool(DIGITS.fullmatch(text)) and not Path(text).exists()
 
 
-def weights_of(identity: Identity, path: Path, given: str | None, registry: str | None) -> str | None:
-    """The file of the weights of a cache's teacher: here, in the registry that the cache at `path` lies in, or another.
+def weights_of(identity: Identity, where: str, given: str | None, registry: str | None) -> str | None:
+    """The file of the weights of a cache's teacher: here, in the registry that it lies in, or in another.
 
     given: what --weights says, which is then the answer. None where none is found: weights may have a public name too.
     """
@@ -188,7 +188,7 @@ def weights_of(identity: Identity, path: Path, given: str | None, registry: str 
         return given
     if given is None and (here := _here(identity.teacher)):
         return str(here)
-    near = registry_beside(path)
+    near = registry_beside(where)
     registries = [*([near] if near else ()), *([open_registry(registry, store_bytes=0)] if registry else ())]
     if given is not None:
         return named_weights(given, registries, _quiet)

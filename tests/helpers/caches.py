@@ -54,7 +54,7 @@ class Filled:
         for store in (self.cache.evaluation, self.cache.train):
             y = self.rng.integers(0, r.classes, (store.samples, r.labels))
             self.labels[store.split] = torch.from_numpy(y)
-            store.write_labels(y.astype(store._labels.dtype), WRITER)
+            store.write_labels(y.astype(store.layout.labels.dtype), WRITER)
             store.write_sizes(self.sizes(store), WRITER)
         self.logits = {("eval", 0): self.draw(self.cache.evaluation)}
         self.logits |= {("train", v): self.draw(self.cache.train) for v in range(views)}

@@ -12,9 +12,10 @@ import pytest
 
 from kdcache.cache import files
 from kdcache.cache.store import chunks
-from kdcache.cache.store.cache import SplitStore
-from kdcache.cache.store.chunks import ArraySpec
+from kdcache.cache.store.layout import ArraySpec, Chunk
 from kdcache.cache.store.leases import Leases
+from kdcache.cache.store.place import Folder
+from kdcache.cache.store.publish import SplitStore
 
 SPEC = ArraySpec("toy", (2, 1), 1, "uint8", ("sample", "value"))
 
@@ -186,11 +187,11 @@ class World:
         self.root, self.identity, self.agree = root, identity, agree
 
     def store(self, who):
-        return SplitStore(self.root, "train", self.identity, token=who)
+        return SplitStore(Folder(self.root), "train", self.identity, token=who)
 
     def write(self, who):
         rows = np.array([[0 if self.agree else VALUES[who]]], "uint8")
-        return self.store(who).write(NAME, [("", SPEC, 1, rows)], {"host": who})
+        return self.store(who).write(NAME, [(Chunk("", SPEC, 1), rows)], {"host": who})
 
     def clear(self, who, of):
         """As a builder that takes `of` for dead."""
@@ -263,7 +264,7 @@ def every_interleaving(case, folder, identity):
 
 def prepare(case, root, identity):
     world = World(root, identity, agree=case == "two that agree")
-    world.store("x").write("v00000-p0000", [("", SPEC, 0, np.array([[9]], "uint8"))], {"host": "x"})
+    world.store("x").write("v00000-p0000", [(Chunk("", SPEC, 0), np.array([[9]], "uint8"))], {"host": "x"})
     if case == "over leavings":
         (root / FILE).parent.mkdir()
         (root / FILE).write_bytes(b"left by someone")

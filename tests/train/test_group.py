@@ -266,6 +266,8 @@ def test_ranks_train_what_one_process_trains(home):
     for one, two in zip(alone["runs"], together["runs"], strict=True):
         assert two["summary"]["ranks"] == RANKS
         assert two["summary"]["loss"] == pytest.approx(one["summary"]["loss"], 1e-5)
+        parts = {name: value for name, value in one["summary"].items() if name.startswith("loss_")}
+        assert len(parts) > 1 and {name: two["summary"][name] for name in parts} == pytest.approx(parts, rel=1e-4)
         require_same_weights(Path(one["run"]), Path(two["run"]))
     assert said.count("epoch 2/2") == len(losses) and output.count("agreement") == 1
 

@@ -13,7 +13,7 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.cache.identity import Identity
+from kdcache.cache.identity import Identity, id_dtype
 from kdcache.cache.records import Records, tail_distribution
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
@@ -34,7 +34,7 @@ def noise_cache(path: Path, identity: Identity, logits: Tensor, advance: Callabl
     generator = torch.Generator().manual_seed(0)
     labels = torch.randint(0, record.classes, (data.samples, record.labels), generator=generator)
     writer = {"host": "bench"}
-    ids = chunks.id_dtype(record.classes)
+    ids = id_dtype(record.classes)
     store.write_labels(labels.numpy().astype(ids), writer)
     cache.evaluation.write_labels(labels[:1].numpy().astype(ids), writer)
     one = chunks.as_arrays(chunks.encode_as(record, logits[:1], labels[:1]))

@@ -17,7 +17,8 @@ from torch import Tensor
 
 from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.records import Records, encode
-from kdcache.cache.store.cache import Cache, shard_name
+from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.ffcv.beton import Beton
@@ -73,7 +74,7 @@ def require_data(cache: Cache | Beton, data: Dataset) -> None:
     has = cache.identity.data if data.split == "train" else cache.identity.evaluation
     given = describe_data(data, has.full_contents)
     if found := has.differences(given, theirs="the data"):
-        raise MismatchError(f"{cache.path} was built from other data than {data.name}: {'; '.join(found)}")
+        raise MismatchError(f"{cache.where} was built from other data than {data.name}: {'; '.join(found)}")
     if isinstance(cache, Cache):  # a .beton has the train split's images itself
         (cache.train if data.split == "train" else cache.evaluation).require_sizes(data.sizes)
 
@@ -82,16 +83,16 @@ def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
     """The view's parameters, drawn again or as imported, compared with the digests of its commits."""
     views, store = cache.identity.views, cache.train
     if views.imported:
-        drawn = imported_view(store.view_arrays(view), data.sizes, f"view {view} of {cache.path}")
+        drawn = imported_view(store.view_arrays(view), data.sizes, f"view {view} of {cache.where}")
     elif views.renderer != RENDERER:
-        raise MismatchError(f"{cache.path} was rendered by {views.renderer}, this kdcache renders by {RENDERER}")
+        raise MismatchError(f"{cache.where} was rendered by {views.renderer}, this kdcache renders by {RENDERER}")
     else:
         drawn = draw(views.policy, views.seed, view, range(len(data)), data.sizes)
     for part in range(store.parts):
         rows = store.rows(part)
         if drawn[rows.start : rows.stop].digest() != store.commit(shard_name(view, part)).parameters:
             raise MismatchError(
-                f"view {view}, part {part} of {cache.path} was built with other view parameters than this "
+                f"view {view}, part {part} of {cache.where} was built with other view parameters than this "
                 "kdcache draws: its records do not belong to these pixels"
             )
     return drawn
@@ -218,14 +219,14 @@ class CachedLoader(_Epochs):
         require_data(cache, self.data)
         if cache.identity.views.policy == "foreign":
             raise InputError(
-                f"{cache.path} was imported with views that only the transforms of its project can make: in a loop of "
+                f"{cache.where} was imported with views that only the transforms of its project can make: in a loop of "
                 "your own, cache.read(view) has the records, cache.train.view_arrays(view) the seeds (docs/stores.md)"
             )
         self._views = cache.views[:views]
         if not self._views:
-            raise NotFoundError(f"{cache.path} has no complete view: run kdcache build again to finish it")
+            raise NotFoundError(f"{cache.where} has no complete view: run kdcache build again to finish it")
         if views is not None and views > len(self._views):
-            raise NotFoundError(f"{cache.path} has {len(self._views)} complete views, not {views}: build more")
+            raise NotFoundError(f"{cache.where} has {len(self._views)} complete views, not {views}: build more")
         self._order = EpochOrder(len(self.data) if samples is None else samples, batch_size, rank, world, seed)
         self._device = torch.device(device)
         self._renderer = _renderer(cache, self.data, image_size, self._device, workers)
@@ -299,7 +300,7 @@ class OnlineLoader(_Epochs):
         samples: NDArray[np.int64] | None = None,
     ) -> None:
         if not fresh_views and not cache.views:
-            raise NotFoundError(f"{cache.path} has no complete view; --fresh-views needs none")
+            raise NotFoundError(f"{cache.where} has no complete view; --fresh-views needs none")
         self._cache, self._data, self._teacher = cache, data, teacher
         self._views = None if fresh_views else cache.views[:views]
         self._order = EpochOrder(len(data) if samples is None else samples, batch_size, rank, world, seed)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import nullcontext
 from typing import Any, Protocol
 
@@ -55,6 +55,47 @@ class Partner(Protocol):
     def load_state_dict(self, state: dict[str, Any]) -> None: ...
 
 
+class _PartSums:
+    """The sums of a loss's named parts over the batches of an epoch, on the device; empty for a loss of one part."""
+
+    def __init__(self) -> None:
+        self._names: tuple[str, ...] = ()
+        self._sums = torch.zeros((0,))
+        self._batches = 0
+
+    def add(self, named: Mapping[str, Tensor], weighted: Callable[[Tensor], Tensor]) -> None:
+        """Count a batch's parts; `weighted` gives this rank's share of them."""
+        if len(named) == 1:
+            return
+        values = weighted(torch.stack(list(named.values())))
+        self._sums = self._sums + values if self._batches else values
+        self._names, self._batches = tuple(named), self._batches + 1
+
+    def means(self, batches: int) -> dict[str, float]:
+        """The parts' means as metrics; none unless all of so many batches were counted (see load_state_dict)."""
+        if batches != self._batches:
+            return {}
+        means = (_of_ranks(self._sums) / batches).tolist()
+        return {f"loss_{name}": mean for name, mean in zip(self._names, means, strict=True)}
+
+    def clear(self) -> None:
+        self._batches = 0
+
+    def state_dict(self) -> dict[str, Any]:
+        sums = _of_ranks(self._sums) if self._batches else self._sums
+        return {"names": list(self._names), "sums": sums, "batches": self._batches}
+
+    def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
+        """Go on from there; a state of a version that counted no parts is empty, and its epoch gets no means."""
+        self._names = tuple(state.get("names", ()))
+        self._batches = state.get("batches", 0)
+        self._sums = state["sums"].to(device) if state else torch.zeros((0,))
+
+
+def _of_ranks(sums: Tensor) -> Tensor:
+    return group.total(sums) / group.world()
+
+
 class Training:
     """All that changes while a student learns. learn() takes a batch, update() ends a step of `recipe.accumulate`.
 
@@ -77,6 +118,7 @@ class Training:
         self._updater = Updater([*model.parameters(), *learnt], recipe, self._device)
         self._average = WeightAverage(model, recipe.ema) if recipe.ema is not None else None
         self._sums = torch.zeros((2,), device=self._device)  # of the epoch's losses: the student's, the partner's
+        self._parts = _PartSums()  # of the student's loss
 
     @property
     def evaluated(self) -> Classifier:
@@ -92,9 +134,11 @@ class Training:
         with group.gradients_stay(self._averaged) if more else nullcontext():
             with torch.autocast(self._device.type, self.recipe.dtype, enabled=self.recipe.dtype is not None):
                 logits = self._forward(images)
-            value = self._weighted(self.loss(logits, labels, records), len(images))
+            parts = self.loss.parts(logits, labels, records)
+            value = self._weighted(parts.total, len(images))
             self._updater.backward(value, together)
         self._sums[0] += value.detach()
+        self._parts.add(parts.named, lambda values: self._weighted(values, len(images)))
         if self.partner is not None:
             self._sums[1] += self.partner.learn(logits.detach(), labels, together)
         self.batch += 1
@@ -113,13 +157,10 @@ class Training:
             self.partner.update(step, self._steps)
 
     def losses(self) -> dict[str, float]:
-        """The mean loss of the epoch's batches, and that of the partner."""
-        sums = self._sums_of_ranks().tolist()
-        names = ["loss"] if self.partner is None else ["loss", f"{PARTNER}_loss"]
-        return {name: total / self._batches for name, total in zip(names, sums, strict=False)}
-
-    def _sums_of_ranks(self) -> Tensor:
-        return group.total(self._sums) / group.world()
+        """The mean loss of the epoch's batches, those of its parts where it has several, and that of the partner."""
+        loss, of_partner = (total / self._batches for total in _of_ranks(self._sums).tolist())
+        partner = {} if self.partner is None else {f"{PARTNER}_loss": of_partner}
+        return {"loss": loss, **self._parts.means(self._batches), **partner}
 
     def average_statistics(self) -> None:
         """Of all ranks, in all networks, before they are evaluated or kept."""
@@ -128,6 +169,7 @@ class Training:
 
     def end_epoch(self) -> None:
         self._sums.zero_()
+        self._parts.clear()
         self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
@@ -137,7 +179,8 @@ class Training:
             "epoch": self.epoch,
             "batch": self.batch,
             "seconds": self.seconds,
-            "sums": self._sums_of_ranks(),
+            "sums": _of_ranks(self._sums),
+            "parts": self._parts.state_dict(),
             "model": self.model.state_dict(),
             "average": self._average.state_dict() if self._average is not None else {},
             "updater": self._updater.state_dict(),
@@ -149,6 +192,7 @@ class Training:
     def load_state_dict(self, state: dict[str, Any]) -> None:
         self.epoch, self.batch, self.seconds = state["epoch"], state["batch"], state["seconds"]
         self._sums.copy_(state["sums"])
+        self._parts.load_state_dict(state.get("parts", {}), self._device)
         self.model.load_state_dict(state["model"])
         if self._average is not None:
             self._average.load_state_dict(state["average"])

@@ -5,19 +5,23 @@ from __future__ import annotations
 import shlex
 
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
-from kdcache.cache.home import list_caches, open_cache, open_registry
+from kdcache.cache.home import list_caches, open_registry
 from kdcache.cache.registry.registry import Registry
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset, is_function, open_data
 from kdcache.pipeline.ffcv.beton import Beton
 from kdcache.pipeline.info import one_line
 from kdcache.train.config import TrainConfig
+from kdcache.train.plan.stores import open_store
 
 _EXAMPLE = "resnet34"  # a teacher to name in a message, where the user has named none
 
 
 def choose_cache(config: TrainConfig) -> Cache | Beton:
-    """The cache asked for, or the only one that matches."""
+    """The cache asked for, or the only one that matches the data and the teacher.
+
+    NotFoundError where there is none; InputError where several match; MismatchError for another teacher's.
+    """
     where = config.cache
     if where is None:
         try:
@@ -30,19 +34,15 @@ def choose_cache(config: TrainConfig) -> Cache | Beton:
     cache = open_store(where, config.registry, config.local_store_size)
     built_by = cache.identity.teacher.network
     if config.teacher and config.teacher != built_by:
-        raise MismatchError(f"{cache.path} was built by {built_by}, not by {config.teacher}")
+        raise MismatchError(f"{cache.where} was built by {built_by}, not by {config.teacher}")
     return cache
 
 
-def open_store(where: str, registry: str | None, store_bytes: int | None = None) -> Cache | Beton:
-    return Beton(where) if where.endswith(".beton") else open_cache(where, registry, store_bytes)
-
-
 def find_cache(data: str, teacher: str | None = None, registry: Registry | None = None) -> Cache:
-    """The only cache under KDCACHE_HOME with complete views of this dataset (and teacher's architecture).
+    """The only cache with complete views of this dataset, and by this teacher where one is named.
 
-    Where there is none, the only one in the registry.
-    NotFoundError where there is none; InputError that lists them where there are several.
+    It is looked for under KDCACHE_HOME, or in the registry where one is given. NotFoundError where there is none;
+    InputError that lists them where there are several.
     """
     name = data if is_function(data) else data.partition(":")[0]
     opened: dict[bool, Dataset] = {}

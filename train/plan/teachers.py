@@ -5,34 +5,32 @@ from __future__ import annotations
 import torch
 
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
-from kdcache.cache.store.cache import Cache
-from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.ffcv.beton import Beton
 from kdcache.pipeline.teachers import weightstore
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import Wanted
 from kdcache.pipeline.teachers.teacher import Classifier, Teacher, load_teacher, try_out
 from kdcache.pipeline.trust import stored_network
-from kdcache.train.config import TrainConfig
 from kdcache.train.loop.cotrain import LearningTeacher
-from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.trainer import seeded
 from kdcache.train.losses.base import Partnered
+from kdcache.train.plan.plan import TrainPlan
 
 
-def same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, device: torch.device) -> Teacher:
-    """The live teacher, which must be the one that the cache was built by."""
+def live_teacher(plan: TrainPlan) -> Teacher:
+    """The teacher that answers in every step. MismatchError unless it is the one that the cache was built by."""
+    asked, cache = plan.asked, plan.cache
     had = cache.identity.teacher
-    name = config.teacher or stored_network(had.network, cache.path, "--teacher")
     amp = "bf16" if had.numeric == "bf16" else None
-    weights = weightstore.weights_of(cache.identity, cache.path, config.weights, config.registry)
+    weights = weightstore.weights_of(cache.identity, cache.where, asked.weights, asked.registry)
     try:
-        teacher = load_teacher(name, data, device, weights=weights, amp=amp, wanted=Wanted.of(had))
+        teacher = load_teacher(
+            _network_of(plan), plan.data, plan.device, weights=weights, amp=amp, wanted=Wanted.of(had)
+        )
     except NotFoundError:
-        raise weightstore.not_to_be_had(had, config.registry) from None
+        raise weightstore.not_to_be_had(had, asked.registry) from None
     if found := had.differences(teacher.identity, theirs="found"):
         raise MismatchError(f"the live teacher is not that of cache {cache.key[:12]}: {'; '.join(found)}")
-    if teacher.classes != cache.identity.record.classes:
+    if teacher.classes != plan.classes:
         raise MismatchError(
             f"the class map of cache {cache.key[:12]} makes one class of several of the teacher's, and a live teacher "
             "does not: train without --online"
@@ -40,34 +38,52 @@ def same_teacher(cache: Cache | Beton, config: TrainConfig, data: Dataset, devic
     return teacher
 
 
-def learning_teacher(
-    cache: Cache | Beton, config: TrainConfig, data: Dataset, loss: Partnered, recipe: Recipe, device: torch.device
-) -> LearningTeacher | None:
-    """The teacher that learns beside the student, online; None from a cache."""
-    if not config.online:
-        if any(getattr(loss, name) != getattr(type(loss), name) for name in loss.partner_options):
-            *most, last = loss.partner_options
-            raise InputError(f"{loss.name}'s {', '.join(most)} and {last} are of a teacher that learns: give --online")
+def learning_teacher(plan: TrainPlan) -> LearningTeacher | None:
+    """The teacher that learns beside the student, where the loss has one and the run is online; else None.
+
+    InputError for options of it in a run without one, and for what it cannot learn from.
+    """
+    loss, data, had = plan.loss, plan.data, plan.cache.identity.teacher
+    if not isinstance(loss, Partnered):
         return None
-    record, had = cache.identity.record, cache.identity.teacher
-    if not record.labels:
+    if not plan.teacher_learns:
+        _require_no_options(loss)
+        return None
+    if not plan.cache.identity.record.labels:
         raise InputError(f"{loss.name}'s teacher learns from labels too, and this cache was built with --unlabelled")
     mean, std = data.mean, data.std
     if loss.starts_taught:
-        teacher = same_teacher(cache, config, data, device)
-        model, mean, std = teacher.model, had.mean, had.std
+        model, mean, std = live_teacher(plan).model, had.mean, had.std
     else:
-        if config.weights:
+        if plan.asked.weights:
             raise InputError(f"--weights are those of a taught teacher: give --loss {loss.name}:start=taught")
-        name = config.teacher or stored_network(had.network, cache.path, "--teacher")
-        # A seed that no student has: two of one kind must not start from equal weights.
-        network = seeded(-1 - config.seed, lambda: build_network(name, record.classes, had.input_size))
-        model = Classifier(network, mean, std).to(device)
-        model.to(memory_format=torch.channels_last)
-        if (answers := try_out(model, name, had.input_size)) != record.classes:
-            raise InputError(f"{name} answers for {answers} classes, the cache holds {record.classes}")
+        model = _new_teacher(plan)
     notes = {
         "network": had.network, "input_size": had.input_size, "mean": list(mean), "std": list(std),
         "interpolation": had.interpolation, "class_names": list(data.class_names),
     }  # fmt: skip
-    return LearningTeacher(model, had.input_size, loss, recipe, notes)
+    return LearningTeacher(model, had.input_size, loss, plan.recipe, notes)
+
+
+def _require_no_options(loss: Partnered) -> None:
+    """InputError where an option is given that is about a teacher that learns."""
+    if any(getattr(loss, name) != getattr(type(loss), name) for name in loss.partner_options):
+        *most, last = loss.partner_options
+        raise InputError(f"{loss.name}'s {', '.join(most)} and {last} are of a teacher that learns: give --online")
+
+
+def _new_teacher(plan: TrainPlan) -> Classifier:
+    """A network of the cache's kind of teacher with new weights."""
+    name, size, data = _network_of(plan), plan.cache.identity.teacher.input_size, plan.data
+    # A seed that no student has: two of one kind must not start from equal weights.
+    network = seeded(-1 - plan.asked.seed, lambda: build_network(name, plan.classes, size))
+    model = Classifier(network, data.mean, data.std).to(plan.device)
+    model.to(memory_format=torch.channels_last)
+    if (answers := try_out(model, name, size)) != plan.classes:
+        raise InputError(f"{name} answers for {answers} classes, the cache holds {plan.classes}")
+    return model
+
+
+def _network_of(plan: TrainPlan) -> str:
+    """The teacher's network. InputError where only the cache names a function for it."""
+    return plan.asked.teacher or stored_network(plan.cache.identity.teacher.network, plan.cache.where, "--teacher")

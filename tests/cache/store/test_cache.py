@@ -22,7 +22,8 @@ from kdcache.cache import Cache, Identity, KdcacheError, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.files import publish, read_bounded, replace_file
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
-from kdcache.cache.store.chunks import array_metadata, as_arrays, encode_part, record_arrays
+from kdcache.cache.store.chunks import array_metadata, as_arrays, encode_part
+from kdcache.cache.store.layout import record_arrays
 from kdcache.pipeline.verify import verify
 from kdcache.tests.helpers.caches import WRITER, Filled, identity, same, shapes
 
@@ -475,11 +476,11 @@ def test_a_coded_tail_that_shows_a_hole_is_refused(tmp_path):
 def test_forged_labels_priors_and_sums_are_refused(filled):
     cache, path = filled.cache, filled.cache.path
     for name, spec, value, message in (
-        ("labels", cache.train._labels, 12, "labels holds a class id above 11"),
-        ("sizes", cache.train._sizes, 0, "sizes holds sizes below 1"),
-        ("prior", cache._prior_array, 0, "prior holds values that are no probabilities"),
-        ("prior", cache._prior_array, np.nan, "prior holds values that are no probabilities"),
-        ("tail_sums", cache.train.tail_sums_array, -1, "tail_sums holds values below zero"),
+        ("labels", cache.train.layout.labels, 12, "labels holds a class id above 11"),
+        ("sizes", cache.train.layout.sizes, 0, "sizes holds sizes below 1"),
+        ("prior", cache.train.layout.prior, 0, "prior holds values that are no probabilities"),
+        ("prior", cache.train.layout.prior, np.nan, "prior holds values that are no probabilities"),
+        ("tail_sums", cache.train.layout.tail_sums, -1, "tail_sums holds values below zero"),
     ):
         file = spec.chunk_file(0)
         kept = (path / file).read_bytes()

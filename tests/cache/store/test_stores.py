@@ -27,6 +27,7 @@ from kdcache.cache import errors as e
 from kdcache.cache.home import list_caches
 from kdcache.cache.store import chunks
 from kdcache.cache.store import packing as packing
+from kdcache.cache.store.layout import ArraySpec
 from kdcache.cache.store.packing import choose_views, pack_hdf5, unpack_hdf5
 from kdcache.cli import main
 from kdcache.pipeline.ffcv.beton import Beton, pack_beton
@@ -130,8 +131,8 @@ def test_h5py_alone_reads_the_arrays(tmp_path, k):
         assert bytes(f["identity.json"][:]) == (cache.path / "identity.json").read_bytes()
         for name in ("commits/v00001-p0002.json", "eval/commits/labels.json"):
             assert bytes(f[name][:]) == (cache.path / name).read_bytes()
-        for store, _, wanted in cache.contents(cache.views):
-            for where, spec, part in wanted:
+        for store, name in cache.contents(cache.views):
+            for where, spec, part in store.chunks(name):
                 found = f["/".join(filter(None, ["" if store is cache.train else "eval", where, spec.name]))]
                 assert (found.shape, found.dtype, found.chunks) == (spec.shape, spec.dtype, spec.chunk_shape)
                 assert (found.compression, found.shuffle, found.fletcher32) == ("gzip", True, True)
@@ -357,7 +358,7 @@ def test_the_rows_of_another_part_view_or_split_are_refused(packed):
 def test_a_chunk_that_inflates_to_more_costs_nothing(packed):
     bomb = zlib.compress(bytes(2 * 10**8), 1) + b"sum."
     end = packed.stat().st_size
-    limit = chunks.ArraySpec("x", (16, 3), 16, "float16", ("a", "b")).max_file_bytes
+    limit = ArraySpec("x", (16, 3), 16, "float16", ("a", "b")).max_file_bytes
     for size in (len(bomb), limit):
         forge(packed, lambda index, s=size: index.update({GAPS: [end, s]}), patches=[(end, bomb)])
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
@@ -464,7 +465,7 @@ from pathlib import Path
 from kdcache.cache import Cache
 from kdcache.cache.store import packing
 from kdcache.cache.store.hdf5 import Packer
-from kdcache.cache.store.cache import SplitStore
+from kdcache.cache.store.publish import SplitStore
 place, what = Path(sys.argv[1]), sys.argv[2]
 os.fsync = lambda fd: None  # takes most of the time, and what is killed here is not the machine
 steps = {

@@ -30,7 +30,8 @@ from kdcache.cache import Cache, KdcacheError, encode, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import list_caches
 from kdcache.cache.store import chunks, leases
-from kdcache.cache.store.cache import SplitStore, shard_name
+from kdcache.cache.store.layout import shard_name
+from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build import build as build_module
 from kdcache.pipeline.build import builder, plan
@@ -971,7 +972,7 @@ def forge(path, change, target=0, source=None):
     rows = {name: change(getattr(view, name)).numpy() for name in ("classes", "gaps", "target_gap", "tail")}
     for part in range(PARTS):
         about = store.commit(shard_name(target, part))
-        sums = store.read_shard(0, part, with_tail_sums=True)["tail_sums"][0] if target == 0 else None
+        sums = store.read_shard(0, part)["tail_sums"][0] if target == 0 else None
         (path / "commits" / f"{shard_name(target, part)}.json").unlink()
         at = slice(store.rows(part).start, store.rows(part).stop)
         store.write_shard(target, part, {n: r[at] for n, r in rows.items()}, about.parameters, about.writer, sums)

@@ -375,7 +375,9 @@ def test_the_rest_of_the_commands(place, fkd, tmp_path):
     weights = tmp_path / "w.safetensors"
     save_file(build_network("resnet8", len(CLASSES), 32).state_dict(), weights)
     with pytest.raises(KdcacheError, match=re.escape("teacher.architecture: the cache has effL2 (imported from fkd)")):
-        build(BuildConfig("resnet8", str(weights), f"imagenet:{place}/images", out=str(cache.path), views=1), quiet)
+        build(
+            BuildConfig("resnet8", str(weights), data=f"imagenet:{place}/images", out=str(cache.path), views=1), quiet
+        )
 
 
 def test_it_is_packed_and_shared_like_others(fkd, tmp_path, monkeypatch):
@@ -429,7 +431,7 @@ def test_a_killed_import_goes_on(fkd, tmp_path):
     """Killed by SIGKILL when it has written some shards."""
     script = (
         "import os, signal, sys\n"
-        "from kdcache.cache.store.cache import SplitStore\n"
+        "from kdcache.cache.store.publish import SplitStore\n"
         "from kdcache.pipeline.imports import imports\n"
         "imports.PART, write, count = 8, SplitStore.write_shard, 0\n"
         "def killed(*args):\n"

@@ -1,0 +1,239 @@
+"""Publishes what a split holds: writes files whole, decides between builders, and commits what is decided.
+
+Any number of builders may write one name at once, and stop, wake up or die at any step, because
+
+- a builder syncs its files and its commit in a folder of its own, and decides by renaming that folder to
+  scratch/decided/NAME, which only one can do: the decision and its bytes are one thing, and outlive their builder;
+- only what is decided is put in place, by any builder, for all of them put the same bytes;
+- a decision is removed when its commit is there, never before. So a decision that was read *before* the commit was
+  found missing is the only one there ever was; one that comes after the commit is void, and nobody puts it in place.
+"""
+
+from __future__ import annotations
+
+import errno
+import os
+import re
+import secrets
+import shutil
+from collections.abc import Mapping, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from contextlib import suppress
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache import files
+from kdcache.cache.errors import CorruptError, InputError, NotFoundError
+from kdcache.cache.files import Content
+from kdcache.cache.identity import MAX_JSON_BYTES, Identity, SplitName, canonical, parse
+from kdcache.cache.store import chunks
+from kdcache.cache.store.layout import Chunk, Commit, StoredFile, shard_name
+from kdcache.cache.store.place import Place, path_of
+from kdcache.cache.store.split import THREADS, SplitReader
+
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+_CHUNK = re.compile(r"(views/v[0-9]{5,9}/)?[a-z_]+/c(/[0-9]+)+")
+
+
+class SplitStore(SplitReader):
+    """One split of a cache, to be read and, where it lies in a folder, written.
+
+    token: names the builder's own folder in scratch/.
+    """
+
+    def __init__(self, place: Place, split: SplitName, identity: Identity, token: str | None = None) -> None:
+        super().__init__(place, split, identity)
+        self._token = token or secrets.token_hex(8)
+
+    @cached_property
+    def _root(self) -> Path:
+        return path_of(self._place) / self.prefix
+
+    @cached_property
+    def _scratch(self) -> Path:
+        return path_of(self._place) / "scratch" / self._token
+
+    @cached_property
+    def _decided(self) -> Path:
+        return path_of(self._place) / "scratch" / "decided" / self.split
+
+    # Rows
+
+    def write_shard(
+        self,
+        view: int,
+        part: int,
+        rows: Mapping[str, NDArray[Any]],
+        parameters: str,
+        writer: Mapping[str, str],
+        tail_sums: NDArray[np.float64] | None = None,
+    ) -> bool:
+        """Publish and commit a shard; `rows` by array name, `tail_sums` [T, C] with view 0 of top-k records.
+
+        True if these bytes are now the committed ones.
+        """
+        named = {**rows} if tail_sums is None else {**rows, "tail_sums": tail_sums[None]}
+        name = shard_name(view, part)
+        data = [(chunk, named[chunk.spec.name]) for chunk in self.chunks(name)]
+        return self.write(name, data, writer, parameters)
+
+    def write_labels(self, labels: NDArray[Any], writer: Mapping[str, str]) -> None:
+        """Commit the labels [N, L], or require that those committed are the same."""
+        self._write_whole("labels", labels, writer)
+        self.require_labels(labels)
+
+    def write_sizes(self, sizes: NDArray[np.int32], writer: Mapping[str, str]) -> None:
+        """Commit the image sizes [N, 2] of a dataset in files, or require that those committed are the same."""
+        if self.layout.sizes is not None:
+            self._write_whole("sizes", sizes, writer)
+        self.require_sizes(sizes)
+
+    def _write_whole(self, name: str, array: NDArray[Any], writer: Mapping[str, str]) -> None:
+        if not self.has(name):
+            self.write(name, [(chunk, array[chunk.rows]) for chunk in self.chunks(name)], writer)
+
+    def write(
+        self,
+        name: str,
+        data: Sequence[tuple[Chunk, NDArray[Any]]],
+        writer: Mapping[str, str],
+        parameters: str | None = None,
+    ) -> bool:
+        """Publish the rows of chunks, and commit them as `name`.
+
+        True if these bytes are now the committed ones: of several builders the first decides (see `finish`).
+        """
+        stored: dict[str, StoredFile] = {}
+        contents: dict[str, Content] = {}
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="kdcache-encode") as threads:
+            encoded = list(threads.map(lambda at: chunks.encode_part(at[0].spec, at[0].part, at[1]), data))
+        for (chunk, rows), content in zip(data, encoded, strict=True):
+            self._describe(chunk)
+            digest = chunks.rows_digest(chunk.spec, rows)
+            file = StoredFile(size=len(content), sha256=files.sha256(content), rows=digest)
+            stored[chunk.file] = file
+            contents[file.sha256] = content
+        commit = Commit(key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer))
+        contents["commit.json"] = canonical(commit)
+        self._publish(name, contents)
+        return self.commit(name).files == stored
+
+    def adopt(self, name: str, commit: bytes, contents: Mapping[str, Content]) -> None:
+        """Publish what another copy of this cache has committed as `name`, unless there is such a commit already.
+
+        commit: its bytes. contents: the files that it names, by their sha256, as `files_of` gives them.
+        """
+        for chunk in self.chunks(name):
+            self._describe(chunk)
+        self._publish(name, {"commit.json": commit, **contents})
+
+    def remove(self, name: str) -> None:
+        """Take back a commit and its files, so that the next build makes them anew. For folders only."""
+        require_folder(path_of(self._place))
+        # The commit goes first, because what no commit names does not exist.
+        for file in (f"commits/{name}.json", *(chunk.file for chunk in self.chunks(name))):
+            (self._root / file).unlink(missing_ok=True)
+
+    def _describe(self, chunk: Chunk) -> None:
+        # For people with plain zarr. kdcache reads none of it, so a later zarr may word it otherwise.
+        for file, content in chunks.metadata_files(chunk):
+            if not (self._root / file).exists():
+                files.publish(self._root / file, content(), self._scratch, replace=True)
+
+    # Decisions
+
+    def _publish(self, name: str, contents: Mapping[str, Content]) -> None:
+        while not self.has(name):
+            self.finish(name, self._decide(name, contents))
+
+    def _decide(self, name: str, contents: Mapping[str, Content]) -> bool:
+        """Write the files aside and decide for them; whether it was this call that decided."""
+        decided, folder = False, self._scratch / secrets.token_hex(8)
+        # The folder is missing where another builder took this one, stopped for long, for dead: the caller tries again.
+        with suppress(FileNotFoundError):
+            files.make_folder(folder)
+            for file, content in contents.items():
+                files.write(folder / file, content)
+            files.sync_folder(folder)
+            files.make_folder(self._decided)
+            try:
+                folder.rename(self._decided / name)
+                decided = True
+            except OSError as e:
+                if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+            files.sync_folder(self._decided)
+        shutil.rmtree(folder, ignore_errors=True)
+        return decided
+
+    def decided(self) -> list[str]:
+        """The names that are decided and perhaps not committed: their builder is at work on them, or has died."""
+        return files.names(self._decided)
+
+    def finish(self, name: str, just_written: bool = False) -> None:
+        """Put what is decided for `name` in its place and commit it; nothing happens if nothing is decided.
+
+        just_written: whether this process has just written it, so that nothing of it needs to be read again.
+        """
+        decided = self._decided / name
+        advice = f"remove {decided} and run kdcache build again"
+        try:
+            content = files.read_bounded(decided / "commit.json", MAX_JSON_BYTES)
+        except NotFoundError:
+            names = files.names(decided)
+            if names and "commit.json" not in names and not self.has(name):
+                raise CorruptError(f"{decided} lacks its commit; {advice}") from None
+            return
+        self.refresh()
+        if not self.has(name):
+            commit = parse(Commit, content, str(decided / "commit.json"), advice)
+            if (commit.key, commit.name) != (self._key, name) or not all(
+                _CHUNK.fullmatch(file) and _SHA256.fullmatch(stored.sha256) for file, stored in commit.files.items()
+            ):
+                raise CorruptError(f"{decided} holds no commit of {name}; {advice}")
+            for file, stored in commit.files.items():
+                if not self._put(file, stored, decided, just_written) and not self.has(name):
+                    raise CorruptError(f"{decided} does not hold the bytes of {file} that were decided; {advice}")
+            for folder in {(self._root / file).parent for file in commit.files}:
+                files.sync_folder(folder)  # another builder may not have synced what it has put there
+            files.publish(self._root / "commits" / f"{name}.json", content, self._scratch)
+        files.remove_folder(decided, self._scratch)
+
+    def _put(self, file: str, stored: StoredFile, decided: Path, just_written: bool) -> bool:
+        """Give a decided file its place; whether the bytes there are the decided ones."""
+        path = self._root / file
+        if just_written or not _is(path, stored):
+            # The file is missing where another builder has finished this decision, and has removed it.
+            with suppress(FileNotFoundError):
+                files.link_file(path, decided / stored.sha256, self._scratch)
+                if just_written:
+                    return True
+        return _is(path, stored)
+
+    def refresh(self) -> None:
+        """Have `committed` and `has` show what other builders have done, by a change to the folder of commits."""
+        # An NFS client remembers for a while that a file was missing, but not beyond a change of the file's folder.
+        folder = self._root / "commits"
+        files.make_folder(folder)
+        os.utime(folder)
+
+
+def require_folder(path: Path) -> None:
+    """InputError where the path of a cache to write into is a file's."""
+    if path.is_file():
+        raise InputError(
+            f"{path} is a file where a folder is needed: give another --out, or kdcache unpack {path} first"
+        )
+
+
+def _is(path: Path, stored: StoredFile) -> bool:
+    """Whether the file there has the stored bytes."""
+    try:
+        content = files.read_bounded(path, stored.size)
+    except (NotFoundError, CorruptError):
+        return False
+    return files.sha256(content) == stored.sha256

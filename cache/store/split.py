@@ -1,0 +1,234 @@
+"""Reads one split of a cache: its commits, its labels and image sizes, and the records of its views.
+
+Readers go by the commits alone: what no commit names does not exist.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Collection, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
+from types import MappingProxyType
+from typing import TYPE_CHECKING, Any, TypeVar
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache.errors import CorruptError, KdcacheError, MismatchError, NotFoundError, UnreadableError
+from kdcache.cache.files import Content
+from kdcache.cache.identity import MAX_JSON_BYTES, Identity, SplitName, parse
+from kdcache.cache.store import chunks
+from kdcache.cache.store.layout import Chunk, Commit, SplitLayout, StoredFile, parse_shard_name, shard_name
+from kdcache.cache.store.place import Place
+
+if TYPE_CHECKING:  # torch takes seconds to import, and listing, moving or checking a cache needs no tensors
+    import torch
+
+    from kdcache.cache.records import Records
+
+T = TypeVar("T")
+Arrays = Mapping[str, NDArray[Any]]
+_NONE: Arrays = MappingProxyType({})
+THREADS = 4  # parts or arrays at once: neither hashing nor blosc holds Python's lock
+
+
+class SplitReader:
+    """Reads one split of the cache at a place: N samples in parts; a shard is the records of one view and part.
+
+    where: the split's folder, for people. prefix: the same, as the beginning of a file's name in the cache.
+    """
+
+    def __init__(self, place: Place, split: SplitName, identity: Identity) -> None:
+        self._place, self._key, self._record = place, identity.key, identity.record
+        self.layout = SplitLayout(identity, split)
+        self.split, self.prefix = split, self.layout.prefix
+        self.samples, self.part, self.parts = self.layout.samples, self.layout.part, self.layout.parts
+        self.where = place.locate(self.prefix.rstrip("/")) if self.prefix else place.where
+
+    def rows(self, part: int) -> range:
+        """The samples of a part."""
+        return range(part * self.part, min((part + 1) * self.part, self.samples))
+
+    def chunks(self, name: str) -> list[Chunk]:
+        """The chunks that the commit of that name has to name."""
+        return self.layout.chunks(name)
+
+    def carries_tail_sums(self, view: int) -> bool:
+        """Whether the commits of a view also name the part's share of the prior."""
+        return self.layout.carries_tail_sums(view)
+
+    # Commits
+
+    def committed(self) -> dict[int, set[int]]:
+        """The committed parts of each view."""
+        found: dict[int, set[int]] = {}
+        for file in self._place.names(f"{self.prefix}commits"):
+            if file.endswith(".json") and (shard := parse_shard_name(file.removesuffix(".json"))):
+                found.setdefault(shard[0], set()).add(shard[1])
+        return found
+
+    def complete_views(self) -> tuple[int, ...]:
+        """The views of which every part is committed."""
+        every = set(range(self.parts))
+        return tuple(sorted(v for v, parts in self.committed().items() if parts >= every))
+
+    def has(self, name: str) -> bool:
+        """Whether there is a commit of that name."""
+        return self._place.has(self.layout.commit_file(name))
+
+    def commit_bytes(self, name: str) -> bytes:
+        """The commit of that name, as it is stored."""
+        return self._place.read(self.layout.commit_file(name), MAX_JSON_BYTES)
+
+    def commit(self, name: str) -> Commit:
+        """The commit of that name; MismatchError when another cache's is there, CorruptError when another name's is."""
+        where = self._commit_where(name)
+        try:
+            content = self.commit_bytes(name)
+        except NotFoundError as e:
+            raise NotFoundError(f"{e}: {self._place.again}") from None
+        except CorruptError as e:
+            raise CorruptError(f"{e}; {self._remedy(name)}") from e
+        commit = parse(Commit, content, where, self._remedy(name))
+        if commit.key != self._key:
+            # Removing the commit would repair nothing: one wrong bit in identity.json would take all shards with it.
+            raise MismatchError(
+                f"{where} belongs to cache {commit.key[:12]}, and {self._place.locate('identity.json')} is that of "
+                f"{self._key[:12]}: one of the two is damaged or from elsewhere, copy it anew"
+            )
+        if commit.name != name:
+            raise CorruptError(f"{where} is that of {commit.name}; {self._remedy(name)}")
+        return commit
+
+    def _commit_where(self, name: str) -> str:
+        return self._place.locate(self.layout.commit_file(name))
+
+    def _remedy(self, name: str) -> str:
+        return self._place.remedy(self.layout.commit_file(name))
+
+    # What commits name
+
+    def files_of(self, name: str) -> dict[str, Content]:
+        """The files that a commit names as they lie in a folder, checked against the commit; by their sha256."""
+
+        def content(file: str, stored: StoredFile, chunk: Chunk) -> tuple[str, Content]:
+            return stored.sha256, self._place.content(file, stored, chunk)
+
+        return dict(self._each(name, content))
+
+    def load(self, name: str, out: Arrays = _NONE, only: Collection[str] | None = None) -> list[NDArray[Any]]:
+        """The rows of each chunk that a commit names; bytes are checked against the commit before they are decoded.
+
+        out: whole arrays by name, in which the rows are to lie. only: the names of the arrays that are read.
+        """
+
+        def rows(file: str, stored: StoredFile, chunk: Chunk) -> NDArray[Any]:
+            there = out[chunk.spec.name][chunk.rows] if chunk.spec.name in out else None
+            return self._place.rows(file, stored, chunk, there)
+
+        return self._each(name, rows, only)
+
+    def require(self, name: str) -> None:
+        """CorruptError unless the commit is sound and its files are there; they are not read."""
+        self._each(name, lambda file, stored, chunk: self._place.require(file, stored))
+
+    def _each(
+        self, name: str, get: Callable[[str, StoredFile, Chunk], T], only: Collection[str] | None = None
+    ) -> list[T]:
+        commit, wanted = self.commit(name), self.chunks(name)
+        if set(commit.files) != {chunk.file for chunk in wanted}:
+            raise CorruptError(f"{self._commit_where(name)} does not name the files of {name}; {self._remedy(name)}")
+        out = []
+        for chunk in wanted:
+            if only is not None and chunk.spec.name not in only:
+                continue
+            try:
+                out.append(get(self.prefix + chunk.file, commit.files[chunk.file], chunk))
+            except UnreadableError as e:
+                raise UnreadableError(f"{e} ({name} of {self.where})") from e
+            except KdcacheError as e:
+                raise CorruptError(f"{e} ({name} of {self.where}); {self._remedy(name)}") from e
+        return out
+
+    # Labels, sizes and records
+
+    @cached_property
+    def labels(self) -> NDArray[Any]:
+        """[N, L] class ids."""
+        parts, spec = self.load("labels"), self.layout.labels
+        labels = np.concatenate(parts) if parts else np.empty(spec.shape, spec.dtype)
+        if labels.size and int(labels.max()) >= self._record.classes:
+            where = self._place.locate(f"{self.prefix}labels")
+            raise CorruptError(f"{where} holds a class id above {self._record.classes - 1}; {self._remedy('labels')}")
+        return labels
+
+    def require_labels(self, labels: NDArray[Any]) -> None:
+        """MismatchError unless these are the cache's."""
+        if not np.array_equal(self.labels, labels):
+            differing = int((self.labels != labels).any(1).sum()) if self.labels.shape == labels.shape else len(labels)
+            raise MismatchError(f"{self.where} has other labels than asked for ({differing} of {self.samples} differ)")
+
+    @cached_property
+    def sizes(self) -> NDArray[np.int32]:
+        """[N, 2] height and width of the images of a dataset in files."""
+        sizes = np.concatenate(self.load("sizes"))
+        if int(sizes.min()) < 1:
+            where = self._place.locate(f"{self.prefix}sizes")
+            raise CorruptError(f"{where} holds sizes below 1; {self._remedy('sizes')}")
+        return sizes
+
+    def require_sizes(self, sizes: NDArray[np.int32]) -> None:
+        """MismatchError unless these are the cache's, since a view's parameters depend on them."""
+        if self.layout.sizes is None:
+            return
+        if len(wrong := np.flatnonzero((self.sizes != sizes).any(1))):
+            (h, w), (height, width) = self.sizes[wrong[0]], sizes[wrong[0]]
+            raise MismatchError(
+                f"{self.where} was built from images of other sizes ({len(wrong)} of {self.samples} differ; sample "
+                f"{wrong[0]} was {h} x {w}, now {height} x {width})"
+            )
+
+    def read(self, view: int, prior: torch.Tensor | None, out: Records | None = None) -> Records:
+        """All records of a view, checked, in memory as they are stored. out: records whose memory is taken."""
+        missing = set(range(self.parts)) - self.committed().get(view, set())
+        if missing:
+            raise NotFoundError(
+                f"view {view} is not complete in {self.where} ({len(missing)} of {self.parts} parts missing): "
+                + self._place.more(view)
+            )
+        slab = {} if out is None else chunks.as_arrays(out)
+        first = self.check_shard(view, 0, slab)
+        if not slab and self.parts == 1:
+            slab = first
+        elif not slab:
+            # Memory is taken only now that a shard was found to have the sizes that the identity claims.
+            slab = {spec.name: np.empty(spec.shape, spec.dtype) for spec in self.layout.records}
+            for name, rows in slab.items():
+                rows[: self.part] = first[name]
+        del first
+        with ThreadPoolExecutor(THREADS, thread_name_prefix="kdcache-read") as threads:
+            list(threads.map(lambda part: self.check_shard(view, part, slab), range(1, self.parts)))
+        return chunks.as_records(self._record, slab, self.labels, prior)
+
+    def view_arrays(self, view: int) -> dict[str, NDArray[Any]]:
+        """How an imported view was made, by name: boxes [N, 4] and flips [N], or seeds [N]."""
+        names = [spec.name for spec in self.layout.view_arrays]
+        parts = [self.load(shard_name(view, part), only=names) for part in range(self.parts if names else 0)]
+        return {name: np.concatenate(rows) for name, rows in zip(names, zip(*parts, strict=True), strict=True)}
+
+    def read_shard(self, view: int, part: int, out: Arrays = _NONE) -> dict[str, NDArray[Any]]:
+        """The arrays of a shard by name. out: arrays of the whole view by name, in which they are to lie."""
+        name = shard_name(view, part)
+        return {chunk.spec.name: rows for chunk, rows in zip(self.chunks(name), self.load(name, out), strict=True)}
+
+    def check_shard(self, view: int, part: int, out: Arrays = _NONE) -> dict[str, NDArray[Any]]:
+        """The arrays of a shard as `read_shard` gives them; CorruptError unless bytes and values are sound."""
+        if part >= self.parts:
+            commit = self._commit_where(shard_name(view, part))
+            raise CorruptError(f"{commit}: there is no part {part}, the last one is {self.parts - 1}; remove it")
+        shard = self.read_shard(view, part, out)
+        for name, rows in shard.items():
+            if problem := chunks.unsound(name, rows, self._record.classes):
+                again = self._remedy(shard_name(view, part))
+                raise CorruptError(f"view {view}, part {part} of {self.where}: {name} holds {problem}; {again}")
+        return shard

@@ -1,0 +1,102 @@
+"""What a training asks of each kind of store: its labels, how it renders, and a loader.
+
+A new kind is a class like these, and a choice of it in the two functions at the end.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+from kdcache.cache.errors import InputError
+from kdcache.cache.home import open_cache
+from kdcache.cache.store.cache import Cache
+from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.ffcv.beton import Beton
+from kdcache.pipeline.views.render import RENDERER
+from kdcache.train.loaders.cached import CachedLoader
+from kdcache.train.loaders.ffcv import BetonLoader
+
+
+class Feed(Protocol):
+    """A store that is open, as a training sees it. renderer: that of the images that its loader gives."""
+
+    @property
+    def renderer(self) -> str: ...
+
+    def labels(self) -> NDArray[np.int64]:
+        """int64 [N, L] the classes of the training samples, as the teacher counts them."""
+
+    def live(self) -> Cache:
+        """The cache whose views a live teacher answers. InputError where none can stand in for these records."""
+
+    def loader(
+        self, data: Dataset, batch: int, allow_renderer: bool, say: Callable[[str], None], **options: Any
+    ) -> CachedLoader | BetonLoader:
+        """The loader of the store's records beside the pixels of `data`; options are those of CachedLoader."""
+
+
+class CacheFeed:
+    """A cache in a folder, a bucket or an HDF5 file: the images are those of the dataset."""
+
+    renderer = RENDERER
+
+    def __init__(self, cache: Cache) -> None:
+        self._cache = cache
+
+    def labels(self) -> NDArray[np.int64]:
+        return self._cache.train.labels.astype(np.int64)
+
+    def live(self) -> Cache:
+        if self._cache.identity.views.imported:
+            raise InputError(
+                f"{self._cache.where} was imported, and its teacher is not at hand: train without --online"
+            )
+        return self._cache
+
+    def loader(
+        self, data: Dataset, batch: int, allow_renderer: bool, say: Callable[[str], None], **options: Any
+    ) -> CachedLoader:
+        return CachedLoader(self._cache, data, batch, **options)
+
+
+class BetonFeed:
+    """A packed file, which holds the training images itself."""
+
+    def __init__(self, beton: Beton) -> None:
+        self._beton = beton
+
+    @property
+    def renderer(self) -> str:
+        return self._beton.renderer
+
+    def labels(self) -> NDArray[np.int64]:
+        return self._beton.labels.astype(np.int64)
+
+    def live(self) -> Cache:
+        raise InputError(f"--online renders as the cache was built: give the cache itself, not {self._beton.where}")
+
+    def loader(
+        self, data: Dataset, batch: int, allow_renderer: bool, say: Callable[[str], None], **options: Any
+    ) -> BetonLoader:
+        beton = self._beton
+        loader = BetonLoader(beton, batch, allow_renderer=allow_renderer, **options)
+        if allow_renderer and not beton.raw:
+            say(
+                f"note: rendered by {beton.renderer}, the cache by {beton.identity.views.renderer}: on average "
+                f"{loader.difference():.1f} levels of 255 apart"
+            )
+        return loader
+
+
+def open_store(where: str, registry: str | None = None, store_bytes: int | None = None) -> Cache | Beton:
+    """The packed file or the cache at a path; also the cache with a key, name or address that open_cache knows."""
+    return Beton(where) if where.endswith(".beton") else open_cache(where, registry, store_bytes)
+
+
+def feed_of(store: Cache | Beton) -> Feed:
+    """An open store as a training sees it."""
+    return BetonFeed(store) if isinstance(store, Beton) else CacheFeed(store)
