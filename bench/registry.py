@@ -45,8 +45,8 @@ from cifar10 import machine
 from kdcache.cache import Cache
 from kdcache.cache.home import open_registry
 from kdcache.cache.identity import Identity
-from kdcache.cache.registry import objects
-from kdcache.cache.registry.objects import NetworkObjects
+from kdcache.cache.registry import network
+from kdcache.cache.registry.network import NetworkObjects
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
@@ -91,7 +91,7 @@ def bucket_server() -> Iterator[str]:
             "AWS_ACCESS_KEY_ID": "id", "AWS_SECRET_ACCESS_KEY": "secret", "AWS_REGION": "us-east-1",
             "AWS_ENDPOINT_URL": address,
         }  # fmt: skip
-        objects._store.cache_clear()
+        network._store.cache_clear()
         urllib.request.urlopen(urllib.request.Request(f"{address}/shared", method="PUT")).close()
         try:
             yield "s3://shared/kd"
@@ -206,14 +206,14 @@ def measure_train(work: Path) -> dict[str, Any]:
             time.sleep(each if "/views/" in path else 0)
             return real(store, path)
 
-        objects.obstore.get = slow  # type: ignore[assignment]
+        network.obstore.get = slow  # type: ignore[assignment]
         try:
             for _ in range(TRIALS):
                 shutil.rmtree(Path(os.environ["KDCACHE_HOME"]) / "remote")
                 cold = CachedLoader(open_registry(root).cache(local.key), "bench_images:images", batch)
                 seconds["cold"] += [epoch(cold, number) for number in range(views)][1:]
         finally:
-            objects.obstore.get = real  # type: ignore[assignment]
+            network.obstore.get = real  # type: ignore[assignment]
     folder = statistics.median(seconds["folder"])
     return {
         "samples": local.train.samples,
@@ -240,7 +240,7 @@ def measure_faults(work: Path) -> dict[str, Any]:
             cache, registry = written.cache, f"{root}/{rounds}"
             proxy = Faulty(direct, 0.25, rounds)
             os.environ["AWS_ENDPOINT_URL"] = proxy.address
-            objects._store.cache_clear()
+            network._store.cache_clear()
             done = threading.Event()
 
             def look(cache: Cache = cache, registry: str = registry, done: threading.Event = done) -> int:
@@ -263,7 +263,7 @@ def measure_faults(work: Path) -> dict[str, Any]:
                 done.set()
                 reads += reader.result()
             os.environ["AWS_ENDPOINT_URL"] = direct
-            objects._store.cache_clear()
+            network._store.cache_clear()
             assert content(work / f"p{rounds}") == content(cache.path)
             prefix = f"caches/{cache.key}/"
             there = {p.removeprefix(prefix): d for p, d in stored(registry).items() if "/published/" not in p}

@@ -29,9 +29,9 @@ from kdcache.cache.home import (
     teachers_folder,
     weights_file,
 )
-from kdcache.cache.registry.objects import FolderObjects
-from kdcache.cache.registry.registry import KEY, Registry, split_url, weights_among
-from kdcache.cache.registry.remote import LOCAL_STORE_BYTES, LocalStore
+from kdcache.cache.registry.localstore import LOCAL_STORE_BYTES, LocalStore
+from kdcache.cache.registry.registry import KEY, Registry, split_url
+from kdcache.cache.registry.teachers import weights_among
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.leases import Leases
 from kdcache.cache.store.packing import clear_leaving
@@ -89,7 +89,7 @@ def remove(cache: Cache, shared: Registry | None = None) -> None:
         )
     if cache.packed:
         cache.path.unlink()
-    elif shared is None or isinstance(shared.objects, FolderObjects):
+    elif shared is None or cache.local:
         _remove_folder(cache)
     else:
         prefix = f"caches/{cache.key}"
@@ -247,8 +247,7 @@ def _remove_weights(path: Path, before: float) -> None:
 
 def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
     objects = shared.objects
-    if isinstance(objects, FolderObjects) and not objects.root.is_dir():
-        raise NotFoundError(f"there is no registry in {objects.root}: is it mounted?")
+    objects.require_there()
     named, keys = set(shared.all_names().values()), shared.keys()
     for key in keys:
         prefix = f"caches/{key}"
@@ -258,16 +257,15 @@ def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
                 why = "no name points to it, and nothing was added for long"
                 remove = partial(_remove_old, cache, shared, before)
                 yield Leaving(f"{shared.url}/{prefix}", cache.size(), why, remove)
-            elif isinstance(objects, FolderObjects):
+            elif cache.local:
                 yield from _of_builders(Cache(cache.path))
         except (CorruptError, MismatchError, NotFoundError):
             continue  # what is no cache is not removed; ls says what is wrong with it
     for weights, size in _teachers_there(shared, before).items():
         remove = partial(_remove_teacher_there, shared, weights, before)
-        yield Leaving(shared.teacher_url(weights), size, _UNNAMED, remove)
-    if isinstance(objects, FolderObjects):
-        for name in ("names", "scratch"):
-            folder = objects.at(f"{name}/x").parent
+        yield Leaving(shared.teachers.url(weights), size, _UNNAMED, remove)
+    for name in ("names", "scratch"):
+        if folder := objects.folder(name):
             yield from _temporary(folder, files.names(folder))
     if keys:  # an empty folder may be one that is not mounted
         for mirror in shared.mirrors():
@@ -278,18 +276,18 @@ def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
 
 def _teachers_there(shared: Registry, before: float) -> dict[str, int]:
     """The bytes of weights that no cache there names, and that were published before `before`, by their hash."""
-    there = shared.teachers()
+    there = shared.teachers.sizes()
     try:
         needed = {shared.open(key).identity.teacher.weights for key in (shared.keys() if there else ())}
     except (CorruptError, MismatchError, NotFoundError):
         return {}  # who knows what that one names; ls says what is wrong with it
-    return {w: size for w, size in there.items() if w not in needed and shared.teacher_changed(w) < before}
+    return {w: size for w, size in there.items() if w not in needed and shared.teachers.changed(w) < before}
 
 
 def _remove_teacher_there(shared: Registry, weights: str, before: float) -> None:
     if weights not in _teachers_there(shared, before):
-        raise BusyError(f"{shared.teacher_url(weights)} is needed again")
-    shared.remove_teacher(weights)
+        raise BusyError(f"{shared.teachers.url(weights)} is needed again")
+    shared.teachers.remove(weights)
 
 
 def _remove_old(cache: Cache, shared: Registry, before: float) -> None:

@@ -9,8 +9,9 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
-from kdcache.cache.registry.registry import DIGITS, Registry, may_be_name, split_url, weights_name
-from kdcache.cache.registry.remote import LOCAL_STORE_BYTES
+from kdcache.cache.registry.localstore import LOCAL_STORE_BYTES
+from kdcache.cache.registry.registry import DIGITS, Registry, may_be_name, split_url
+from kdcache.cache.registry.teachers import weights_name
 from kdcache.cache.store.cache import Cache
 
 _SHORT = re.compile(r"[0-9a-f]{1,3}")  # of a key: too few of its digits

@@ -1,4 +1,4 @@
-"""What a cache is, for people and programs."""
+"""Facts about caches, for people and programs."""
 
 from __future__ import annotations
 
@@ -13,9 +13,9 @@ from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.process.progress import percent, size
 
-_SAMPLE = 10_000  # records, enough for a mean
-_THREADS = 8  # that read commits, which may be far away
-_VIEWS = 4  # so many are read to say how good the teacher is on them
+_SAMPLE = 10_000  # records, which are enough for a mean
+_THREADS = 8  # for reading commits, which may be far away
+_VIEWS = 4  # so many are read, to say how good the teacher is on them
 
 
 def summary(cache: Cache) -> dict[str, Any]:
@@ -32,7 +32,7 @@ def summary(cache: Cache) -> dict[str, Any]:
 
 
 def one_line(cache: Cache) -> str:
-    """For ls, and where one is to be chosen."""
+    """One line for ls, and for messages where one of several caches is to be chosen."""
     i = cache.identity
     parts = [
         f"{cache.key[:12]}  {i.teacher.architecture} on {i.data.name} ({i.data.samples:,})",
@@ -49,13 +49,13 @@ def one_line(cache: Cache) -> str:
 
 
 def shared_summaries(registry: Registry) -> tuple[list[dict[str, Any]], list[str], list[str]]:
-    """The same of the caches in a registry, with their names there and who pushed them last; lines of them for ls.
+    """Summaries of the caches in a registry, lines about them for ls, and a line for each that cannot be read.
 
-    And a line for what lies among them and is none.
+    A summary holds the names of the cache there, and who published it last, too.
     """
     found, lines = [], []
     caches, bad = registry.caches()
-    teachers = registry.teachers()
+    teachers = registry.teachers.sizes()
     for cache in caches:
         try:
             found.append(_shared(cache, registry, cache.identity.teacher.weights in teachers))
@@ -66,19 +66,19 @@ def shared_summaries(registry: Registry) -> tuple[list[dict[str, Any]], list[str
 
 
 def _shared(cache: Cache, registry: Registry, teacher: bool) -> dict[str, Any]:
-    """teacher: whether its weights are there too."""
+    """The summary of a cache in a registry; teacher: whether its teacher's weights are there too."""
     published = registry.published(cache.key)
     return {
         **summary(cache),
         "registry": registry.url,
         "names": [name for name, key in registry.names.items() if key == cache.key],
-        "teacher_weights": registry.teacher_url(cache.identity.teacher.weights) if teacher else None,
+        "teacher_weights": registry.teachers.url(cache.identity.teacher.weights) if teacher else None,
         "published": published and published.model_dump(mode="json", exclude={"format", "key"}),
     }
 
 
 def _shared_line(cache: Cache, found: dict[str, Any]) -> str:
-    """For ls: the cache, the teacher's top-1 as its publisher found it, the names, and who published it when."""
+    """One line for ls: the cache, the teacher's top-1 as published, the names, who published it and when."""
     parts, published = [one_line(cache)], found["published"]
     if published:
         if published["evaluation_top1"] is not None:
@@ -90,7 +90,7 @@ def _shared_line(cache: Cache, found: dict[str, Any]) -> str:
 
 
 def removed_line(cache: Cache, registry: Registry | None) -> str:
-    """For rm: the cache, where it is, and who published it."""
+    """One line for rm: the cache, where it is, and who published it."""
     found: dict[str, Any] = {"published": None, "names": [], "teacher_weights": None}
     if registry is not None:
         found = _shared(cache, registry, False)  # which stays for others
@@ -98,18 +98,18 @@ def removed_line(cache: Cache, registry: Registry | None) -> str:
 
 
 def weights_place(cache: Cache, registry: Registry | None = None) -> str | None:
-    """Where its teacher's weights are: in a registry; or here, or in the registry that it lies in. None: not there."""
+    """Where its teacher's weights are: in the registry; without one, here or in the registry that the cache lies in."""
     weights = cache.identity.teacher.weights
     if not KEY.fullmatch(weights):
-        return None  # as somebody's hand may have written
+        return None  # somebody may have written it by hand
     if registry is None and (path := weights_file(weights)).exists():
         return str(path)
     shared = registry or registry_beside(cache.where)
-    return shared.teacher_url(weights) if shared is not None and shared.has_teacher(weights) else None
+    return shared.teachers.url(weights) if shared is not None and shared.teachers.has(weights) else None
 
 
 def facts(cache: Cache) -> dict[str, Any]:
-    """For info: `summary`, views under way, who built it and how faithful it is (or why that is unreadable)."""
+    """All that info tells: `summary`, views under way, who built it, how faithful it is or why that is unreadable."""
     complete = cache.train.complete_views()
     under_way = sorted(set(cache.train.committed()) - set(complete))
     found = {**summary(cache), "under_way": under_way, "built": [], "fidelity": None}
@@ -154,9 +154,9 @@ def describe(cache: Cache, found: dict[str, Any]) -> str:
 
 
 def built(cache: Cache) -> list[dict[str, Any]]:
-    """Who built which of the complete views, as their commits say: one of each command, machine and versions.
+    """Who built which of the complete views, as their commits say: one entry for each command, machine and version.
 
-    views: theirs, as far as they had a part in them. first, last: times of commits.
+    views: those in which the builder had a part. first, last: times of its first and last commit.
     """
     shards = [(view, part) for view in cache.views for part in range(cache.train.parts)]
     with ThreadPoolExecutor(_THREADS) as threads:
@@ -174,7 +174,7 @@ def built(cache: Cache) -> list[dict[str, Any]]:
 
 
 def _ranges(views: list[int]) -> str:
-    """For the eye: views 0 to 3 and 7."""
+    """Numbers of views as people write them: views 0 to 3 and 7."""
     runs: list[list[int]] = []
     for view in views:
         if runs and view == runs[-1][-1] + 1:
@@ -190,7 +190,7 @@ def fidelity(cache: Cache) -> dict[str, Any]:
 
     mass: by temperature, the mean probability of the stored classes and labels, and of the tail.
     """
-    # Here, because ls needs none of it and torch takes seconds to import.
+    # Imported here, because ls needs neither and torch takes seconds to import.
     import torch
 
     from kdcache.pipeline.build.answers import teacher_top1

@@ -14,9 +14,8 @@ from filelock import FileLock
 from kdcache import __version__
 from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
 from kdcache.cache.home import caches_folder, home, list_caches, open_cache, open_registry
-from kdcache.cache.registry.objects import FolderObjects
 from kdcache.cache.registry.registry import Registry, check_name, split_url
-from kdcache.cache.registry.transfer import Moved, count, into_bucket, into_folder, require_movable
+from kdcache.cache.registry.transfer import Moved, count, into_folder, into_objects, require_movable
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.packing import choose_views
 from kdcache.pipeline.build.answers import teacher_top1
@@ -30,15 +29,16 @@ from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.teachers import weightstore
 
 Say = Callable[[str], None]
-_THREADS = 8  # that read identities, which may be far away
+_THREADS = 8  # for reading identities, which may be far away
 
 
 @dataclass(frozen=True)
 class ShareResult:
-    """What was pushed or pulled: key, where it is now, its views; bytes and commits that went, and that were there.
+    """What was pushed or pulled: its key, where it is now, and its views.
 
-    kept: commits that were there with other rows, as another machine computes them; they stay. teacher: of a push, what
-    became of the teacher's weights.
+    bytes: those that went. new, there: commits that went, and commits that were there already. kept: commits that were
+    there with other rows, as another machine computes them; they stay. teacher: after a push, what became of the
+    teacher's weights.
     """
 
     key: str
@@ -73,7 +73,7 @@ def push(
 ) -> ShareResult:
     """Publish complete views of a cache, all by default, and a name for it; what is there already stays as it is.
 
-    teacher: with its teacher's weights.
+    teacher: whether its teacher's weights are published too.
     """
     shared = open_registry(require_registry(registry)).require_writable()
     if name is not None:
@@ -98,11 +98,7 @@ def _publish(cache: Cache, shared: Registry, views: Sequence[int], say: Say, tea
         became.append(_publish_teacher(cache, shared, lines.append, teacher))
 
     with Progress("push", count(cache, views), "parts") as progress:
-        if isinstance(shared.objects, FolderObjects):
-            folder = shared.objects.at(f"{prefix}/identity.json").parent
-            moved = into_folder(cache, folder, views, progress.advance, begun)
-        else:
-            moved = into_bucket(cache, shared.objects, prefix, views, progress.advance, begun)
+        moved = into_objects(cache, shared.objects, prefix, views, progress.advance, begun)
     for line in lines:
         say(line)
     if moved.new:
@@ -190,8 +186,8 @@ def build_shared(
     if shared is None:
         return carry_out(plan, say, partial(_keep, plan.source, say))
     plan = _as_published(plan, shared, say)
-    if publish and plan.folder is None and isinstance(shared.objects, FolderObjects):
-        return _build_there(plan, shared, say, teacher)
+    if publish and plan.folder is None and (there := shared.folder(plan.key)):
+        return _build_there(plan, there, shared, say, teacher)
     if _lacks(plan.path, plan.views) and shared.has(plan.key):
         _fetch(shared.cache(plan.key), plan.path, plan.views, say)
     result = carry_out(plan, say, partial(_keep, plan.source, say))
@@ -201,10 +197,9 @@ def build_shared(
     return result
 
 
-def _build_there(plan: BuildPlan, shared: Registry, say: Say, teacher: bool) -> BuildResult:
+def _build_there(plan: BuildPlan, there: Path, shared: Registry, say: Say, teacher: bool) -> BuildResult:
     """Build in the registry's own folder, from what there is of the cache under KDCACHE_HOME."""
-    assert isinstance(shared.objects, FolderObjects)
-    own, plan = plan.path, replace(plan, folder=shared.objects.at(f"caches/{plan.key}/identity.json").parent)
+    own, plan = plan.path, replace(plan, folder=there)
     if _is_cache(own):
         _fetch(Cache(own), plan.path, plan.views, say)
 
@@ -226,10 +221,10 @@ def _keep(source: Source, say: Say) -> None:
 
 
 def find_taught(draft: Draft, shared: Registry | None, say: Say) -> Path | None:
-    """The weights of the only teacher, of that architecture, that caches of this data are by, here or in a registry.
+    """The weights' file of the only teacher of that architecture that caches of this data are by, here or there.
 
-    None where there is none. InputError where there are several, which it lists; NotFoundError where the weights of the
-    only one are not to be had.
+    None where there is no such teacher. InputError, which lists them, where there are several; NotFoundError where the
+    weights of the only one are not to be had.
     """
     config, found = draft.config, _caches_of(draft, shared, say)
     if not found:
@@ -254,6 +249,7 @@ def find_taught(draft: Draft, shared: Registry | None, say: Say) -> Path | None:
 
 
 def _described(cache: Cache, shared: Registry | None) -> str:
+    """Which cache it is, where it is and who published it."""
     if shared is None or (cache.local and cache.path.parent == caches_folder()):
         return f"cache {cache.key[:12]} here"
     published = shared.published(cache.key)
@@ -262,7 +258,7 @@ def _described(cache: Cache, shared: Registry | None) -> str:
 
 
 def _caches_of(draft: Draft, shared: Registry | None, say: Say) -> list[Cache]:
-    """Caches here and in the registry of this data by this architecture: one a teacher, those here before others."""
+    """Caches of the draft's data by its architecture: one for each teacher, those here before those in the registry."""
     config, caches = draft.config, list_caches()[0]
     if shared is not None and shared.objects.listable:
         with ThreadPoolExecutor(_THREADS) as threads:
@@ -288,7 +284,7 @@ def _caches_of(draft: Draft, shared: Registry | None, say: Say) -> list[Cache]:
 
 
 def _opened(shared: Registry, key: str) -> Cache | None:
-    """The cache; None for what is none: ls says what is wrong with it."""
+    """The cache; None where it cannot be read, as ls tells."""
     try:
         return shared.open(key)
     except (CorruptError, MismatchError, NotFoundError):
@@ -296,7 +292,7 @@ def _opened(shared: Registry, key: str) -> Cache | None:
 
 
 def _fetch(theirs: Cache, path: Path, views: int, say: Say) -> None:
-    """Copy what is complete of the first `views` there and not here."""
+    """Copy those of the first `views` views that are complete there and not here."""
     if not theirs.complete:
         return
     (home() / "remote").mkdir(parents=True, exist_ok=True)

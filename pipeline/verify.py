@@ -66,9 +66,9 @@ def verify(
 ) -> Report:
     """Look at every commit; with `contents` at every file's digest and values; with a source at the teacher's answers.
 
-    A source is the data and a live teacher: `replay` seeded random records a split are asked for again, where all else
-    is sound. repair: remove damaged shards, labels and prior, for the next build to make anew; InputError for a packed
-    file and for what others share.
+    A source is the data and a live teacher: `replay` seeded random records of each view that is looked at are asked for
+    again, where all else is sound. repair: remove damaged shards, labels and prior, for the next build to make anew;
+    InputError for a packed file and for a cache that others share.
     """
     if repair and not cache.writable:
         raise InputError(
@@ -150,6 +150,7 @@ def _try(report: Report, check: Callable[[], object]) -> KdcacheError | None:
 
 
 def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
+    """Ask the teacher again for some records of the evaluation split and of the first, middle and last view."""
     # The answer may be asked for in another numeric type than the cache's: then by the coarser type's tolerance.
     mine, theirs = cache.identity.teacher, source.identity.teacher
     in_type = source.identity.model_copy(update={"teacher": theirs.model_copy(update={"numeric": mine.numeric})})
@@ -218,7 +219,7 @@ def _answer(source: Source, split: Split, view: int, index: NDArray[np.int64], p
 
 
 def _total_variation(a: Records, b: Records, prior: torch.Tensor | None) -> torch.Tensor:
-    """[B] half the L1 distance between the two distributions at temperature 1 (or the lowest)."""
+    """Half the L1 distance between the two distributions at temperature 1 (or the lowest one), [B]."""
     t = 1.0 if a.classes is None or 1.0 in a.temperatures else min(a.temperatures)
     p, q = (r.dense(t, "prior", prior) for r in (a, b))
     return (p - q).abs().sum(1) / 2
@@ -234,10 +235,10 @@ def source_of(
     numeric: Literal["float32", "bf16"] | None = None,
     registry: str | None = None,
 ) -> Source:
-    """The data and the live teacher that the cache names; what differs from it is for verify to find.
+    """Open the data and the live teacher that the cache names; verify finds what differs from the cache.
 
-    data, teacher: by default those that the cache names, unless these are functions. numeric: in which type it answers,
-    by default the cache's. registry: where its weights are looked for too.
+    data, teacher: by default those that the cache names, unless these are functions. numeric: the type in which the
+    teacher answers, by default the cache's. registry: its weights are looked for there too.
 
     InputError, NotFoundError or MismatchError where there is no such teacher or data to ask.
     """
@@ -272,7 +273,7 @@ def source_of(
     try:
         source = open_teacher(draft)
         if config.weights is None and source.identity.teacher.weights != i.teacher.weights:
-            raise NotFoundError  # a teacher of that name and data that is another one
+            raise NotFoundError  # another teacher of that name, for the same data
     except (InputError, NotFoundError) as e:
         # A teacher of other data does not fit them: it is the data that is wrong where they differ from the cache's.
         found = describe_data(draft.train, i.data.full_contents)

@@ -64,9 +64,9 @@ def no_fsync():
 @pytest.fixture(scope="module")
 def impatient(one_thread, no_fsync):
     """Requests to servers are given up after a few seconds."""
-    from kdcache.cache.registry import objects
+    from kdcache.cache.registry import network
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(objects, "PATIENCE", 8.0)
-        patch.setattr(objects, "AT_FIRST", 1.0)
+        patch.setattr(network, "PATIENCE", 8.0)
+        patch.setattr(network, "AT_FIRST", 1.0)
         yield

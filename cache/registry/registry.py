@@ -1,12 +1,12 @@
 """A place that a team shares: caches by their keys, and names for them, below one root.
 
-    caches/KEY/               as a cache's folder (store.py); other/SHA256: chunks whose place was taken
+    caches/KEY/               as a cache's folder (store/cache.py); other/SHA256: chunks whose place was taken
     caches/KEY/published/     who pushed what, when: one small file a push
     names/NAME                the key that a name stands for; the only file that may change
     teachers/HASH.safetensors a teacher's weights, by the hash that the identities of its caches name
 
-Whatever lies there was perhaps written by somebody else's hand: keys are checked against identities, names against a
-pattern, sizes before reading.
+Somebody else may have written what lies there, by hand too. So keys are checked against identities, names against a
+pattern, and sizes before anything is read.
 """
 
 from __future__ import annotations
@@ -16,6 +16,7 @@ import hashlib
 import json
 import os
 import re
+import secrets
 import shlex
 import shutil
 import socket
@@ -28,8 +29,9 @@ from typing import Literal
 from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
-from kdcache.cache.registry.objects import FolderObjects, open_objects, token
-from kdcache.cache.registry.remote import LocalStore, Remote, SharedFolder
+from kdcache.cache.registry.backends import open_objects
+from kdcache.cache.registry.localstore import LocalStore
+from kdcache.cache.registry.teachers import SharedTeachers
 from kdcache.cache.store.cache import Cache
 
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -37,10 +39,7 @@ DIGITS = re.compile(r"[0-9a-f]{4,64}")
 _NEVER_A_NAME = re.compile(r"[0-9a-f]{6,64}")
 _NAME = re.compile(r"[A-Za-z0-9][A-Za-z0-9._-]{0,99}")
 _URL = re.compile(r"(?P<root>.+://.+?)/(?P<kind>caches|names)/(?P<what>[^/]+)/?")
-_WEIGHTS = re.compile(r"([0-9a-f]{64})\.safetensors")
 _MOST_SMALL_BYTES = 1 << 16
-# A bucket takes 5 GB in one request.
-MOST_TEACHER_BYTES = 1 << 32
 _MOST_SEEN_BYTES = 1 << 26
 
 
@@ -66,16 +65,15 @@ class Published(Strict):
 
 
 class Registry:
-    """The registry at `url`: a folder or an address. local: a folder of one's own, for what came from remote ones."""
+    """The registry at `url`, which is a folder or an address.
+
+    local: a folder of one's own that keeps what came from registries. teachers: the teachers' weights in the registry.
+    """
 
     def __init__(self, url: str, local: Path, store_bytes: int) -> None:
         self.objects = open_objects(url)
-        self.url = self.objects.url
-        root = Path(self.url)
-        if isinstance(self.objects, FolderObjects) and not root.is_dir() and not root.absolute().parent.is_dir():
-            raise NotFoundError(f"there is no folder {root.absolute().parent} for the registry {root}: is it mounted?")
-        known = root.absolute() if isinstance(self.objects, FolderObjects) else self.url
-        self._mirror = local / "registries" / hashlib.sha256(str(known).encode()).hexdigest()[:16]
+        self.url, self.teachers = self.objects.url, SharedTeachers(self.objects)
+        self._mirror = local / "registries" / hashlib.sha256(self.objects.address.encode()).hexdigest()[:16]
         self._store = LocalStore(local / "chunks", store_bytes)
 
     @property
@@ -91,20 +89,14 @@ class Registry:
     # Keys and names
 
     def keys(self) -> list[str]:
-        """Of all caches, sorted; InputError for a web server."""
-        found = [name for name in self._folders("caches") if KEY.fullmatch(name)]
-        if isinstance(self.objects, FolderObjects):  # where one that is being made has a folder first
-            found = [key for key in found if (self.objects.root / "caches" / key / "identity.json").exists()]
-        return found
-
-    def _folders(self, folder: str) -> list[str]:
+        """The keys of all caches, sorted; InputError for a web server."""
         if not self.objects.listable:
             raise InputError(f"{self.url}: a web server cannot be listed, give a name or all 64 digits of a key")
-        return self.objects.folders(folder)
+        return [name for name in self.objects.folders("caches", "identity.json") if KEY.fullmatch(name)]
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """The keys by name; what is no name or does not parse is left out. Nothing for a web server."""
+        """The keys by name, without what is no name or does not parse; nothing for a web server."""
         found = {}
         if self.objects.listable:
             for name in sorted(self.objects.sizes("names")):
@@ -116,7 +108,7 @@ class Registry:
         return found
 
     def all_names(self) -> dict[str, str]:
-        """The same as they stand now; CorruptError where one does not parse: who knows what it stands for."""
+        """The keys by name as they are now; CorruptError where one does not parse, since it may stand for any key."""
         found = sorted(filter(_NAME.fullmatch, self.objects.sizes("names")))
         return {name: self._named(name).key for name in found}
 
@@ -136,7 +128,10 @@ class Registry:
         return named
 
     def find(self, what: str) -> str:
-        """The key that is meant by a key, by at least four of its first digits, or by a name, which comes first."""
+        """The key that is meant by a key, by at least four of its first digits, or by a name.
+
+        A name comes before the digits of a key.
+        """
         if KEY.fullmatch(what):
             return what
         if DIGITS.fullmatch(what) and not self.has_name(what):
@@ -173,6 +168,7 @@ class Registry:
     # Caches
 
     def has(self, key: str) -> bool:
+        """Whether there is a cache of that key."""
         return self.objects.size(f"caches/{key}/identity.json") is not None
 
     def cache(self, key: str) -> Cache:
@@ -194,9 +190,11 @@ class Registry:
             raise MismatchError(
                 f"{where} is that of cache {identity.key[:12]}, not of {key[:12]}: it was tampered with"
             )
-        if isinstance(self.objects, FolderObjects):
-            return Cache(SharedFolder(self.objects, prefix))
-        return Cache(Remote(self.objects, prefix, identity, self._mirror / key, self._store))
+        return Cache(self.objects.place(prefix, identity, self._mirror / key, self._store))
+
+    def folder(self, key: str) -> Path | None:
+        """The folder in which the cache of that key is built right in the registry; None over a network."""
+        return self.objects.folder(f"caches/{key}")
 
     def mirrors(self) -> list[Path]:
         """The local folders, named by keys, of what was seen here of its caches."""
@@ -236,38 +234,6 @@ class Registry:
                 bad.append(str(e))
         return good, bad
 
-    # Teachers
-
-    def teachers(self) -> dict[str, int]:
-        """The bytes of each teacher's weights by their hash; nothing for a web server."""
-        if not self.objects.listable:
-            return {}
-        return weights_among(self.objects.sizes("teachers"))
-
-    def teacher_url(self, weights: str) -> str:
-        """Where the weights of that hash lie, or would."""
-        return f"{self.url}/teachers/{weights_name(weights)}"
-
-    def has_teacher(self, weights: str) -> bool:
-        return self.objects.size(f"teachers/{weights_name(weights)}") is not None
-
-    def teacher(self, weights: str) -> bytes:
-        """The file of the weights of that hash, not yet compared with it; NotFoundError where there is none."""
-        return self.objects.read(f"teachers/{weights_name(weights)}", MOST_TEACHER_BYTES)
-
-    def add_teacher(self, weights: str, content: bytes) -> bool:
-        """Publish a file of weights; whether it is new. One that is there stays as it is."""
-        if self.has_teacher(weights):
-            return False
-        return self.objects.create(f"teachers/{weights_name(weights)}", content)
-
-    def teacher_changed(self, weights: str) -> float:
-        """When the weights of that hash were published, in seconds since 1970; NotFoundError."""
-        return self.objects.changed(f"teachers/{weights_name(weights)}")
-
-    def remove_teacher(self, weights: str) -> None:
-        self.objects.remove([f"teachers/{weights_name(weights)}"])
-
     # Provenance
 
     def record(self, cache: Cache, version: str, evaluation_top1: float | None) -> None:
@@ -280,7 +246,7 @@ class Registry:
             views=len(cache.views),
             evaluation_top1=evaluation_top1,
         )
-        self.objects.create(f"caches/{cache.key}/published/{token()}.json", canonical(about))
+        self.objects.create(f"caches/{cache.key}/published/{_token()}.json", canonical(about))
 
     def published(self, key: str) -> Published | None:
         """The latest push; None where none is known."""
@@ -306,18 +272,6 @@ def check_name(name: str) -> None:
         )
 
 
-def weights_name(weights: str) -> str:
-    """The name of the file of weights with that hash; CorruptError for what is no hash, as an identity may say."""
-    if not KEY.fullmatch(weights):
-        raise CorruptError(f"{weights[:80]!r} is no hash of a teacher's weights, which has 64 of the digits 0-9 a-f")
-    return f"{weights}.safetensors"
-
-
-def weights_among(sizes: dict[str, int]) -> dict[str, int]:
-    """Of files and their bytes those of teachers' weights, by hash."""
-    return {found[1]: size for name, size in sizes.items() if (found := _WEIGHTS.fullmatch(name))}
-
-
 def split_url(url: str) -> tuple[str, str] | None:
     """The registry's root and the key or name in the address of a cache; None where it is none."""
     found = _URL.fullmatch(url)
@@ -330,6 +284,11 @@ def _who() -> str:
     except (KeyError, OSError):  # as in many containers
         user = str(os.getuid())
     return f"{user}@{socket.gethostname()}"
+
+
+def _token() -> str:
+    """A name that nobody else takes, in the order of time."""
+    return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(4)}"
 
 
 def _now() -> str:

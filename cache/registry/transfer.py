@@ -1,8 +1,9 @@
-"""A cache, or some views of it, from one place to another: into a folder, or into a bucket. The same for push and pull.
+"""Copies a cache, or some views of it, from one place to another: into a folder or a bucket, for push and for pull.
 
-Data come before the commit that names them, and what every reader needs (labels, sizes, prior, evaluation split) before
-the views. Each file is compared with its digest before it is passed on. What is committed there already stays: equal
-rows are skipped, others counted. So it can be stopped at any time, and done again, by any number of people at once.
+Data come before the commit that names them, and what every reader needs (labels, sizes, prior, evaluation split) comes
+before the views. Each file is compared with its digest before it is passed on. What is committed there already stays:
+equal rows are skipped, others counted. So a copy can be stopped at any time and done again, by any number of people at
+once.
 """
 
 from __future__ import annotations
@@ -16,8 +17,8 @@ from pathlib import Path
 from kdcache.cache.errors import CorruptError, InputError, MismatchError
 from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
-from kdcache.cache.registry.objects import NetworkObjects
-from kdcache.cache.registry.remote import other
+from kdcache.cache.registry.network import other
+from kdcache.cache.registry.objects import Objects
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.chunks import metadata_files
 from kdcache.cache.store.layout import Commit, parse_shard_name
@@ -33,7 +34,7 @@ _MEMORY = 1 << 30  # bytes of chunks that are on their way at once, at most
 
 @dataclass
 class Moved:
-    """Bytes of data that went; the commits that were new, that were there, and those there with other rows."""
+    """What a copy did: bytes of data; how many commits were new and were there; those there with other rows."""
 
     bytes: int = 0
     new: int = 0
@@ -75,15 +76,17 @@ def into_folder(
         return _all(source, views, move, advance)
 
 
-def into_bucket(
+def into_objects(
     source: Cache,
-    objects: NetworkObjects,
+    objects: Objects,
     prefix: str,
     views: Sequence[int],
     advance: Advance = lambda n: None,
     begun: Begun = lambda: None,
 ) -> Moved:
-    """The same into the objects below `prefix`."""
+    """Copy complete views of `source` as `into_folder` does, into the objects below `prefix`."""
+    if folder := objects.folder(prefix):
+        return into_folder(source, folder, views, advance, begun)
     identity = canonical(source.identity)
     if not objects.create(f"{prefix}/identity.json", identity):
         raise MismatchError(f"{objects.url}/{prefix}/identity.json is another one than that of {source.where}")

@@ -212,18 +212,8 @@ class Cache:
 
     def write_prior(self, writer: Mapping[str, str]) -> None:
         """Fix the prior from view 0, once that is complete; it never changes later."""
-        if self._has_prior or 0 not in self.train.complete_views():
-            return
-        import torch
-
-        from kdcache.cache.records import class_prior
-
-        sums = np.zeros(self.train.layout.prior.shape)
-        for part in range(self.train.parts):
-            sums += self.train.read_shard(0, part)["tail_sums"][0]
-        prior = class_prior(torch.from_numpy(sums)).numpy()
-        (chunk,) = self.train.chunks("prior")
-        self.train.write("prior", [(chunk, prior)], writer)
+        if not self._has_prior and 0 in self.train.complete_views():
+            self.train.write_prior(writer)
 
     @contextmanager
     def writing(self, say: Callable[[str], None] = lambda _: None) -> Iterator[Leases]:

@@ -92,6 +92,17 @@ class SplitStore(SplitReader):
             self._write_whole("sizes", sizes, writer)
         self.require_sizes(sizes)
 
+    def write_prior(self, writer: Mapping[str, str]) -> None:
+        """Commit the class prior [T, C], from the tail sums of view 0, which has to be complete."""
+        import torch
+
+        from kdcache.cache.records import class_prior
+
+        sums = np.zeros(self.layout.prior.shape)
+        for part in range(self.parts):
+            sums += self.read_shard(0, part)["tail_sums"][0]
+        self._write_whole("prior", class_prior(torch.from_numpy(sums)).numpy(), writer)
+
     def _write_whole(self, name: str, array: NDArray[Any], writer: Mapping[str, str]) -> None:
         if not self.has(name):
             self.write(name, [(chunk, array[chunk.rows]) for chunk in self.chunks(name)], writer)

@@ -45,19 +45,6 @@ def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) 
     return Renderer(data, shown.input_size, device, identity.views.policy, workers, shown.interpolation)
 
 
-def record_batches(
-    source: Source, data: Dataset, labels: NDArray[np.int64], view: int, rows: range, batch: int, workers: int | None
-) -> Iterator[tuple[Records, torch.Tensor]]:
-    """The live teacher's records and logits [B, C] for rows of a view, in the batches that a build takes.
-
-    `rows` starts on a batch boundary of its shard.
-    """
-    parameters = view_parameters(data, source.identity, view, rows)
-    renderer = teacher_renderer(data, source, workers)
-    for answer in answers(source, renderer, labels, [parameters], [rows.start], rows, batch):
-        yield answer.records, answer.logits
-
-
 def answers(
     source: Source,
     renderer: Renderer,

@@ -45,7 +45,7 @@ ClassMap = Annotated[str | None, Option("Dataset's class names to the teacher's 
 
 @dataclass(frozen=True)
 class BuildConfig:
-    """What to build. None means the default for the dataset's kind (defaults.py), of teacher_* what its source says.
+    """What to build. None means the default for the kind of data (defaults.py); for teacher_*, what its source says.
 
     part: how many samples a shard holds.
     """

@@ -1,4 +1,4 @@
-"""What a build has computed and not yet committed: spooled to local disk, by a thread beside the teacher."""
+"""What a build has computed and not yet committed is spooled to local disk, by a thread beside the teacher."""
 
 from __future__ import annotations
 
@@ -26,14 +26,15 @@ from kdcache.cache.home import home, list_caches
 from kdcache.cache.store.cache import Cache
 
 SPOOL_SECONDS = 20.0
-# Work that waits to be written is at risk like what the spool has not synced: so many jobs, so long.
+# Work that waits to be written is at risk like what the spool has not synced: at most so many jobs wait, so long.
 WAITING_JOBS, WAITING_SECONDS = 256, 10.0
 
 
 class Writer:
-    """A thread that does jobs one after the other, so that writing overlaps the teacher. Use with `with`.
+    """A thread that does jobs one after the other, so that writing overlaps the teacher. Use it with `with`.
 
-    A job's error is raised by a later call, and the jobs after it are not done. Left early, it first does what waits.
+    A job's error is raised by a later call, and the jobs after it are not done. A block that is left early ends when
+    the jobs that wait are done.
     """
 
     def __init__(self) -> None:
@@ -48,7 +49,7 @@ class Writer:
         self._thread.shutdown()
 
     def do(self, job: Callable[[], None]) -> None:
-        """Have a job done; waits while too many wait, or too long."""
+        """Have a job done; waits first while too many jobs wait, or one has waited too long."""
         while self._waiting and (
             self._waiting[0][1].done()
             or len(self._waiting) >= WAITING_JOBS
@@ -77,8 +78,10 @@ class Writer:
 class Spool:
     """Encoded batches of one shard under way, synced to local disk now and then until the shard is committed.
 
-    Of several builders of one shard (one was stopped and woke up), each has a folder of its own. A builder that is
-    killed leaves its lock, and with it its folder, to the next. Close it.
+    Where there are several builders of one shard (one was stopped and woke up), each has a folder of its own. A builder
+    that is killed leaves its lock, and with it its folder, to the next one. Close the spool after use.
+
+    total: rows of the shard. rows: how many of them are synced. sums: the sum of the tail sums so far.
     """
 
     def __init__(self, folder: Path, total: int) -> None:
@@ -96,7 +99,7 @@ class Spool:
         self._load()
 
     def close(self) -> None:
-        """Leave the shard to others; again: nothing."""
+        """Leave the shard to others; a second call does nothing."""
         self._lock.release()
 
     def add(self, block: dict[str, NDArray[Any]], sums: NDArray[np.float64] | None) -> None:
@@ -114,6 +117,7 @@ class Spool:
         return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
 
     def remove(self) -> None:
+        """Remove what is spooled."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
     def _sync(self) -> None:
@@ -132,7 +136,7 @@ class Spool:
             start, stop = map(int, path.stem.split("-"))
             content = path.read_bytes()
             digest, data = content[:64], content[64:]
-            # Damaged, or beyond a damaged one: these rows are computed again.
+            # A block that is damaged, or lies beyond a damaged one: its rows are computed again.
             if start != self.rows or stop > self._total or sha256(data).encode() != digest:
                 continue
             with np.load(io.BytesIO(data), allow_pickle=False) as f:
@@ -143,7 +147,7 @@ class Spool:
 
 
 def _locked(folder: Path) -> FileLock:
-    """A lock on a folder that is there, or Timeout."""
+    """Make the folder and lock it; Timeout where another builder holds the lock."""
     while True:
         with suppress(FileNotFoundError):  # another builder has just cleared the folder away
             folder.mkdir(parents=True, exist_ok=True)
@@ -153,7 +157,7 @@ def _locked(folder: Path) -> FileLock:
 
 
 def spool_folder(path: Path, key: str) -> Path:
-    """For builds of this cache in this place: one of the same key can go on elsewhere."""
+    """The folder for builds of this cache in this place; a build of the same key elsewhere has another one."""
     return home() / "spool" / f"{key[:16]}-{sha256(os.fsencode(path.resolve()))[:16]}"
 
 
@@ -168,9 +172,10 @@ def clear(spool: Path, cache: Cache) -> None:
 
 
 def leavings(days: float) -> Iterator[Leaving]:
-    """What may go in the spool: of shards that are committed, and, untouched for so long, of caches not known here.
+    """What may go from the spool; nothing is changed.
 
-    Where those lie nobody knows: --out may have been anywhere. Nothing is changed.
+    That is what belongs to shards that are committed, and what belongs to no cache that is known here and has lain
+    untouched for so many days: --out may have been anywhere.
     """
     known = {spool_folder(cache.path, cache.key).name: cache for cache in list_caches()[0] if not cache.packed}
     for folder in names(home() / "spool"):
@@ -191,7 +196,7 @@ def _committed(name: str, cache: Cache) -> bool:
 
 
 def _remove(folder: Path) -> None:
-    """Remove one shard's; BusyError while a builder is at work on it."""
+    """Remove one shard's folder; BusyError while a builder is at work on it."""
     try:
         with suppress(FileNotFoundError), FileLock(folder / "lock", timeout=0):
             shutil.rmtree(folder, ignore_errors=True)

@@ -1,6 +1,7 @@
-"""What the answers to a few training images give away of a teacher whose cache would be silently wrong.
+"""What the answers to a few training images give away about a teacher whose cache would be silently wrong.
 
-Functions of answers alone: `build` asks the teacher for them before it computes any record, `import` reads stored ones.
+These are functions of answers alone: `build` asks the teacher for some before it computes any record, `import` reads
+some that are stored.
 Shapes: M images that are probed, C the teacher's classes, D those of them that the data's labels map to.
 """
 
@@ -33,17 +34,17 @@ _FLAT = 3
 def count_of(classes: int, images: int) -> int:
     """How many images are probed for a build of `images` images, in D classes (0 where unlabelled).
 
-    Sixteen of a class, but no more than a twentieth of the build or 4,096; a hundredth of the build, up to 512, where
-    that is more, because they are timed too; and at least 128, or eight of a class up to 512.
+    There are sixteen images of a class, but no more than a twentieth of the build or 4,096; a hundredth of the build,
+    up to 512, where that is more, because they are timed too; and at least 128, or eight of a class up to 512.
     """
     least = max(_LEAST, min(_PER_CLASS // 2 * classes, _TIMED), min(images // 100, _TIMED))
     return max(least, min(_PER_CLASS * classes, images // 20, _MOST))
 
 
 def choose(labels: NDArray[np.int64], samples: int, count: int) -> NDArray[np.int64]:
-    """[M] sorted samples to probe: seeded, four of a class, then four of another, until `count` are taken.
+    """Draw samples to probe, [M] in order: seeded, four of a class, then four of another, until `count` are taken.
 
-    So each class that is seen is seen a few times, and a rare one as often as a common one. labels [N], or [0] where
+    So each class that is seen is seen a few times, and a rare one as often as a common one. labels: [N], or [0] where
     there are none.
     """
     shuffled = np.argsort(np.random.Philox(key=7).random_raw(samples), kind="stable")
@@ -58,12 +59,12 @@ def choose(labels: NDArray[np.int64], samples: int, count: int) -> NDArray[np.in
 
 
 def mapped_answers(logits: Tensor, ids: NDArray[np.int64]) -> NDArray[np.int64]:
-    """[M] the most probable one of the classes `ids` [D] for logits [M, C]."""
+    """The most probable one of the classes `ids` [D] for logits [M, C], [M]."""
     found: NDArray[np.int64] = ids[logits[:, torch.from_numpy(ids)].argmax(1).numpy()]
     return found
 
 
-# ---- what is no answer ----
+# ---- answers that are no logits ----
 
 
 def require_logits(logits: Tensor, samples: NDArray[np.int64]) -> list[str]:
@@ -111,7 +112,7 @@ def require_steady(answer: Callable[[Tensor], Tensor], network: nn.Module, image
     before = {name: value.clone() for name, value in _statistics(network).items()}
     first, again = answer(images).clone(), answer(company)
     if not torch.isfinite(first).all():
-        return  # `require_logits` has more to say of that
+        return  # `require_logits` has more to say about that
     limit = _STEADY[numeric] * max(float((first.amax(1) - first.amin(1)).max()), 1e-6)
     twin = again[half : 2 * half]
     if len(twin) and float((again[: len(twin)] - twin).abs().max()) > limit:
@@ -171,9 +172,9 @@ def agreement(labels: NDArray[np.int64], answers: NDArray[np.int64]) -> Agreemen
 
 
 class Moves(NamedTuple):
-    """Classes whose images are answered as another one: (class, as which), the commonest first.
+    """Classes whose images are answered as another class: (class, as which), the commonest first.
 
-    other, own: how many of the images that were held back, of moved classes, got the other answer and the right one.
+    other, own: how many of the moved classes' images that were held back got the other answer, and the right one.
     """
 
     pairs: list[tuple[int, int]]
@@ -182,7 +183,7 @@ class Moves(NamedTuple):
 
 
 def moved_classes(labels: NDArray[np.int64], answers: NDArray[np.int64]) -> Moves | None:
-    """Where answers [M] fit labels [M] better after a permutation of the classes; None where nothing says so.
+    """The classes that change places where answers [M] fit labels [M] better after a permutation; else None.
 
     The permutation is the best one on the first half of each class's images, and is tested on the second half, which it
     has not seen. There the moved classes' images must mostly get the other answer, twice as often as the right one, and
@@ -208,7 +209,7 @@ def moved_classes(labels: NDArray[np.int64], answers: NDArray[np.int64]) -> Move
 
 
 def _best_permutation(labels: NDArray[np.int64], answers: NDArray[np.int64]) -> dict[int, int]:
-    """For each label's class another one, or itself, so that most answers are right; itself where it is a draw."""
+    """Map each label's class to a class, so that most answers are right; to itself where that is a draw."""
     rows, row = np.unique(labels, return_inverse=True)
     columns, column = np.unique(np.concatenate([answers, rows]), return_inverse=True)
     fits = np.zeros((len(rows), len(columns)))
@@ -230,7 +231,7 @@ def require_order(
 ) -> None:
     """InputError that names the classes where answers [M] fit labels [M] after a permutation.
 
-    names: of the classes by id; whose: the order of the answers' classes is; advice: what to do.
+    names: those of the classes, by id. whose: whose classes the answers are. advice: what to do.
     """
     if (moves := moved_classes(labels, answers)) is None:
         return
@@ -245,7 +246,7 @@ def require_order(
 def require_classes(labels: NDArray[np.int64], answers: NDArray[np.int64], names: dict[int, str]) -> None:
     """InputError unless a teacher's answers [M] to training images are above chance and in the order of labels [M].
 
-    names: of the D classes by id. Where D is 1 there is nothing to tell.
+    names: those of the D classes, by id. Where D is 1 there is nothing to tell.
     """
     if len(names) < 2:
         return
@@ -260,6 +261,7 @@ def require_classes(labels: NDArray[np.int64], answers: NDArray[np.int64], names
 
 
 def _notes(logits: Tensor, labels: NDArray[np.int64], ids: NDArray[np.int64]) -> list[str]:
+    """What should be known about answers that are used all the same."""
     notes = []
     outside = 1 - float(np.isin(logits.argmax(1).numpy(), ids).mean())
     if outside > 0.5:
@@ -280,9 +282,10 @@ def _notes(logits: Tensor, labels: NDArray[np.int64], ids: NDArray[np.int64]) ->
 def examine(
     logits: Tensor, samples: NDArray[np.int64], labels: NDArray[np.int64], names: dict[int, str], allow: bool
 ) -> list[str]:
-    """All of the above for logits [M, C] of training images: InputError, or what should be known.
+    """All of the above for logits [M, C] of training images: notes on what should be known, or InputError.
 
-    samples [M]; labels [M] and names of the D classes in the teacher's ids, or none; allow: what may be meant passes.
+    samples: [M]. labels: [M]. names: those of the D classes by the teacher's ids, none where unlabelled. allow: pass
+    what may be meant.
     """
     notes = require_logits(logits, samples)
     if not allow:

@@ -23,7 +23,8 @@ from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
 from kdcache.cache.home import home, open_registry, registry_beside, teachers_folder, weights_file
 from kdcache.cache.identity import Identity, TeacherIdentity
-from kdcache.cache.registry.registry import DIGITS, MOST_TEACHER_BYTES, Registry, weights_among
+from kdcache.cache.registry.registry import DIGITS, Registry
+from kdcache.cache.registry.teachers import MOST_TEACHER_BYTES, weights_among
 from kdcache.pipeline.process.progress import size
 from kdcache.pipeline.teachers.teacher import Teacher, read_weights, weights_hash
 
@@ -67,7 +68,7 @@ def find_weights(teacher: TeacherIdentity, registries: Sequence[Registry], say: 
     if path := _here(teacher):
         return path
     for shared in registries:
-        if shared.has_teacher(teacher.weights):
+        if shared.teachers.has(teacher.weights):
             return _fetch(teacher.weights, shared, say)
     return None
 
@@ -96,11 +97,11 @@ def _fetch(weights: str, shared: Registry, say: Say) -> Path:
     (home() / "remote").mkdir(parents=True, exist_ok=True)
     with FileLock(home() / "remote" / f"{weights}.lock"):  # of several processes one fetches
         if not path.exists():
-            content = shared.teacher(weights)
+            content = shared.teachers.read(weights)
             _require(
                 content,
                 weights,
-                shared.teacher_url(weights),
+                shared.teachers.url(weights),
                 "ask who keeps the registry to remove it, then kdcache push publishes it anew",
             )
             files.replace_file(path, content)
@@ -128,7 +129,7 @@ def publish(teacher: TeacherIdentity, cache: str, shared: Registry, say: Say) ->
     They are looked for here, and in the registry that the cache at a path or an address lies in.
     """
     what = f"the weights {teacher.weights[:12]} of {teacher.architecture}"
-    if shared.has_teacher(teacher.weights):
+    if shared.teachers.has(teacher.weights):
         return "there"
     near = registry_beside(cache)
     path = find_weights(teacher, [near] if near else [], say)
@@ -142,8 +143,8 @@ def publish(teacher: TeacherIdentity, cache: str, shared: Registry, say: Say) ->
     if len(content) > MOST_TEACHER_BYTES:
         say(f"note: {what} are not published: {size(len(content))} are more than {size(MOST_TEACHER_BYTES)}")
         return "too large"
-    new = shared.add_teacher(teacher.weights, content)
-    say(f"{what} are published too ({size(len(content))}): {shared.teacher_url(teacher.weights)}")
+    new = shared.teachers.add(teacher.weights, content)
+    say(f"{what} are published too ({size(len(content))}): {shared.teachers.url(teacher.weights)}")
     return "published" if new else "there"
 
 
@@ -162,10 +163,10 @@ def named_weights(text: str, registries: Sequence[Registry], say: Say) -> str:
     here = weights_among(dict.fromkeys(files.names(teachers_folder()), 0))
     found: dict[str, Registry | None] = {weights: None for weights in here if weights.startswith(text)}
     for shared in registries:
-        for weights in shared.teachers():
+        for weights in shared.teachers.sizes():
             if weights.startswith(text):
                 found.setdefault(weights, shared)
-        if not shared.objects.listable and len(text) == 64 and shared.has_teacher(text):
+        if not shared.objects.listable and len(text) == 64 and shared.teachers.has(text):
             found.setdefault(text, shared)
     if len(found) != 1:
         places = ", ".join([str(teachers_folder()), *(shared.url for shared in registries)])

@@ -8,7 +8,7 @@ import time
 from click.testing import CliRunner
 
 from kdcache.cache import care
-from kdcache.cache.registry.objects import open_objects
+from kdcache.cache.registry.backends import open_objects
 from kdcache.cli import main
 from kdcache.tests.helpers.caches import identity
 

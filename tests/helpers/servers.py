@@ -17,7 +17,7 @@ from urllib.parse import urlsplit
 import pytest
 from moto.server import ThreadedMotoServer
 
-from kdcache.cache.registry import objects
+from kdcache.cache.registry import network
 
 
 @contextlib.contextmanager
@@ -35,7 +35,7 @@ def s3_server(buckets=("shared",)):
             "AWS_ENDPOINT_URL": address,
         }.items():
             patch.setenv(name, value)
-        objects._store.cache_clear()
+        network._store.cache_clear()
         for bucket in buckets:
             urllib.request.urlopen(urllib.request.Request(f"{address}/{bucket}", method="PUT")).close()
         try:
@@ -43,7 +43,7 @@ def s3_server(buckets=("shared",)):
         finally:
             server.stop()
             server._server.server_close()
-            objects._store.cache_clear()
+            network._store.cache_clear()
 
 
 class Files(http.server.SimpleHTTPRequestHandler):
@@ -177,7 +177,7 @@ def faulty(target, share=0.25, seed=0):
     try:
         # As many wrong answers in a row as chance never gives: elsewhere they are damage that stays.
         with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(objects, "_WRONG_AT_MOST", 12)
+            patch.setattr(network, "_WRONG_AT_MOST", 12)
             yield proxy
     finally:
         proxy.close()

@@ -22,7 +22,7 @@ from kdcache import cli
 from kdcache.cache import KdcacheError, open_cache
 from kdcache.cache.records import Records
 from kdcache.cli import main
-from kdcache.pipeline.build.answers import record_batches, view_parameters
+from kdcache.pipeline.build.answers import view_parameters
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import open_source
@@ -32,6 +32,7 @@ from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier, read_weights
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer
+from kdcache.tests.helpers.building import record_batches
 from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.evaluate import evaluate_run, student_of
 from kdcache.train.evaluation.metrics import metrics
@@ -326,7 +327,7 @@ class SlabsFromTheTeacher:
 
     def _read(self, view, spare):
         rows = range(len(self._source.train))
-        batches = record_batches(self._source, self._source.train, self._source.train_labels, view, rows, 256, 0)
+        batches = record_batches(self._source, "train", view, rows, 256)
         parts = [records for records, _ in batches]
         whole = Records(
             None, *(torch.cat([getattr(p, f) for p in parts]) for f in ("gaps", "target_gap", "tail", "labels")), 10, ()

@@ -16,7 +16,7 @@ from kdcache.cache.errors import InputError, MismatchError, NotFoundError, Unser
 from kdcache.cache.records import Records
 from kdcache.cache.store.chunks import as_records
 from kdcache.pipeline.ffcv.beton import Beton
-from kdcache.pipeline.views.policy import ViewParameters
+from kdcache.pipeline.views.policy import ViewParameters, padding, resizes
 from kdcache.pipeline.views.render import normalised, render
 from kdcache.train.loaders.cached import EpochOrder, _Epochs, labels_of
 
@@ -158,7 +158,7 @@ def _student_size(beton: Beton, image_size: int | None, allow_renderer: bool) ->
     policy = beton.identity.views.policy
     height, width = beton.sizes[0].tolist()
     if not beton.raw:
-        if "crop" in policy.split(","):
+        if padding(policy, height, width):
             raise InputError(
                 f"{beton.path} has views of {policy}, which reach beyond the image's edge, and FFCV's resizing does "
                 "not: train from the cache itself, or from one with rrc"
@@ -171,7 +171,7 @@ def _student_size(beton: Beton, image_size: int | None, allow_renderer: bool) ->
             )
         side = image_size or beton.identity.teacher.input_size
         return side, side
-    if "rrc" in policy.split(",") or (image_size is not None and (image_size, image_size) != (height, width)):
+    if resizes(policy) or (image_size is not None and (image_size, image_size) != (height, width)):
         raise InputError(
             f"{beton.path} holds raw pixels of {height}x{width}, which are cut and never resized: train from the "
             f"cache itself for {policy} at {image_size or f'{height}x{width}'} pixels"

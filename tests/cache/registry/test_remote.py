@@ -16,9 +16,9 @@ import torch
 from kdcache.cache import Cache, files, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import caches_folder, home, open_registry
-from kdcache.cache.registry import objects
-from kdcache.cache.registry.objects import open_objects
-from kdcache.cache.registry.remote import LocalStore
+from kdcache.cache.registry import network
+from kdcache.cache.registry.backends import open_objects
+from kdcache.cache.registry.localstore import LocalStore
 from kdcache.cache.store.place import StoredFile
 from kdcache.pipeline import share
 from kdcache.pipeline.build import build as build_module
@@ -43,9 +43,9 @@ def _settings(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
         patch.setattr(os, "fsync", lambda fd: None)
-        patch.setattr(objects, "PATIENCE", 20.0)
-        patch.setattr(objects, "AT_FIRST", 2.0)
-        patch.setattr(objects, "_LONGEST_WAIT", 0.2)
+        patch.setattr(network, "PATIENCE", 20.0)
+        patch.setattr(network, "AT_FIRST", 2.0)
+        patch.setattr(network, "_LONGEST_WAIT", 0.2)
         yield
     torch.set_num_threads(threads)
 
@@ -291,7 +291,7 @@ def test_a_warm_store_needs_the_network_for_no_record(tmp_path, toy, bucket, mon
         cold.read(view)
     warm = open_registry(bucket).cache(toy.cache.key)
     assert warm.views == (0, 1, 2)
-    monkeypatch.setattr(objects.obstore, "get", lambda *a: pytest.fail("asked the network"))
+    monkeypatch.setattr(network.obstore, "get", lambda *a: pytest.fail("asked the network"))
     assert all(same(warm.read(view), toy.cache.read(view)) for view in warm.views)
 
 
@@ -332,26 +332,26 @@ def trained(tmp_path, bucket, monkeypatch):
 
 def test_a_network_that_dies_in_an_epoch_is_one_line_and_the_run_resumes(tmp_path, trained, monkeypatch):
     root, key = trained
-    monkeypatch.setattr(objects, "PATIENCE", 0.5)
+    monkeypatch.setattr(network, "PATIENCE", 0.5)
     options = ["--cache", key, "--registry", root, "--data", "kd_toy:images", "--student", "kd_toy:net"]
     line = " ".join(["train --loss nkd:temperature=1 --epochs 3 --batch-size 50 --device cpu", *options])
     whole = run(f"{line} --out whole --json")
     assert whole.exit_code == 0, whole.output
     shutil.rmtree(home() / "remote/chunks")
-    real, views = objects.obstore.get, set()
+    real, views = network.obstore.get, set()
 
     def dies(store, path):
         views.update({path.split("/")[3]} if "/views/" in path and "/eval/" not in path else ())
         if len(views) > 2:  # of the third view
-            raise objects.oe.GenericError("the cable was pulled")
+            raise network.oe.GenericError("the cable was pulled")
         return real(store, path)
 
-    monkeypatch.setattr(objects.obstore, "get", dies)
+    monkeypatch.setattr(network.obstore, "get", dies)
     result = run(f"{line} --out run")
     assert result.exit_code == 2
     last = result.output.strip().splitlines()[-1]
     assert "the cable was pulled" in last and "--resume" in last and "tries" in last
-    monkeypatch.setattr(objects.obstore, "get", real)
+    monkeypatch.setattr(network.obstore, "get", real)
     again = run(f"{line} --out run --resume --json")
     assert again.exit_code == 0, again.output
     one, two = (json.loads((tmp_path / name / "summary.json").read_text()) for name in ("whole", "run"))
@@ -374,14 +374,14 @@ def test_evaluation_finds_the_remote_cache_of_a_run(tmp_path, trained):
 def test_faults_on_the_way_change_nothing(tmp_path, toy, s3, bucket, monkeypatch):
     with faulty(s3) as proxy:
         monkeypatch.setenv("AWS_ENDPOINT_URL", proxy.address)
-        objects._store.cache_clear()
+        network._store.cache_clear()
         push(toy.cache.path, bucket, name="toy-v1", say=quiet)
         pull("toy-v1", bucket, say=quiet)
         cache = open_registry(bucket).cache(toy.cache.key)
         assert all(same(cache.read(view), toy.cache.read(view)) for view in cache.views)
         assert sum(proxy.kinds.values()) > 20 and len(proxy.kinds) == 6, proxy.kinds
     monkeypatch.setenv("AWS_ENDPOINT_URL", s3)
-    objects._store.cache_clear()
+    network._store.cache_clear()
     assert content(caches_folder() / toy.cache.key) == content(toy.cache.path)
     prefix = f"caches/{toy.cache.key}/"
     there = {path.removeprefix(prefix): data for path, data in stored(bucket).items() if "/published/" not in path}
@@ -390,7 +390,7 @@ def test_faults_on_the_way_change_nothing(tmp_path, toy, s3, bucket, monkeypatch
 
 def test_wrong_bytes_of_a_plain_web_server_are_not_believed(tmp_path, toy, monkeypatch):
     """Nothing but another answer says that a commit came whole."""
-    monkeypatch.setattr("kdcache.cache.registry.remote._AT_ONCE", 8)
+    monkeypatch.setattr("kdcache.cache.registry.network._AT_ONCE", 8)
     push(toy.cache.path, str(tmp_path / "shared"), say=quiet)
     with web_server(tmp_path / "shared") as address, faulty(address, share=0.5) as proxy:
         pull(toy.cache.key, proxy.address, say=quiet)
@@ -399,9 +399,9 @@ def test_wrong_bytes_of_a_plain_web_server_are_not_believed(tmp_path, toy, monke
 
 
 def test_a_server_that_is_not_there_is_one_line(monkeypatch):
-    monkeypatch.setattr(objects, "AT_FIRST", 0.3)
+    monkeypatch.setattr(network, "AT_FIRST", 0.3)
     assert "tries" in refused(f"pull {'a' * 64} --registry http://127.0.0.1:9/kd", "see to the network")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
-    objects._store.cache_clear()
+    network._store.cache_clear()
     assert "tries" in refused("ls --registry s3://bucket/kd", "see to the network")
-    objects._store.cache_clear()
+    network._store.cache_clear()

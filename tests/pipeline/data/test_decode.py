@@ -20,7 +20,7 @@ from kdcache.cache.identity import TeacherIdentity
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.decode import decode_file
 from kdcache.pipeline.data.kinds.files import FileDataset
-from kdcache.pipeline.views import render
+from kdcache.pipeline.views import workers
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer
 
@@ -126,8 +126,8 @@ def all_views(data):
 @pytest.mark.parametrize("free", [0, 1 << 20])
 def test_pixels_are_the_same_without_shared_memory(data, monkeypatch, free):
     want = all_views(data)
-    monkeypatch.setattr(render, "shared_memory_free", lambda: free)
-    monkeypatch.setattr(render, "default_collate", None)  # what takes shared memory is not called
+    monkeypatch.setattr(workers, "shared_memory_free", lambda: free)
+    monkeypatch.setattr(workers, "default_collate", None)  # what takes shared memory is not called
     assert all(torch.equal(a, b) for a, b in zip(all_views(data), want, strict=True))
 
 
@@ -136,7 +136,7 @@ def test_pixels_come_where_others_have_taken_the_shared_memory(data, monkeypatch
         raise RuntimeError("unable to allocate shared memory(shm): No space left on device (28)")
 
     want = all_views(data)
-    monkeypatch.setattr(render, "default_collate", full)
+    monkeypatch.setattr(workers, "default_collate", full)
     assert all(torch.equal(a, b) for a, b in zip(all_views(data), want, strict=True))
 
 

@@ -15,7 +15,7 @@ from safetensors.torch import load_file, save_file
 from kdcache.cache import Cache, care, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import caches_folder, home, open_registry, registry_beside, teachers_folder, weights_file
-from kdcache.cache.registry.registry import Registry
+from kdcache.cache.registry.teachers import SharedTeachers
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.share import push
 from kdcache.pipeline.teachers import weightstore
@@ -107,7 +107,7 @@ def test_a_second_member_teaches_and_computes_nothing_and_verifies(first, member
     member("a", first)
     works(f"{BUILD} --registry {root} --push")
     weights = open_registry(root).cache(open_registry(root).keys()[0]).identity.teacher.weights
-    assert list(open_registry(root).teachers()) == [weights]
+    assert list(open_registry(root).teachers.sizes()) == [weights]
     member("b")
     del idle[:]
     built = works(f"{BUILD} --registry {root} --json")
@@ -138,7 +138,7 @@ def test_other_caches_by_the_same_teacher(first, member, tmp_path, idle):
     works(f"build --teacher resnet8 --views 1 --topk 3 --registry {root} --push")
     unlabelled = works(f"{BUILD} --unlabelled --registry {root} --push --json")
     assert len(open_registry(root).keys()) == 3 and json.loads(unlabelled.stdout)["teacher_top1"] is None
-    assert list(open_registry(root).teachers()) == [weights]
+    assert list(open_registry(root).teachers.sizes()) == [weights]
 
 
 def test_who_joins_a_build_in_a_shared_folder_takes_its_teacher(first, member, tmp_path, idle, monkeypatch):
@@ -195,7 +195,7 @@ def test_kept_back_it_is_not_there_and_that_is_said(first, member, tmp_path, idl
     key = only().key
     assert json.loads(works(f"push {key} --registry {root} --no-teacher --json").stdout)["teacher"] == "kept back"
     works(f"{BUILD} --topk 3 --registry {root} --push --no-teacher")
-    assert open_registry(root).teachers() == {}
+    assert open_registry(root).teachers.sizes() == {}
     assert json.loads(run(f"ls --registry {root} --json").stdout)[-1]["teacher_weights"] is None
     member("b")
     refused(f"verify {key} --registry {root}", f"are neither here nor in {root}: give --weights FILE")
@@ -239,7 +239,7 @@ def test_shown_otherwise_the_same_weights_are_replayed_as_the_cache_was_built(fi
     member("a", first)
     key, weights = published(root)
     brighter = json.loads(works(f"{BUILD} --teacher-mean 0.3 --registry {root} --push --json").stdout)["key"]
-    assert brighter != key and list(open_registry(str(root)).teachers()) == [weights]
+    assert brighter != key and list(open_registry(str(root)).teachers.sizes()) == [weights]
     member("b")
     for one in (key, brighter):
         assert json.loads(works(f"verify {one} --registry {root} --replay 64 --json").stdout)["total_variation"] == 0
@@ -326,7 +326,7 @@ def test_what_is_not_what_its_name_says_is_refused_and_not_kept(first, member, r
     member("a", first)
     key, weights = published(root)
     shared = open_registry(root)
-    good, at = shared.teacher(weights), f"teachers/{weights}.safetensors"
+    good, at = shared.teachers.read(weights), f"teachers/{weights}.safetensors"
     state = load_file(weights_file(weights))
     save_file({**state, "fc.bias": state["fc.bias"] + 1}, "other.safetensors")
     torch.save({"fc.bias": Code()}, "code")
@@ -349,9 +349,9 @@ def test_what_is_not_what_its_name_says_is_refused_and_not_kept(first, member, r
     # What the line says helps.
     member("a")
     assert json.loads(works(f"push {key} --registry {root} --json").stdout)["teacher"] == "there"
-    shared.remove_teacher(weights)
+    shared.teachers.remove(weights)
     assert json.loads(works(f"push {key} --registry {root} --json").stdout)["teacher"] == "published"
-    assert shared.teacher(weights) == good
+    assert shared.teachers.read(weights) == good
     weights_file(weights).write_bytes(damaged["a bit"])
     refused(f"verify {key}", f"{weights_file(weights)} holds the weights ")
 
@@ -374,7 +374,7 @@ def test_a_hash_that_is_a_path_reads_nothing(tmp_path, root):
     usual = about().teacher
     for weights in ("../../etc/passwd", "", "A" * 64, "a" * 63, "a" * 64 + "\n"):
         teacher = usual.model_copy(update={"weights": weights})
-        for ask in (open_registry(root).has_teacher, open_registry(root).teacher, weights_file):
+        for ask in (open_registry(root).teachers.has, open_registry(root).teachers.read, weights_file):
             with pytest.raises(e.CorruptError, match="no hash of a teacher's weights"):
                 ask(weights)
         with pytest.raises(e.CorruptError):
@@ -385,7 +385,7 @@ def test_a_hash_that_is_a_path_reads_nothing(tmp_path, root):
 def test_a_push_that_is_killed_at_the_teacher_goes_on(first, member, root, after, monkeypatch):
     member("a", first)
     key, weights = only().key, only().identity.teacher.weights
-    real = Registry.add_teacher
+    real = SharedTeachers.add
 
     def dies(self, weights, content):
         if after:
@@ -393,9 +393,9 @@ def test_a_push_that_is_killed_at_the_teacher_goes_on(first, member, root, after
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
-        patch.setattr(Registry, "add_teacher", dies)
+        patch.setattr(SharedTeachers, "add", dies)
         assert run(f"push {key} --registry {root}").exit_code == 130
-    assert open_registry(root).cache(key).views == () and open_registry(root).has_teacher(weights) is after
+    assert open_registry(root).cache(key).views == () and open_registry(root).teachers.has(weights) is after
     assert json.loads(works(f"push {key} --registry {root} --json").stdout)["teacher"] == (
         "there" if after else "published"
     )
@@ -419,7 +419,7 @@ def test_a_push_that_is_killed_while_it_writes_leaves_no_half_of_it(first, membe
     process = multiprocessing.get_context("fork").Process(target=_die_writing, args=(key, root))
     process.start()
     process.join(60)
-    assert process.exitcode == -signal.SIGKILL and open_registry(root).teachers() == {}
+    assert process.exitcode == -signal.SIGKILL and open_registry(root).teachers.sizes() == {}
     works(f"push {key} --registry {root}")
     member("b")
     works(f"verify {key} --registry {root} --replay 8")
@@ -429,9 +429,11 @@ def test_several_who_push_at_once_leave_one(first, member, root):
     member("a", first)
     content = weights_file(only().identity.teacher.weights).read_bytes()
     weights = only().identity.teacher.weights
-    assert open_registry(root).add_teacher(weights, content) and not open_registry(root).add_teacher(weights, b"other")
+    assert open_registry(root).teachers.add(weights, content) and not open_registry(root).teachers.add(
+        weights, b"other"
+    )
     assert open_registry(root).objects.create(f"teachers/{weights}.safetensors", b"other") is False
-    assert open_registry(root).teacher(weights) == content
+    assert open_registry(root).teachers.read(weights) == content
 
 
 # ---- care ----
@@ -441,7 +443,7 @@ def test_gc_lists_the_teachers_that_no_cache_there_names(first, member, root, mo
     member("a", first)
     key, weights = published(root)
     shared = open_registry(root)
-    shared.add_teacher("b" * 64, b"of a cache that is gone")
+    shared.teachers.add("b" * 64, b"of a cache that is gone")
     removed = run(f"rm {key} --registry {root} --yes")
     assert f"its teacher's weights stay ({root}/teachers/{weights}.safetensors)" in removed.output
     assert list(care.leavings(0, root)) == []  # younger than an hour
@@ -452,9 +454,9 @@ def test_gc_lists_the_teachers_that_no_cache_there_names(first, member, root, mo
     found = care.gc(listed, True)
     kept = {one["path"].rpartition("/")[2][:64]: one["kept"] for one in found["found"]}
     assert kept["b" * 64] is None and "needed again" in kept[weights] and found["freed"] == 23
-    assert list(shared.teachers()) == [weights] and list(care.leavings(-1, root)) == []
+    assert list(shared.teachers.sizes()) == [weights] and list(care.leavings(-1, root)) == []
     # Of a cache that cannot be read nobody knows what it names.
-    shared.add_teacher("c" * 64, b"x")
+    shared.teachers.add("c" * 64, b"x")
     shared.objects.create(f"caches/{'d' * 64}/identity.json", b"{")
     assert list(care.leavings(-1, root)) == []
 

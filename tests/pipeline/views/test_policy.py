@@ -71,7 +71,13 @@ def test_the_views_of_caches_stay_as_they_are():
 
 
 @settings(max_examples=60, deadline=None)
-@given(st.sampled_from(POLICIES), st.integers(0, 2**62), st.integers(0, 10**6), st.integers(0, 90), st.integers(1, 30))
+@given(
+    st.sampled_from(list(POLICIES)),
+    st.integers(0, 2**62),
+    st.integers(0, 10**6),
+    st.integers(0, 90),
+    st.integers(1, 30),
+)
 def test_any_range_is_drawn_without_the_others(policy, seed, view, start, count):
     sizes = np.random.default_rng(seed).integers(1, 500, (120, 2)).astype(np.int32)
     whole = draw(policy, seed, view, range(120), sizes)

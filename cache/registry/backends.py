@@ -1,0 +1,43 @@
+"""The kinds of places that a registry can lie in: a table from an address's scheme to what opens it."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from functools import partial
+from pathlib import Path
+from urllib.parse import urlsplit
+
+from kdcache.cache.errors import InputError
+from kdcache.cache.registry.local import FolderObjects
+from kdcache.cache.registry.network import NetworkObjects
+from kdcache.cache.registry.objects import Objects
+
+_bucket, _web = partial(NetworkObjects, bucket=True), partial(NetworkObjects, bucket=False)
+# Each is called with the address, which has neither user nor query.
+_SCHEMES: dict[str, Callable[[str], Objects]] = {
+    "s3": _bucket,
+    "gs": _bucket,
+    "az": _bucket,
+    "http": _web,
+    "https": _web,
+}
+
+
+def open_objects(url: str) -> Objects:
+    """The objects below an address or the path of a folder; InputError for what is neither, or may hold a secret."""
+    if "://" not in url:
+        return FolderObjects(Path(url))
+    url = url.rstrip("/")
+    parts = urlsplit(url)
+    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
+    if "@" in parts.netloc or parts.query or parts.fragment:
+        raise InputError(
+            f"{shown}: an address takes no user, password, token or query, which would end up in logs; credentials "
+            "come from the environment (see docs/sharing.md)"
+        )
+    if parts.scheme == "file":
+        return FolderObjects(Path(parts.path))
+    if parts.scheme not in _SCHEMES or not parts.netloc:
+        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+        raise InputError(f"{shown} is no place for a registry: give a folder, or an address with {known}")
+    return _SCHEMES[parts.scheme](url)

@@ -1,0 +1,372 @@
+"""A registry in a bucket or on a web server: its objects, and reading a cache there by way of a local store.
+
+Both are reached over a network, which fails at any time: everything is tried again, with back-off, until `PATIENCE` is
+spent.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import random
+import re
+import time
+from collections.abc import Callable
+from concurrent.futures import ThreadPoolExecutor
+from functools import cache, cached_property
+from pathlib import Path
+from typing import Any, TypeVar
+
+import obstore
+from obstore import exceptions as oe
+from obstore.store import ObjectStore, from_url
+
+from kdcache.cache import files
+from kdcache.cache.errors import CorruptError, InputError, NotFoundError, UnreadableError
+from kdcache.cache.files import Content
+from kdcache.cache.identity import MAX_JSON_BYTES, Identity, canonical, parse
+from kdcache.cache.registry.localstore import LocalStore
+from kdcache.cache.store.layout import Chunk, Commit, SplitLayout, StoredFile
+from kdcache.cache.store.place import ZarrChunks
+
+T = TypeVar("T")
+MOST_VIEWS = 100_000
+# Seconds for which one request is tried: once the place has answered, and before.
+PATIENCE, AT_FIRST = 90.0, 15.0
+_LONGEST_WAIT = 10.0
+_WRONG_AT_MOST = 3  # times that bytes are fetched before they are given up as not those that belong there
+_AT_ONCE = 32  # requests at once that ask what there is
+# A stalled connection is given up after read_timeout. A whole request may take long, since a chunk may have 2 GB.
+_CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
+_MD5 = re.compile(r'"?([0-9a-f]{32})"?')
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+class NetworkObjects:
+    """Objects in a bucket, or on a web server, which can only be read and cannot be listed. May be pickled.
+
+    For the methods see Objects. Each raises UnreadableError once it was tried for long enough.
+    """
+
+    def __init__(self, url: str, bucket: bool) -> None:
+        self.url, self.address, self.listable, self.writable = url, url, bucket, bucket
+        self._reached = False
+
+    def require_there(self) -> None:
+        """Whatever asks for an object finds that out."""
+
+    def folder(self, path: str) -> None:
+        return None
+
+    def place(self, prefix: str, identity: Identity, mirror: Path, store: LocalStore) -> Remote:
+        return Remote(self, prefix, identity, mirror, store)
+
+    def read(self, path: str, limit: int) -> bytes:
+        return bytes(self._read(path, limit, None))
+
+    def fetch(self, path: str, size: int, sha256: str) -> Content:
+        """The object's bytes; CorruptError where they are of another digest, or more than `size`."""
+        return self._read(path, size, sha256)
+
+    def _read(self, path: str, limit: int, sha256: str | None) -> Content:
+        wrong = 0
+        while True:
+            content, tag = self._try(path, lambda: self._get(path, limit))
+            if sha256 is not None:
+                right = files.sha256(content) == sha256
+            else:
+                # In most buckets the tag is the content's MD5. Where it is something else, it does not agree by chance.
+                right = self.url.startswith("https://") or (tag is not None and tag[1] == _md5(content))
+                # Where nothing covers these bytes on their way, two answers must agree.
+                right = right or content == self._try(path, lambda: self._get(path, limit))[0]
+            if right:
+                return content
+            wrong += 1
+            if wrong == _WRONG_AT_MOST:
+                raise CorruptError(f"{self.url}/{path} is not what was committed")
+
+    def _get(self, path: str, limit: int) -> tuple[memoryview, re.Match[str] | None]:
+        """The object, and its tag where that may be an MD5."""
+        found = obstore.get(self._store, path)
+        size, tag = found.meta["size"], _MD5.fullmatch(found.meta["e_tag"] or "")
+        if size > limit:
+            raise CorruptError(f"{self.url}/{path} has {size} bytes, more than the {limit} that it may have")
+        content = memoryview(found.bytes())  # no copy
+        if len(content) != size:
+            raise oe.GenericError(f"{len(content)} of {size} bytes came")
+        return content, tag
+
+    def size(self, path: str) -> int | None:
+        try:
+            return self._try(path, lambda: obstore.head(self._store, path)["size"])
+        except NotFoundError:
+            return None
+
+    def create(self, path: str, data: Content) -> bool:
+        def put() -> bool:
+            try:
+                done = obstore.put(self._store, path, data, mode="create", use_multipart=False)
+            except oe.AlreadyExistsError:
+                return False  # perhaps by our own request, whose answer was lost
+            tag = _MD5.fullmatch(done["e_tag"] or "")
+            return tag is None or tag[1] == _md5(data)
+
+        if self._try(path, put):
+            return True
+        try:
+            return self.fetch(path, len(data), files.sha256(data)) == data
+        except CorruptError:
+            return False
+
+    def require_create_only(self, path: str) -> None:
+        # Should the server overwrite it, it does so with the same bytes.
+        content = self.read(path, 1 << 20)
+
+        def put() -> bool:
+            try:
+                obstore.put(self._store, path, content, mode="create", use_multipart=False)
+            except oe.AlreadyExistsError:
+                return True
+            return False
+
+        if not self._try(path, put):
+            raise InputError(
+                f"{self.url}: this server overwrites what exists although asked not to (If-None-Match), so that "
+                "nothing could be published safely; use another"
+            )
+
+    def replace(self, path: str, data: bytes) -> None:
+        self._try(path, lambda: obstore.put(self._store, path, data, use_multipart=False))
+
+    def sizes(self, folder: str) -> dict[str, int]:
+        def listed() -> dict[str, int]:
+            found = (meta for page in obstore.list(self._store, folder) for meta in page)
+            return {meta["path"].removeprefix(f"{folder}/"): meta["size"] for meta in found}
+
+        # Nothing covers a list on its way, and a name that came wrong would count as removed. So two lists in a row
+        # must agree, unless others change the folder all the time.
+        found = self._try(f"{folder}/", listed)
+        for _ in range(_WRONG_AT_MOST):
+            before, found = found, self._try(f"{folder}/", listed)
+            if found == before:
+                break
+        return found
+
+    def newest(self, folder: str) -> float:
+        def latest() -> float:
+            found = (meta for page in obstore.list(self._store, folder) for meta in page)
+            return max((meta["last_modified"].timestamp() for meta in found), default=0.0)
+
+        return self._try(f"{folder}/", latest)
+
+    def changed(self, path: str) -> float:
+        def last() -> float:
+            return obstore.head(self._store, path)["last_modified"].timestamp()
+
+        return self._try(path, last)
+
+    def remove(self, paths: list[str]) -> None:
+        if paths:
+            self._try(paths[0], lambda: obstore.delete(self._store, paths))
+
+    def folders(self, folder: str, holding: str) -> list[str]:
+        # What is created first need not be looked for: a folder exists by its objects.
+        found = self._try(f"{folder}/", lambda: obstore.list_with_delimiter(self._store, folder))
+        return sorted(path.rpartition("/")[2] for path in found["common_prefixes"])
+
+    @property
+    def _store(self) -> ObjectStore:
+        if (first := _process()) != os.getpid():
+            # obstore's threads have not come along: every request would wait for ever.
+            raise UnreadableError(
+                f"{self.url} cannot be read in a process forked off one (process {first}) that has read over a "
+                "network: start it by spawn, as multiprocessing.get_context('spawn') does"
+            )
+        return _store(self.url)
+
+    def _try(self, path: str, request: Callable[[], T]) -> T:
+        where, started, wait, tries = f"{self.url}/{path}", time.monotonic(), 0.1, 0
+        while True:
+            tries += 1
+            try:
+                found = request()
+            except FileNotFoundError as e:
+                self._reached = True
+                if "NoSuchBucket" in str(e):
+                    raise NotFoundError(f"{self.url}: there is no such bucket") from e
+                raise NotFoundError(f"{where} is missing") from None
+            except (oe.PermissionDeniedError, oe.UnauthenticatedError) as e:
+                raise UnreadableError(f"{where}: {_reason(e)}: these credentials may not do this") from e
+            except (oe.BaseError, ValueError, OSError) as e:
+                if _final(e):
+                    raise UnreadableError(f"{self.url}: no credentials were found (see docs/sharing.md)") from e
+                passed = time.monotonic() - started
+                if passed + wait > (PATIENCE if self._reached else AT_FIRST):
+                    raise UnreadableError(
+                        f"{where}: {_reason(e)} ({tries} tries in {passed:.0f} s): see to the network, then run the "
+                        "same command again (train: with --resume), it goes on where it was"
+                    ) from e
+            else:
+                self._reached = True
+                return found
+            time.sleep(wait * random.uniform(0.5, 1))
+            wait = min(2 * wait, _LONGEST_WAIT)
+
+
+class Remote(ZarrChunks):
+    """A cache below `prefix` of objects over a network. What is there is asked once, when it is first needed.
+
+    store: keeps chunks. mirror: a local folder that keeps identity and commits, which never change.
+    """
+
+    writable = False
+    again = "ask who published it to push it again"
+
+    def __init__(
+        self, objects: NetworkObjects, prefix: str, identity: Identity, mirror: Path, store: LocalStore
+    ) -> None:
+        self._objects, self._prefix, self._identity = objects, prefix, identity
+        self._mirror, self._store = mirror, store
+        self.where = f"{objects.url}/{prefix}"
+        self.path: Path | None = None
+
+    def fresh(self) -> Remote:
+        return Remote(self._objects, self._prefix, self._identity, self._mirror, self._store)
+
+    def locate(self, file: str) -> str:
+        return f"{self.where}/{file}"
+
+    @cached_property
+    def files(self) -> dict[str, int]:
+        """Sizes by name: those of all files, or, where files cannot be listed, those of the commits found by asking."""
+        return self._objects.sizes(self._prefix) if self._objects.listable else self._probed()
+
+    def _probed(self) -> dict[str, int]:
+        """Ask for each commit that there can be, and for those of views from 0 on until one is missing."""
+        train, evaluation = SplitLayout(self._identity, "train"), SplitLayout(self._identity, "eval")
+        fixed = [split.commit_file(name) for split in (train, evaluation) for name in ("labels", "sizes", "prior")]
+        fixed += map(evaluation.commit_file, evaluation.shards([0]))
+        found: dict[str, int] = {}
+        with ThreadPoolExecutor(_AT_ONCE, thread_name_prefix="kdcache-probe") as threads:
+
+            def ask(names: list[str]) -> bool:
+                answers = threads.map(lambda name: self._objects.size(f"{self._prefix}/{name}"), names)
+                there = {name: size for name, size in zip(names, answers, strict=True) if size is not None}
+                found.update(there)
+                return len(there) == len(names)
+
+            ask(fixed)
+            step = -(-_AT_ONCE // train.parts)
+            for first in range(0, MOST_VIEWS, step):
+                if not ask([train.commit_file(name) for name in train.shards(range(first, first + step))]):
+                    break
+        return found
+
+    def has(self, file: str) -> bool:
+        return file == "identity.json" or file in self.files
+
+    def names(self, folder: str) -> list[str]:
+        prefix = f"{folder}/"
+        return [name.removeprefix(prefix) for name in self.files if name.startswith(prefix)]
+
+    def read(self, file: str, limit: int) -> bytes:
+        if file == "identity.json":
+            return canonical(self._identity)
+        try:
+            return files.read_bounded(self._mirror / file, limit)
+        except NotFoundError:
+            content = self._objects.read(f"{self._prefix}/{file}", limit)
+        files.publish(self._mirror / file, content, self._mirror / "scratch")
+        return content
+
+    def require(self, file: str, stored: StoredFile) -> None:
+        for name in (file, other(stored)):
+            path = f"{self._prefix}/{name}"
+            if (self.files.get(name) if self._objects.listable else self._objects.size(path)) == stored.size:
+                return
+        raise CorruptError(f"{self.locate(file)} is not the object of {stored.size} bytes that was committed")
+
+    def content(self, file: str, stored: StoredFile, chunk: Chunk) -> Content:
+        if not _SHA256.fullmatch(stored.sha256) or not 0 <= stored.size <= chunk.spec.max_file_bytes:
+            raise CorruptError(f"the commit of {self.locate(file)} names {stored.size} bytes, which cannot be")
+        return self._store.get(stored, lambda: self._fetch(file, stored))
+
+    def _fetch(self, file: str, stored: StoredFile) -> Content:
+        try:
+            return self._objects.fetch(f"{self._prefix}/{file}", stored.size, stored.sha256)
+        except (NotFoundError, CorruptError) as e:
+            # Another publisher may have taken the place before, and never committed.
+            try:
+                return self._objects.fetch(f"{self._prefix}/{other(stored)}", stored.size, stored.sha256)
+            except NotFoundError:
+                raise e from None
+
+    def remedy(self, file: str) -> str:
+        return (
+            f"it is damaged there, or what is known of it in {self._mirror} is out of date: remove that, then try again"
+        )
+
+    def more(self, view: int) -> str:
+        return f"kdcache build with --registry {self._objects.url} --views {view + 1} --push adds it"
+
+    def size(self) -> int:
+        if self._objects.listable:
+            return sum(self.files.values())
+        commits = [(file, self.read(file, MAX_JSON_BYTES)) for file in self.files]
+        found = (parse(Commit, content, self.locate(file), self.remedy(file)) for file, content in commits)
+        return sum(self.files.values()) + sum(stored.size for commit in found for stored in commit.files.values())
+
+    def check(self) -> None:
+        """kdcache reads nothing there that neither the key nor a commit covers."""
+
+
+def other(stored: StoredFile) -> str:
+    """Where a chunk lies whose own place was taken by one that was never committed."""
+    return f"other/{stored.sha256}"
+
+
+@cache
+def _process() -> int:
+    """The process that was the first to ask."""
+    return os.getpid()
+
+
+@cache
+def _store(url: str) -> ObjectStore:
+    # A bucket's endpoint may be within a building; https is not to be left by a redirection.
+    client = {**_CLIENT, "allow_http": not url.startswith("https://")}
+    options: dict[str, Any] = {"client_options": client, "retry_config": {"max_retries": 0}}
+    if url.startswith("s3://"):
+        options |= _profile()
+    try:
+        return from_url(url, **options)
+    except (oe.BaseError, ValueError) as e:
+        raise InputError(f"{url} cannot be opened: {_reason(e)}") from e
+
+
+def _profile() -> dict[str, Any]:
+    """What boto3 knows from ~/.aws and single sign-on, where that is installed and the environment names no keys."""
+    if "AWS_ACCESS_KEY_ID" in os.environ or "AWS_SKIP_SIGNATURE" in os.environ:
+        return {}
+    try:
+        import boto3
+        from obstore.auth.boto3 import Boto3CredentialProvider
+    except ImportError:
+        return {}
+    session = boto3.Session()
+    return {"credential_provider": Boto3CredentialProvider(session)} if session.get_credentials() else {}
+
+
+def _final(e: Exception) -> bool:
+    """Whether trying again is of no use: no credentials were found, so that a cloud machine's own were asked for."""
+    return "169.254." in str(e)
+
+
+def _reason(e: Exception) -> str:
+    """The first line of an error of obstore's, without what may be a token."""
+    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
+    return re.sub(r"\?\S+", "?...", lines[0] if lines else type(e).__name__)[:300]
+
+
+def _md5(content: Content) -> str:
+    return hashlib.md5(content, usedforsecurity=False).hexdigest()

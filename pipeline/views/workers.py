@@ -1,0 +1,228 @@
+"""Worker processes that decode images and cut views from them.
+
+They get tasks, each of a few samples in several views, and give back pixels, through shared memory where there is
+enough of it.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+import signal
+import sys
+import threading
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from multiprocessing.sharedctypes import RawArray
+from typing import Any
+from weakref import WeakSet
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+from torch.utils.data import DataLoader, default_collate, get_worker_info
+from torch.utils.data import Dataset as TorchDataset
+
+from kdcache.cache.errors import EXPLANATIONS, InputError, KdcacheError, UnreadableError
+from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.process.rank import this_rank
+
+SHARED_MEMORY = "/dev/shm"
+Cut = Callable[[Tensor, Sequence[int], bool], Tensor]  # an image, a box and whether to flip it; uint8 [3, *size]
+
+
+@dataclass
+class Task:
+    """Samples [b], and their boxes [b, n, 4] and flips [b, n] in n views.
+
+    shared: whether the pixels come back in shared memory, or else through a pipe.
+    """
+
+    samples: NDArray[np.int64]
+    boxes: NDArray[np.int32]
+    flips: NDArray[np.bool_]
+    shared: bool = True
+
+
+Done = Tensor | NDArray[np.uint8] | str  # what came of a task: pixels, shared or not, or an error
+
+
+@dataclass
+class _Cutter(TorchDataset[Done]):
+    """What a worker process does: uint8 [b, n, *size, 3] of a task, each image decoded once for all of its views.
+
+    An error travels as its text, so that it stays one line. at: each worker's process id, and the sample that it has
+    under way, or -1; of a worker that was killed this tells what it was reading.
+    """
+
+    data: Dataset
+    cut: Cut
+    size: tuple[int, int]
+    at: ctypes.Array[ctypes.c_int64]
+
+    def __getitem__(self, task: Task) -> Done:
+        if (worker := get_worker_info()) is None:
+            return self._all(task, lambda _: None)
+
+        def note(sample: int) -> None:
+            self.at[2 * worker.id + 1] = sample
+
+        self.at[2 * worker.id] = os.getpid()
+        try:
+            return self._all(task, note)
+        finally:
+            note(-1)
+
+    def _all(self, task: Task, note: Callable[[int], None]) -> Done:
+        cuts: list[Tensor] = []
+        views = task.boxes.shape[1]
+        for i, sample in enumerate(task.samples.tolist()):
+            if i and sample == task.samples[i - 1]:  # a short batch is filled up with its last sample
+                cuts += cuts[-views:]
+                continue
+            note(sample)
+            try:
+                image = self.data.decode(sample)
+            except KdcacheError as e:
+                return str(e)
+            drawn = zip(task.boxes[i].tolist(), task.flips[i].tolist(), strict=True)
+            cuts += [self.cut(image, box, flip).permute(1, 2, 0) for box, flip in drawn]
+        shape = (len(task.samples), views, *self.size, 3)
+        if task.shared:
+            with suppress(RuntimeError):  # others have taken the shared memory meanwhile
+                stacked: Tensor = default_collate(cuts)  # in a worker straight into memory that is shared
+                return stacked.view(shape)
+        return torch.stack(cuts).view(shape).numpy()
+
+
+class Workers:
+    """Processes that cut views of `size` from a dataset's images and wait for tasks between the runs.
+
+    With 0 workers this process does the work. ahead: how many tasks may be under way or done and not taken. pin:
+    whether the pixels come in pinned memory.
+    """
+
+    def __init__(self, data: Dataset, cut: Cut, size: tuple[int, int], workers: int, ahead: int, pin: bool) -> None:
+        self._workers, self._tasks = workers, list[Task]()
+        self._cutter = _Cutter(data, cut, size, RawArray(ctypes.c_int64, [-1] * (2 * workers)))
+        self._cut_bytes = 3 * size[0] * size[1]
+        self._each = max(2, -(-ahead // workers)) if workers else None  # tasks that a worker has under way or done
+        self._loader: DataLoader[Done] = DataLoader(
+            self._cutter,
+            batch_size=None,
+            sampler=self._tasks,
+            num_workers=workers,
+            collate_fn=_as_it_is,
+            prefetch_factor=self._each,
+            persistent_workers=workers > 0,
+            worker_init_fn=_begin_worker,
+            pin_memory=pin,
+            generator=torch.Generator(),  # for seeds that the workers do not use: not the run's own
+        )
+        _STARTED.add(self)
+
+    def serves(self, workers: int, ahead: int) -> bool:
+        """Whether there are that many workers, and so many tasks may be ahead."""
+        return self._workers >= workers and (self._each is None or self._each * self._workers >= ahead)
+
+    def run(self, tasks: list[Task], held: int) -> Iterator[Done]:
+        """The results of the tasks, in their order. held: how many of them are in use at once."""
+        if self._each is not None:
+            cuts = max((task.flips.size for task in tasks), default=0)
+            most = (self._each * self._workers + held) * cuts * self._cut_bytes
+            # Half of it is left to others: other workers of this process, and processes that start in this moment.
+            shared = 2 * most * this_rank().local_world <= shared_memory_free()
+            for task in tasks:
+                task.shared = shared
+        self._tasks[:] = tasks
+        with _uninterrupted():
+            try:
+                return iter(self._loader)
+            except OSError as e:
+                raise InputError(
+                    f"worker processes cannot be started ({e.strerror or e}): is {SHARED_MEMORY} full, or memory "
+                    "short? --workers 0 does without them"
+                ) from e
+
+    def next(self, done: Iterator[Done]) -> Done:
+        try:
+            return next(done)
+        except RuntimeError as e:
+            if (reason := worker_error(e)) is None:
+                raise
+            raise UnreadableError(reason) from e
+
+    def reading(self, pid: int) -> str | None:
+        """The file or the image that the worker process with this id has under way, if any."""
+        for process, sample in zip(self._cutter.at[::2], self._cutter.at[1::2], strict=True):
+            if process == pid and sample >= 0:
+                return self._cutter.data.where(sample)
+        return None
+
+
+_STARTED: WeakSet[Workers] = WeakSet()
+
+
+def worker_error(error: Exception) -> str | None:
+    """One line that tells of a worker process that was killed and what it was reading; None for other errors.
+
+    torch raises it wherever the main process is at that moment, so not always where pixels are waited for.
+    """
+    found = re.match(
+        r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.*?)\.( |$))?", str(error)
+    )
+    if found is None:
+        return None
+    pids = [int(pid) for pid in found[1].split(",")]
+    files = [file for started in _STARTED for pid in pids if (file := started.reading(pid))]
+    what = f"{files[0]}: the worker process that read it was killed" if files else "a worker process was killed"
+    how = f" ({found[2]})" if found[2] else ""
+    return f"{what}{how}: often memory is short, or {SHARED_MEMORY} too small; lower --workers"
+
+
+EXPLANATIONS.append(worker_error)
+
+
+def shared_memory_free() -> int:
+    """Bytes that may still be shared between processes; a container often has 64 MB in all."""
+    try:
+        found = os.statvfs(SHARED_MEMORY)
+    except OSError:  # there is none on macOS, which has other means
+        return sys.maxsize
+    return found.f_bavail * found.f_frsize
+
+
+def _as_it_is(done: Any) -> Any:
+    """Stand in for torch's own collation, which would put every array into shared memory."""
+    return done
+
+
+@contextmanager
+def _uninterrupted() -> Iterator[None]:
+    """Let Ctrl-C and SIGTERM wait: in the middle of a fork they leave half-made processes. Workers never get them.
+
+    Otherwise what ends a whole process group or job would kill the workers before this process has ended its step.
+    """
+    before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
+    try:
+        yield
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, before)
+
+
+def _begin_worker(worker: int) -> None:
+    torch.set_num_threads(1)
+    if hasattr(signal, "sigwaitinfo"):
+        threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
+    else:  # macOS does not tell who sent a signal
+        signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _obey_parent(parent: int) -> None:
+    """End when the parent sends SIGTERM, as multiprocessing ends its workers, and not when anybody else does."""
+    while signal.sigwaitinfo({signal.SIGTERM}).si_pid != parent:
+        pass
+    os._exit(0)
