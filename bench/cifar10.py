@@ -21,7 +21,8 @@ from kdcache.pipeline.build.build import BuildResult, build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.teachers.networks import build_network
-from kdcache.pipeline.teachers.teacher import Classifier, load_teacher, read_weights, taught_file
+from kdcache.pipeline.teachers.teacher import Classifier, load_teacher
+from kdcache.pipeline.teachers.weights import read_weights, taught_file
 from kdcache.train.bench.bench import machine
 from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.loaders.cached import CachedLoader, OnlineLoader

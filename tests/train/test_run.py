@@ -29,7 +29,8 @@ from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.kinds.named import digits
 from kdcache.pipeline.teachers.networks import build_network
-from kdcache.pipeline.teachers.teacher import Classifier, read_weights
+from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer
 from kdcache.tests.helpers.building import record_batches

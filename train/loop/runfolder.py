@@ -110,10 +110,6 @@ class RunFolder:
         if best_of(history) is history[-1]:
             file_classifier(self.path / f"{of}best.safetensors", model, notes)
 
-    def save_metrics(self, history: list[dict[str, Any]]) -> None:
-        """metrics.jsonl, one line an epoch."""
-        replace_file(self.path / "metrics.jsonl", b"".join(_json(line, indent=None) for line in history))
-
     def save_state(self, history: list[dict[str, Any]], training: dict[str, Any]) -> None:
         """After the weights and metrics of a whole epoch, so that a kill in between repeats only its end."""
         content = io.BytesIO()
@@ -143,5 +139,5 @@ def best_of(history: list[dict[str, Any]]) -> dict[str, Any] | None:
     return max(reversed(lines), key=lambda line: float(line["validation_top1"]), default=None)
 
 
-def _json(value: dict[str, Any], indent: int | None = 2) -> bytes:
-    return (json.dumps(value, indent=indent, sort_keys=indent is not None) + "\n").encode()
+def _json(value: dict[str, Any]) -> bytes:
+    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()

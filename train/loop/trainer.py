@@ -20,6 +20,7 @@ from kdcache.train.config import SAVE_EVERY
 from kdcache.train.loop.compiling import clear_compile_error, compiled
 from kdcache.train.loop.ema import WeightAverage
 from kdcache.train.loop.interrupts import Interrupts
+from kdcache.train.loop.logs.logs import Logs
 from kdcache.train.loop.optimisers import Recipe, Updater
 from kdcache.train.loop.runfolder import ANEW, RunFolder
 from kdcache.train.losses.base import Learnt, Loss, Paced
@@ -205,6 +206,53 @@ class Training:
             _restore_random(state["random"][group.rank()], self._device)
 
 
+class _Kept:
+    """What is kept of a training: its lines in `history` and, with a folder, its weights, logs and state.
+
+    All ranks take part in what is kept, and the first one writes it. Use with `with`, which closes the logs.
+    """
+
+    def __init__(
+        self, training: Training, folder: RunFolder | None, notes: dict[str, Any], say: Callable[[str], None]
+    ) -> None:
+        self._training, self._notes, self._say = training, notes, say
+        self.history = _resume(training, folder, say) if folder else []
+        self._keeps, self._folder = folder is not None, None if group.rank() else folder
+        self._logs = Logs(self._folder.path, self.history, say) if self._folder else None
+
+    def __enter__(self) -> _Kept:
+        return self
+
+    def __exit__(self, kind: object, error: object, trace: object) -> None:
+        if self._logs is None:
+            return
+        try:
+            self._logs.close()
+        except (KdcacheError, OSError) as e:
+            if error is None:
+                raise
+            self._say(f"warning: {e}")  # what ended the training is the error to show
+
+    def save(self) -> None:
+        """Keep the state from which a run goes on."""
+        if self._keeps:
+            state = self._training.state_dict()
+            if self._folder:
+                self._folder.save_state(self.history, state)
+
+    def add(self, line: dict[str, Any]) -> None:
+        """Keep what a whole epoch has brought. The state comes last: a kill before it repeats the end of the epoch."""
+        self.history.append(line)
+        self._say(_describe(line, self._training.recipe.epochs))
+        if self._folder and self._logs:
+            self._folder.save_weights(self._training.evaluated, self._notes, self.history, of="")
+            if (partner := self._training.partner) is not None:
+                theirs = [_of_partner(past) for past in self.history]
+                self._folder.save_weights(partner.model, partner.notes, theirs, of=f"{PARTNER}-")
+            self._logs.line(line)
+        self.save()
+
+
 def fit(
     model: Classifier,
     loss: Loss,
@@ -218,7 +266,7 @@ def fit(
     save_every: float = SAVE_EVERY,
     evaluate_every: int = 1,
 ) -> list[dict[str, Any]]:
-    """Train in place; one line of metrics an epoch. With a folder, goes on from the state there.
+    """Train in place, and return a line of metrics for each epoch. With a folder, go on from the state there.
 
     The state is kept after every epoch, within one every so many seconds, and where Ctrl-C or SIGTERM asks to stop:
     then KeyboardInterrupt, once the step is whole. `notes` go into the weights' files. partner: learns in the same
@@ -226,56 +274,40 @@ def fit(
     loss is no longer finite.
     """
     training = Training(model, loss, recipe, len(loader), partner)
-    history = _resume(training, folder, say) if folder else []
-    # All ranks take part in what is kept, and the first one writes it.
-    keeps, folder = folder is not None, None if group.rank() else folder
-
-    def save() -> None:
-        if keeps:
-            state = training.state_dict()
-            if folder:
-                folder.save_state(history, state)
-
-    events = _events(folder, len(history), say) if folder else None
     wishes = group.Wishes()
-    with Interrupts() as interrupts:
+    with _Kept(training, folder, notes or {}, say) as kept, Interrupts() as interrupts:
         while training.epoch < recipe.epochs:
-            _train_epoch(training, loader, interrupts, wishes, save, save_every)
+            _train_epoch(training, loader, interrupts, wishes, kept.save, save_every)
             training.average_statistics()
-            losses = training.losses()
+            losses, epoch = training.losses(), training.epoch + 1
             if not all(map(math.isfinite, losses.values())):
-                at = f"in epoch {training.epoch + 1}"
-                raise KdcacheError(f"the loss is not finite {at}: lower --lr (now {recipe.lr:g})")
+                raise KdcacheError(f"the loss is not finite in epoch {epoch}: lower --lr (now {recipe.lr:g})")
             measured: dict[str, float] = {}
-            if (training.epoch + 1) % evaluate_every == 0 or training.epoch + 1 == recipe.epochs:
-                if group.world() > 1:
-                    save()  # ranks evaluate together, to the end: torchrun may not wait so long for one that is to stop
-                try:
-                    with interrupts.at_once() if group.world() == 1 else nullcontext():
-                        measured = evaluate(training.evaluated)
-                except KeyboardInterrupt:
-                    if group.world() == 1:
-                        save()
-                    raise
-            line: dict[str, Any] = {"epoch": training.epoch + 1, **losses, "seconds": training.seconds, **measured}
+            if epoch % evaluate_every == 0 or epoch == recipe.epochs:
+                measured = _evaluated(training, evaluate, interrupts, kept.save)
+            line: dict[str, Any] = {"epoch": epoch, **losses, "seconds": training.seconds, **measured}
             training.end_epoch()
-            history.append(line)
-            say(_describe(line, recipe.epochs))
-            if events is not None:
-                for name, value in line.items():
-                    events.add_scalar(name, value, training.epoch)
-                events.flush()
-            if folder:
-                folder.save_weights(training.evaluated, notes or {}, history, of="")
-                if partner is not None:
-                    theirs = [_of_partner(past) for past in history]
-                    folder.save_weights(partner.model, partner.notes, theirs, of=f"{PARTNER}-")
-                folder.save_metrics(history)
-            save()
+            kept.add(line)
             _stop_together(interrupts)
-    if events is not None:
-        events.close()
-    return history
+    return kept.history
+
+
+def _evaluated(
+    training: Training,
+    evaluate: Callable[[Classifier], dict[str, float]],
+    interrupts: Interrupts,
+    save: Callable[[], None],
+) -> dict[str, float]:
+    """The metrics of an epoch whose batches are all learnt. Stopped meanwhile, they are kept and not learnt again."""
+    if group.world() > 1:
+        save()  # ranks evaluate together, to the end: torchrun may not wait so long for one that is to stop
+        return evaluate(training.evaluated)
+    try:
+        with interrupts.at_once():
+            return evaluate(training.evaluated)
+    except KeyboardInterrupt:
+        save()
+        raise
 
 
 def _resume(training: Training, folder: RunFolder, say: Callable[[str], None]) -> list[dict[str, Any]]:
@@ -357,15 +389,6 @@ def _describe(line: dict[str, Any], epochs: int) -> str:
         if "top1" in theirs:
             parts.append(f"top-1 {percent(theirs['top1'])}  nll {theirs['nll']:.4f}  ece {theirs['ece']:.4f}")
     return "  ".join([*parts, f"{line['seconds']:.1f} s"])
-
-
-def _events(folder: RunFolder, done: int, say: Callable[[str], None]) -> Any:
-    try:
-        from torch.utils.tensorboard import SummaryWriter
-    except ImportError:
-        say("note: no TensorBoard events are written: pip install tensorboard for them")
-        return None
-    return SummaryWriter(str(folder.path / "tensorboard"), purge_step=done + 1)
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:
