@@ -32,7 +32,7 @@ from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
 from kdcache.train.config import TeachConfig
 from kdcache.train.evaluation.metrics import metrics, predict
-from kdcache.train.loaders.cached import PlainLoader
+from kdcache.train.loaders.live import PlainLoader
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import RunFolder
 from kdcache.train.loop.trainer import fit, seeded

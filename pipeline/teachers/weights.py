@@ -17,6 +17,7 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
+from kdcache.cache.choices import Interpolation
 from kdcache.cache.errors import InputError, first_sentence
 from kdcache.cache.files import replace_file
 from kdcache.cache.home import teachers_folder
