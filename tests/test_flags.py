@@ -28,6 +28,6 @@ def test_the_flags_are_those_that_are_frozen() -> None:
     new, gone = set(flags()) - set(frozen), set(frozen) - set(flags())
     assert flags() == frozen, (
         f"new: {sorted(new)}; gone: {sorted(gone)}. A new flag is put into {FILE.relative_to(ROOT)} by hand, on "
-        "purpose, in alphabetical order. A flag that goes or changes breaks what users have written: keep it, or say so "
-        "in CHANGELOG.md."
+        "purpose, in alphabetical order. A flag that goes or changes breaks what users have written: keep it, or say "
+        "so in CHANGELOG.md."
     )

@@ -21,7 +21,6 @@ from kdcache.cache.choices import Interpolation
 from kdcache.cache.errors import InputError, first_sentence
 from kdcache.cache.files import replace_file
 from kdcache.cache.home import teachers_folder
-from kdcache.cache.identity import Interpolation
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.teachers.pixels import RGB
 
