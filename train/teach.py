@@ -41,24 +41,6 @@ from kdcache.train.losses import CE
 _POLL_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
-class TeachConfig:
-    """What to teach. None means the default for the dataset's kind (defaults.py)."""
-
-    teacher: str
-    data: str = DATA
-    augment: str | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    seed: int = 0
-    device: str | None = None
-    amp: Amp | None = None
-    workers: int | None = None
-    force: bool = False
-
-
 @dataclass(frozen=True, eq=False)
 class TeachPlan:
     """What is taught, on which images and how: every default is looked up.
