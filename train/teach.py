@@ -30,32 +30,15 @@ from kdcache.pipeline.teachers.weights import taught_file
 from kdcache.pipeline.views.policy import check_policy
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
+from kdcache.train.config import TeachConfig
 from kdcache.train.evaluation.metrics import metrics, predict
 from kdcache.train.loaders.live import PlainLoader
-from kdcache.train.loop.optimisers import Amp, Recipe
+from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import RunFolder
 from kdcache.train.loop.trainer import fit, new_classifier
 from kdcache.train.losses import CE
 
 _POLL_SECONDS = 0.5
-
-
-@dataclass(frozen=True)
-class TeachConfig:
-    """What to teach. None means the default for the dataset's kind (defaults.py)."""
-
-    teacher: str
-    data: str = DATA
-    augment: str | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    seed: int = 0
-    device: str | None = None
-    amp: Amp | None = None
-    workers: int | None = None
-    force: bool = False
 
 
 @dataclass(frozen=True, eq=False)

@@ -8,7 +8,8 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.tests.helpers.training import quiet
-from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.config import TeachConfig
+from kdcache.train.teach import teach
 
 
 @pytest.fixture(scope="session")

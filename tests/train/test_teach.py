@@ -7,7 +7,8 @@ import pytest
 
 from kdcache.cache import KdcacheError
 from kdcache.tests.helpers.training import quiet
-from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.config import TeachConfig
+from kdcache.train.teach import teach
 
 
 def test_a_teacher_that_was_half_taught_on_them_is_not_gone_on_with(home):

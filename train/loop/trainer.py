@@ -18,6 +18,7 @@ from kdcache.pipeline.process.progress import Progress, percent
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier, try_out
 from kdcache.train import group
+from kdcache.train.config import SAVE_EVERY
 from kdcache.train.loop.compiling import clear_compile_error, compiled
 from kdcache.train.loop.ema import WeightAverage
 from kdcache.train.loop.interrupts import Interrupts
@@ -26,7 +27,6 @@ from kdcache.train.loop.optimisers import Recipe, Updater
 from kdcache.train.loop.runfolder import ANEW, RunFolder
 from kdcache.train.losses.base import Learnt, Loss, Paced
 
-SAVE_EVERY = 300.0  # seconds
 PARTNER = "teacher"  # in the names of its metrics and files
 
 
