@@ -8,9 +8,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.records import Records, encode
-from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.ffcv.beton import Beton
+from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
@@ -27,7 +26,7 @@ class Judge:
 
     def __init__(
         self,
-        cache: Cache | Beton | None,
+        cache: Stored | None,
         evaluation: Dataset,
         size: int,
         device: torch.device,

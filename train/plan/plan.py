@@ -13,12 +13,11 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset, open_data, open_validation
 from kdcache.pipeline.data.defaults import Defaults, defaults_for
-from kdcache.pipeline.ffcv.beton import Beton
+from kdcache.pipeline.stores import Stored
 from kdcache.train import group
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import DEFAULT_LOSS, TrainConfig
 from kdcache.train.evaluation.otherdata import class_ids
 from kdcache.train.evaluation.validation import held_out_part
 from kdcache.train.loaders.cached import require_data
@@ -27,10 +26,9 @@ from kdcache.train.losses.base import Loss, Partnered
 from kdcache.train.losses.options import described, make_loss, options_of
 from kdcache.train.losses.prepare import require_served
 from kdcache.train.plan.choosing import choose_cache
+from kdcache.train.plan.feeds import Feed, feed_of
 from kdcache.train.plan.resuming import place_of, placed
-from kdcache.train.plan.stores import Feed, feed_of
 
-DEFAULT_LOSS = "nkd"
 _WORTH_COMPILING = 10_000  # batches in a run
 
 
@@ -46,7 +44,7 @@ class TrainPlan:
 
     asked: TrainConfig
     device: torch.device
-    cache: Cache | Beton
+    cache: Stored
     feed: Feed
     data: Dataset
     evaluation: Dataset

@@ -30,7 +30,8 @@ from kdcache.cache.store import packing as packing
 from kdcache.cache.store.layout import ArraySpec
 from kdcache.cache.store.packing import choose_views, pack_hdf5, unpack_hdf5
 from kdcache.cli import main
-from kdcache.pipeline.ffcv.beton import Beton, pack_beton
+from kdcache.pipeline.ffcv.pack import pack_ffcv
+from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.verify import verify
 from kdcache.tests.helpers.caches import WRITER, Filled, identity, same, shapes
 from kdcache.tests.helpers.images import toy_data
@@ -53,7 +54,7 @@ def unpacked(cache, place):
 
 
 def beton(cache, place):
-    return Beton(pack_beton(cache, toy_data(cache, place), place / "c.beton", None, lambda line: None))
+    return FFCVFile(pack_ffcv(cache, toy_data(cache, place), place / "c.beton", None, lambda line: None))
 
 
 # Each makes, of a cache folder, what has `identity`, `views` and `read(view)`; CACHES can do all that a folder can.
