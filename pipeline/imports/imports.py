@@ -1,6 +1,6 @@
 """`kdcache import`: logits that other projects have stored, as a cache.
 
-A new kind of stored logits is a file like tinyvit.py and fkd.py, a line in `KINDS`, and its name in ImportConfig.
+A new kind of stored logits is a file like tinyvit.py and fkd.py, a line in `KINDS`, and its name in config.Kind.
 """
 
 from __future__ import annotations
@@ -10,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 from numpy.typing import NDArray
@@ -24,35 +24,14 @@ from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.build import suspicions
 from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.imports.config import ImportConfig, Kind
 from kdcache.pipeline.imports.fkd import FKD
 from kdcache.pipeline.imports.stored import Answers, Logits, encoded, parameters_digest, rounding
 from kdcache.pipeline.imports.tinyvit import TinyViT
 from kdcache.pipeline.process import provenance
 from kdcache.pipeline.process.progress import Progress, duration, size
 
-Kind = Literal["tinyvit", "fkd"]
-
 KINDS: dict[Kind, Callable[[Path, Dataset], Logits]] = {"tinyvit": TinyViT, "fkd": FKD}
-
-
-@dataclass(frozen=True)
-class ImportConfig:
-    """What to import. classes: None for the dataset's. temperature: that of the stored softmax.
-
-    teacher: what to call it, as no format says. image_size: its input, in pixels.
-    """
-
-    kind: Kind
-    path: str
-    data: str
-    classes: int | None = None
-    teacher: str = "unknown"
-    image_size: int = 224
-    temperature: float = 1.0
-    unlabelled: bool = False
-    out: str | None = None
-    allow_low_accuracy: bool = False
-    full_fingerprint: bool = False
 
 
 @dataclass(frozen=True)

@@ -9,7 +9,8 @@ from PIL import Image
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.imports import fkd as fkd_format
 from kdcache.pipeline.imports import tinyvit as tinyvit_format
-from kdcache.pipeline.imports.imports import ImportConfig, import_logits
+from kdcache.pipeline.imports.config import ImportConfig
+from kdcache.pipeline.imports.imports import import_logits
 from kdcache.tests.helpers.storedlogits import CLASSES, RNG, VIEWS, quiet, softmax64, write_fkd, write_tinyvit
 
 

@@ -122,7 +122,9 @@ def test_the_rest_of_the_commands(place, fkd, tmp_path):
     weights = tmp_path / "w.safetensors"
     save_file(build_network("resnet8", len(CLASSES), 32).state_dict(), weights)
     with pytest.raises(KdcacheError, match=re.escape("teacher.architecture: the cache has effL2 (imported from fkd)")):
-        build(BuildConfig("resnet8", str(weights), f"imagenet:{place}/images", out=str(cache.path), views=1), quiet)
+        build(
+            BuildConfig("resnet8", str(weights), data=f"imagenet:{place}/images", out=str(cache.path), views=1), quiet
+        )
 
 
 def test_it_is_packed_and_shared_like_others(fkd, tmp_path, monkeypatch):
@@ -178,6 +180,7 @@ def test_a_killed_import_goes_on(fkd, tmp_path):
         "import os, signal, sys\n"
         "from kdcache.cache.store.publish import SplitStore\n"
         "from kdcache.pipeline.imports import fkd, imports\n"
+        "from kdcache.pipeline.imports.config import ImportConfig\n"
         "fkd.PART, write, count = 8, SplitStore.write_shard, 0\n"
         "def killed(*args):\n"
         "    global count\n"
@@ -186,7 +189,7 @@ def test_a_killed_import_goes_on(fkd, tmp_path):
         "        os.kill(os.getpid(), signal.SIGKILL)\n"
         "    return write(*args)\n"
         "SplitStore.write_shard = killed\n"
-        "imports.import_logits(imports.ImportConfig('fkd', sys.argv[1], sys.argv[2], teacher='effL2', image_size=32,\n"
+        "imports.import_logits(ImportConfig('fkd', sys.argv[1], sys.argv[2], teacher='effL2', image_size=32,\n"
         "                                           out=sys.argv[3]))\n"
     )
     out = tmp_path / "c"

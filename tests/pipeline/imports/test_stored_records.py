@@ -3,6 +3,7 @@
 import json
 from dataclasses import replace
 from pathlib import Path
+from typing import get_args
 
 import numpy as np
 import pytest
@@ -12,9 +13,11 @@ from PIL import Image
 from kdcache.cache import KdcacheError, open_cache
 from kdcache.cache.identity import canonical
 from kdcache.pipeline.data.dataset import open_data
+from kdcache.pipeline.imports import imports as importing
 from kdcache.pipeline.imports import tinyvit as tinyvit_format
+from kdcache.pipeline.imports.config import ImportConfig, Kind
 from kdcache.pipeline.imports.fkd import FKD
-from kdcache.pipeline.imports.imports import ImportConfig, import_logits
+from kdcache.pipeline.imports.imports import import_logits
 from kdcache.pipeline.imports.tinyvit import TinyViT
 from kdcache.tests.helpers.storedlogits import (
     RNG,
@@ -140,3 +143,7 @@ def test_identities_that_lack_nothing_are_what_they_were(fkd):
 
 
 # What can be done with it
+
+
+def test_each_kind_that_can_be_asked_for_stands_in_the_table():
+    assert list(importing.KINDS) == list(get_args(Kind))
