@@ -10,10 +10,10 @@ from typing import Literal
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import caches_folder, open_cache
+from kdcache.cache.packing import choose_views, pack_hdf5, packed_rows_bytes, unpack_hdf5
 from kdcache.cache.store import hdf5
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
-from kdcache.cache.store.packing import choose_views, pack_hdf5, packed_rows_bytes, unpack_hdf5
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.ffcv.beton import pack_beton
 from kdcache.pipeline.process.progress import Progress, duration, size

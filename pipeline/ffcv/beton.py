@@ -39,11 +39,11 @@ from torchvision.io import ImageReadMode
 from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
 from kdcache.cache.files import sha256, sync_folder
 from kdcache.cache.identity import Identity, Sha256, Strict, canonical, id_dtype, parse
+from kdcache.cache.packing import clear_leaving, new_file
 from kdcache.cache.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.chunks import as_arrays, as_records
 from kdcache.cache.store.layout import ArraySpec, Commit, record_arrays, shard_name
-from kdcache.cache.store.packing import clear_leaving, new_file
 from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.data.imagefiles import Triple

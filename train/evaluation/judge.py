@@ -7,7 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.cache.records import Records, encode
+from kdcache.cache.encoding import encode
+from kdcache.cache.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.ffcv.beton import Beton

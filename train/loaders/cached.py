@@ -15,8 +15,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
+from kdcache.cache.encoding import encode
 from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError
-from kdcache.cache.records import Records, encode
+from kdcache.cache.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.build.source import describe_data

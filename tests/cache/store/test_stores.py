@@ -24,11 +24,11 @@ from hypothesis import given, settings
 
 from kdcache.cache import Cache, Identity, KdcacheError, files, open_cache
 from kdcache.cache import errors as e
+from kdcache.cache import packing as packing
 from kdcache.cache.home import list_caches
+from kdcache.cache.packing import choose_views, pack_hdf5, unpack_hdf5
 from kdcache.cache.store import chunks
-from kdcache.cache.store import packing as packing
 from kdcache.cache.store.layout import ArraySpec
-from kdcache.cache.store.packing import choose_views, pack_hdf5, unpack_hdf5
 from kdcache.cli import main
 from kdcache.pipeline.ffcv.beton import Beton, pack_beton
 from kdcache.pipeline.verify import verify
@@ -463,7 +463,7 @@ KILLED = """
 import os, shutil, signal, sys
 from pathlib import Path
 from kdcache.cache import Cache
-from kdcache.cache.store import packing
+from kdcache.cache import packing
 from kdcache.cache.store.hdf5 import Packer
 from kdcache.cache.store.publish import SplitStore
 place, what = Path(sys.argv[1]), sys.argv[2]

@@ -27,8 +27,8 @@ from PIL import Image
 
 from kdcache.cache import KdcacheError
 from kdcache.cache import errors as e
+from kdcache.cache.encoding import tail_distribution
 from kdcache.cache.identity import canonical
-from kdcache.cache.records import tail_distribution
 from kdcache.cache.store.chunks import as_arrays
 from kdcache.cli import main
 from kdcache.pipeline.build.source import describe_data
