@@ -10,21 +10,42 @@ READY := .venv/.ready
 # What the extra kdcache[ffcv] compiles against.
 FFCV_PACKAGES := g++ pkg-config python3-dev libturbojpeg0-dev libopencv-dev
 
-.PHONY: help demo test lint bench clean
+.PHONY: help demo test quick oldest lint format bench clean
 
 help:
 	@echo "make demo    build a small cache and train a student from it, on a data set that needs no download"
 	@echo "make test    lint, then the tests"
+	@echo "make quick   lint, then the tests that need no training: under two minutes on two cores"
+	@echo "make format  format the code and sort its imports"
 	@echo "make lint    ruff, mypy, import directions"
+	@echo "make oldest  the tests with the oldest versions of what kdcache depends on, in .venv-oldest"
 	@echo "make bench   measure and print the tables"
-	@echo "make clean   remove .venv and all that tools and builds left here"
+	@echo "make clean   remove .venv, .venv-oldest and all that tools and builds left here"
 
 demo: $(READY)
 	@$(BIN)/kdcache demo
 
+# A process a core, a file at a time; threads of so many would only wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n "$$(nproc)" --maxprocesses 8 --dist loadfile
+
 test: lint
-	@# A process a core, a file at a time; threads of so many would only wait for each other.
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -n "$$(nproc)" --maxprocesses 8 --dist loadfile
+	$(call PYTEST,$(BIN))
+
+quick: lint
+	$(call PYTEST,$(BIN)) -m "not slow"
+
+format: $(READY)
+	$(BIN)/ruff check --select I --fix
+	$(BIN)/ruff format
+
+# With the oldest versions that pyproject.toml admits, without FFCV. It takes long: for who changes a bound there.
+oldest: .venv-oldest/.ready
+	$(call PYTEST,.venv-oldest/bin)
+
+.venv-oldest/.ready: pyproject.toml constraints-oldest.txt
+	$(PYTHON) -m venv .venv-oldest
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt -e '.[test,tensorboard,timm]'
+	@touch $@
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -36,7 +57,7 @@ bench: $(READY)
 	    --out results/bench.json
 
 clean:
-	rm -rf .venv build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # $(call INSTALL,extras,file for pip's errors): of its many lines only the long downloads are shown (torch and CUDA are

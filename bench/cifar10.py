@@ -21,10 +21,12 @@ from kdcache.pipeline.build.build import BuildResult, build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.teachers.networks import build_network
-from kdcache.pipeline.teachers.teacher import Classifier, load_teacher, read_weights, taught_file
+from kdcache.pipeline.teachers.teacher import Classifier, load_teacher
+from kdcache.pipeline.teachers.weights import read_weights, taught_file
 from kdcache.train.bench.bench import machine
 from kdcache.train.config import TrainConfig
-from kdcache.train.loaders.cached import CachedLoader, OnlineLoader
+from kdcache.train.loaders.cached import CachedLoader
+from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.trainer import seeded
 from kdcache.train.losses.options import make_loss

@@ -21,7 +21,7 @@ import torch
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data.dataset import open_data
-from kdcache.pipeline.teachers.teacher import read_weights, taught_file
+from kdcache.pipeline.teachers.weights import read_weights, taught_file
 from kdcache.train.bench.bench import machine
 from kdcache.train.config import TrainConfig
 from kdcache.train.losses.options import LOSSES, make_loss

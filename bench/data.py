@@ -44,12 +44,13 @@ from kdcache.cache.store.chunks import as_arrays, encode_as
 from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.kinds.arrays import ArrayDataset
-from kdcache.pipeline.ffcv.beton import Beton, pack_beton
+from kdcache.pipeline.ffcv.pack import pack_ffcv
+from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.views.policy import ViewParameters, draw
 from kdcache.pipeline.views.render import RENDERER, Renderer
 from kdcache.train import CachedLoader
 from kdcache.train.bench.bench import machine
-from kdcache.train.loaders.ffcv import BetonLoader
+from kdcache.train.loaders.ffcv import FFCVLoader
 
 BATCH, VIEWS, CLASSES, SIDE = 256, 2, 10, 32
 FILES_BATCH = 32
@@ -80,10 +81,10 @@ def measure(place: Path, samples: int, images: int, rounds: int) -> dict[str, An
     data = pixels(samples, "train")
     cache = filled(place / "cache", data)
     started = time.perf_counter()
-    path = pack_beton(cache, data, place / "data.beton", None, lambda line: print(line, file=sys.stderr))
+    path = pack_ffcv(cache, data, place / "data.beton", None, lambda line: print(line, file=sys.stderr))
     packing = time.perf_counter() - started
     started = time.perf_counter()
-    ffcv = BetonLoader(Beton(path), BATCH, workers=threads)
+    ffcv = FFCVLoader(FFCVFile(path), BATCH, workers=threads)
     next(ffcv.steps())
     first = time.perf_counter() - started
     cached = CachedLoader(cache, data, BATCH)
@@ -125,7 +126,7 @@ def measure(place: Path, samples: int, images: int, rounds: int) -> dict[str, An
     }
 
 
-def loaded(loader: CachedLoader | BetonLoader, batches: Callable[[], Iterator[Any]], epoch: int) -> Iterator[int]:
+def loaded(loader: CachedLoader | FFCVLoader, batches: Callable[[], Iterator[Any]], epoch: int) -> Iterator[int]:
     """The sizes of an epoch's batches."""
     loader.set_epoch(epoch)
     return (len(images) for images, _, _ in batches())

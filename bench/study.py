@@ -54,7 +54,7 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.process.progress import duration
-from kdcache.pipeline.teachers.teacher import read_weights, taught_file, weights_hash
+from kdcache.pipeline.teachers.weights import read_weights, taught_file, weights_hash
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train.bench.bench import machine
 from kdcache.train.config import TrainConfig

@@ -14,6 +14,8 @@ from kdcache.cache.registry.registry import DIGITS, Registry, may_be_name, split
 from kdcache.cache.registry.teachers import weights_name
 from kdcache.cache.store.cache import Cache
 
+# What is packed with its images, and so is opened by those who know images (pipeline/stores.py).
+WITH_IMAGES = (".beton",)
 _SHORT = re.compile(r"[0-9a-f]{1,3}")  # of a key: too few of its digits
 
 
@@ -70,7 +72,7 @@ def open_cache(where: str | os.PathLike[str], registry: str | None = None, store
     Else in the registry, by its key or name; or at ROOT/caches/KEY or ROOT/names/NAME, where ROOT is an address.
     """
     text = os.fspath(where)
-    if text.endswith(".beton"):
+    if text.endswith(WITH_IMAGES):
         raise InputError(f"{text} is packed for training (kdcache train, eval): give the cache that it was packed from")
     if Path(text).exists():
         return Cache(Path(text))
@@ -122,4 +124,4 @@ def _entries() -> list[Path]:
     """What lies in the caches' folder, but temporary files, and what is packed for FFCV: that is read with images."""
     folder = caches_folder()
     found = sorted(folder.iterdir()) if folder.is_dir() else []
-    return [p for p in found if not p.name.startswith(".") and p.suffix != ".beton"]
+    return [p for p in found if not p.name.startswith(".") and p.suffix not in WITH_IMAGES]

@@ -35,6 +35,35 @@ def root(request, tmp_path):
     return str(tmp_path / "shared") if request.param == "folder" else request.getfixturevalue("bucket")
 
 
+# Tests that train, build whole caches, wait for other processes or try very many cases: `make quick` goes without them.
+# What a test's address begins with, below tests/; a single test elsewhere can say so itself: @pytest.mark.slow.
+SLOW = (
+    "bench/test_fuzz",
+    "cache/registry/test_remote",
+    "cache/store/test_leases",
+    "cache/test_care.py::test_rm_that_is_stopped_anywhere",
+    "pipeline/build",
+    "pipeline/data/test_decode.py::test_a_short_run_of_the_fuzz",
+    "pipeline/data/test_decode.py::test_one_changed_byte_in_a_png",
+    "pipeline/ffcv",
+    "pipeline/imports",
+    "pipeline/teachers/test_teacher",
+    "pipeline/teachers/test_weightstore",
+    "pipeline/test_trust",
+    "test_cli",
+    "test_packaging",
+    "train/bench",
+    "train/loop",
+    "train/test_",
+)
+
+
+def pytest_collection_modifyitems(items):
+    for item in items:
+        if item.nodeid.removeprefix("tests/").startswith(SLOW):
+            item.add_marker("slow")
+
+
 @pytest.fixture
 def own_home(tmp_path, monkeypatch):
     """The current directory is empty, and KDCACHE_HOME is a folder in it."""

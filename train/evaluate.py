@@ -11,15 +11,16 @@ from torch import Tensor
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.process.device import pick_device
+from kdcache.pipeline.stores import open_store
 from kdcache.pipeline.teachers.networks import build_network, load_fitting
-from kdcache.pipeline.teachers.teacher import Classifier, read_weights
+from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.pipeline.trust import stored_data, stored_network
 from kdcache.train.evaluation.judge import Judge
 from kdcache.train.evaluation.otherdata import labels_of_other, whole_of
 from kdcache.train.loaders.cached import require_data
 from kdcache.train.loop.trainer import PARTNER
 from kdcache.train.plan.resuming import exists
-from kdcache.train.plan.stores import open_store
 
 
 def student_of(path: Path, state: dict[str, Tensor], notes: dict[str, Any], student: str | None = None) -> Classifier:

@@ -19,8 +19,9 @@ from kdcache.train import group
 from kdcache.train.config import TrainConfig
 from kdcache.train.evaluation.judge import Judge
 from kdcache.train.evaluation.otherdata import class_ids, labels_of_other
-from kdcache.train.loaders.cached import CachedLoader, OnlineLoader
-from kdcache.train.loaders.ffcv import BetonLoader
+from kdcache.train.loaders.cached import CachedLoader
+from kdcache.train.loaders.ffcv import FFCVLoader
+from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.runfolder import RunFolder, best_of, config_of
 from kdcache.train.loop.trainer import PARTNER, fit, seeded
@@ -100,7 +101,7 @@ def _train(
 
 def _loader(
     plan: TrainPlan, partner: LearningTeacher | None, say: Callable[[str], None]
-) -> CachedLoader | OnlineLoader | BetonLoader:
+) -> CachedLoader | OnlineLoader | FFCVLoader:
     """The run's batches: from the cache, or answered by the live teacher, which may be the one that learns."""
     asked = plan.asked
     shared: dict[str, Any] = {

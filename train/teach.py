@@ -26,12 +26,13 @@ from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.share import build_shared, find_taught, open_plan, open_shared
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import pixels_of_data
-from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, taught_file, try_out
+from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, try_out
+from kdcache.pipeline.teachers.weights import taught_file
 from kdcache.pipeline.views.policy import check_policy
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
 from kdcache.train.evaluation.metrics import metrics, predict
-from kdcache.train.loaders.cached import PlainLoader
+from kdcache.train.loaders.live import PlainLoader
 from kdcache.train.loop.optimisers import Amp, Recipe
 from kdcache.train.loop.runfolder import RunFolder
 from kdcache.train.loop.trainer import fit, seeded

@@ -8,6 +8,7 @@ import os
 import sys
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
+from pathlib import Path
 
 from torch import nn
 
@@ -55,6 +56,26 @@ class Wanted:
 
     def __str__(self) -> str:
         return ", ".join(name for name, value in vars(self).items() if value is not None)
+
+
+@dataclass(frozen=True, eq=False)
+class Asked:
+    """A teacher that someone asks for.
+
+    name: as in --teacher. data: the train split that it is for. weights: a file, the name of torchvision's weights, or
+    None. wanted: how its images are to be prepared, where that is not as the source of the weights says.
+    """
+
+    name: str
+    data: Dataset
+    weights: str | None
+    wanted: Wanted
+
+    @property
+    def names_weights(self) -> bool:
+        """Whether `weights` is written as torchvision writes the names of weights, and is not the name of a file."""
+        w = self.weights
+        return w is not None and w.isidentifier() and w.upper() == w and not Path(w).exists()
 
 
 @dataclass(frozen=True, eq=False)

@@ -2,33 +2,31 @@
 
 from __future__ import annotations
 
-import hashlib
-import json
-import re
-import warnings
 from collections.abc import Callable
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-import pydantic
 import torch
-from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
-from safetensors.torch import save
 from torch import Tensor, nn
 
 from kdcache.cache.errors import InputError, NotFoundError, first_sentence
-from kdcache.cache.files import replace_file
-from kdcache.cache.home import teachers_folder
-from kdcache.cache.identity import Interpolation, TeacherIdentity
+from kdcache.cache.identity import TeacherIdentity
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.teachers.networks import SMALL_STEM_UP_TO, is_torchvision, outline, small_stem
-from kdcache.pipeline.teachers.pixels import RGB, Found, Wanted, pixels_of_data
-from kdcache.pipeline.teachers.sources import from_file, from_function, from_name, names_weights
-from kdcache.pipeline.teachers.timm_source import weights_of as timm_weights_of
+from kdcache.pipeline.teachers.pixels import RGB, Asked, Found, Wanted, pixels_of_data
+from kdcache.pipeline.teachers.sources import files, functions, timm, torchvision
+from kdcache.pipeline.teachers.weights import weights_hash, write_weights
 from kdcache.pipeline.views.render import normalised
 
+# In the order in which they are asked. A source gives None for a teacher that is not its own.
+SOURCES: dict[str, Callable[[Asked], Found | None]] = {
+    "file": files.given,
+    "function": functions.find,
+    "taught": files.taught,
+    "timm": timm.find,
+    "torchvision": torchvision.find,
+}
 WHAT_THE_SOURCE_SAYS = Wanted()
 
 
@@ -110,90 +108,9 @@ class Teacher:
         return found
 
 
-def weights_hash(state: dict[str, Tensor]) -> str:
-    """sha256 over the tensors' names, types, shapes and bytes, in order of name."""
-    h = hashlib.sha256()
-    for name in sorted(state):
-        t = state[name].detach().cpu().contiguous()
-        h.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
-
-
-def taught_file(name: str, data: Dataset) -> Path:
-    """Where `kdcache teach` files a teacher for this dataset."""
-    folder = f"{data.name.replace(':', '-')}-{data.fingerprint()[:12]}"
-    return teachers_folder() / folder / f"{name.replace('/', '-').replace(':', '-')}.safetensors"
-
-
 def file_classifier(path: Path, model: Classifier, notes: dict[str, Any]) -> None:
     """Write the network's weights as safetensors, with notes that load_teacher reads back."""
-    # safetensors refuses shared memory and channels_last.
-    state = {k: v.detach().cpu().contiguous().clone() for k, v in model.network.state_dict().items()}
-    replace_file(path, save(state, {"kdcache": json.dumps(notes)}))
-
-
-class _Notes(BaseModel):
-    """What must stand in kdcache's notes in a weights file; there may be more."""
-
-    model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
-    input_size: int = Field(ge=1)
-    mean: RGB
-    std: RGB
-    interpolation: Interpolation = "bilinear"
-    class_names: tuple[str, ...]
-    # Of a student:
-    student: str | None = None
-    classes: int | None = Field(None, ge=1)
-    data: str | None = None
-    cache: str | None = None
-    cache_path: str | None = None
-
-
-def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name and kdcache's notes (empty for a foreign file), without running code from the file."""
-    if not path.is_file():
-        raise InputError(f"{path} is a folder, not a weights file" if path.is_dir() else f"no weights file at {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pickle's protocol and the like, before the error that counts
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as e:  # bytes that are no pickle raise whatever comes first: KeyError, EOFError, ...
-        if code := re.search(r"GLOBAL (\S+)", str(e)):
-            raise InputError(
-                f"{path} holds {code[1]} besides tensors, which could be any code: nothing of it was run. "
-                "Save its state_dict() alone, best as .safetensors"
-            ) from e
-        raise InputError(
-            f"{path} is damaged, or neither a state dict of tensors nor .safetensors ({first_sentence(e)})"
-        ) from e
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path} is not a state dict of tensors")
-    return {str(k).removeprefix("module."): v for k, v in state.items()}, {}
-
-
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    try:
-        with safe_open(path, "pt") as f:
-            text = (f.metadata() or {}).get("kdcache")
-            state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    except SafetensorError as e:
-        raise InputError(f"{path} is damaged, or no safetensors file: {e}") from e
-    if text is None:
-        return state, {}
-    try:
-        return state, _Notes.model_validate_json(text).model_dump(exclude_none=True)
-    except pydantic.ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise InputError(f"{path}: its notes are not what kdcache writes: {where}: {first['msg']}") from e
+    write_weights(path, model.network.state_dict(), notes)
 
 
 def load_teacher(
@@ -214,7 +131,7 @@ def load_teacher(
 
     NotFoundError where there is none; InputError where weights do not fit, or cannot be fetched.
     """
-    found = _find(name, data, weights, wanted)
+    found = _find(Asked(name, data, weights, wanted))
     pixels = wanted.over(found.pixels)
     model = Classifier(found.network, pixels.mean, pixels.std).eval().to(device)
     model.to(memory_format=torch.channels_last)
@@ -234,24 +151,13 @@ def load_teacher(
     return Teacher(identity, model, classes, names, device, about)
 
 
-def _find(name: str, data: Dataset, weights: str | None, wanted: Wanted) -> Found:
-    """The network with its weights, by the rules of load_teacher."""
-    if weights is not None and names_weights(weights):
-        return from_name(name, weights, wanted)
-    if weights is None:
-        if ":" in name:
-            return from_function(name, data, wanted)
-        taught = taught_file(name, data)
-        if not taught.exists():
-            timms = name.startswith("timm/")
-            if (timms and "." in name) or (data.name == "imagenet" and (timms or is_torchvision(name))):
-                return from_name(name, None, wanted)
-            outline(name, 2, pixels_of_data(data).size)  # a name that no network has is an error of its own
-            raise NotFoundError(_untaught(name, data))
-        weights = str(taught)
-    path = Path(weights)
-    state, notes = read_weights(path)
-    return from_file(name, path, state, notes, data, wanted)
+def _find(asked: Asked) -> Found:
+    """What the first source that has the teacher gives. NotFoundError where none has it."""
+    for source in SOURCES.values():
+        if (found := source(asked)) is not None:
+            return found
+    outline(asked.name, 2, pixels_of_data(asked.data).size)  # a name that no network has is an error of its own
+    raise NotFoundError(_untaught(asked.name, asked.data))
 
 
 def try_out(model: Classifier, name: str, size: int) -> int:
@@ -278,7 +184,7 @@ def _untaught(name: str, data: Dataset) -> str:
     pretrained = ""
     if is_torchvision(name):
         pretrained = ", or --weights IMAGENET1K_V1 with --class-map"
-    elif name.startswith("timm/") and (tags := timm_weights_of(name)):
+    elif name.startswith("timm/") and (tags := timm.weights_of(name)):
         pretrained = f", or with --class-map one of {tags}"
     return (
         f"no {name} has been taught on this {data.name} data: run kdcache teach with the same --teacher and --data "

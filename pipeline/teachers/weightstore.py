@@ -26,7 +26,8 @@ from kdcache.cache.identity import Identity, TeacherIdentity
 from kdcache.cache.registry.registry import DIGITS, Registry
 from kdcache.cache.registry.teachers import MOST_TEACHER_BYTES, weights_among
 from kdcache.pipeline.process.progress import size
-from kdcache.pipeline.teachers.teacher import Teacher, read_weights, weights_hash
+from kdcache.pipeline.teachers.teacher import Teacher
+from kdcache.pipeline.teachers.weights import read_weights, weights_hash
 
 Say = Callable[[str], None]
 Published = Literal["published", "there", "kept back", "not here", "too large"]

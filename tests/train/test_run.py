@@ -29,7 +29,8 @@ from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.kinds.named import digits
 from kdcache.pipeline.teachers.networks import build_network
-from kdcache.pipeline.teachers.teacher import Classifier, read_weights
+from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer
 from kdcache.tests.helpers.building import record_batches
@@ -37,13 +38,15 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.evaluate import evaluate_run, student_of
 from kdcache.train.evaluation.metrics import metrics
 from kdcache.train.evaluation.validation import held_out_part
-from kdcache.train.loaders.cached import CachedLoader, OnlineLoader, PlainLoader, epoch_batches
+from kdcache.train.loaders.cached import CachedLoader
+from kdcache.train.loaders.live import OnlineLoader, PlainLoader
+from kdcache.train.loaders.order import epoch_batches
 from kdcache.train.loop import runfolder
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import config_of
 from kdcache.train.loop.trainer import Training, fit, seeded
-from kdcache.train.losses import IKL
+from kdcache.train.losses import IKL, NKD
 from kdcache.train.losses.features import FeatureTap
 from kdcache.train.losses.options import LOSSES, make_loss
 from kdcache.train.losses.prepare import prepared
@@ -711,7 +714,7 @@ FIRST = {
 
 def test_a_run_of_an_older_version_is_resumed(home, tmp_path, monkeypatch):
     """Settings that came later are compared with what held before them, those of the loss too."""
-    monkeypatch.setitem(runfolder._OPTIONS_BEFORE, "nkd", {"gamma": 9.0})
+    monkeypatch.setattr(NKD, "options_before", lambda: {"gamma": 9.0})
     out, config = tmp_path / "run", TrainConfig("nkd:gamma=9", str(home / "default"), epochs=1, batch_size=512)
     want = train(replace(config, out=str(out)), quiet)
     later = json.loads((out / "config.json").read_text())

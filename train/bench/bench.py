@@ -38,7 +38,8 @@ from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import pixels_of_data
 from kdcache.pipeline.teachers.teacher import Classifier, Teacher, file_classifier, try_out
 from kdcache.train.bench.layouts import noise_cache, reading_cases
-from kdcache.train.loaders.cached import CachedLoader, OnlineLoader
+from kdcache.train.loaders.cached import CachedLoader
+from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loop.optimisers import Amp, Recipe
 from kdcache.train.loop.trainer import Loader, Training, fit, seeded
 from kdcache.train.losses import CE, Loss

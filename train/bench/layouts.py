@@ -18,7 +18,7 @@ from kdcache.cache.identity import Identity, id_dtype
 from kdcache.cache.records import Records
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
-from kdcache.train.loaders.cached import epoch_batches, gathered
+from kdcache.train.loaders.order import epoch_batches, gathered
 
 FKD_CROPS, FKD_TOP = 12, 5
 _BLOCK = 4096

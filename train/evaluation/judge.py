@@ -9,9 +9,8 @@ from torch import Tensor
 
 from kdcache.cache.encoding import encode
 from kdcache.cache.records import Records
-from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.ffcv.beton import Beton
+from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
@@ -28,7 +27,7 @@ class Judge:
 
     def __init__(
         self,
-        cache: Cache | Beton | None,
+        cache: Stored | None,
         evaluation: Dataset,
         size: int,
         device: torch.device,

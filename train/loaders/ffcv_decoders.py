@@ -27,7 +27,8 @@ from numba import njit, prange
 from numpy.typing import NDArray
 
 from kdcache.cache.errors import KdcacheError
-from kdcache.pipeline.ffcv.beton import CRC_BYTES, CRC_TABLE, JPEG, Beton, checksum_seed
+from kdcache.pipeline.ffcv.format import CRC_BYTES, CRC_TABLE, JPEG, checksum_seed
+from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.process.rank import cores
 
 # What an epoch's decoders read: the file's bytes, the images' lengths [N], boxes [N, 4], flips [N], the view and its
@@ -234,13 +235,13 @@ class Epoch(EpochIterator):  # type: ignore[misc]
                 self.join(0.01)
 
 
-def make_loader(beton: Beton, batch_size: int, size: tuple[int, int] | None, workers: int | None) -> Loader:
+def make_loader(file: FFCVFile, batch_size: int, size: tuple[int, int] | None, workers: int | None) -> Loader:
     """FFCV's loader for a checked file; images resized to `size`, or cut out of raw pixels where it is None."""
     most = int(numba_config.NUMBA_NUM_THREADS)
     torch_threads = torch.get_num_threads()
     try:
         return Loader(
-            str(beton.path),
+            str(file.path),
             batch_size,
             num_workers=min(cores() if workers is None else max(workers, 1), most),
             os_cache=False,  # FFCV's mapped reader changes numba's shared array types; ours is set by each epoch
@@ -248,7 +249,7 @@ def make_loader(beton: Beton, batch_size: int, size: tuple[int, int] | None, wor
                 "image": [CropDecoder() if size is None else AreaDecoder(size)],
                 "records": [RecordDecoder()],
                 "index": None,
-                **dict.fromkeys(beton.layout.labels),
+                **dict.fromkeys(file.layout.labels),
             },
         )
     finally:

@@ -1,4 +1,4 @@
-"""The teacher of bdkd's online form: it answers the loader, and learns from the same batch beside its student."""
+"""A teacher that answers the loader and learns from the same batches beside its student, as bdkd's does online."""
 
 from __future__ import annotations
 
@@ -14,9 +14,10 @@ from kdcache.train.losses.base import Partnered
 
 
 class LearningTeacher:
-    """To the loader a live teacher, to the trainer a Partner with an optimiser and checkpoints of its own.
+    """A live teacher for the loader; for the trainer a Partner with an optimiser and checkpoints of its own.
 
-    input_size: pixels that the model takes. notes: for its weights' files, from which `kdcache build --weights` reads.
+    input_size: the side in pixels of the images that the model takes. notes: what its weights' files say of it, which
+    `kdcache build --weights` reads.
     """
 
     def __init__(
@@ -33,14 +34,17 @@ class LearningTeacher:
         return self.model.mean.device
 
     def logits(self, images: Tensor) -> Tensor:
-        """float32 [B, C] in training mode, without gradient; learn() goes back through this answer."""
+        """The answer in training mode, float32 [B, C] without gradient; learn() goes back through it."""
         self.model.train()
         with torch.autocast(self.device.type, self._dtype, enabled=self._dtype is not None):
             self._answer = self.model(images).float()
         return self._answer.detach()
 
     def learn(self, student: Tensor, labels: Tensor, batches: int) -> Tensor:
-        """Add the gradients of the last answer, one of so many batches a step; the loss. student: its logits [B, C]."""
+        """Add the gradients of the last answer's loss, and return that loss.
+
+        student: the student's logits [B, C] of the same batch. batches: how many batches make a step.
+        """
         assert self._answer is not None
         value = self._weighted(self._loss.of_teacher(self._answer, labels, student), len(student))
         self._answer = None
@@ -48,7 +52,7 @@ class LearningTeacher:
         return value.detach()
 
     def update(self, step: int, steps_per_epoch: int) -> None:
-        """New weights."""
+        """Take a step, from the gradients since the last one."""
         group.average_gradients(self.model.parameters())
         self._updater.update(step, steps_per_epoch)
 

@@ -14,6 +14,7 @@ from kdcache.cache.errors import CorruptError, InputError, NotFoundError
 from kdcache.cache.files import replace_file
 from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 from kdcache.pipeline.views.render import RENDERER
+from kdcache.train.losses.options import LOSSES
 
 ANEW = "remove it to start the run anew"
 
@@ -23,8 +24,6 @@ _BEFORE: dict[str, Any] = {
     "optimiser": "sgd", "renderer": RENDERER, "sgd_lr": None, "sgd_weight_decay": None, "stream": "views",
     "sync_bn": False, "validation": None,
 }  # fmt: skip
-# The same for a loss's options.
-_OPTIONS_BEFORE: dict[str, dict[str, Any]] = {"dist": {"eps": 0.0}, "cmkd": {"eps": 0.0}}
 # What may change in a run: where things lie (the cache's key says what it and the data are), how many ranks share a
 # batch, and how often is looked and kept.
 _FREE = {"cache_path", "data", "evaluate_every", "ranks", "save_every", "teacher", "weights"}
@@ -34,8 +33,8 @@ def config_of(path: Path) -> dict[str, Any]:
     """The settings of the run in a folder, those that came later at what held before them."""
     config = {**_BEFORE, **read_config(path)}
     if isinstance(config.get("loss_options"), dict):
-        before = _OPTIONS_BEFORE.get(str(config.get("loss")), {})
-        config["loss_options"] = {**before, **config["loss_options"]}
+        loss = LOSSES.get(str(config.get("loss")))
+        config["loss_options"] = {**(loss.options_before() if loss else {}), **config["loss_options"]}
     return config
 
 

@@ -76,8 +76,8 @@ class _PartSums:
         """The parts' means as metrics; none unless all of so many batches were counted (see load_state_dict)."""
         if batches != self._batches:
             return {}
-        means = (_of_ranks(self._sums) / batches).tolist()
-        return {f"loss_{name}": mean for name, mean in zip(self._names, means, strict=True)}
+        sums = _of_ranks(self._sums).tolist()
+        return {f"loss_{name}": total / batches for name, total in zip(self._names, sums, strict=True)}
 
     def clear(self) -> None:
         self._batches = 0

@@ -212,7 +212,7 @@ class Partnered(Protocol):
     """A loss by which a live teacher learns too, beside the student.
 
     partner_options: the names of the options that are about that teacher alone. starts_taught: whether it starts from
-    the weights of the cache's teacher, not from new ones.
+    the weights of the cache's teacher, not from new ones (option start=taught).
     """
 
     partner_options: ClassVar[tuple[str, ...]]
@@ -260,7 +260,12 @@ class ByParts(ABC):
     @classmethod
     def cifar_preset(cls, given: Mapping[str, Any]) -> dict[str, Any]:
         """The options that were published for CIFAR-100 where they differ; `given` are those that the user chose."""
-        return {f.name: f.metadata[_CIFAR] for f in fields(cls) if _CIFAR in f.metadata}  # type: ignore[arg-type]
+        return _noted(cls, _CIFAR)
+
+    @classmethod
+    def options_before(cls) -> dict[str, Any]:
+        """The later options, at what held before there were such."""
+        return _noted(cls, _BEFORE)
 
 
 # Options of a loss are the fields of its dataclass; their defaults are the settings published for ImageNet.
@@ -287,14 +292,23 @@ class Bounds:
 
 ANY, POSITIVE = Bounds(), Bounds(positive=True)
 SHARE, POSITIVE_SHARE, INNER_SHARE = Bounds(most=1.0), Bounds(True, 1.0), Bounds(True, 1.0, below=True)
-_BOUNDS, _CIFAR = "bounds", "cifar"
+_BOUNDS, _CIFAR, _BEFORE = "bounds", "cifar", "before"
 
 
-def option(default: T, bounds: Bounds = ANY, *, cifar: T | None = None) -> T:
-    """A field of a loss's dataclass: its default, its range, and what was published for CIFAR-100 if that differs."""
-    metadata = {_BOUNDS: bounds} | ({} if cifar is None else {_CIFAR: cifar})
-    made: T = field(default=default, metadata=metadata)
+def option(default: T, bounds: Bounds = ANY, *, cifar: T | None = None, before: T | None = None) -> T:
+    """A field of a loss's dataclass: its default and its range.
+
+    cifar: what was published for CIFAR-100, if that differs. before: what held before there was the option, in runs
+    that were begun then.
+    """
+    more = {name: value for name, value in ((_CIFAR, cifar), (_BEFORE, before)) if value is not None}
+    made: T = field(default=default, metadata={_BOUNDS: bounds, **more})
     return made
+
+
+def _noted(cls: type[Any], note: str) -> dict[str, Any]:
+    """What the options say under this name; an option that does not say it is left out."""
+    return {f.name: f.metadata[note] for f in fields(cls) if note in f.metadata}
 
 
 def bounds_of(of: Field[Any]) -> Bounds:

@@ -46,7 +46,7 @@ class DIST(ByParts):
     alpha: float = option(1.0)
     beta: float = option(2.0)
     temperature: float = option(1.0, POSITIVE, cifar=4.0)
-    eps: float = option(1e-8)
+    eps: float = option(1e-8, before=0.0)
 
     @property
     def needs(self) -> Needs:
@@ -80,7 +80,7 @@ class CMKD(ByParts):
     low: float = option(0.0, SHARE)
     high: float = option(1.0, SHARE)
     standardise: bool = True
-    eps: float = option(1e-8)
+    eps: float = option(1e-8, before=0.0)
 
     @property
     def needs(self) -> Needs:

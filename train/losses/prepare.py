@@ -12,8 +12,7 @@ from numpy.typing import NDArray
 from kdcache.cache.errors import UnservedError
 from kdcache.cache.identity import RecordIdentity
 from kdcache.cache.records import STD_TAU, Records
-from kdcache.cache.store.cache import Cache
-from kdcache.pipeline.ffcv.beton import Beton
+from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train.losses.base import Featured, Loss, Surveying
 from kdcache.train.losses.features import FeatureLoss
@@ -84,7 +83,7 @@ def head_mass_warning(loss: Loss, records: Records) -> str | None:
 
 def prepared(
     loss: Loss,
-    cache: Cache | Beton,
+    cache: Stored,
     model: Classifier,
     size: int,
     online: bool,

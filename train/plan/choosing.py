@@ -9,15 +9,14 @@ from kdcache.cache.home import list_caches, open_registry
 from kdcache.cache.registry.registry import Registry
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset, is_function, open_data
-from kdcache.pipeline.ffcv.beton import Beton
 from kdcache.pipeline.info import one_line
+from kdcache.pipeline.stores import Stored, open_store
 from kdcache.train.config import TrainConfig
-from kdcache.train.plan.stores import open_store
 
 _EXAMPLE = "resnet34"  # a teacher to name in a message, where the user has named none
 
 
-def choose_cache(config: TrainConfig) -> Cache | Beton:
+def choose_cache(config: TrainConfig) -> Stored:
     """The cache asked for, or the only one that matches the data and the teacher.
 
     NotFoundError where there is none; InputError where several match; MismatchError for another teacher's.

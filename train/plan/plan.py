@@ -13,10 +13,9 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset, open_data, open_validation
 from kdcache.pipeline.data.defaults import Defaults, defaults_for
-from kdcache.pipeline.ffcv.beton import Beton
+from kdcache.pipeline.stores import Stored
 from kdcache.train import group
 from kdcache.train.config import TrainConfig
 from kdcache.train.evaluation.otherdata import class_ids
@@ -27,8 +26,8 @@ from kdcache.train.losses.base import Loss, Partnered
 from kdcache.train.losses.options import described, make_loss, options_of
 from kdcache.train.losses.prepare import require_served
 from kdcache.train.plan.choosing import choose_cache
+from kdcache.train.plan.feeds import Feed, feed_of
 from kdcache.train.plan.resuming import place_of, placed
-from kdcache.train.plan.stores import Feed, feed_of
 
 DEFAULT_LOSS = "nkd"
 _WORTH_COMPILING = 10_000  # batches in a run
@@ -46,7 +45,7 @@ class TrainPlan:
 
     asked: TrainConfig
     device: torch.device
-    cache: Cache | Beton
+    cache: Stored
     feed: Feed
     data: Dataset
     evaluation: Dataset

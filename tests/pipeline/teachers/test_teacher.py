@@ -30,9 +30,10 @@ from kdcache.pipeline.data.kinds.base import Described
 from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.teachers.networks import build_network, load_fitting
 from kdcache.pipeline.teachers.pixels import Pixels, Wanted
-from kdcache.pipeline.teachers.sources import from_file
-from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, load_teacher, weights_hash
-from kdcache.pipeline.teachers.torchvision_source import pixels_of
+from kdcache.pipeline.teachers.sources.files import from_file
+from kdcache.pipeline.teachers.sources.torchvision import pixels_of
+from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, load_teacher
+from kdcache.pipeline.teachers.weights import weights_hash
 from kdcache.pipeline.verify import source_of, verify
 from kdcache.pipeline.views.policy import evaluation_view
 from kdcache.pipeline.views.render import Renderer, render

@@ -21,7 +21,8 @@ from kdcache.pipeline.share import push
 from kdcache.pipeline.teachers import weightstore
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import Wanted
-from kdcache.pipeline.teachers.teacher import Teacher, load_teacher, read_weights, weights_hash
+from kdcache.pipeline.teachers.teacher import Teacher, load_teacher
+from kdcache.pipeline.teachers.weights import read_weights, weights_hash
 from kdcache.tests.helpers.caches import Filled
 from kdcache.tests.helpers.registries import about, age, collect, quiet, refused, run
 from kdcache.tests.helpers.servers import web_server

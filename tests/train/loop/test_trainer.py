@@ -11,7 +11,8 @@ import torch
 from torch import nn
 
 from kdcache.cache import KdcacheError
-from kdcache.pipeline.teachers.teacher import Classifier, read_weights
+from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.train.loop import optimisers, trainer
 from kdcache.train.loop.interrupts import Interrupts
 from kdcache.train.loop.optimisers import Recipe, Updater, require_autocast

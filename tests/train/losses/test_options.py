@@ -4,7 +4,7 @@ import pytest
 
 from kdcache.cache import KdcacheError
 from kdcache.train.losses import BDKD, DIST, DKD, IKL, KD, NKD, USKD, WSLD, LogitStd
-from kdcache.train.losses.options import described, make_loss, options_of
+from kdcache.train.losses.options import LOSSES, described, make_loss, options_of
 
 CIFAR_PRESETS = {
     "nkd": NKD(3.5, 3.0),
@@ -32,11 +32,16 @@ IMAGENET_PRESETS = {
 
 @pytest.mark.parametrize("spec", CIFAR_PRESETS)
 def test_presets_go_by_the_number_of_classes(spec):
-    """Those made for CIFAR-100 hold near its number of classes; ten, as many as CIFAR-10 has, are too few."""
+    """The presets for CIFAR-100 hold near its number of classes; ten, as many as CIFAR-10 has, are too few."""
     for classes in (50, 100, 200):
         assert make_loss(spec, classes) == CIFAR_PRESETS[spec]
     for classes in (2, 10, 49, 201, 1000):
         assert make_loss(spec, classes) == IMAGENET_PRESETS[spec]
+
+
+def test_an_option_that_came_later_says_what_held_before():
+    before = {name: found for name, loss in LOSSES.items() if (found := loss.options_before())}
+    assert before == {"dist": {"eps": 0.0}, "cmkd": {"eps": 0.0}}
 
 
 def test_options_override_presets():

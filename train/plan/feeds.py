@@ -1,6 +1,6 @@
 """What a training asks of each kind of store: its labels, how it renders, and a loader.
 
-A new kind is a class like these, and a choice of it in the two functions at the end.
+A store that is read as a `Cache` needs nothing here. Another one is a class like these and a row in `FEEDS`.
 """
 
 from __future__ import annotations
@@ -12,13 +12,13 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.home import open_cache
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.ffcv.beton import Beton
+from kdcache.pipeline.ffcv.read import FFCVFile
+from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.views.render import RENDERER
 from kdcache.train.loaders.cached import CachedLoader
-from kdcache.train.loaders.ffcv import BetonLoader
+from kdcache.train.loaders.ffcv import FFCVLoader
 
 
 class Feed(Protocol):
@@ -35,7 +35,7 @@ class Feed(Protocol):
 
     def loader(
         self, data: Dataset, batch: int, allow_renderer: bool, say: Callable[[str], None], **options: Any
-    ) -> CachedLoader | BetonLoader:
+    ) -> CachedLoader | FFCVLoader:
         """The loader of the store's records beside the pixels of `data`; options are those of CachedLoader."""
 
 
@@ -63,40 +63,38 @@ class CacheFeed:
         return CachedLoader(self._cache, data, batch, **options)
 
 
-class BetonFeed:
+class FFCVFeed:
     """A packed file, which holds the training images itself."""
 
-    def __init__(self, beton: Beton) -> None:
-        self._beton = beton
+    def __init__(self, file: FFCVFile) -> None:
+        self._file = file
 
     @property
     def renderer(self) -> str:
-        return self._beton.renderer
+        return self._file.renderer
 
     def labels(self) -> NDArray[np.int64]:
-        return self._beton.labels.astype(np.int64)
+        return self._file.labels.astype(np.int64)
 
     def live(self) -> Cache:
-        raise InputError(f"--online renders as the cache was built: give the cache itself, not {self._beton.where}")
+        raise InputError(f"--online renders as the cache was built: give the cache itself, not {self._file.where}")
 
     def loader(
         self, data: Dataset, batch: int, allow_renderer: bool, say: Callable[[str], None], **options: Any
-    ) -> BetonLoader:
-        beton = self._beton
-        loader = BetonLoader(beton, batch, allow_renderer=allow_renderer, **options)
-        if allow_renderer and not beton.raw:
+    ) -> FFCVLoader:
+        file = self._file
+        loader = FFCVLoader(file, batch, allow_renderer=allow_renderer, **options)
+        if allow_renderer and not file.raw:
             say(
-                f"note: rendered by {beton.renderer}, the cache by {beton.identity.views.renderer}: on average "
+                f"note: rendered by {file.renderer}, the cache by {file.identity.views.renderer}: on average "
                 f"{loader.difference():.1f} levels of 255 apart"
             )
         return loader
 
 
-def open_store(where: str, registry: str | None = None, store_bytes: int | None = None) -> Cache | Beton:
-    """The packed file or the cache at a path; also the cache with a key, name or address that open_cache knows."""
-    return Beton(where) if where.endswith(".beton") else open_cache(where, registry, store_bytes)
+FEEDS: dict[type, Callable[[Any], Feed]] = {Cache: CacheFeed, FFCVFile: FFCVFeed}
 
 
-def feed_of(store: Cache | Beton) -> Feed:
+def feed_of(store: Stored) -> Feed:
     """An open store as a training sees it."""
-    return BetonFeed(store) if isinstance(store, Beton) else CacheFeed(store)
+    return FEEDS[type(store)](store)

@@ -1,7 +1,7 @@
-"""Where a teacher comes from: by name with its own weights, from a weights file, or from the user's own function.
+"""Weights in a file: one that the user gives, or the one that `kdcache teach` filed for the data.
 
-The source says what the network wants to see. Where it says nothing, the data does, and the line that a build prints
-tells so.
+What the file, or whoever publishes it, says of the images decides how they are prepared; else the data do, and the line
+that a build prints says so.
 """
 
 from __future__ import annotations
@@ -16,45 +16,40 @@ from torchvision.models import WeightsEnum
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.teachers import timm_source
 from kdcache.pipeline.teachers.networks import SMALL_STEM_UP_TO, build_network, is_torchvision, load_fitting, outline
-from kdcache.pipeline.teachers.pixels import FLAGS, IMAGENET_SIZE, Found, Pixels, Wanted, pixels_of_data
-from kdcache.pipeline.teachers.torchvision_source import (
+from kdcache.pipeline.teachers.pixels import FLAGS, IMAGENET_SIZE, Asked, Found, Pixels, Wanted, pixels_of_data
+from kdcache.pipeline.teachers.sources import timm
+from kdcache.pipeline.teachers.sources.torchvision import (
     built_size,
     categories,
-    from_torchvision,
     pixels_of,
     published_as,
     translated,
     usual_weights,
 )
+from kdcache.pipeline.teachers.weights import read_weights, taught_file
 
 _IMAGENET_CLASSES = 1000
 
 
-def names_weights(weights: str) -> bool:
-    """Whether it is written as torchvision writes the names of weights, and no file is called so."""
-    return weights.isidentifier() and weights.upper() == weights and not Path(weights).exists()
+def given(asked: Asked) -> Found | None:
+    """The network with the weights in the file that is asked for."""
+    if asked.weights is None or asked.names_weights:
+        return None
+    return _read(asked, Path(asked.weights))
 
 
-def from_name(name: str, weights: str | None, wanted: Wanted) -> Found:
-    """A network with its own pretrained weights: torchvision's of that name, or those in a name of timm's."""
-    if not name.startswith("timm/"):
-        return from_torchvision(name, weights or "IMAGENET1K_V1")
-    if weights is not None:
-        tags = timm_source.weights_of(name)
-        raise InputError(f"{weights} are torchvision's weights, and timm's are part of the teacher's name: {tags}")
-    return timm_source.from_timm(name, wanted)
+def taught(asked: Asked) -> Found | None:
+    """The network that `kdcache teach` taught on the data."""
+    if asked.weights is not None:
+        return None
+    path = taught_file(asked.name, asked.data)
+    return _read(asked, path) if path.exists() else None
 
 
-def from_function(name: str, data: Dataset, wanted: Wanted) -> Found:
-    """What the user's function gives, with the weights that it comes with. Nobody knows the names of its classes."""
-    pixels, origin = pixels_of_data(data), f"from the data; {FLAGS} say otherwise"
-    network = build_network(name, len(data.class_names), wanted.size or pixels.size)
-    cfg = getattr(network, "pretrained_cfg", None)
-    if isinstance(cfg, dict) and cfg.get("input_size"):  # a network of timm's
-        pixels, origin = timm_source.pixels_of(cfg, name), "from its pretrained_cfg"
-    return Found(network, pixels, None, "", origin)
+def _read(asked: Asked, path: Path) -> Found:
+    state, notes = read_weights(path)
+    return from_file(asked.name, path, state, notes, asked.data, asked.wanted)
 
 
 def from_file(
@@ -74,14 +69,14 @@ def from_file(
         pixels = Pixels(notes["input_size"], notes["mean"], notes["std"], notes["interpolation"])
         names, origin = notes["class_names"], "from its notes"
     elif name.startswith("timm/"):
-        cfg, names, origin = timm_source.config_of(name, path)
-        pixels = timm_source.pixels_of(cfg, name)
+        cfg, names, origin = timm.config_of(name, path)
+        pixels = timm.pixels_of(cfg, name)
     elif is_torchvision(name):
         pixels, names, origin = _torchvision_pixels(name, path, state, classes, data, wanted)
     else:
         pixels, names, origin = pixels_of_data(data), None, f"from the data; {FLAGS} say otherwise"
     if name.startswith("timm/"):
-        network = timm_source.from_state(name, classes, state, wanted.size or pixels.size, what)
+        network = timm.from_state(name, classes, state, wanted.size or pixels.size, what)
     else:
         network = build_network(name, classes, built_size(name, state, pixels.size))
         load_fitting(network, state, what)

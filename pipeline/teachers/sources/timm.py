@@ -16,6 +16,7 @@ from kdcache.pipeline.teachers.networks import import_timm, load_fitting
 from kdcache.pipeline.teachers.pixels import (
     FLAGS,
     IMAGENET_SIZE,
+    Asked,
     Found,
     Pixels,
     Wanted,
@@ -26,9 +27,18 @@ from kdcache.pipeline.teachers.pixels import (
 _CONFIG = "config.json"
 
 
-def names_weights(name: str) -> bool:
-    """Whether a name says which pretrained weights it means: timm/NETWORK.TAG."""
-    return name.startswith("timm/") and "." in name
+def find(asked: Asked) -> Found | None:
+    """The network with its own pretrained weights: those that its name tells, or for imagenet timm's first."""
+    if not asked.name.startswith("timm/"):
+        return None
+    if asked.weights is not None:
+        tags = weights_of(asked.name)
+        raise InputError(
+            f"{asked.weights} are torchvision's weights, and timm's are part of the teacher's name: {tags}"
+        )
+    if "." not in asked.name and asked.data.name != "imagenet":
+        return None
+    return from_timm(asked.name, asked.wanted)
 
 
 def weights_of(name: str) -> str:

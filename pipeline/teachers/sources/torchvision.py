@@ -14,11 +14,18 @@ from torchvision.models import WeightsEnum
 
 from kdcache.cache.errors import InputError, first_sentence
 from kdcache.pipeline.teachers.networks import SMALL_STEM_UP_TO, is_torchvision, small_stem
-from kdcache.pipeline.teachers.pixels import Found, Pixels, fetching, interpolation_of
+from kdcache.pipeline.teachers.pixels import Asked, Found, Pixels, fetching, interpolation_of
 
 # Of torchvision.models.densenet._load_state_dict, which reads the published files.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")
 _AUXILIARY = ("AuxLogits", "aux1", "aux2")  # heads that answer in training only
+
+
+def find(asked: Asked) -> Found | None:
+    """The network with the weights of the name that is asked for, or for imagenet with IMAGENET1K_V1."""
+    if asked.names_weights or (asked.data.name == "imagenet" and is_torchvision(asked.name)):
+        return from_torchvision(asked.name, asked.weights or "IMAGENET1K_V1")
+    return None
 
 
 def from_torchvision(name: str, weights: str) -> Found:

@@ -1,0 +1,139 @@
+"""Loaders without a cache's records: a live teacher answers in every step, or nothing but labels is learnt."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from typing import Protocol
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.cache.encoding import encode
+from kdcache.cache.errors import KdcacheError, NotFoundError
+from kdcache.cache.records import Records
+from kdcache.cache.store.cache import Cache
+from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.views.policy import TEACHING, ViewParameters, draw
+from kdcache.pipeline.views.render import Renderer
+from kdcache.train.loaders.cached import renderer_for
+from kdcache.train.loaders.order import EpochOrder, Epochs, labels_of, squeezed
+
+
+class LiveTeacher(Protocol):
+    """A network that answers in every step: a Teacher, or one that learns beside the student (loop/cotrain.py)."""
+
+    @property
+    def device(self) -> torch.device: ...
+
+    @property
+    def input_size(self) -> int: ...
+
+    def logits(self, images: Tensor) -> Tensor: ...
+
+
+class OnlineLoader(Epochs):
+    """The baseline: the views of a cache in the order of CachedLoader, answered by the live teacher in every step.
+
+    fresh_views: epoch e takes view e, a new one every epoch, instead of view e mod V. Epochs go on as in CachedLoader.
+    """
+
+    def __init__(
+        self,
+        cache: Cache,
+        data: Dataset,
+        teacher: LiveTeacher,
+        batch_size: int,
+        *,
+        fresh_views: bool = False,
+        seed: int = 0,
+        image_size: int | None = None,
+        views: int | None = None,
+        workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+        samples: NDArray[np.int64] | None = None,
+    ) -> None:
+        if not fresh_views and not cache.views:
+            raise NotFoundError(f"{cache.where} has no complete view; --fresh-views needs none")
+        self._cache, self._data, self._teacher = cache, data, teacher
+        self._views = None if fresh_views else cache.views[:views]
+        self._order = EpochOrder(len(data) if samples is None else samples, batch_size, rank, world, seed)
+        self._student_images = renderer_for(cache, data, image_size, teacher.device, workers)
+        self._teacher_images = Renderer(
+            data, teacher.input_size, teacher.device, cache.identity.views.policy, workers,
+            cache.identity.teacher.interpolation,
+        )  # fmt: skip
+        labels = torch.from_numpy(cache.train.labels.astype(np.int64))
+        self._labels = squeezed(labels.to(teacher.device))
+
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
+        """(images uint8 [B, 3, S, S], labels, dense float32 records of the live teacher)."""
+        epoch, views = self._order.next_epoch, self._cache.identity.views
+        parameters = draw(views.policy, views.seed, self._view_of(epoch), range(len(self._data)), self._data.sizes)
+        self._order.begin(epoch)
+        batches = self._order.batches(epoch)[start:]
+        finite = torch.ones((), dtype=torch.bool, device=self._teacher.device)
+        of_batches = labels_of(self._labels, batches)
+        for labels, (images, seen) in zip(of_batches, self._images(parameters, batches), strict=True):
+            y = labels if labels.numel() else None
+            answers = self._teacher.logits(seen)
+            finite &= torch.isfinite(answers).all()  # looked at in the end, so that no step waits for the device
+            yield images, labels, encode(answers, y, precision="float32", check=False)
+        if not finite:
+            raise KdcacheError("the teacher's logits are not finite: lower --lr where it learns, or check its weights")
+
+    def answers(self, view: int) -> Iterator[Records]:
+        """The live teacher's records of all training samples in this view, batch by batch. A rank gives its share."""
+        views, mine = self._cache.identity.views, self._order.in_order()
+        parameters = draw(views.policy, views.seed, view, range(len(self._data)), self._data.sizes)
+        labels = labels_of(self._labels, mine)
+        for y, seen in zip(labels, self._teacher_images.batches(parameters, mine), strict=True):
+            yield encode(self._teacher.logits(seen), y if y.numel() else None, precision="float32")
+
+    def _images(
+        self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[Tensor, Tensor]]:
+        """What the student sees and what the teacher sees, rendered once where both want the same."""
+        student, teacher = self._student_images, self._teacher_images
+        mine = student.batches(parameters, batches)
+        if (student.size, student.interpolation) == (teacher.size, teacher.interpolation):
+            return ((images, images) for images in mine)
+        return zip(mine, teacher.batches(parameters, batches), strict=True)
+
+
+class PlainLoader(Epochs):
+    """Images and labels alone, for teaching a teacher: epoch e takes view e of a draw that no cache is built from.
+
+    Epochs go on as in CachedLoader.
+    """
+
+    def __init__(
+        self,
+        data: Dataset,
+        policy: str,
+        batch_size: int,
+        size: int,
+        *,
+        seed: int,
+        device: torch.device,
+        workers: int | None = None,
+        rank: int = 0,
+        world: int = 1,
+    ) -> None:
+        self._data, self._policy, self._seed = data, policy, seed
+        self._views = None
+        self._order = EpochOrder(len(data), batch_size, rank, world, seed)
+        self._renderer = Renderer(data, size, device, policy, workers)
+        self._labels = torch.from_numpy(data.labels[:, 0]).to(device)
+
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, None]]:
+        """(images uint8 [B, 3, S, S], labels, None). start: leave out so many batches."""
+        epoch, everything = self._order.next_epoch, range(len(self._data))
+        parameters = draw(self._policy, self._seed, epoch, everything, self._data.sizes, TEACHING)
+        self._order.begin(epoch)
+        batches = self._order.batches(epoch)[start:]
+        rendered = self._renderer.batches(parameters, batches)
+        for images, labels in zip(rendered, labels_of(self._labels, batches), strict=True):
+            yield images, labels, None

@@ -1,0 +1,143 @@
+"""Which samples and which view an epoch takes, and what stands beside each batch of samples.
+
+All of it depends on (seed, epoch) alone, so that every loader gives the same batches and a run can be resumed.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from kdcache.cache.errors import InputError
+from kdcache.cache.records import Records
+from kdcache.pipeline.views.render import order_on
+
+_GATHERED = 1 << 22  # bytes: far fewer calls than one a batch, and still in the processor's caches
+
+
+def epoch_batches(
+    samples: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1
+) -> list[NDArray[np.int64]]:
+    """This rank's part of each batch of an epoch, int64 [B]: a permutation that depends on (seed, epoch) alone.
+
+    The samples left over by whole batches wait for another epoch's permutation.
+    """
+    words = np.random.Philox(key=np.array([seed, 1], np.uint64), counter=np.array([0, epoch, 0, 0], np.uint64))
+    # Samples by the upper bits of their words, which have the samples in the lower ones: ten times as fast as argsort.
+    low = np.uint64((1 << samples.bit_length()) - 1)
+    order = (np.sort(words.random_raw(samples) & ~low | np.arange(samples, dtype=np.uint64)) & low).astype(np.int64)
+    count = samples // batch_size
+    return [np.array_split(b, world)[rank] for b in np.split(order[: count * batch_size], count)]
+
+
+def gathered(records: Records, batches: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Tensor, Records]]:
+    """Labels and records of each batch, from the records of all samples. Many batches are gathered at once."""
+    a_batch = max((len(b) for b in batches), default=1) * records.nbytes // len(records)
+    at_once = max(1, _GATHERED // a_batch)
+    order = order_on(records.gaps.device, batches)
+    for start in range(0, len(batches), at_once):
+        sizes = [len(b) for b in batches[start : start + at_once]]
+        answers, order = records[order[: sum(sizes)]], order[sum(sizes) :]
+        labels, stop = squeezed(answers.labels.long()), 0
+        for size in sizes:
+            rows = slice(stop, stop := stop + size)
+            yield labels[rows], answers[rows]
+
+
+class EpochOrder:
+    """Which samples stand in which batch of an epoch, and which epoch comes next: a loader's `sampler`.
+
+    epoch: the one that was begun last, or that set_epoch has chosen since. Each beginning takes the next epoch, unless
+    set_epoch has chosen one. samples: how many there are, or the places of the chosen ones, int64 in ascending order.
+    """
+
+    def __init__(self, samples: int | NDArray[np.int64], batch_size: int, rank: int, world: int, seed: int) -> None:
+        self._chosen = None if isinstance(samples, int) else samples
+        self._samples = samples if isinstance(samples, int) else len(samples)
+        if not 1 <= batch_size <= self._samples:
+            raise InputError(f"a batch of {batch_size} does not fit the data's {self._samples} samples")
+        if batch_size < world:
+            raise InputError(f"a batch of {batch_size} cannot be split over {world} ranks")
+        self._batch_size, self._seed = batch_size, seed
+        self._rank, self._world = rank, world
+        self._epoch, self._begun = 0, False
+
+    @property
+    def epoch(self) -> int:
+        return self._epoch
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that begins next, counted from 0."""
+        self._epoch, self._begun = epoch, False
+
+    @property
+    def next_epoch(self) -> int:
+        return self._epoch + self._begun
+
+    def begin(self, epoch: int) -> None:
+        """Note that the first batch of this epoch is ready: only then has it been taken."""
+        self._epoch, self._begun = epoch, True
+
+    def __len__(self) -> int:
+        return self._samples // self._batch_size
+
+    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
+        """This rank's part of each batch."""
+        found = epoch_batches(self._samples, self._batch_size, self._seed, epoch, self._rank, self._world)
+        return self._places(found)
+
+    def in_order(self) -> list[NDArray[np.int64]]:
+        """This rank's share of the batches that hold all samples once, in ascending order; the last may be short."""
+        all_of_them = np.split(np.arange(self._samples), range(self._batch_size, self._samples, self._batch_size))
+        return self._places(all_of_them[self._rank :: self._world])
+
+    def _places(self, batches: list[NDArray[np.int64]]) -> list[NDArray[np.int64]]:
+        return batches if self._chosen is None else [self._chosen[batch] for batch in batches]
+
+
+class Epochs:
+    """What the loaders have in common: an order of epochs, each of which takes a view."""
+
+    _order: EpochOrder
+    _views: Sequence[int] | None  # in turn; None: view e in epoch e
+
+    @property
+    def sampler(self) -> EpochOrder:
+        """For frameworks that choose the epoch by `loader.sampler.set_epoch(e)`."""
+        return self._order
+
+    @property
+    def epoch(self) -> int:
+        """The epoch that was begun last, or that set_epoch has chosen since; counted from 0."""
+        return self._order.epoch
+
+    @property
+    def view(self) -> int:
+        """The view that `epoch` takes."""
+        return self._view_of(self.epoch)
+
+    def set_epoch(self, epoch: int) -> None:
+        """Choose the epoch that begins next, counted from 0: its view and its order."""
+        self._order.set_epoch(epoch)
+
+    def __len__(self) -> int:
+        """Batches an epoch."""
+        return len(self._order)
+
+    def _view_of(self, epoch: int) -> int:
+        return epoch if self._views is None else self._views[epoch % len(self._views)]
+
+
+def labels_of(labels: Tensor, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
+    """The labels of each batch, from the labels of all samples and on their device."""
+    order = order_on(labels.device, batches)
+    return (labels[index] for index in torch.split(order, [len(batch) for batch in batches]))
+
+
+def squeezed(labels: Tensor) -> Tensor:
+    """[B] from [B, 1]. Other [B, L] stay as they are."""
+    return labels[:, 0] if labels.shape[1] == 1 else labels
