@@ -23,9 +23,7 @@ from kdcache.cache.errors import InputError, UnservedError
 from kdcache.cache.identity import NO_TAIL, STEP
 
 Tail = Literal["prior", "uniform", "bucket", "renorm", "drop"]
-Precision = Literal["uint8", "float16", "float32"]
 
-TEMPERATURES = (1.0, 2.0, 3.0, 4.0)
 # Logit standardisation, as published: softmax((z - mean) / (1e-7 + std) / 2).
 STD_TAU, STD_FLOOR = 2.0, 1e-7
 

@@ -34,7 +34,7 @@ from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer
 from kdcache.tests.helpers.building import record_batches
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.evaluate import evaluate_run, student_of
 from kdcache.train.evaluation.metrics import metrics
 from kdcache.train.evaluation.validation import held_out_part
@@ -51,7 +51,7 @@ from kdcache.train.losses.features import FeatureTap
 from kdcache.train.losses.options import LOSSES, make_loss
 from kdcache.train.losses.prepare import prepared
 from kdcache.train.run import train
-from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.teach import teach
 
 BATCH = 128
 
