@@ -432,7 +432,7 @@ def bench(
     """
     from kdcache.cache.files import replace_file
     from kdcache.train.bench.bench import bench as run
-    from kdcache.train.bench.bench import table
+    from kdcache.train.bench.table import table
 
     if out and Path(out).is_dir():
         raise click.BadParameter(f"{out} is a folder, not a file", param_hint="--out")

@@ -19,9 +19,11 @@ from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.train.bench import bench as bench_module
-from kdcache.train.bench.bench import bench, table
+from kdcache.train.bench import measure, subject
+from kdcache.train.bench.bench import bench
 from kdcache.train.bench.config import BenchConfig
 from kdcache.train.bench.layouts import FKD_CROPS, noise_cache, reading_cases
+from kdcache.train.bench.table import table
 
 SLOW = 0.1  # seconds more for every answer of the teacher
 SMALL = ["--teacher", "resnet8", "--batch-size", "16", "--samples", "64", "--rounds", "2"]
@@ -32,8 +34,8 @@ def place(tmp_path, monkeypatch):
     """An empty KDCACHE_HOME and an empty folder for temporary files; little to read."""
     monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(bench_module.tempfile, "tempdir", str(tmp_path))
-    monkeypatch.setattr(bench_module, "READ_RECORDS", 2048)
-    monkeypatch.setattr(bench_module, "FKD_IMAGES", 4)
+    monkeypatch.setattr(measure, "READ_RECORDS", 2048)
+    monkeypatch.setattr(measure, "FKD_IMAGES", 4)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     yield tmp_path
@@ -145,7 +147,7 @@ def test_stopped_it_leaves_nothing(tmp_path):
 def test_other_layouts_hold_the_same_records(tmp_path, monkeypatch, k):
     monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
     weights = tmp_path / "teacher.safetensors"
-    bench_module._untrained("resnet8", bench_module.open_data("digits", "train"), weights)
+    subject._untrained("resnet8", subject.open_data("digits", "train"), weights)
     source = open_source(BuildConfig("resnet8", str(weights), topk=k))
     data = source.identity.data.model_copy(update={"samples": 300})
     evaluation = data.model_copy(update={"split": "eval", "samples": 1})
