@@ -92,8 +92,8 @@ class TakingTurns(Teacher):
 def beside_the_bare_teacher(work: Path, network: str) -> dict[str, Any]:
     _, classes, k, views = ALONE[network]
     config = BuildConfig(
-        network, str(weights(work, network, classes)), f"build:of_{network}", views=views, topk=k, batch_size=BATCH,
-        allow_low_accuracy=True, device="cpu",
+        network, str(weights(work, network, classes)), data=f"build:of_{network}", views=views, topk=k,
+        batch_size=BATCH, allow_low_accuracy=True, device="cpu",
     )  # fmt: skip
     source = open_source(config)
     parameters = view_parameters(source.train, source.identity, 0, range(RESIDENT * BATCH))

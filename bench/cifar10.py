@@ -24,14 +24,14 @@ from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier, load_teacher
 from kdcache.pipeline.teachers.weights import read_weights, taught_file
 from kdcache.train.bench.bench import machine
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.trainer import seeded
 from kdcache.train.losses.options import make_loss
 from kdcache.train.run import train
-from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.teach import teach
 
 TEACHER, STUDENT, LOSSES, BATCH = "resnet56", "resnet20", ("ce", "kd", "nkd"), 128
 

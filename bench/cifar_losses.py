@@ -23,10 +23,10 @@ from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.teachers.weights import read_weights, taught_file
 from kdcache.train.bench.bench import machine
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.losses.options import LOSSES, make_loss
 from kdcache.train.sweep import sweep
-from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.teach import teach
 
 TEACHER, STUDENT, CLASSES = "resnet32", "resnet20", 10
 

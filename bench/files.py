@@ -92,8 +92,8 @@ def main() -> None:
     save_file(teacher.network.state_dict(), weights)
     classes.write_text(json.dumps({f"class{i}": 97 * i for i in range(CLASSES)}))
     config = BuildConfig(
-        "resnet34", str(weights), f"imagefolder:{folder}", views=VIEWS, class_map=str(classes), allow_low_accuracy=True,
-        batch_size=BATCH,
+        "resnet34", str(weights), data=f"imagefolder:{folder}", views=VIEWS, class_map=str(classes),
+        allow_low_accuracy=True, batch_size=BATCH,
     )  # fmt: skip
     source = open_source(config)
     rates = in_turns(source)

@@ -52,8 +52,9 @@ def run_case(cache: str, views: int, epochs: int) -> None:
     torch.set_num_threads(1)
     with tempfile.TemporaryDirectory() as out:
         config = TrainConfig(
-            "nkd", cache, "memory:images", "resnet8", epochs, f"{out}/run", views=views, batch_size=BATCH, lr=0.01
-        )
+            "nkd", cache, data="memory:images", student="resnet8", epochs=epochs, out=f"{out}/run", views=views,
+            batch_size=BATCH, lr=0.01,
+        )  # fmt: skip
         train(config, lambda _: None)
     # Not getrusage's, which begins with what the parent process had.
     print(int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1]) / 1024)  # type: ignore[index]

@@ -62,7 +62,7 @@ def main() -> None:
         weights = Path(home) / "teacher.safetensors"
         save_file(build_network(TEACHER, 10, 32).state_dict(), weights)
         config = BuildConfig(
-            TEACHER, str(weights), "ranks:random_images", augment="crop,flip", views=1, allow_low_accuracy=True
+            TEACHER, str(weights), data="ranks:random_images", augment="crop,flip", views=1, allow_low_accuracy=True
         )
         cache = build(config, say=lambda _: None).path
         seconds = take_turns(cache, a.rounds)

@@ -26,19 +26,20 @@ import torchvision
 from torch import Tensor
 
 from kdcache.cache import Cache, Identity, encode
+from kdcache.cache.choices import TEMPERATURES
 from kdcache.cache.identity import DataIdentity, RecordIdentity, TeacherIdentity, ViewsIdentity
-from kdcache.cache.records import TEMPERATURES
+from kdcache.cache.packing import pack_hdf5
 from kdcache.cache.store import chunks
 from kdcache.cache.store.layout import ArraySpec
-from kdcache.cache.store.packing import pack_hdf5
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.process.progress import Progress
 from kdcache.train.bench.bench import machine
 from kdcache.train.bench.layouts import noise_cache, reading_cases
+from kdcache.train.config import TeachConfig
 from kdcache.train.loaders.cached import CachedLoader
-from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.teach import teach
 
 SAMPLES, CLASSES, K, PART, BATCH = 1_281_167, 1000, 20, 262_144, 1024
 PEER_RECORDS, FKD_IMAGES = 200_000, 4_000

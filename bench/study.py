@@ -57,11 +57,11 @@ from kdcache.pipeline.process.progress import duration
 from kdcache.pipeline.teachers.weights import read_weights, taught_file, weights_hash
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train.bench.bench import machine
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.evaluate import student_of
 from kdcache.train.evaluation.metrics import metrics, predict, reliability
 from kdcache.train.run import train
-from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.teach import teach
 
 TEACHER_DATA, STUDENT_DATA = "study_data:teacher", "study_data:students"
 HERE = Path(__file__).parent
@@ -130,7 +130,8 @@ def cache_in(work: Path, records: str) -> Path:
 def built(records: str, work: Path) -> dict[str, Any]:
     """A cache of the students' images; its size, and the teacher's own metrics or the mass of its top classes."""
     out = str(cache_in(work, records))
-    config = BuildConfig(TEACHER, str(taught()), STUDENT_DATA, AUGMENT, views=EPOCHS, out=out, **_RECORDS[records])
+    asked = {"data": STUDENT_DATA, "augment": AUGMENT, "views": EPOCHS, "out": out, **_RECORDS[records]}
+    config = BuildConfig(TEACHER, str(taught()), **asked)
     result = build(config)
     found: dict[str, Any] = {"bytes": result.bytes, "views": result.views, "key": result.key}
     if records == "dense":
@@ -148,7 +149,7 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
     asks = run.online and run.loss != "bdkd"  # whose teacher learns, from new weights
     train(
         TrainConfig(
-            spelled(run.loss), cache, STUDENT_DATA, run.student, EPOCHS, str(out),
+            spelled(run.loss), cache, data=STUDENT_DATA, student=run.student, epochs=EPOCHS, out=str(out),
             resume=(out / "config.json").exists(), seed=run.seed, batch_size=STUDENT_BATCH, lr=run.lr,
             weight_decay=run.decay, views=None if run.online else run.views, online=run.online, fresh_views=run.online,
             weights=str(taught()) if asks else None, evaluate_every=EPOCHS,

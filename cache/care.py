@@ -29,12 +29,12 @@ from kdcache.cache.home import (
     teachers_folder,
     weights_file,
 )
+from kdcache.cache.packing import clear_leaving
 from kdcache.cache.registry.localstore import LOCAL_STORE_BYTES, LocalStore
 from kdcache.cache.registry.registry import KEY, Registry, split_url
 from kdcache.cache.registry.teachers import weights_among
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.leases import Leases
-from kdcache.cache.store.packing import clear_leaving
 
 HOUR, DAY = 3600.0, 86400.0
 _TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp|\..+\.packing")

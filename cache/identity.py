@@ -9,6 +9,7 @@ from typing import Any, Final, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
+from kdcache.cache.choices import Interpolation
 from kdcache.cache.errors import CorruptError, MismatchError
 
 FORMAT: Final = 1
@@ -19,7 +20,6 @@ STEP = 1 / 8
 NO_TAIL = 254  # 255 is left to show a hole
 
 Sha256 = str
-Interpolation = Literal["bilinear", "bicubic"]
 SplitName = Literal["train", "eval"]
 
 

@@ -11,8 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcache.cache.choices import TEMPERATURES
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
-from kdcache.cache.records import TEMPERATURES, Records
+from kdcache.cache.records import Records
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
@@ -46,6 +47,18 @@ class Report:
     @property
     def passed(self) -> bool:
         return not self.problems
+
+    def text(self, contents: bool = True) -> str:
+        """The report for people; contents: whether files were read, and not looked up only."""
+        lines = [
+            f"{self.shards} shards of {len(self.views)} complete views {'read' if contents else 'looked up'}, "
+            f"{self.replayed} records replayed"
+        ]
+        if self.total_variation is not None:
+            lines.append(f"largest mean total variation {self.total_variation:.2e}")
+        lines += [f"FAILED: {p}" for p in self.problems] or ["passed"]
+        lines += [f"removed {name}: run kdcache build again to make it anew" for name in self.repaired]
+        return "\n".join(lines)
 
 
 def verify(

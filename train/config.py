@@ -1,52 +1,182 @@
-"""What `kdcache train` is asked for."""
+"""What `kdcache teach`, `kdcache train` and `kdcache eval` are asked for.
 
-from __future__ import annotations
+Importing this file costs nothing: the command line makes its options from it.
+"""
 
-from dataclasses import dataclass
+from dataclasses import KW_ONLY, dataclass
+from typing import Annotated, Literal
 
-from kdcache.pipeline.data.defaults import DATA
-from kdcache.train.loop.optimisers import Amp, Optimiser
-from kdcache.train.loop.trainer import SAVE_EVERY
+from kdcache.pipeline.build.config import Weights
+from kdcache.pipeline.commandline.options import Argument, Bf16, Device, Option, Registry, Seed, StoreSize, Workers
+from kdcache.pipeline.data.defaults import DATA, Augment, Data, data_option, names_function
+
+Optimiser = Literal["sgd", "adamw", "muon"]
+Amp = Literal["bf16", "fp16"]
+
+DEFAULT_LOSS = "nkd"
+SAVE_EVERY = 300.0  # seconds
+
+
+def parse_losses(text: str) -> tuple[str, ...]:
+    """The losses of a list: nkd,dkd:beta=2,warmup=5,kd are three, as key=value belongs to the loss before it."""
+    found: list[str] = []
+    for item in filter(None, text.split(",")):
+        if found and "=" in item and ":" not in item:
+            found[-1] += f",{item}"
+        else:
+            found.append(item)
+    if not found:
+        raise ValueError("no loss is named")
+    return tuple(found)
+
+
+# One image has no statistics for a batch norm.
+BatchSize = Annotated[int | None, Option("Images a step [by dataset].", ge=2)]
+Epochs = Annotated[int | None, Option("[by dataset]", ge=1)]
+Rate = Annotated[float | None, Option("Peak learning rate [by dataset].", gt=0)]
+Decay = Annotated[float | None, Option("[by dataset]", ge=0)]
+Student = Annotated[str | None, Option("A network's name [by dataset].", metavar="NAME", is_code=names_function)]
+ImageSize = Annotated[int | None, Option("The student's input size in pixels.", ge=8)]
+
+
+@dataclass(frozen=True)
+class TeachConfig:
+    """What to teach. None means the default for the dataset's kind (defaults.py)."""
+
+    teacher: Annotated[str, Option("A network's name.", metavar="NAME", is_code=names_function)]
+    data: Data = DATA
+    augment: Augment = None
+    epochs: Epochs = None
+    batch_size: BatchSize = None
+    lr: Rate = None
+    weight_decay: Decay = None
+    seed: Seed = 0
+    device: Device = None
+    amp: Bf16 = None
+    workers: Workers = None
+    force: Annotated[bool, Option("Teach again one that is there.")] = False
+
+
+@dataclass(frozen=True)
+class EvalConfig:
+    """What to evaluate: the last weights of a run folder, or a weights file. None means what the run has."""
+
+    run: Annotated[str, Argument()]
+    data: Annotated[str | None, data_option("Any labelled data with the run's classes [the run's].", own=True)] = None
+    cache: Annotated[str | None, Option("[the run's]", metavar="PATH|KEY|NAME|URL", own=True)] = None
+    student: Annotated[
+        str | None,
+        Option("[the run's, unless it is a function]", metavar="NAME", own=True, is_code=names_function),
+    ] = None
+    teacher: Annotated[
+        str | None,
+        Option(
+            "That learnt beside it [the run's, unless it is a function].",
+            metavar="NAME",
+            own=True,
+            is_code=names_function,
+        ),
+    ] = None
+    registry: Registry = None
+    device: Device = None
+    workers: Workers = None
 
 
 @dataclass(frozen=True)
 class TrainConfig:
     """What to train. None means the default for the dataset's kind (defaults.py), or the only one that matches.
 
+    loss: None for DEFAULT_LOSS, or for that of the run that is resumed.
+
     validation: the fraction of the training images that is held out to choose the best weights by. By default they are
     chosen by the validation split of data that have three splits, and by nothing where there is none.
     """
 
-    loss: str | None = None
-    cache: str | None = None
-    data: str = DATA
-    student: str | None = None
-    epochs: int | None = None
-    out: str | None = None
-    resume: bool = False
-    seed: int = 0
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    warmup: float = 1.0
-    views: int | None = None
-    image_size: int | None = None
-    online: bool = False
-    fresh_views: bool = False
-    teacher: str | None = None
-    weights: str | None = None
-    device: str | None = None
-    amp: Amp | None = None
-    workers: int | None = None
-    allow_renderer: bool = False
-    sync_bn: bool = False
-    optimiser: Optimiser = "sgd"
-    accumulate: int = 1
-    clip: float | None = None
-    ema: float | None = None
-    compile: bool | None = None
-    save_every: float = SAVE_EVERY
-    evaluate_every: int = 1
-    validation: float | None = None
-    registry: str | None = None
-    local_store_size: int | None = None
+    loss: Annotated[
+        str | None,
+        Option(
+            "See docs/losses.md. Given several times: all of them are trained.",
+            metavar="NAME[:KEY=VALUE,...]",
+            several=True,
+            parse=parse_losses,
+            default=DEFAULT_LOSS,
+        ),
+    ] = None
+    cache: Annotated[str | None, Option("[the only one that matches]", metavar="PATH|KEY|NAME|URL")] = None
+    _: KW_ONLY
+    registry: Registry = None
+    local_store_size: StoreSize = None
+    data: Data = DATA
+    student: Student = None
+    epochs: Epochs = None
+    out: Annotated[
+        str | None, Option("The run's folder, or that of several runs [runs/...].", metavar="DIR", own=True)
+    ] = None
+    resume: Annotated[bool, Option("Go on with what is in --out, with its own settings.")] = False
+    batch_size: BatchSize = None
+    lr: Rate = None
+    weight_decay: Decay = None
+    warmup: Annotated[float, Option("Epochs.", ge=0)] = 1.0
+    views: Annotated[int | None, Option("Use only the first so many views.", ge=1)] = None
+    image_size: ImageSize = None
+    online: Annotated[bool, Option("Run the teacher in every step instead: the baseline. With bdkd it learns too.")] = (
+        False
+    )
+    fresh_views: Annotated[bool, Option("With --online: a new view every epoch.")] = False
+    allow_renderer: Annotated[bool, Option("Train on image files in a .beton as FFCV resizes them.")] = False
+    sync_bn: Annotated[bool, Option("Of torchrun's ranks, on GPUs: batch norm over the whole batch.")] = False
+    teacher: Annotated[str | None, Option("Take a cache of this teacher.", metavar="NAME", is_code=names_function)] = (
+        None
+    )
+    weights: Weights = None
+    seed: Annotated[
+        int,
+        Option(
+            "Of everything drawn at random. Given several times: every loss is trained with each.",
+            metavar="INTEGER",
+            several=True,
+            ge=0,
+            le=2**63 - 1,
+        ),
+    ] = 0
+    optimiser: Annotated[
+        Optimiser,
+        Option(
+            "sgd: Nesterov's, rates by dataset; adamw: lr 0.001, decay 0.05; muon: lr 0.02, decay 0.01, of the weights "
+            "of two dimensions, all others by sgd at the dataset's rates. In proportion to the batch (sgd) or to its "
+            "root.",
+            flags=("--optimiser", "--optimizer"),
+        ),
+    ] = "sgd"
+    accumulate: Annotated[int, Option("Batches an update.", ge=1)] = 1
+    clip: Annotated[float | None, Option("Largest norm of an update's gradient.", gt=0)] = None
+    ema: Annotated[
+        float | None,
+        Option(
+            "Average the weights, 0.9999 for one; the average is what is evaluated and filed.",
+            metavar="DECAY",
+            gt=0,
+            lt=1,
+        ),
+    ] = None
+    compile: Annotated[bool | None, Option("torch.compile [on a GPU, for 10,000 batches or more].")] = None
+    save_every: Annotated[float, Option("How often the state is kept within an epoch.", metavar="SECONDS", ge=0)] = (
+        SAVE_EVERY
+    )
+    evaluate_every: Annotated[
+        int,
+        Option("How often the student is evaluated; after the last epoch always.", metavar="EPOCHS", ge=1),
+    ] = 1
+    validation: Annotated[
+        float | None,
+        Option(
+            "Hold out such a part of the training images, 0.1 for one, and file the weights that are best on it too. "
+            "[the data's third split, where they have one]",
+            metavar="FRACTION",
+            gt=0,
+            lt=1,
+        ),
+    ] = None
+    device: Device = None
+    amp: Annotated[Amp | None, Option("Run the network in half precision.")] = None
+    workers: Workers = None

@@ -18,9 +18,9 @@ from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.process.progress import duration, percent, size
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.run import train
-from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.teach import teach
 
 TEACHER, STUDENT, LOSSES = "resnet20", "resnet8", ("ce", "kd", "nkd")
 VIEWS, TEACHER_EPOCHS, STUDENT_EPOCHS = 10, 20, 20

@@ -12,9 +12,8 @@ import numpy as np
 import torch
 
 from kdcache import __version__
-from kdcache.cache.errors import InputError, KdcacheError, NotFoundError, UnreadableError
-from kdcache.pipeline.teachers.networks import build_network
-from kdcache.pipeline.teachers.teacher import Classifier, try_out
+from kdcache.cache.errors import KdcacheError, NotFoundError, UnreadableError
+from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train import group
 from kdcache.train.config import TrainConfig
 from kdcache.train.evaluation.judge import Judge
@@ -24,7 +23,7 @@ from kdcache.train.loaders.ffcv import FFCVLoader
 from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.runfolder import RunFolder, best_of, config_of
-from kdcache.train.loop.trainer import PARTNER, fit, seeded
+from kdcache.train.loop.trainer import PARTNER, fit, new_classifier
 from kdcache.train.losses.prepare import prepared
 from kdcache.train.plan.plan import TrainPlan, default_out, make_plan
 from kdcache.train.plan.resuming import exists, given_by, resumed
@@ -70,7 +69,9 @@ def _train(
     plan = make_plan(config, device, say)
     partner = learning_teacher(plan)
     loader = _loader(plan, partner, say)
-    model = _student(plan)
+    model = new_classifier(
+        plan.student, plan.classes, plan.image_size, plan.data, device, config.seed, whose="the teacher for"
+    )
     if config.sync_bn:  # in place
         for one in (model, partner.model) if partner else (model,):
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(one)  # type: ignore[no-untyped-call]
@@ -115,16 +116,6 @@ def _loader(
         raise NotFoundError(f"{cache.where} has {len(cache.views)} complete views, not {plan.views}: build more")
     teacher = live_teacher(plan) if partner is None else partner
     return OnlineLoader(cache, plan.data, teacher, plan.batch, fresh_views=asked.fresh_views, **shared)
-
-
-def _student(plan: TrainPlan) -> Classifier:
-    """The student with new weights, on its device. InputError where it does not answer for the teacher's classes."""
-    network = seeded(plan.asked.seed, lambda: build_network(plan.student, plan.classes, plan.image_size))
-    model = Classifier(network, plan.data.mean, plan.data.std).to(plan.device)
-    model.to(memory_format=torch.channels_last)
-    if (answers := try_out(model, plan.student, plan.image_size)) != plan.classes:
-        raise InputError(f"{plan.student} answers for {answers} classes, the teacher for {plan.classes}")
-    return model
 
 
 def _evaluation(plan: TrainPlan, partner: LearningTeacher | None) -> Callable[[Classifier], dict[str, float]]:

@@ -62,6 +62,22 @@ def asked_before(out: str | None) -> tuple[tuple[str, ...], tuple[int, ...]] | N
         raise CorruptError(f"{file} is not what kdcache writes ({e}): remove it, and give --loss and --seed") from e
 
 
+def asked(
+    config: TrainConfig, losses: Sequence[str], seeds: Sequence[int], given: Collection[str], loss_is_set: bool
+) -> tuple[Sequence[str | None], Sequence[int]]:
+    """The losses and seeds to train: those that were typed, where nothing is resumed.
+
+    Where something is, those of a sweep in `out` stand for what was not typed. If there is no sweep and nothing was
+    typed, it is the one run there, whose loss is None unless a setting names one (`loss_is_set`).
+    """
+    before = asked_before(config.out) if config.resume else None
+    if before is not None:
+        return (losses if "loss" in given else before[0]), (seeds if "seed" in given else before[1])
+    if config.resume and not {"loss", "seed"} & set(given):
+        return (losses[0] if loss_is_set else None,), seeds[:1]
+    return losses, seeds
+
+
 def _sweep(
     config: TrainConfig,
     losses: Sequence[str],

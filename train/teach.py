@@ -6,9 +6,8 @@ import shutil
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from filelock import FileLock
@@ -18,7 +17,7 @@ from kdcache.cache.registry.registry import Registry
 from kdcache.pipeline.build.build import BuildResult
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import Draft, draft_build, require_topk
-from kdcache.pipeline.data.dataset import list_unreadable, open_data
+from kdcache.pipeline.data.dataset import Dataset, list_unreadable, open_data
 from kdcache.pipeline.data.defaults import DATA, defaults_for
 from kdcache.pipeline.pack import PackResult, pack
 from kdcache.pipeline.process.progress import percent
@@ -26,49 +25,97 @@ from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.share import build_shared, find_taught, open_plan, open_shared
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import pixels_of_data
-from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, try_out
+from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 from kdcache.pipeline.teachers.weights import taught_file
 from kdcache.pipeline.views.policy import check_policy
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
+from kdcache.train.config import TeachConfig
 from kdcache.train.evaluation.metrics import metrics, predict
 from kdcache.train.loaders.live import PlainLoader
-from kdcache.train.loop.optimisers import Amp, Recipe
+from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import RunFolder
-from kdcache.train.loop.trainer import fit, seeded
+from kdcache.train.loop.trainer import fit, new_classifier
 from kdcache.train.losses import CE
 
 _POLL_SECONDS = 0.5
 
 
-@dataclass(frozen=True)
-class TeachConfig:
-    """What to teach. None means the default for the dataset's kind (defaults.py)."""
+@dataclass(frozen=True, eq=False)
+class TeachPlan:
+    """What is taught, on which images and how: every default is looked up.
 
-    teacher: str
-    data: str = DATA
-    augment: str | None = None
-    epochs: int | None = None
-    batch_size: int | None = None
-    lr: float | None = None
-    weight_decay: float | None = None
-    seed: int = 0
-    device: str | None = None
-    amp: Amp | None = None
-    workers: int | None = None
-    force: bool = False
+    batch: samples a batch, on all ranks together. size: the teacher's images, in pixels. path: its file of weights,
+    beside which the run that teaches it lies as long as it lasts.
+    """
+
+    asked: TeachConfig
+    data: Dataset
+    evaluation: Dataset
+    policy: str
+    batch: int
+    size: int
+    recipe: Recipe
+    path: Path
+
+    @property
+    def settings(self) -> dict[str, Any]:
+        """What the run's config.json holds, so that nothing else is gone on with."""
+        asked, recipe = self.asked, self.recipe
+        return {
+            "teacher": asked.teacher, "data": self.data.fingerprint(), "augment": self.policy, "epochs": recipe.epochs,
+            "batch_size": self.batch, "lr": recipe.lr, "weight_decay": recipe.decay, "seed": asked.seed,
+            "amp": asked.amp, "stream": "teaching",
+        }  # fmt: skip
+
+    @property
+    def notes(self) -> dict[str, Any]:
+        """What stands in the teacher's file of weights."""
+        data = self.data
+        return {
+            "input_size": self.size, "mean": list(data.mean), "std": list(data.std),
+            "class_names": list(data.class_names),
+        }  # fmt: skip
 
 
 def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path, float]:
-    """Train the teacher and file it; its weights' file and top-1 (0..1) on the evaluation split.
+    """Train the teacher and file it; returns its weights' file and its top-1 (0..1) on the evaluation split.
 
-    Stopped, it resumes where it was. One that is filed already is kept, unless `force`. Under torchrun by all ranks.
+    Stopped, it resumes where it was. A teacher that is filed already is refused with InputError, unless `force`. Under
+    torchrun all ranks teach it together.
     """
     with group.joined(config.device) as device:
         return _teach(config, device, group.said_once(say))
 
 
 def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]) -> tuple[Path, float]:
+    plan = _plan(config, say)
+    name, data, evaluation, size = config.teacher, plan.data, plan.evaluation, plan.size
+    model = new_classifier(name, len(data.class_names), size, data, device, config.seed, whose=f"{data.name} has")
+    loader = PlainLoader(
+        data, plan.policy, plan.batch, size, seed=config.seed, device=device, workers=config.workers,
+        rank=group.rank(), world=group.world(),
+    )  # fmt: skip
+    folder = group.from_first(lambda: _open_folder(plan))
+    say(f"teaching {name} on {data.name}: {plan.recipe.epochs} epochs of {len(data):,} images on {device}")
+    renderer = Renderer(evaluation, size, device, workers=config.workers)
+    labels = torch.from_numpy(evaluation.labels[:, 0])
+
+    def evaluate(model: Classifier) -> dict[str, float]:
+        logits = predict(model, evaluation, renderer, plan.recipe.dtype)
+        return group.from_first(lambda: metrics(logits, labels))
+
+    history = fit(model, CE(), loader, plan.recipe, evaluate, folder, plan.notes, say)
+    if group.rank() == 0:
+        file_classifier(plan.path, model, {**plan.notes, "metrics": history[-1]})
+        shutil.rmtree(folder.path)
+    group.wait()  # for the file
+    say(f"{name} has top-1 {percent(history[-1]['top1'])} on {data.name}'s evaluation split: {plan.path}")
+    return plan.path, history[-1]["top1"]
+
+
+def _plan(config: TeachConfig, say: Callable[[str], None]) -> TeachPlan:
+    """Look up the data and every default. InputError for data without classes, and for a teacher that is there."""
     with group.one_first():
         data, evaluation = open_data(config.data, "train"), open_data(config.data, "eval")
     for note in filter(None, (data.note, evaluation.note)):
@@ -79,62 +126,26 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
     if path.exists() and not config.force:
         raise InputError(f"{config.teacher} is taught on {data.name} already ({path}): --force teaches it anew")
     defaults = defaults_for(data)
-    policy = check_policy(config.augment or defaults.augment)
     batch = config.batch_size or min(defaults.train_batch, len(data))
-    size = pixels_of_data(data).size
-    network = seeded(config.seed, lambda: build_network(config.teacher, len(data.class_names), size))
-    model = Classifier(network, data.mean, data.std).to(device)
-    model.to(memory_format=torch.channels_last)
-    if (answers := try_out(model, config.teacher, size)) != len(data.class_names):
-        raise InputError(f"{config.teacher} answers for {answers} classes, {data.name} has {len(data.class_names)}")
     recipe = Recipe(
         epochs=config.epochs or defaults.epochs,
         lr=config.lr or defaults.rate(batch),
         decay=defaults.decay if config.weight_decay is None else config.weight_decay,
         amp=config.amp,
     )
-    settings = {
-        "teacher": config.teacher, "data": data.fingerprint(), "augment": policy, "epochs": recipe.epochs,
-        "batch_size": batch, "lr": recipe.lr, "weight_decay": recipe.decay, "seed": config.seed, "amp": config.amp,
-        "stream": "teaching",
-    }  # fmt: skip
-    loader = PlainLoader(
-        data, policy, batch, size, seed=config.seed, device=device, workers=config.workers,
-        rank=group.rank(), world=group.world(),
-    )  # fmt: skip
-    work = path.with_suffix(".run")
+    policy = check_policy(config.augment or defaults.augment)
+    return TeachPlan(config, data, evaluation, policy, batch, pixels_of_data(data).size, recipe, path)
 
-    def open_folder() -> RunFolder:
-        if config.force and not group.restarted():
-            shutil.rmtree(work, ignore_errors=True)
-        try:
-            return RunFolder(work, settings, resume=work.exists())
-        except InputError as e:
-            raise InputError(f"{e} (--force teaches it from the start)") from e
 
-    folder = group.from_first(open_folder)
-    notes = {
-        "input_size": size, "mean": list(data.mean), "std": list(data.std), "class_names": list(data.class_names),
-    }  # fmt: skip
-    say(f"teaching {config.teacher} on {data.name}: {recipe.epochs} epochs of {len(data):,} images on {device}")
-    renderer = Renderer(evaluation, size, device, workers=config.workers)
-    labels = torch.from_numpy(evaluation.labels[:, 0])
-    history = fit(
-        model,
-        CE(),
-        loader,
-        recipe,
-        lambda m: group.from_first(partial(metrics, predict(m, evaluation, renderer, recipe.dtype), labels)),
-        folder,
-        notes,
-        say,
-    )
-    if group.rank() == 0:
-        file_classifier(path, model, {**notes, "metrics": history[-1]})
-        shutil.rmtree(work)
-    group.wait()  # for the file
-    say(f"{config.teacher} has top-1 {percent(history[-1]['top1'])} on {data.name}'s evaluation split: {path}")
-    return path, history[-1]["top1"]
+def _open_folder(plan: TeachPlan) -> RunFolder:
+    """The folder of the run that teaches it, which goes on where it stopped. InputError where that was another run."""
+    work = plan.path.with_suffix(".run")
+    if plan.asked.force and not group.restarted():
+        shutil.rmtree(work, ignore_errors=True)
+    try:
+        return RunFolder(work, plan.settings, resume=work.exists())
+    except InputError as e:
+        raise InputError(f"{e} (--force teaches it from the start)") from e
 
 
 def build_and_teach(

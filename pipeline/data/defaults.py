@@ -3,8 +3,12 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
+from typing import TYPE_CHECKING, Annotated
 
-from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.commandline.options import Option
+
+if TYPE_CHECKING:
+    from kdcache.pipeline.data.dataset import Dataset
 
 DATA = "digits"
 DENSE_UP_TO = 200  # classes; above, the top DEFAULT_K are stored
@@ -57,3 +61,34 @@ def defaults_for(data: Dataset) -> Defaults:
 def stored_classes(classes: int) -> int | None:
     """K where --topk is not given: None (dense) for few classes."""
     return None if classes <= DENSE_UP_TO else DEFAULT_K
+
+
+# The options that name data, for the command line. What they call is imported late: options must cost no time.
+
+
+def names_function(text: str) -> bool:
+    """Whether a --data, --teacher or --student is `module:function`, code of the user's."""
+    from kdcache.pipeline.data.dataset import is_function
+
+    return is_function(text) and not text.startswith("timm/")
+
+
+def _with_folders(spec: str, train_folder: str | None, eval_folder: str | None) -> str:
+    from kdcache.pipeline.data.dataset import with_folders
+
+    return with_folders(spec, train_folder, eval_folder)
+
+
+def data_option(help: str, own: bool = False) -> Option:
+    """--data with --train-folder and --eval-folder, which become part of its value."""
+    train = Option("The folder of the train split in PATH [train; . without splits].", metavar="NAME")
+    held = Option("The folder of the evaluation split [val, test, ...].", metavar="NAME")
+    parts = {"train_folder": train, "eval_folder": held}
+    return Option(help, "NAME[:PATH]", own=own, is_code=names_function, parts=parts, join=_with_folders)
+
+
+Data = Annotated[
+    str, data_option("digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH or module:function.")
+]
+Augment = Annotated[str | None, Option("crop,flip  rrc,flip  ... [by dataset].", metavar="POLICY")]
+Unlabelled = Annotated[bool, Option("Build without labels (L = 0).")]

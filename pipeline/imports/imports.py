@@ -46,11 +46,10 @@ from kdcache.pipeline.build import suspicions
 from kdcache.pipeline.build.config import PART
 from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.imports.config import ImportConfig
 from kdcache.pipeline.process import provenance
 from kdcache.pipeline.process.progress import Progress, duration, size
 from kdcache.pipeline.views.policy import ViewParameters
-
-Kind = Literal["tinyvit", "fkd"]
 
 _EPOCH = re.compile(r"logits_top([1-9][0-9]{0,4})_epoch([0-9]{1,6})")
 _VALUES = re.compile(r"rank(-?[0-9]{1,6})-values\.bin")
@@ -70,26 +69,6 @@ _ARRAYS: list[Any] = [
     np.dtype,
     *(type(np.dtype(name)) for name in ("f2", "f4", "f8", "?", "u1", "i4", "i8")),
 ]
-
-
-@dataclass(frozen=True)
-class ImportConfig:
-    """What to import. classes: None for the dataset's. temperature: that of the stored softmax.
-
-    teacher: what to call it, as no format says. image_size: its input, in pixels.
-    """
-
-    kind: Kind
-    path: str
-    data: str
-    classes: int | None = None
-    teacher: str = "unknown"
-    image_size: int = 224
-    temperature: float = 1.0
-    unlabelled: bool = False
-    out: str | None = None
-    allow_low_accuracy: bool = False
-    full_fingerprint: bool = False
 
 
 @dataclass(frozen=True)

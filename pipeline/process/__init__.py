@@ -1,1 +1,1 @@
-"""What belongs to a process: its rank, its settings, its progress."""
+"""What belongs to a process: its rank, its device, its progress and who it is."""

@@ -12,8 +12,9 @@ from pathlib import Path
 
 from torch import nn
 
+from kdcache.cache.choices import Interpolation
 from kdcache.cache.errors import InputError
-from kdcache.cache.identity import Interpolation, TeacherIdentity
+from kdcache.cache.identity import TeacherIdentity
 from kdcache.pipeline.data.dataset import Dataset
 
 RGB = tuple[float, float, float]

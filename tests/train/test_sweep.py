@@ -18,10 +18,10 @@ from kdcache.cache import KdcacheError
 from kdcache.cli import main
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.run import train
 from kdcache.train.sweep import sweep, table
-from kdcache.train.teach import TeachConfig, teach
+from kdcache.train.teach import teach
 
 
 def quiet(_):

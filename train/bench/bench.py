@@ -14,7 +14,7 @@ import statistics
 import tempfile
 import time
 from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass, fields, replace
+from dataclasses import fields, replace
 from pathlib import Path
 from typing import Any
 
@@ -31,16 +31,17 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import VIEWS_PER_DECODE, BuildConfig
 from kdcache.pipeline.build.source import Source, describe_data, open_source
 from kdcache.pipeline.data.dataset import Dataset, open_data
-from kdcache.pipeline.data.defaults import DATA, Defaults, defaults_for
+from kdcache.pipeline.data.defaults import Defaults, defaults_for
 from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.progress import Progress, duration
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import pixels_of_data
 from kdcache.pipeline.teachers.teacher import Classifier, Teacher, file_classifier, try_out
+from kdcache.train.bench.config import BenchConfig
 from kdcache.train.bench.layouts import noise_cache, reading_cases
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.live import OnlineLoader
-from kdcache.train.loop.optimisers import Amp, Recipe
+from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.trainer import Loader, Training, fit, seeded
 from kdcache.train.losses import CE, Loss
 from kdcache.train.losses.options import make_loss, options_of
@@ -51,30 +52,6 @@ READ_RECORDS, FKD_IMAGES, READ_BATCH = 65_536, 200, 1024
 _RATE = 1e-3  # small, so that no loss grows: time does not depend on it
 # For about how many seconds what is compared goes on, and at least how often, unless told.
 _STEPS, _EPOCHS, _BUILDS, _READINGS = (30.0, 10), (20.0, 3), (20.0, 3), (8.0, 3)
-
-
-@dataclass(frozen=True)
-class BenchConfig:
-    """What to measure. None means the default for the dataset's kind (defaults.py).
-
-    samples: images that stand for all; rounds: how often each thing is measured, by default as time allows; views and
-    epochs: for the break-even, which is computed.
-    """
-
-    teacher: str | None = None
-    student: str | None = None
-    data: str = DATA
-    loss: str = "nkd"
-    batch_size: int | None = None
-    image_size: int | None = None
-    samples: int | None = None
-    rounds: int | None = None
-    views: int | None = None
-    epochs: int | None = None
-    device: str | None = None
-    amp: Amp | None = None
-    compile: bool = False
-    workers: int | None = None
 
 
 def bench(config: BenchConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
@@ -132,7 +109,7 @@ def _source(config: BenchConfig, folder: Path, device: torch.device) -> tuple[So
     weights = folder / "teacher.safetensors"
     _untrained(name, data, weights)
     found = open_source(
-        BuildConfig(name, str(weights), config.data, device=config.device, amp=config.amp, workers=config.workers)
+        BuildConfig(name, str(weights), data=config.data, device=config.device, amp=config.amp, workers=config.workers)
     )
     chosen = np.arange(samples) * len(data) // samples
     train, labels = found.train.subset(chosen), found.train_labels[chosen]

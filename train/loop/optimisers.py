@@ -6,16 +6,14 @@ import math
 import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
-from typing import Any, Literal, get_args
+from typing import Any, get_args
 
 import torch
 from torch import Tensor, nn
 
 from kdcache.cache.errors import InputError, UnservedError
 from kdcache.pipeline.data.defaults import Defaults
-
-Optimiser = Literal["sgd", "adamw", "muon"]
-Amp = Literal["bf16", "fp16"]
+from kdcache.train.config import Amp, Optimiser
 
 
 @dataclass(frozen=True)

@@ -11,11 +11,14 @@ from typing import Any, Protocol
 import torch
 from torch import Tensor, nn
 
-from kdcache.cache.errors import CorruptError, KdcacheError
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError
 from kdcache.cache.records import Records
+from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.progress import Progress, percent
-from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.teachers.networks import build_network
+from kdcache.pipeline.teachers.teacher import Classifier, try_out
 from kdcache.train import group
+from kdcache.train.config import SAVE_EVERY
 from kdcache.train.loop.compiling import clear_compile_error, compiled
 from kdcache.train.loop.ema import WeightAverage
 from kdcache.train.loop.interrupts import Interrupts
@@ -24,7 +27,6 @@ from kdcache.train.loop.optimisers import Recipe, Updater
 from kdcache.train.loop.runfolder import ANEW, RunFolder
 from kdcache.train.losses.base import Learnt, Loss, Paced
 
-SAVE_EVERY = 300.0  # seconds
 PARTNER = "teacher"  # in the names of its metrics and files
 
 
@@ -408,3 +410,18 @@ def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
     """A freshly initialised network that depends on the seed alone; dropout goes on from there."""
     torch.manual_seed(seed)
     return make()
+
+
+def new_classifier(
+    name: str, classes: int, size: int, data: Dataset, device: torch.device, seed: int, whose: str
+) -> Classifier:
+    """The network `name` with weights drawn from the seed, for images of `size` pixels normalised as the data's.
+
+    InputError, which says `whose` classes they are, where it does not answer for so many.
+    """
+    network = seeded(seed, lambda: build_network(name, classes, size))
+    model = Classifier(network, data.mean, data.std).to(device)
+    model.to(memory_format=torch.channels_last)
+    if (answers := try_out(model, name, size)) != classes:
+        raise InputError(f"{name} answers for {answers} classes, {whose} {classes}")
+    return model

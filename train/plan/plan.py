@@ -17,7 +17,7 @@ from kdcache.pipeline.data.dataset import Dataset, open_data, open_validation
 from kdcache.pipeline.data.defaults import Defaults, defaults_for
 from kdcache.pipeline.stores import Stored
 from kdcache.train import group
-from kdcache.train.config import TrainConfig
+from kdcache.train.config import DEFAULT_LOSS, TrainConfig
 from kdcache.train.evaluation.otherdata import class_ids
 from kdcache.train.evaluation.validation import held_out_part
 from kdcache.train.loaders.cached import require_data
@@ -29,7 +29,6 @@ from kdcache.train.plan.choosing import choose_cache
 from kdcache.train.plan.feeds import Feed, feed_of
 from kdcache.train.plan.resuming import place_of, placed
 
-DEFAULT_LOSS = "nkd"
 _WORTH_COMPILING = 10_000  # batches in a run
 
 

@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-import torch
-
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
 from kdcache.pipeline.teachers import weightstore
-from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import Wanted
-from kdcache.pipeline.teachers.teacher import Classifier, Teacher, load_teacher, try_out
+from kdcache.pipeline.teachers.teacher import Teacher, load_teacher
 from kdcache.pipeline.trust import stored_network
 from kdcache.train.loop.cotrain import LearningTeacher
-from kdcache.train.loop.trainer import seeded
+from kdcache.train.loop.trainer import new_classifier
 from kdcache.train.losses.base import Partnered
 from kdcache.train.plan.plan import TrainPlan
 
@@ -57,7 +54,10 @@ def learning_teacher(plan: TrainPlan) -> LearningTeacher | None:
     else:
         if plan.asked.weights:
             raise InputError(f"--weights are those of a taught teacher: give --loss {loss.name}:start=taught")
-        model = _new_teacher(plan)
+        # A seed that no student has: two of one kind must not start from equal weights.
+        model = new_classifier(
+            _network_of(plan), plan.classes, had.input_size, data, plan.device, -1 - plan.asked.seed, "the cache holds"
+        )
     notes = {
         "network": had.network, "input_size": had.input_size, "mean": list(mean), "std": list(std),
         "interpolation": had.interpolation, "class_names": list(data.class_names),
@@ -70,18 +70,6 @@ def _require_no_options(loss: Partnered) -> None:
     if any(getattr(loss, name) != getattr(type(loss), name) for name in loss.partner_options):
         *most, last = loss.partner_options
         raise InputError(f"{loss.name}'s {', '.join(most)} and {last} are of a teacher that learns: give --online")
-
-
-def _new_teacher(plan: TrainPlan) -> Classifier:
-    """A network of the cache's kind of teacher with new weights."""
-    name, size, data = _network_of(plan), plan.cache.identity.teacher.input_size, plan.data
-    # A seed that no student has: two of one kind must not start from equal weights.
-    network = seeded(-1 - plan.asked.seed, lambda: build_network(name, plan.classes, size))
-    model = Classifier(network, data.mean, data.std).to(plan.device)
-    model.to(memory_format=torch.channels_last)
-    if (answers := try_out(model, name, size)) != plan.classes:
-        raise InputError(f"{name} answers for {answers} classes, the cache holds {plan.classes}")
-    return model
 
 
 def _network_of(plan: TrainPlan) -> str:

@@ -30,7 +30,8 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.imports import imports as module
-from kdcache.pipeline.imports.imports import FKD, ImportConfig, TinyViT, import_logits
+from kdcache.pipeline.imports.config import ImportConfig
+from kdcache.pipeline.imports.imports import FKD, TinyViT, import_logits
 from kdcache.pipeline.info import facts, one_line
 from kdcache.pipeline.pack import pack, unpack
 from kdcache.pipeline.share import pull, push
@@ -374,7 +375,9 @@ def test_the_rest_of_the_commands(place, fkd, tmp_path):
     weights = tmp_path / "w.safetensors"
     save_file(build_network("resnet8", len(CLASSES), 32).state_dict(), weights)
     with pytest.raises(KdcacheError, match=re.escape("teacher.architecture: the cache has effL2 (imported from fkd)")):
-        build(BuildConfig("resnet8", str(weights), f"imagenet:{place}/images", out=str(cache.path), views=1), quiet)
+        build(
+            BuildConfig("resnet8", str(weights), data=f"imagenet:{place}/images", out=str(cache.path), views=1), quiet
+        )
 
 
 def test_it_is_packed_and_shared_like_others(fkd, tmp_path, monkeypatch):

@@ -12,8 +12,6 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
-from safetensors.torch import save_file
-from torch import nn
 from torchvision import models
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
@@ -259,31 +257,6 @@ TIMM = [
     "test_nfnet.r160_in1k", "test_resnet.r160_in1k",
     "test_vit.r160_in1k", "test_vit3.r160_in1k", "resnet10t.c3_in1k", "mobilenetv3_small_050.lamb_in1k",
 ]  # fmt: skip
-
-
-@pytest.fixture
-def hub(tmp_path, monkeypatch):
-    """Files a network of random weights where huggingface_hub keeps downloads, and cuts the network off."""
-    timm = pytest.importorskip("timm")
-    constants = pytest.importorskip("huggingface_hub").constants
-    monkeypatch.setattr(constants, "HF_HUB_OFFLINE", True)
-    monkeypatch.setattr(constants, "HF_HUB_CACHE", str(tmp_path / "hub"))
-
-    def fill(name):
-        torch.manual_seed(0)
-        network = timm.create_model(name, pretrained=False)
-        for module in network.modules():
-            if isinstance(module, nn.BatchNorm2d):
-                module.running_var.uniform_(0.5, 1.5)
-        folder = tmp_path / "hub" / f"models--timm--{name}"
-        snapshot = folder / "snapshots" / ("0" * 40)
-        snapshot.mkdir(parents=True)
-        (folder / "refs").mkdir()
-        (folder / "refs" / "main").write_text("0" * 40)
-        save_file({k: v.contiguous() for k, v in network.state_dict().items()}, snapshot / "model.safetensors")
-        return network.eval(), snapshot / "model.safetensors"
-
-    return fill
 
 
 @pytest.mark.parametrize("name", TIMM)

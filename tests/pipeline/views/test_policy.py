@@ -12,12 +12,14 @@ from kdcache.cache import KdcacheError
 from kdcache.pipeline.views.policy import (
     POLICIES,
     TEACHING,
+    Policy,
     ViewParameters,
     check_policy,
     draw,
     evaluation_view,
     padding,
 )
+from kdcache.tests.contracts.policies import PolicyContract
 
 M = (1 << 64) - 1
 
@@ -157,3 +159,52 @@ def test_policies_are_checked_and_padding_follows_them():
     assert padding("crop,flip", 32, 40) == 4 and padding("rrc,flip", 32, 32) == 0 and padding("crop", 5, 5) == 1
     with pytest.raises(KdcacheError, match="unknown view policy 'flip,crop': take one of none; flip; crop"):
         check_policy("flip,crop")
+
+
+class TestNone(PolicyContract):
+    policy, random = "none", False
+
+
+class TestFlip(PolicyContract):
+    policy = "flip"
+
+
+class TestCrop(PolicyContract):
+    policy = "crop"
+
+
+class TestCropAndFlip(PolicyContract):
+    policy = "crop,flip"
+
+
+class TestResizedCrop(PolicyContract):
+    policy = "rrc"
+
+
+class TestResizedCropAndFlip(PolicyContract):
+    policy = "rrc,flip"
+
+
+class Corner:
+    """A new policy: this rule, and a line in the table. The box is one of the four corners' halves."""
+
+    blocks, resizes = 1, True
+
+    def margin(self, height, width):
+        return 0
+
+    def boxes(self, u, height, width):
+        h, w = (height + 1) // 2, (width + 1) // 2
+        return np.stack([(u[:, 1] < 0.5) * (height - h), (u[:, 2] < 0.5) * (width - w), h, w], 1)
+
+
+class TestToyPolicy(PolicyContract):
+    policy = "corner"
+
+    @pytest.fixture(autouse=True)
+    def _table(self, monkeypatch):
+        monkeypatch.setitem(POLICIES, "corner", Policy(Corner()))
+
+
+def test_every_policy_of_the_table_keeps_to_the_contract():
+    assert {kind.policy for kind in PolicyContract.__subclasses__()} == {*POLICIES, "corner"}

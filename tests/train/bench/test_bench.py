@@ -19,7 +19,8 @@ from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.train.bench import bench as bench_module
-from kdcache.train.bench.bench import BenchConfig, bench, table
+from kdcache.train.bench.bench import bench, table
+from kdcache.train.bench.config import BenchConfig
 from kdcache.train.bench.layouts import FKD_CROPS, noise_cache, reading_cases
 
 SLOW = 0.1  # seconds more for every answer of the teacher

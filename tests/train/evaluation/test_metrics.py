@@ -59,3 +59,29 @@ def test_calibration_equals_scikit_learn_and_the_paper():
     np.testing.assert_allclose(filled[:, 1], sure, rtol=1e-9)
     np.testing.assert_allclose(filled[:, 2], accuracy, rtol=1e-12)
     assert metrics(z, y)["ece"] == pytest.approx(ece64(confidence, right), abs=1e-9)
+
+
+def test_metrics_against_a_reference():
+    rng = np.random.default_rng(0)
+    z, y = rng.normal(0, 2, (500, 7)), rng.integers(0, 7, 500)
+    p = np.exp(z) / np.exp(z).sum(1, keepdims=True)
+    confidence, right = p.max(1), p.argmax(1) == y
+    ece = 0.0
+    for low in np.arange(15) / 15:
+        inside = (confidence > low) & (confidence <= low + 1 / 15)
+        if inside.any():
+            ece += inside.mean() * abs(confidence[inside].mean() - right[inside].mean())
+    got = metrics(torch.tensor(z).float(), torch.tensor(y))
+    assert got["top1"] == pytest.approx(right.mean())
+    assert got["top5"] == pytest.approx(np.mean([y[i] in np.argsort(-z[i])[:5] for i in range(500)]))
+    assert got["nll"] == pytest.approx(-np.log(p[np.arange(500), y]).mean(), rel=1e-5)
+    assert got["ece"] == pytest.approx(ece, abs=1e-5)
+    assert got["brier"] == pytest.approx(((p - np.eye(7)[y]) ** 2).sum(1).mean(), rel=1e-5)
+
+
+def test_brier_at_its_ends():
+    y = torch.arange(4)
+    sure = 1e4 * torch.eye(4)
+    assert metrics(sure, y)["brier"] == pytest.approx(0, abs=1e-6)
+    assert metrics(sure, y.roll(1))["brier"] == pytest.approx(2, abs=1e-6)
+    assert metrics(torch.zeros(4, 4), y)["brier"] == pytest.approx(0.75)

@@ -16,7 +16,7 @@ _PREFIX = "KDCACHE_"
 _OWN = {"KDCACHE_HOME"}
 
 
-class Option(NamedTuple):
+class KnownOption(NamedTuple):
     """What the settings need to know of an option of a command.
 
     name: as on the command line, batch-size; an option with two spellings has the first. own: it means something else
@@ -29,7 +29,7 @@ class Option(NamedTuple):
     takes: Callable[[str], bool] = lambda value: True
 
 
-Options = Mapping[str, Mapping[str, Option]]  # of each command, by every spelling
+Options = Mapping[str, Mapping[str, KnownOption]]  # of each command, by every spelling
 
 
 class Setting(NamedTuple):

@@ -9,14 +9,14 @@ import pytest
 from click.testing import CliRunner, Result
 
 from kdcache.cache.errors import InputError
-from kdcache.cli import _known, _Own, main
-from kdcache.pipeline.process.settings import Option, load_settings
+from kdcache.cli import main
+from kdcache.pipeline.commandline.commands import known_options
+from kdcache.pipeline.commandline.parameters import options_of
+from kdcache.pipeline.commandline.settings import KnownOption, load_settings
 
 COMMANDS = main.commands
-KNOWN = _known(COMMANDS)
-OPTIONS = [
-    (name, p) for name, command in COMMANDS.items() for p in command.params if isinstance(p, click.Option) and p.name
-]
+KNOWN = known_options(COMMANDS)
+OPTIONS = [(name, p) for name, command in COMMANDS.items() for p in options_of(command)]
 # Options of one name that are described in other words from command to command, and yet mean the same.
 SAME_MEANING = {
     "teacher",
@@ -109,18 +109,18 @@ def kind(p: click.Option) -> tuple[str, bool]:
 
 
 def test_options_of_one_name_mean_the_same_or_are_marked() -> None:
-    assert {(command, flag(p)) for command, p in OPTIONS if isinstance(p, _Own)} == OWN
+    assert {(command, flag(p)) for command, p in OPTIONS if p.spec.own} == OWN
     shared: dict[str, list[click.Option]] = {}
     for _, p in OPTIONS:
-        if not isinstance(p, _Own):
+        if not p.spec.own:
             shared.setdefault(flag(p), []).append(p)
     for name, options in shared.items():
         # Text is what options that take several take, each a number or a name.
         kinds = {kind(p) for p in options if not p.multiple}
-        assert len(kinds) <= 1, f"--{name} takes {kinds}: mark those of another meaning by cls=_Own"
+        assert len(kinds) <= 1, f"--{name} takes {kinds}: mark those of another meaning by own=True"
         words = {p.help for p in options}
         assert len(words) == 1 or name in SAME_MEANING, (
-            f"--{name} is {words}: mark those of another meaning by cls=_Own"
+            f"--{name} is {words}: mark those of another meaning by own=True"
         )
 
 
@@ -194,7 +194,7 @@ def test_two_variables_of_one_setting_are_refused() -> None:
 
 
 def test_a_variable_of_an_option_that_begins_with_a_commands_name() -> None:
-    commands = {"train": {"lr": Option("lr")}, "build": {"train-folder": Option("train-folder")}}
+    commands = {"train": {"lr": KnownOption("lr")}, "build": {"train-folder": KnownOption("train-folder")}}
     settings = load_settings(commands, {"KDCACHE_TRAIN_FOLDER": "a", "KDCACHE_TRAIN_LR": "1"}, Path("nowhere"))
     assert {c: {o: s.value for o, s in chosen.items()} for c, chosen in settings.items()} == {
         "train": {"lr": "1"},

@@ -1,0 +1,8 @@
+"""What a cache's records can be asked to hold. This file imports nothing, so that the command line starts at once."""
+
+from typing import Literal
+
+Precision = Literal["uint8", "float16", "float32"]
+Interpolation = Literal["bilinear", "bicubic"]  # how images are resized for the teacher
+
+TEMPERATURES = (1.0, 2.0, 3.0, 4.0)  # at which the tail is stored unless told otherwise

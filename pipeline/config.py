@@ -1,0 +1,51 @@
+"""What the commands are asked for that check caches and clean up.
+
+Importing this file costs nothing: the command line makes its options from it.
+"""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from kdcache.pipeline.build.config import ClassMap, Weights
+from kdcache.pipeline.commandline.options import Argument, Device, Option, Registry, StoreSize, TypedRegistry
+from kdcache.pipeline.data.defaults import data_option, names_function
+
+
+@dataclass(frozen=True)
+class VerifyConfig:
+    """What `kdcache verify` looks at. None means what the cache names."""
+
+    cache: Annotated[str, Argument()]
+    data: Annotated[str | None, data_option("Where the images are [by the name in the cache].")] = None
+    teacher: Annotated[
+        str | None,
+        Option("[by the name in the cache, unless it is a function]", metavar="NAME", own=True, is_code=names_function),
+    ] = None
+    weights: Weights = None
+    class_map: ClassMap = None
+    depth: Annotated[
+        Literal["commits", "contents", "replay"],
+        Option("Identity, commits and files' sizes; every digest and value too; and the live teacher's answers."),
+    ] = "replay"
+    replay: Annotated[int, Option("Records a view to replay.", ge=1)] = 512
+    numeric: Annotated[Literal["float32", "bf16"] | None, Option("In which the teacher answers [the cache's].")] = None
+    repair: Annotated[bool, Option("Remove what is damaged, for the next build to make anew.")] = False
+    device: Device = None
+    registry: Registry = None
+
+
+@dataclass(frozen=True)
+class GcConfig:
+    """What `kdcache gc` looks for."""
+
+    registry: TypedRegistry = None
+    older: Annotated[
+        float,
+        Option(
+            "Grace period of what has no name in the registry, and of builds that were never finished.",
+            metavar="DAYS",
+            ge=0,
+        ),
+    ] = 30.0
+    local_store_size: StoreSize = None
+    delete: Annotated[bool, Option("Remove what is listed.")] = False

@@ -1,0 +1,29 @@
+"""What `kdcache import` is asked for. Importing this file costs nothing: the command line makes its options from it."""
+
+from dataclasses import dataclass
+from typing import Annotated, Literal
+
+from kdcache.pipeline.commandline.options import Argument, CacheFolder, FullFingerprint, Option
+from kdcache.pipeline.data.defaults import Unlabelled, data_option
+
+Kind = Literal["tinyvit", "fkd"]
+
+
+@dataclass(frozen=True)
+class ImportConfig:
+    """What to import. classes: None for the dataset's. temperature: that of the stored softmax.
+
+    teacher: what to call it, as no format says. image_size: its input, in pixels.
+    """
+
+    kind: Annotated[Kind, Argument()]
+    path: Annotated[str, Argument()]
+    data: Annotated[str, data_option("The images they are of: imagenet:PATH, ...")]
+    classes: Annotated[int | None, Option("Of the teacher [the dataset's].", ge=2, le=2**32 - 1)] = None
+    teacher: Annotated[str, Option("What to call it.", metavar="NAME", own=True)] = "unknown"
+    image_size: Annotated[int, Option("The teacher's, in pixels.", own=True, ge=8)] = 224
+    temperature: Annotated[float, Option("Of the stored softmax (FKD's --temp).", gt=0, lt=1000)] = 1.0
+    unlabelled: Unlabelled = False
+    allow_low_accuracy: Annotated[bool, Option("Import although the stored answers are near chance.")] = False
+    full_fingerprint: FullFingerprint = False
+    out: CacheFolder = None
