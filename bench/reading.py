@@ -28,9 +28,9 @@ from torch import Tensor
 from kdcache.cache import Cache, Identity, encode
 from kdcache.cache.choices import TEMPERATURES
 from kdcache.cache.identity import DataIdentity, RecordIdentity, TeacherIdentity, ViewsIdentity
+from kdcache.cache.packing import pack_hdf5
 from kdcache.cache.store import chunks
 from kdcache.cache.store.layout import ArraySpec
-from kdcache.cache.store.packing import pack_hdf5
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data.dataset import open_data

@@ -4,10 +4,11 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
+    from kdcache.cache.encoding import encode
     from kdcache.cache.errors import KdcacheError
     from kdcache.cache.home import open_cache
     from kdcache.cache.identity import Identity
-    from kdcache.cache.records import Records, encode
+    from kdcache.cache.records import Records
     from kdcache.cache.store.cache import Cache
 else:
     _HOMES = {
@@ -15,7 +16,7 @@ else:
         "Identity": "identity",
         "KdcacheError": "errors",
         "Records": "records",
-        "encode": "records",
+        "encode": "encoding",
         "open_cache": "home",
     }
 

@@ -14,10 +14,10 @@ from filelock import FileLock
 from kdcache import __version__
 from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
 from kdcache.cache.home import caches_folder, home, list_caches, open_cache, open_registry
+from kdcache.cache.packing import choose_views
 from kdcache.cache.registry.registry import Registry, check_name, split_url
 from kdcache.cache.registry.transfer import Moved, count, into_folder, into_objects, require_movable
 from kdcache.cache.store.cache import Cache
-from kdcache.cache.store.packing import choose_views
 from kdcache.pipeline.build.answers import teacher_top1
 from kdcache.pipeline.build.build import BuildResult, carry_out
 from kdcache.pipeline.build.plan import BuildPlan, plan_build

@@ -18,11 +18,11 @@ from numpy.typing import NDArray
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import open_cache
 from kdcache.cache.identity import Identity
+from kdcache.cache.packing import pack_hdf5, packed_rows_bytes
 from kdcache.cache.records import Records
 from kdcache.cache.store import hdf5
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
-from kdcache.cache.store.packing import pack_hdf5, packed_rows_bytes
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.ffcv.format import SUFFIX as FFCV_SUFFIX
 from kdcache.pipeline.ffcv.pack import pack_ffcv

@@ -37,7 +37,7 @@ _CRC_BYTES = 4
 
 def encode_as(record: RecordIdentity, logits: torch.Tensor, labels: torch.Tensor, check: bool = True) -> Records:
     """Logits [B, C] and labels [B, L] encoded as a cache stores them; for `check` see `encode`."""
-    from kdcache.cache.records import encode
+    from kdcache.cache.encoding import encode
 
     return encode(logits, labels, record.k, record.temperatures, record.precision, record.tail_std, check)
 

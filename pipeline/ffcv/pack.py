@@ -9,8 +9,8 @@ from pathlib import Path
 
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
 from kdcache.cache.files import sync_folder
+from kdcache.cache.packing import clear_leaving, new_file
 from kdcache.cache.store.cache import Cache
-from kdcache.cache.store.packing import clear_leaving, new_file
 from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.ffcv.format import AREA_RENDERER, SUFFIX

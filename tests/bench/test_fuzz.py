@@ -6,7 +6,7 @@ import warnings
 
 import pytest
 
-from kdcache.cache.store.packing import pack_hdf5
+from kdcache.cache.packing import pack_hdf5
 from kdcache.tests.helpers.places import bench_script
 
 

@@ -7,7 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache import KdcacheError, encode
-from kdcache.cache.records import NO_TAIL, STEP, class_prior, tail_distribution
+from kdcache.cache.encoding import class_prior, tail_distribution
+from kdcache.cache.records import NO_TAIL, STEP
 
 
 def softmax64(z, t=1.0):

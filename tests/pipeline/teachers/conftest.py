@@ -1,9 +1,13 @@
 """What the tests of teachers share."""
 
+import shutil
+
 import pytest
 import torch
 from safetensors.torch import save_file
 from torch import nn
+
+from kdcache.tests.helpers.members import BUILD, works
 
 
 @pytest.fixture
@@ -29,3 +33,27 @@ def hub(tmp_path, monkeypatch):
         return network.eval(), snapshot / "model.safetensors"
 
     return fill
+
+
+@pytest.fixture(scope="module")
+def first(tmp_path_factory):
+    """The home of a member who has taught a resnet8 on digits and built a cache by it."""
+    with pytest.MonkeyPatch.context() as patch:
+        place = tmp_path_factory.mktemp("first")
+        patch.setenv("KDCACHE_HOME", str(place))
+        works("teach --teacher resnet8 --epochs 1")
+        works(BUILD)
+    return place
+
+
+@pytest.fixture
+def member(tmp_path, monkeypatch):
+    """Be another member, whose home is a copy of `like` or empty."""
+
+    def be(name, like=None):
+        place = tmp_path / name
+        if like is not None and not place.exists():
+            shutil.copytree(like, place)
+        monkeypatch.setenv("KDCACHE_HOME", str(place))
+
+    return be

@@ -12,7 +12,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 
-from kdcache.cache import Cache, care, open_cache
+from kdcache.cache import care, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import caches_folder, home, open_registry, registry_beside, teachers_folder, weights_file
 from kdcache.cache.registry.teachers import SharedTeachers
@@ -24,43 +24,12 @@ from kdcache.pipeline.teachers.pixels import Wanted
 from kdcache.pipeline.teachers.teacher import Teacher, load_teacher
 from kdcache.pipeline.teachers.weights import read_weights, weights_hash
 from kdcache.tests.helpers.caches import Filled
+from kdcache.tests.helpers.members import BUILD, another, only, published, told, works
 from kdcache.tests.helpers.registries import about, age, collect, quiet, refused, run
 from kdcache.tests.helpers.servers import web_server
 from kdcache.train import teach as teach_module
 
 pytestmark = pytest.mark.usefixtures("impatient", "own_home")
-
-BUILD = "build --teacher resnet8 --views 1"
-
-
-def works(line):
-    result = run(line)
-    assert result.exit_code == 0, result.output
-    return result
-
-
-@pytest.fixture(scope="module")
-def first(tmp_path_factory):
-    """The home of a member who has taught a resnet8 on digits and built a cache by it."""
-    with pytest.MonkeyPatch.context() as patch:
-        place = tmp_path_factory.mktemp("first")
-        patch.setenv("KDCACHE_HOME", str(place))
-        works("teach --teacher resnet8 --epochs 1")
-        works(BUILD)
-    return place
-
-
-@pytest.fixture
-def member(tmp_path, monkeypatch):
-    """Be another member, whose home is a copy of `like` or empty."""
-
-    def be(name, like=None):
-        place = tmp_path / name
-        if like is not None and not place.exists():
-            shutil.copytree(like, place)
-        monkeypatch.setenv("KDCACHE_HOME", str(place))
-
-    return be
 
 
 @pytest.fixture
@@ -70,35 +39,6 @@ def idle(monkeypatch):
     monkeypatch.setattr(teach_module, "_teach", lambda *a, **k: pytest.fail("a teacher was taught"))
     monkeypatch.setattr(Teacher, "logits", lambda self, images: asked.append(len(images)) or answer(self, images))
     return asked
-
-
-def told(line, *words):
-    """Exit status 2; the last line says `words`."""
-    result = run(line)
-    last = result.output.strip().splitlines()[-1]
-    assert result.exit_code == 2 and all(word in last for word in words), result.output
-    return last
-
-
-def only():
-    """The only cache under KDCACHE_HOME."""
-    (path,) = caches_folder().iterdir()
-    return Cache(path)
-
-
-def another(by=1.0):
-    """Other weights for the same network in a file, as fine-tuning gives them."""
-    (taught,) = teachers_folder().glob("digits-*/resnet8.safetensors")
-    state = load_file(taught)
-    state["fc.bias"] = state["fc.bias"] + by
-    torch.save(state, f"other{by}.pt")
-    return f"other{by}.pt"
-
-
-def published(root):
-    """The only cache of a registry and its teacher's hash, once they were pushed from here."""
-    works(f"push {only().key} --registry {root}")
-    return only().key, only().identity.teacher.weights
 
 
 # ---- two members ----

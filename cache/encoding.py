@@ -1,0 +1,126 @@
+"""Encodes a teacher's logits as records, and finds the class prior that spreads their tails.
+
+For shapes and for what is stored see records.py.
+"""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor
+
+from kdcache.cache.choices import TEMPERATURES, Precision
+from kdcache.cache.errors import InputError
+from kdcache.cache.identity import NO_TAIL, STEP, id_dtype
+from kdcache.cache.records import STD_FLOOR, STD_TAU, Records
+
+
+def encode(
+    logits: Tensor,
+    labels: Tensor | None,
+    k: int | None = None,
+    temperatures: tuple[float, ...] = TEMPERATURES,
+    precision: Precision | None = None,
+    tail_std: bool = False,
+    check: bool = True,
+) -> Records:
+    """Records of the logits [B, C] with labels [B], [B, L] or None, on the logits' device.
+
+    k: classes to store; None or C: dense, exact at every temperature. precision: of gaps and tail; uint8 for top-k
+    records and float16 for dense ones unless told. tail_std: store what logit standardisation needs (dense records have
+    it anyway). InputError for k > C, labels out of range, uint8 dense, logits that are not finite, and with tail_std
+    those whose std float16 cannot hold. check: off, the caller sees to labels, logits and std (`require_std`): on a
+    GPU, to look at them here is to wait for them.
+    """
+    z = logits.detach().float()
+    count, classes = z.shape
+    k = classes if k is None else k
+    if not 1 <= k <= classes:
+        raise InputError(f"k = {k} does not fit {classes} classes: take 1 to {classes}")
+    precision = precision or default_precision(k == classes)
+    if k == classes and precision == "uint8":
+        raise InputError("uint8 is for top-k records: dense ones are exact, in float16 or float32")
+    if check and not bool(torch.isfinite(z).all()):
+        row = int((~torch.isfinite(z)).any(1).nonzero()[0])
+        raise InputError(f"the teacher's logits are not finite (row {row} of the batch)")
+    y = z.new_empty((count, 0), dtype=torch.long) if labels is None else labels.long().reshape(count, -1)
+    if check and y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
+        raise InputError(f"labels reach from {int(y.min())} to {int(y.max())}, the teacher has {classes} classes")
+    top = z.amax(1, keepdim=True)
+    dtype = getattr(torch, id_dtype(classes))
+    target_gap = _float(top - z.gather(1, y), torch.float16)
+    if k == classes:
+        gaps = _float(top - z, getattr(torch, precision))
+        return Records(None, gaps, target_gap, z.new_empty((count, 0)).half(), y.to(dtype), classes, ())
+    # A stable sort, because topk leaves the order of ties open.
+    ordered, ids = torch.sort(z, dim=1, descending=True, stable=True)
+    ids = ids[:, :k].contiguous()
+    gaps = top - ordered[:, 1:k]
+    rest = (z - top).scatter(1, ids, -torch.inf).scatter(1, y, -torch.inf)
+    tail = torch.stack([torch.logsumexp(rest / t, 1) for t in temperatures], 1)
+    std = None
+    if tail_std:
+        sigma = z.std(1, keepdim=True).half().float()
+        std = torch.cat([sigma, torch.logsumexp(rest / ((sigma + STD_FLOOR) * STD_TAU), 1, keepdim=True)], 1)
+        std = _floor(std).half()
+        if check:
+            require_std(std, classes)
+    if precision == "uint8":
+        coded = torch.diff(torch.round(gaps / STEP), dim=1, prepend=torch.zeros_like(gaps[:, :1]))
+        gaps = coded.clamp(max=255).to(torch.uint8)
+        last = torch.stack([gaps.sum(1, dtype=torch.float32) * STEP / t for t in temperatures], 1)
+        below = torch.round((math.log(classes - k) - last - tail) / STEP).clamp(0, NO_TAIL - 1)
+        tail = below.masked_fill(torch.isneginf(tail), NO_TAIL).to(torch.uint8)
+    else:
+        gaps, tail = _float(gaps, getattr(torch, precision)), _floor(tail).half()
+    return Records(ids.to(dtype), gaps, target_gap, tail, y.to(dtype), classes, tuple(temperatures), std)
+
+
+def require_std(tail_std: Tensor, classes: int) -> None:
+    """InputError where a standard deviation [B, 2] (the first column) was too large for float16."""
+    if bool(torch.isinf(tail_std[:, 0]).any()):
+        raise InputError(
+            f"the teacher's logits have a standard deviation above {torch.finfo(torch.float16).max:,.0f}, more than "
+            f"--tail-std can store: build without it, or dense records with --topk {classes} --precision float32"
+        )
+
+
+def default_precision(dense: bool) -> Precision:
+    """The precision that `encode` takes unless it is told another."""
+    return "float16" if dense else "uint8"
+
+
+def _float(gap: Tensor, dtype: torch.dtype) -> Tensor:
+    return gap.clamp(max=torch.finfo(dtype).max).to(dtype)
+
+
+def _floor(tail: Tensor) -> Tensor:
+    # -inf means that nothing remains: a tail too small for float16 is not that.
+    return torch.where(torch.isneginf(tail), tail, tail.clamp(min=torch.finfo(torch.float16).min))
+
+
+def tail_distribution(logits: Tensor, records: Records) -> Tensor:
+    """Sum over the batch of the tail's distribution at each stored temperature, float64 [T, C].
+
+    The class prior is the mean of these over view 0. A record without a tail adds nothing. With tail_std there is one
+    row more.
+    """
+    assert records.classes is not None
+    z = logits.detach().double()
+    rest = z.scatter(1, records.classes.long(), -torch.inf).scatter(1, records.labels.long(), -torch.inf)
+    temperatures: list[float | Tensor] = [*records.temperatures]
+    if records.tail_std is not None:
+        temperatures.append((records.tail_std[:, :1].double() + STD_FLOOR) * STD_TAU)
+    return torch.stack([torch.softmax(rest / t, 1).nan_to_num(0.0).sum(0) for t in temperatures])
+
+
+def class_prior(sums: Tensor) -> Tensor:
+    """The prior float32 [T, C] from summed tail distributions [T, C].
+
+    A thousandth is spread evenly, so that a class the tail never held keeps a positive weight.
+    """
+    total = sums.sum(1, keepdim=True)
+    even = torch.full_like(sums, 1 / sums.shape[1])
+    share = torch.where(total > 0, sums / total.clamp(min=1e-300), even)
+    return (0.999 * share + 0.001 * even).float()
