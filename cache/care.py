@@ -45,7 +45,7 @@ _PARTS = ("commits", "eval", "labels", "prior", "sizes", "tail_sums", "views", "
 
 @dataclass(frozen=True)
 class Leaving:
-    """What nothing needs any more: where, its bytes, why. remove: KdcacheError or OSError where it has to stay."""
+    """A thing that nothing needs any more. `remove` raises KdcacheError or OSError where it has to stay."""
 
     path: str
     bytes: int
@@ -95,7 +95,7 @@ def remove(cache: Cache, shared: Registry | None = None) -> None:
         prefix = f"caches/{cache.key}"
         there, commits = shared.objects.sizes(prefix), _in_order(cache.fresh())
         rest = sorted(there.keys() - {*commits, _LAST})
-        # Those of the views before the prior's, which a reader of them needs.
+        # Commits of views go before the prior's, which a reader of views needs.
         shards = [file for file in commits if _is_shard(file)]
         for some in (shards, [file for file in commits if file not in shards], rest, [_LAST]):
             shared.objects.remove([f"{prefix}/{file}" for file in some])
@@ -154,7 +154,7 @@ def _drop(path: Path) -> None:
 
 
 def leavings(days: float, registry: str | None = None, store_bytes: int | None = None) -> Iterator[Leaving]:
-    """What may go under KDCACHE_HOME (but what the spool knows), and in a registry. Nothing is changed.
+    """Find what may be removed under KDCACHE_HOME, except from the spool, and in a registry. Nothing is changed.
 
     days: the grace period of caches without a name in the registry, and of teachers' weights that no cache names.
     store_bytes: the local store's limit.
@@ -184,7 +184,7 @@ def leavings(days: float, registry: str | None = None, store_bytes: int | None =
 
 
 def gc(found: Sequence[Leaving], delete: bool) -> dict[str, Any]:
-    """What is found and its bytes; with `delete` it is removed. kept: why a thing stayed after all, as it is in use."""
+    """The facts of what is found, which `delete` removes. kept: why a thing that is in use after all has stayed."""
     facts, freed = [], 0
     for one in found:
         kept = None
@@ -202,7 +202,7 @@ def _of_builders(cache: Cache) -> Iterator[Leaving]:
     folders = (cache.path / "leases", cache.path / "scratch")
     if any(folder.is_symlink() or not os.access(folder, os.W_OK) for folder in folders):
         return
-    # What is decided is no leaving: the next builder commits it.
+    # Decided shards are kept: the next builder commits them.
     left = [p for folder in folders for p in folder.iterdir() if p != folders[1] / "decided"]
     if left and all(extent(folder)[1] < time.time() - HOUR for folder in [*left, folders[1] / "decided"]):
         yield Leaving(

@@ -38,7 +38,7 @@ class UnservedError(KdcacheError):
 RANK_ENDED = "another rank of this training has ended or does not answer: its own message, or torchrun's, says why"
 
 
-# Of the modules that know more of an error of the machine's than this one does.
+# Filled by modules that know more about an error of the machine than this one does.
 EXPLANATIONS: list[Callable[[Exception], str | None]] = []
 
 

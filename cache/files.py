@@ -124,7 +124,7 @@ def remove_folder(folder: Path, scratch: Path) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    """What is in a folder that may be gone, sorted."""
+    """The names in a folder, sorted; none where the folder is gone."""
     try:
         return sorted(path.name for path in folder.iterdir())
     except FileNotFoundError:

@@ -121,7 +121,7 @@ def list_caches() -> tuple[list[Cache], list[str]]:
 
 
 def _entries() -> list[Path]:
-    """What lies in the caches' folder, but temporary files, and what is packed for FFCV: that is read with images."""
+    """The caches in the caches' folder, without temporary files and files packed with images (pipeline/stores.py)."""
     folder = caches_folder()
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [p for p in found if not p.name.startswith(".") and p.suffix not in WITH_IMAGES]

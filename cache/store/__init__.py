@@ -1,1 +1,1 @@
-"""What is stored of a cache: arrays, shards, commits, leases, and the places that they lie in."""
+"""How a cache is stored: arrays, shards, commits, leases, and the places that they lie in."""

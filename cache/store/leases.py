@@ -7,7 +7,7 @@ one's own file, just touched), or when its process has ended on this machine. It
 making NAME.1, which again only one can.
 
 A builder that was stopped and wakes up may find its work leased to another. That costs double work and no more:
-what becomes part of the cache is decided in store.py, whoever holds what.
+publish.py decides what becomes part of the cache, whoever holds which lease.
 
 filelock's SoftFileLease is near to this, but takes over by exchanging two names, which NFS refuses.
 """
