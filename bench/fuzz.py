@@ -17,11 +17,9 @@ import hashlib
 import json
 import os
 import random
-import resource
 import shutil
-import signal
+import sys
 import tempfile
-import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +27,10 @@ from typing import Any
 import google_crc32c  # zarr's
 import numpy as np
 import torch
+
+sys.path += [str(Path(__file__).parent)]
+import fuzzing
+from fuzzing import within
 
 from kdcache.cache import Cache, Identity, KdcacheError, open_cache
 from kdcache.cache.encoding import tail_distribution
@@ -281,54 +283,34 @@ def damage(box: Sandbox, seed: int) -> tuple[str, str]:
     rng = random.Random(seed)
     how = rng.choice(DAMAGES)
     how(box, rng.choice(list(box.files)), rng)
-    before, started = _peak(), time.monotonic()
-    signal.alarm(SECONDS)
-    try:
-        found = contents(box.path)
-        # Forged commits claim other contents: that is for replay to find, and for a key's owner not to sign.
-        outcome = "other values" if how is forged else "SILENT"
+
+    def read() -> str:
+        try:
+            found = contents(box.path)
+        except KdcacheError as e:
+            return "refused" if "\n" not in str(e) else "SEVERAL LINES"
+        except Exception as e:
+            return f"{type(e).__name__}: {e}"[:200]
         if found.items() <= box.want.items():
-            outcome = "same" if found == box.want else "fewer views"
-    except KdcacheError as e:
-        outcome = "refused" if "\n" not in str(e) else "SEVERAL LINES"
-    except Exception as e:
-        outcome = f"{type(e).__name__}: {e}"[:200]
-    finally:
-        signal.alarm(0)
-    if time.monotonic() - started > SECONDS / 2:
-        outcome = "SLOW"
-    if _peak() - before > MEGABYTES:
-        outcome = "MEMORY"
+            return "same" if found == box.want else "fewer views"
+        # Forged commits claim other contents: that is for replay to find, and for a key's owner not to sign.
+        return "other values" if how is forged else "SILENT"
+
+    outcome = within(SECONDS, MEGABYTES, read)
     return outcome, how.__name__
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def in_processes(box: Sandbox, seeds: range) -> collections.Counter[tuple[str, str]]:
     """Every case, in forked processes of BATCH cases; one that ends by a signal is counted with its last seed."""
     found: collections.Counter[tuple[str, str]] = collections.Counter()
-    todo = list(seeds)
-    while todo:
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reader)
-            with os.fdopen(writer, "w", buffering=1) as out:
-                for seed in todo[:BATCH]:
-                    print(json.dumps(damage(box, seed)), file=out)
-                    box.restore()
-            os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader) as lines:
-            results = [tuple(json.loads(line)) for line in lines]
-        status = os.waitpid(child, 0)[1]
-        found.update(results)
-        todo = todo[len(results) :] if status == 0 else todo[len(results) + 1 :]
-        if status:
-            found[f"DIED by signal {os.WTERMSIG(status)}", f"seed {seeds.stop - len(todo) - 1}"] += 1
-            box.restore()
+
+    def case(seed: int) -> tuple[str, str]:
+        result = damage(box, seed)
+        box.restore()
+        return result
+
+    for seed, outcome, kind in fuzzing.in_processes(seeds, BATCH, case):
+        found[(outcome, kind) if outcome else (f"DIED by {kind}", f"seed {seed}")] += 1
     return found
 
 

@@ -14,11 +14,9 @@ import argparse
 import collections
 import io
 import json
-import os
 import random
-import resource
-import signal
 import struct
+import sys
 import tempfile
 import time
 import zlib
@@ -31,6 +29,10 @@ import PIL
 import torch
 import torchvision
 from PIL import Image
+
+sys.path += [str(Path(__file__).parent)]
+import fuzzing
+from fuzzing import within
 
 from kdcache.cache import KdcacheError
 from kdcache.pipeline.data.decode import decode_file, image_size
@@ -213,19 +215,8 @@ def fuzz(seed: int, images: dict[str, bytes], wanted: dict[str, torch.Tensor | N
     rng = random.Random(seed)
     kind, how = rng.choice(list(images)), rng.choice(DAMAGES)
     path.write_bytes(how(images[kind], rng))
-    before, started = _peak(), time.monotonic()
-    signal.alarm(SECONDS)
-    outcome = decoded(path, kind, wanted[kind], how in FORGED)
-    signal.alarm(0)
-    if time.monotonic() - started > SECONDS / 2:
-        outcome = "SLOW"
-    if _peak() - before > MEGABYTES:
-        outcome = f"MEMORY {_peak() - before:.0f} MiB"
+    outcome = within(SECONDS, MEGABYTES, lambda: decoded(path, kind, wanted[kind], how in FORGED))
     return outcome, f"{kind}, {how.__name__}"
-
-
-def _peak() -> float:
-    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
 
 
 def in_processes(seeds: range, folder: Path) -> tuple[collections.Counter[tuple[str, str]], list[str]]:
@@ -240,26 +231,13 @@ def in_processes(seeds: range, folder: Path) -> tuple[collections.Counter[tuple[
             wanted[kind] = None
     found: collections.Counter[tuple[str, str]] = collections.Counter()
     wrong: list[str] = []
-    todo = list(seeds)
-    while todo:
-        reader, writer = os.pipe()
-        child = os.fork()
-        if child == 0:
-            os.close(reader)
-            resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-            with os.fdopen(writer, "w", buffering=1) as out:
-                for seed in todo[:BATCH]:
-                    print(json.dumps(fuzz(seed, images, wanted, folder / "image")), file=out)
-            os._exit(0)
-        os.close(writer)
-        with os.fdopen(reader) as lines:
-            results = [(str(outcome), str(kind)) for outcome, kind in map(json.loads, lines)]
-        status = os.waitpid(child, 0)[1]
-        found.update(results)
-        wrong += [f"seed {s}: {k}: {o}" for s, (o, k) in zip(todo, results, strict=False) if not o.islower()]
-        todo = todo[len(results) :]
-        if status:
-            wrong.append(f"seed {todo.pop(0)}: the process ended by signal {os.WTERMSIG(status)}")
+    for seed, outcome, kind in fuzzing.in_processes(seeds, BATCH, lambda s: fuzz(s, images, wanted, folder / "image")):
+        if outcome is None:
+            wrong.append(f"seed {seed}: the process ended by {kind}")
+            continue
+        found[outcome, kind] += 1
+        if not outcome.islower():
+            wrong.append(f"seed {seed}: {kind}: {outcome}")
     return found, wrong
 
 

@@ -27,9 +27,9 @@ VIEWS, TEACHER_EPOCHS, STUDENT_EPOCHS = 10, 20, 20
 
 
 def demo(out: str | None, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """Teach, build and train with every loss; the figures, which the last screen shows.
+    """Teach, build and train with every loss; returns the figures that the last screen shows.
 
-    out: an empty folder to keep everything in; None: a temporary one.
+    out: an empty folder to keep everything in; None means a temporary one.
     """
     if out is None:
         with tempfile.TemporaryDirectory(prefix="kdcache-demo-") as folder:

@@ -1,4 +1,4 @@
-"""Several losses and seeds from one cache: a run folder each, and one table that compares them."""
+"""Several losses and seeds from one cache: a run folder for each, and one table that compares them."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ _COLUMNS = (
     ("top-1 (%)", "top1", 100, 2), ("nll", "nll", 1, 4), ("ece", "ece", 1, 4), ("agreement (%)", "agreement", 100, 2),
     ("s an epoch", "seconds_an_epoch", 1, 1),
 )  # fmt: skip
-# Where a part was held out, that on which losses are to be compared.
+# The figure to compare losses by, where a part of the training images was held out.
 _VALIDATION = ("validation (%)", "validation_top1", 100, 2)
 
 
@@ -37,12 +37,12 @@ def sweep(
     say: Callable[[str], None] = print,
     given: Collection[str] | None = None,
 ) -> dict[str, Any]:
-    """Train every loss with every seed; `runs` (each a summary or an error) and `losses`, as sweep.json holds them.
+    """Train every loss with every seed. Returns `runs` (each a summary or an error) and `losses`, as in sweep.json.
 
-    config: of all runs; its `out` is the folder of their folders, its `resume` keeps the finished ones and goes on with
-    the others, all of them with the settings of the first one that is there, save the fields in `given` (see train). A
-    run that fails is noted and the next one starts; a wrong loss or no cache is raised before the first. Under torchrun
-    all ranks train each student together.
+    config: the settings of all runs. Its `out` is the folder of their folders. With its `resume` the finished runs are
+    kept and the others go on, all of them with the settings of the first one that is there, save the fields in `given`
+    (see train). A run that fails is noted and the next one starts; a wrong loss or a missing cache is raised before the
+    first run. Under torchrun all ranks train each student together.
     """
     with group.joined(config.device):
         return _sweep(config, losses, seeds, group.said_once(say), given)
@@ -127,7 +127,7 @@ def _sweep(
 def _write(
     out: Path, key: str, losses: Sequence[str], seeds: Sequence[int], runs: list[dict[str, Any]]
 ) -> dict[str, Any]:
-    """sweep.json as far as it has come, and its content."""
+    """Write sweep.json as far as the sweep has come, and return its content."""
     compared = [_compared(runs, spec) for spec in losses]
     result = {"cache": key, "asked": [list(losses), list(seeds)], "runs": runs, "losses": compared}
     if group.rank() == 0:
@@ -154,7 +154,7 @@ def _compared(runs: list[dict[str, Any]], spec: str) -> dict[str, Any]:
 
 
 def table(result: dict[str, Any]) -> str:
-    """A line a loss, mean ± standard deviation over seeds, and a line for each run that failed."""
+    """A line for each loss with mean ± standard deviation over its seeds, and one for each run that failed."""
     held_out = any(_VALIDATION[1] in loss["figures"] for loss in result["losses"])
     columns = (_VALIDATION, *_COLUMNS) if held_out else _COLUMNS
     rows = [["loss", "seeds", *(heading for heading, *_ in columns)]]

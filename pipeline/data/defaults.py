@@ -1,4 +1,4 @@
-"""What a command does when nothing more is said, by kind of dataset; docs/defaults.md shows the same table."""
+"""The defaults of each kind of dataset, for whatever the user leaves out; docs/defaults.md shows the same table."""
 
 from __future__ import annotations
 

@@ -42,7 +42,7 @@ _STATISTICS_CHUNK = 1 << 20  # pixels
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """What load_folder found. mean and std are of small images' pixels in 0..1, else ImageNet's."""
+    """What load_folder found. mean and std are measured on small images (pixels in 0..1); else they are ImageNet's."""
 
     sizes: np.ndarray  # int32 [N, 2], H and W
     images: torch.Tensor | None  # uint8 [N, H, W, 3]
@@ -53,7 +53,7 @@ class Folder:
 def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
     """Relative POSIX paths of all images under `root`, in byte order, and how many files of other suffixes there are.
 
-    Hidden files and folders are left out. Links are followed, but for those that would count images twice: these are
+    Hidden files and folders are left out. Links are followed, but links that would count images twice are
     refused. InputError for them, for a folder that cannot be read, that holds none, or that holds images that cannot
     be decoded.
     """
@@ -107,7 +107,7 @@ def _refuse_twice(link: Path, folders: Sequence[Path], root: Path) -> None:
 
 
 def left_out(others: Counter[str]) -> str:
-    """For the end of a line: how many files are not read, by suffix; nothing where there are none."""
+    """The end of a line that tells how many files are not read, by suffix; empty where there are none."""
     if not others:
         return ""
     most = sorted(others.items(), key=lambda one: (-one[1], one[0]))[:_NAMED]
@@ -170,7 +170,7 @@ def file_digests(root: Path, paths: Sequence[str]) -> list[bytes]:
 
 
 def mean_std(images: np.ndarray) -> tuple[Triple, Triple]:
-    """Of each channel of uint8 [N, H, W, 3], scaled to 0..1; from exact sums, so equal on every machine."""
+    """The mean and std of each channel of uint8 [N, H, W, 3], scaled to 0..1; sums are exact, so equal everywhere."""
     counts = np.zeros((3, 256), dtype=np.int64)
     pixels = images.reshape(-1, 3)
     for i in range(0, len(pixels), _STATISTICS_CHUNK):
@@ -229,7 +229,7 @@ def _listing_key(root: Path, paths: Sequence[str]) -> str:
 
 
 def _recall(memory: Path, n: int) -> Folder | None:
-    """What load_folder wrote; None where there is nothing or it is broken, for that costs only a reading."""
+    """Read what load_folder wrote. None where there is nothing or it is broken: the headers are then read again."""
     try:
         with memory.open("rb") as f, np.load(f, allow_pickle=False) as stored:
             sizes, mean, std = stored["sizes"], stored["mean"].tolist(), stored["std"].tolist()

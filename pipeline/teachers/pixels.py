@@ -94,7 +94,7 @@ class Found:
 
 
 def pixels_of_data(data: Dataset) -> Pixels:
-    """For a network that is built for the data: images in memory keep their size, files get 224 pixels."""
+    """The pixels for a network that is built for the data: images in memory keep their size, files get 224 pixels."""
     return Pixels(data.image_size or IMAGENET_SIZE, data.mean, data.std)
 
 

@@ -57,7 +57,7 @@ class _Notes(BaseModel):
     std: RGB
     interpolation: Interpolation = "bilinear"
     class_names: tuple[str, ...]
-    # Of a student:
+    # Only in a student's file:
     student: str | None = None
     classes: int | None = Field(None, ge=1)
     data: str | None = None

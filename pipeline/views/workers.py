@@ -52,7 +52,7 @@ Done = Tensor | NDArray[np.uint8] | str  # what came of a task: pixels, shared o
 
 @dataclass
 class _Cutter(TorchDataset[Done]):
-    """What a worker process does: uint8 [b, n, *size, 3] of a task, each image decoded once for all of its views.
+    """The work of one process: a task in, uint8 [b, n, *size, 3] out, each image decoded once for all of its views.
 
     An error travels as its text, so that it stays one line. at: each worker's process id, and the sample that it has
     under way, or -1; of a worker that was killed this tells what it was reading.

@@ -19,10 +19,11 @@ from kdcache.train.loop.trainer import PARTNER
 
 
 class Judge:
-    """Evaluates students on the evaluation split, beside the teacher's records of it where there are any.
+    """Evaluates students on one split, beside the records that the cache holds of the teacher there, if any.
 
-    Or beside a teacher that learnt with the student, and its input size: then agreement and kl are with that one, and
-    its own metrics come too, named teacher_*. labels: int64 [N, L] in the student's classes, where there is no cache.
+    labels: int64 [N, L] in the student's classes, where there is no cache. A call takes a student and, as `beside`, a
+    teacher that learnt with it and its input size: then agreement and kl are with that teacher, and its own metrics
+    come too, named teacher_*.
     """
 
     def __init__(

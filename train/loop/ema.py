@@ -27,7 +27,7 @@ class WeightAverage:
         self._counts = [(mine, theirs) for mine, theirs in pairs if not mine.is_floating_point()]
 
     def update(self, step: int) -> None:
-        """After the update with this number, counted from 0 over the whole run."""
+        """Take in the weights after the update with this number, counted from 0 over the whole run."""
         decay = min(self._decay, (1 + step) / (10 + step))
         get_ema_multi_avg_fn(decay)(self._averages, self._weights, step)  # type: ignore[no-untyped-call]
         for mine, theirs in self._counts:

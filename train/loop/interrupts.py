@@ -33,7 +33,7 @@ class Interrupts:
 
     @contextmanager
     def at_once(self) -> Iterator[None]:
-        """What can be broken off anywhere."""
+        """A block that can be broken off anywhere: within it, an interrupt does not wait."""
         self.check()
         waiting, self.waiting = self.waiting, False
         try:
@@ -42,7 +42,7 @@ class Interrupts:
             self.waiting = waiting
 
     def check(self) -> None:
-        """KeyboardInterrupt where one has waited."""
+        """Raise KeyboardInterrupt if an interrupt has waited."""
         if self.asked:
             raise KeyboardInterrupt
 

@@ -41,7 +41,7 @@ class Recipe:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """That of autocast."""
+        """The type that autocast computes in; None where it is off."""
         return autocast_dtype(self.amp)
 
     def rate(self, step: int, steps_per_epoch: int, peak: float | None = None) -> float:
@@ -133,7 +133,7 @@ class Updater:
     def __init__(self, parameters: Iterable[nn.Parameter], recipe: Recipe, device: torch.device) -> None:
         self._parameters, self._recipe = list(parameters), recipe
         self._optimisers = _make(self._parameters, recipe, device)
-        # Not where there is but one, which may be fused.
+        # A single one stays itself, since it may be fused.
         self._all = self._optimisers[0] if len(self._optimisers) == 1 else _Together(self._optimisers)
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
         self._fill_momentum()

@@ -18,14 +18,14 @@ from kdcache.train.losses.options import LOSSES
 
 ANEW = "remove it to start the run anew"
 
-# What held before there was such a setting: a run whose config.json lacks it was made with this.
+# The values that settings had before they existed: a run whose config.json lacks one was made with this value.
 _BEFORE: dict[str, Any] = {
     "accumulate": 1, "amp": None, "clip": None, "compile": False, "ema": None, "fresh_views": False,
     "optimiser": "sgd", "renderer": RENDERER, "sgd_lr": None, "sgd_weight_decay": None, "stream": "views",
     "sync_bn": False, "validation": None,
 }  # fmt: skip
-# What may change in a run: where things lie (the cache's key says what it and the data are), how many ranks share a
-# batch, and how often is looked and kept.
+# What may differ when a run is resumed: where things lie (the cache's key says what it and the data are), how many
+# ranks share a batch, and how often the student is evaluated and the state is kept.
 _FREE = {"cache_path", "data", "evaluate_every", "ranks", "save_every", "teacher", "weights"}
 
 
@@ -85,7 +85,7 @@ class RunFolder:
             raise InputError(f"{self.path} is another run and is not resumed: {found}")
 
     def load_state(self) -> dict[str, Any] | None:
-        """What save_state kept last, or None."""
+        """What save_state kept last; None before it has kept anything. CorruptError where it cannot be read."""
         file = self.path / "state.pt"
         if not file.exists():
             return None

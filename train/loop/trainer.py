@@ -166,7 +166,7 @@ class Training:
         return {"loss": loss, **self._parts.means(self._batches), **partner}
 
     def average_statistics(self) -> None:
-        """Of all ranks, in all networks, before they are evaluated or kept."""
+        """Give all networks the mean of the ranks' running statistics, before they are evaluated or kept."""
         average, partner = self._average, self.partner
         group.average_statistics(self.model, *(other.model for other in (average, partner) if other is not None))
 
@@ -335,7 +335,7 @@ def _train_epoch(
     save: Callable[[], None],
     save_every: float,
 ) -> None:
-    """The rest of the epoch that the training is in."""
+    """Train what is left of the epoch that the training is in."""
     loader.set_epoch(training.epoch)
     if isinstance(training.loss, Paced):
         training.loss.set_epoch(training.epoch + 1)

@@ -10,10 +10,10 @@ from typing import Any, Literal, get_args, get_origin, get_type_hints
 
 from kdcache.cache.errors import InputError
 from kdcache.train.losses.base import Bounds, ByParts, Loss, bounds_of
-from kdcache.train.losses.correlation import CMKD, DIST, LogitStd
-from kdcache.train.losses.decoupled import DKD, GKD, IKL
-from kdcache.train.losses.kd import BDKD, CE, KD, MSE, WSLD, SkewKL, SkewRKL
-from kdcache.train.losses.nkd import NKD, TFNKD, USKD
+from kdcache.train.losses.families.correlation import CMKD, DIST, LogitStd
+from kdcache.train.losses.families.decoupled import DKD, GKD, IKL
+from kdcache.train.losses.families.kd import BDKD, CE, KD, MSE, WSLD, SkewKL, SkewRKL
+from kdcache.train.losses.families.nkd import NKD, TFNKD, USKD
 
 _ALL: tuple[type[ByParts], ...] = (
     CE,

@@ -24,7 +24,7 @@ _NAMED = (
 
 
 def given_by(config: TrainConfig) -> set[str]:
-    """The fields that are not at their defaults: those that were given where nobody says which were."""
+    """The fields that are not at their defaults: taken as those that a user has typed, where nobody says which were."""
     return {f.name for f in fields(config) if getattr(config, f.name) != f.default}
 
 
@@ -49,7 +49,7 @@ def resumed(
 
 
 def _fields_of(kind: type[TrainConfig], had: dict[str, Any], folder: Path) -> dict[str, Any]:
-    """The settings as fields of TrainConfig."""
+    """The settings as fields of TrainConfig. CorruptError where they cannot be."""
     try:
         before = {name: had[name] for name in _NAMED if name in had}
         before["allow_renderer"] = had["renderer"] != RENDERER
@@ -93,8 +93,10 @@ def placed(data: str) -> str:
 
 
 def place_of(path: str) -> str:
+    """The place as it can be found from any folder: an absolute path, or the address that it is."""
     return path if "://" in path else str(Path(path).expanduser().absolute())
 
 
 def exists(place: str) -> bool:
+    """Whether there is such a file or folder; an address counts as there."""
     return "://" in place or Path(place).exists()

@@ -152,13 +152,13 @@ def _translated(
 
 
 def _resized(cfg: Any, size: int) -> dict[str, int]:
-    """What has timm build a network of one size for another one, where that is part of its tables."""
+    """Options that make timm build a network for another image size, where its tables depend on the size."""
     fixed = cfg is not None and cfg.fixed_input_size and cfg.input_size[-1] != size
     return {"img_size": size} if fixed else {}
 
 
 def _class_names(cfg: Mapping[str, Any]) -> tuple[str, ...] | None:
-    """Those in timm's metadata: by WordNet's ids, and of ImageNet's 1,000 classes the short names of torchvision's."""
+    """The class names in timm's metadata: WordNet's ids, or torchvision's short names for ImageNet's 1,000 classes."""
     timm, _ = import_timm("timm/resnet18")
     if found := _listed_names(cfg):
         return found

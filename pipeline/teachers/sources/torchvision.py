@@ -16,7 +16,7 @@ from kdcache.cache.errors import InputError, first_sentence
 from kdcache.pipeline.teachers.networks import SMALL_STEM_UP_TO, is_torchvision, small_stem
 from kdcache.pipeline.teachers.pixels import Asked, Found, Pixels, fetching, interpolation_of
 
-# Of torchvision.models.densenet._load_state_dict, which reads the published files.
+# From torchvision.models.densenet._load_state_dict, which reads the published files.
 _OLD_DENSENET = re.compile(r"^(.*denselayer\d+\.(?:norm|relu|conv))\.([12]\.(?:weight|bias|running_mean|running_var))$")
 _AUXILIARY = ("AuxLogits", "aux1", "aux2")  # heads that answer in training only
 
@@ -57,7 +57,7 @@ def from_torchvision(name: str, weights: str) -> Found:
 
 
 def pixels_of(entry: WeightsEnum) -> Pixels:
-    """As the weights' transforms make them, with what the builder then has the network do to its input."""
+    """The pixels that the weights' transforms make, and what the builder makes the network do to its input."""
     preset = entry.transforms()
     mean, std = tuple(preset.mean), tuple(preset.std)
     if isinstance(entry, models.Inception_V3_Weights | models.GoogLeNet_Weights):
@@ -108,7 +108,7 @@ def built_size(name: str, state: Mapping[str, Tensor], size: int) -> int:
 
 
 def _answering(network: nn.Module) -> nn.Module:
-    """Without what answers in training only, and without transform_input: see pixels_of."""
+    """The network without the heads that answer in training only, and without transform_input (see pixels_of)."""
     if isinstance(network, models.Inception3 | models.GoogLeNet):
         network.aux_logits = network.transform_input = False
         for head in _AUXILIARY:
@@ -122,7 +122,7 @@ def _entries(name: str) -> list[WeightsEnum]:
 
 
 def _categories(name: str, entry: WeightsEnum) -> tuple[str, ...]:
-    """Those of weights that have a classifier."""
+    """The class names of these weights. InputError for weights without a classifier."""
     if found := categories(entry):
         return found
     raise InputError(f"{entry.name} of {name} are features without a classifier: take another of its weights")

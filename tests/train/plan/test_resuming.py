@@ -148,7 +148,7 @@ def test_the_folder_is_all_that_is_needed_to_resume(home, tmp_path, monkeypatch)
 
     assert invoke("--cache", "c", *UNUSUAL, "--out", "whole").exit_code == 0
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "_say", lambda text: text.startswith("epoch 2/3") and signal.raise_signal(signal.SIGTERM))
+        patch.setattr(cli, "say", lambda text: text.startswith("epoch 2/3") and signal.raise_signal(signal.SIGTERM))
         assert invoke("--cache", "c", *UNUSUAL, "--out", "run").exit_code == 130
     differing = invoke("--resume", "--out", "run", "--epochs", "4", "--clip", "1", "--seed", "0")
     assert differing.exit_code == 2, differing.output

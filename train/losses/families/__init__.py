@@ -1,0 +1,1 @@
+"""The losses themselves, one file a family; the table that names them is in train/losses/options.py."""
