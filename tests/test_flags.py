@@ -65,10 +65,12 @@ def test_the_command_line_offers_every_row_of_a_table(
     command: str, parameter: str, table: list[str], place: str
 ) -> None:
     offered = choices(command, parameter)
-    where = "Kind in pipeline/imports/config.py" if command == "import" else f"the Literal of `{parameter}` in cli.py"
+    where = f"the Literal of `{parameter}` in cli.py and the flag in {FILE.relative_to(ROOT)}"
+    if command == "import":
+        where = "Kind in pipeline/imports/config.py"
     assert offered == table, (
         f"`kdcache {command}` offers {offered} for {parameter}, and {place} holds {table}: bring {where} into line "
-        f"with the table, in its order, and then {FILE.relative_to(ROOT)}"
+        "with the table, in its order"
     )
 
 
