@@ -14,7 +14,6 @@ LINES, FUNCTION, CLASS, MODULES = (
 # What is larger, and why.
 LARGER = {
     "bench/cifar_losses.py: main": "options, work and table of one script",
-    "cache: 9 modules": "the command line asks care and home without a package between",
     "pipeline/imports/imports.py": "to be divided by kind of file",
     "pipeline/imports/imports.py: import_logits": "to be divided with its file",
     "tests/pipeline/imports/test_imports.py": "to be divided with what it tests",
