@@ -15,6 +15,8 @@ TOYS = {
     "a view operation": ("pipeline/views/test_policy.py", "Corner"),
     "a dataset kind": ("pipeline/data/test_kinds.py", "Compressed", "CompressedFiles"),
     "a teacher source": ("pipeline/teachers/test_sources.py", "constant"),
+    "a store": ("pipeline/test_store_kinds.py", "ToyStore", "_pack_toy"),
+    "a registry backend": ("cache/registry/test_backends.py", "Memory"),
     "a logger": ("train/loop/test_logs.py", "Toy"),
 }
 
