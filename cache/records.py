@@ -23,6 +23,7 @@ from kdcache.cache.errors import InputError, UnservedError
 from kdcache.cache.identity import NO_TAIL, STEP
 
 Tail = Literal["prior", "uniform", "bucket", "renorm", "drop"]
+TAILS = get_args(Tail)  # here, since torch 2.6 cannot compile a call of get_args
 
 # Logit standardisation, as published: softmax((z - mean) / (1e-7 + std) / 2).
 STD_TAU, STD_FLOOR = 2.0, 1e-7
@@ -149,8 +150,8 @@ class Softened:
     """
 
     def __init__(self, records: Records, temperature: float | Tensor, tail: Tail = "prior") -> None:
-        if tail not in get_args(Tail):
-            raise InputError(f"unknown tail model {tail!r}: take one of {', '.join(get_args(Tail))}")
+        if tail not in TAILS:
+            raise InputError(f"unknown tail model {tail!r}: take one of {', '.join(TAILS)}")
         self._model, self._classes = tail, records.num_classes
         self._spreads = tail in ("prior", "uniform")
         # A label without a gap is a class like others: among those stored, or in the tail.

@@ -1,6 +1,7 @@
 """The kinds of store that a cache can lie in: a folder as it is built, or one file that it is packed into.
 
-A new kind is a file that packs and reads it, a row in `STORES`, and a row in tests/contracts/stores.py.
+A new kind is a file that packs and reads it, a row in `STORES`, its name in cache/choices.py, and a class with its name
+in tests/pipeline/test_store_kinds.py.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -31,7 +32,6 @@ from kdcache.pipeline.process.progress import Progress, duration, size
 from kdcache.pipeline.trust import images_of
 
 Say = Callable[[str], None]
-FileStore = Literal["hdf5", "ffcv"]
 
 _SAMPLE_BYTES = 1 << 20
 
