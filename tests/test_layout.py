@@ -19,7 +19,6 @@ LARGER = {
     "pipeline/imports/imports.py: import_logits": "to be divided with its file",
     "tests/pipeline/imports/test_imports.py": "to be divided with what it tests",
     "tests/pipeline/teachers/test_weightstore.py": "to be divided",
-    "tests/test_cli.py": "to be divided by command",
     "train/bench/bench.py": "to be divided",
     "train/bench/bench.py: _Bench": "to be divided with its file",
     "train/bench/bench.py: table": "to be divided with its file",
