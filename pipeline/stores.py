@@ -29,7 +29,7 @@ from kdcache.pipeline.ffcv.format import SUFFIX as FFCV_SUFFIX
 from kdcache.pipeline.ffcv.pack import pack_ffcv
 from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.process.progress import Progress, duration, size
-from kdcache.pipeline.trust import stored_data
+from kdcache.pipeline.trust import images_of
 
 Say = Callable[[str], None]
 
@@ -131,10 +131,8 @@ def _pack_ffcv(cache: Cache, out: Path, views: tuple[int, ...], data: str | Data
     identity = cache.identity
     if identity.views.imported:
         raise InputError(f"{cache.where} was imported, and FFCV's loader cannot make its views: give --to hdf5")
-    if data is None and identity.data.name in ("imagenet", "imagefolder"):
-        raise InputError(f"where are the images? give --data {identity.data.name}:PATH")
     if data is None or isinstance(data, str):
-        spec = data or stored_data(identity.data.name, cache.where)
+        spec = images_of(identity.data.name, data, cache.where)
         data = open_data(spec, "train", unlabelled=identity.record.labels == 0)
     pack_ffcv(cache, data, out, views, say)
 

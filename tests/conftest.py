@@ -93,7 +93,7 @@ def no_fsync():
 @pytest.fixture(scope="module")
 def impatient(one_thread, no_fsync):
     """Requests to servers are given up after a few seconds."""
-    from kdcache.cache.registry import network
+    from kdcache.cache.registry.kinds import network
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "PATIENCE", 8.0)

@@ -1,8 +1,8 @@
 """The kinds of places that a registry can lie in: a table from an address's scheme to what opens it.
 
-To add one, write a class with the methods of `Objects`, put a line for its scheme into BACKENDS, and give it a row in
-tests/cache/registry/test_backends.py. A class that also has `fetch` (see RemoteObjects) returns `Remote(self, ...)`
-from `place`, and needs no reader of its own.
+To add one, write a class with the methods of `Objects` in a file in kinds/, put a line for its scheme into BACKENDS,
+and give it a row in tests/cache/registry/test_backends.py. A class that also has `fetch` (see RemoteObjects) returns
+`Remote(self, ...)` from `place`, and needs no reader of its own.
 """
 
 from __future__ import annotations
@@ -13,8 +13,8 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.registry.local import FolderObjects
-from kdcache.cache.registry.network import NetworkObjects
+from kdcache.cache.registry.kinds.local import FolderObjects
+from kdcache.cache.registry.kinds.network import NetworkObjects
 from kdcache.cache.registry.objects import Objects
 
 _bucket, _web = partial(NetworkObjects, bucket=True), partial(NetworkObjects, bucket=False)

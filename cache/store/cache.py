@@ -11,7 +11,7 @@
     leases/, scratch/             what builders at work need; they hold no files at other times
 
 Readers go by the commits alone: what no commit names does not exist. They read a folder, a packed file (hdf5.py) and
-a place over a network (registry/network.py) alike; only folders are written.
+a place over a network (registry/kinds/network.py) alike; only folders are written.
 """
 
 from __future__ import annotations

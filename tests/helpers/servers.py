@@ -18,7 +18,7 @@ import pytest
 from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
-from kdcache.cache.registry import network
+from kdcache.cache.registry.kinds import network
 
 
 def one_at_a_time(put):

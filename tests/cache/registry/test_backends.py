@@ -6,9 +6,9 @@ import time
 import pytest
 
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
-from kdcache.cache.registry import network
 from kdcache.cache.registry.backends import BACKENDS, open_objects
-from kdcache.cache.registry.network import Remote
+from kdcache.cache.registry.kinds import network
+from kdcache.cache.registry.kinds.network import Remote
 from kdcache.tests.contracts.registries import BackendContract, ReadingContract
 from kdcache.tests.helpers.registries import refused
 from kdcache.tests.helpers.servers import web_server
