@@ -10,7 +10,6 @@ LINES, FUNCTION, CLASS, MODULES = 450, 60, 200, 8
 # What is larger, and why.
 LARGER = {
     "bench/cifar_losses.py: main": "options, work and table of one script",
-    "tests/test_cli.py": "to be divided by command",
 }
 
 
