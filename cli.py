@@ -8,11 +8,12 @@ import json
 import sys
 from dataclasses import replace
 from pathlib import Path
-from typing import Annotated, Literal
+from typing import Annotated
 
 import click
 
 from kdcache import __version__
+from kdcache.cache.records.choices import FileStore, StoreName
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.commandline.commands import Main, is_set, is_set_for_all, typed_names
 from kdcache.pipeline.commandline.options import (
@@ -75,7 +76,7 @@ def teach(config: TeachConfig, as_json: Json = False) -> None:
 @from_signature
 def build(
     config: BuildConfig,
-    store: Annotated[Literal["zarr", "hdf5", "ffcv"], Option("Also pack it into one file.")] = "zarr",
+    store: Annotated[StoreName, Option("Also pack it into one file.")] = "zarr",
     list_unreadable: Annotated[
         bool, Option("Name every image file that cannot be read, and stop.", instead=True)
     ] = False,
@@ -112,7 +113,7 @@ def build(
 @from_signature
 def pack(
     cache: Annotated[str, Argument()],
-    to: Annotated[Literal["hdf5", "ffcv"], Option("One file, for h5py or FFCV's loader.")],
+    to: Annotated[FileStore, Option("One file, for h5py or FFCV's loader.")],
     out: Annotated[str | None, Option("[beside the cache, with .h5 or .beton]", metavar="FILE", own=True)] = None,
     views: Views = None,
     data: Annotated[str | None, data_option("For ffcv: where the images are [by the name in the cache].")] = None,

@@ -41,9 +41,9 @@ from pixels import images
 from kdcache.cache import Cache, Identity
 from kdcache.cache.identity import id_dtype
 from kdcache.cache.store.chunks import as_arrays, encode_as
-from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.kinds.arrays import ArrayDataset
+from kdcache.pipeline.data.split import describe_data
 from kdcache.pipeline.ffcv.pack import pack_ffcv
 from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.views.policy import ViewParameters, draw

@@ -45,8 +45,8 @@ from cifar10 import machine
 from kdcache.cache import Cache
 from kdcache.cache.home import open_registry
 from kdcache.cache.identity import Identity
-from kdcache.cache.registry import network
-from kdcache.cache.registry.network import NetworkObjects
+from kdcache.cache.registry.kinds import network
+from kdcache.cache.registry.kinds.network import NetworkObjects
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig

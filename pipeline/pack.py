@@ -9,10 +9,11 @@ from pathlib import Path
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import caches_folder, open_cache
 from kdcache.cache.packing import choose_views, packed_rows_bytes, unpack_hdf5
+from kdcache.cache.records.choices import FileStore
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.progress import Progress, duration, size
-from kdcache.pipeline.stores import STORES, FileStore, Say
+from kdcache.pipeline.stores import STORES, Say
 
 _PACKED = [name for name, store in STORES.items() if store.pack]
 

@@ -1,6 +1,7 @@
 """The kinds of store that a cache can lie in: a folder as it is built, or one file that it is packed into.
 
-A new kind is a file that packs and reads it, a row in `STORES`, and a row in tests/contracts/stores.py.
+A new kind is a file that packs and reads it, a row in `STORES`, its name in cache/records/choices.py, and a class
+with its name in tests/pipeline/test_store_kinds.py.
 """
 
 from __future__ import annotations
@@ -9,7 +10,7 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal, Protocol
+from typing import Any, Protocol
 
 import numpy as np
 import torch
@@ -19,7 +20,7 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.home import open_cache
 from kdcache.cache.identity import Identity
 from kdcache.cache.packing import pack_hdf5, packed_rows_bytes
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.cache.store import hdf5
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
@@ -28,10 +29,9 @@ from kdcache.pipeline.ffcv.format import SUFFIX as FFCV_SUFFIX
 from kdcache.pipeline.ffcv.pack import pack_ffcv
 from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.process.progress import Progress, duration, size
-from kdcache.pipeline.trust import stored_data
+from kdcache.pipeline.trust import images_of
 
 Say = Callable[[str], None]
-FileStore = Literal["hdf5", "ffcv"]
 
 _SAMPLE_BYTES = 1 << 20
 
@@ -131,10 +131,8 @@ def _pack_ffcv(cache: Cache, out: Path, views: tuple[int, ...], data: str | Data
     identity = cache.identity
     if identity.views.imported:
         raise InputError(f"{cache.where} was imported, and FFCV's loader cannot make its views: give --to hdf5")
-    if data is None and identity.data.name in ("imagenet", "imagefolder"):
-        raise InputError(f"where are the images? give --data {identity.data.name}:PATH")
     if data is None or isinstance(data, str):
-        spec = data or stored_data(identity.data.name, cache.where)
+        spec = images_of(identity.data.name, data, cache.where)
         data = open_data(spec, "train", unlabelled=identity.record.labels == 0)
     pack_ffcv(cache, data, out, views, say)
 

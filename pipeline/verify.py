@@ -11,20 +11,20 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.cache.choices import TEMPERATURES
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
-from kdcache.cache.records import Records
+from kdcache.cache.records.choices import TEMPERATURES
+from kdcache.cache.records.records import Records
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build.answers import teacher_renderer, view_parameters
 from kdcache.pipeline.build.config import BuildConfig
-from kdcache.pipeline.build.source import Source, describe_data, draft_build, open_teacher
-from kdcache.pipeline.data.split import Split
+from kdcache.pipeline.build.source import Source, draft_build, open_teacher
+from kdcache.pipeline.data.split import Split, describe_data
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.teachers import weightstore
-from kdcache.pipeline.trust import stored_data, stored_network
+from kdcache.pipeline.trust import images_of, stored_network
 
 # Total variation between stored and replayed distributions, by the teacher's numeric type: the mean over records, and
 # that of any one record. A code that rounding tips moves a single record by up to 6%.
@@ -245,9 +245,7 @@ def source_of(
     i = cache.identity
     if i.views.imported:
         raise InputError(f"{cache.where} was imported, and its teacher is not at hand: give --depth contents")
-    if data is None and i.data.name in ("imagenet", "imagefolder"):
-        place = f"--data {i.data.name}:PATH"
-        raise InputError(f"where are the images? give {place}, or --depth contents to do without them")
+    images = images_of(i.data.name, data, cache.where, ", or --depth contents to do without them")
     config = BuildConfig(
         teacher=teacher or stored_network(i.teacher.network, cache.where, "--teacher"),
         weights=weightstore.weights_of(i, cache.where, weights, registry),
@@ -255,7 +253,7 @@ def source_of(
         teacher_mean=i.teacher.mean,
         teacher_std=i.teacher.std,
         teacher_interpolation=i.teacher.interpolation,
-        data=data or stored_data(i.data.name, cache.where),
+        data=images,
         augment=i.views.policy,
         topk=i.record.k or i.record.classes,
         temperatures=i.record.temperatures or TEMPERATURES,

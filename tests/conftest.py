@@ -42,6 +42,7 @@ SLOW = (
     "cache/registry/test_remote",
     "cache/store/test_leases",
     "cache/test_care.py::test_rm_that_is_stopped_anywhere",
+    "cli/",
     "pipeline/build",
     "pipeline/data/test_decode.py::test_a_short_run_of_the_fuzz",
     "pipeline/data/test_decode.py::test_one_changed_byte_in_a_png",
@@ -50,7 +51,6 @@ SLOW = (
     "pipeline/teachers/test_teacher",
     "pipeline/teachers/test_weightstore",
     "pipeline/test_trust",
-    "test_cli",
     "test_packaging",
     "train/bench",
     "train/loop",
@@ -93,7 +93,7 @@ def no_fsync():
 @pytest.fixture(scope="module")
 def impatient(one_thread, no_fsync):
     """Requests to servers are given up after a few seconds."""
-    from kdcache.cache.registry import network
+    from kdcache.cache.registry.kinds import network
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(network, "PATIENCE", 8.0)

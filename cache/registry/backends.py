@@ -1,4 +1,9 @@
-"""The kinds of places that a registry can lie in: a table from an address's scheme to what opens it."""
+"""The kinds of places that a registry can lie in: a table from an address's scheme to what opens it.
+
+To add one, write a class with the methods of `Objects` in a file in kinds/, put a line for its scheme into BACKENDS,
+and give it a row in tests/cache/registry/test_backends.py. A class that also has `fetch` (see RemoteObjects) returns
+`Remote(self, ...)` from `place`, and needs no reader of its own.
+"""
 
 from __future__ import annotations
 
@@ -8,13 +13,13 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.registry.local import FolderObjects
-from kdcache.cache.registry.network import NetworkObjects
+from kdcache.cache.registry.kinds.local import FolderObjects
+from kdcache.cache.registry.kinds.network import NetworkObjects
 from kdcache.cache.registry.objects import Objects
 
 _bucket, _web = partial(NetworkObjects, bucket=True), partial(NetworkObjects, bucket=False)
 # Each is called with the address, which has neither user nor query.
-_SCHEMES: dict[str, Callable[[str], Objects]] = {
+BACKENDS: dict[str, Callable[[str], Objects]] = {
     "s3": _bucket,
     "gs": _bucket,
     "az": _bucket,
@@ -37,7 +42,7 @@ def open_objects(url: str) -> Objects:
         )
     if parts.scheme == "file":
         return FolderObjects(Path(parts.path))
-    if parts.scheme not in _SCHEMES or not parts.netloc:
-        known = ", ".join(f"{scheme}://" for scheme in _SCHEMES)
+    if parts.scheme not in BACKENDS or not parts.netloc:
+        known = ", ".join(f"{scheme}://" for scheme in BACKENDS)
         raise InputError(f"{shown} is no place for a registry: give a folder, or an address with {known}")
-    return _SCHEMES[parts.scheme](url)
+    return BACKENDS[parts.scheme](url)

@@ -67,3 +67,10 @@ class Objects(Protocol):
 
     def changed(self, path: str) -> float:
         """When the object was made, in seconds since 1970; NotFoundError."""
+
+
+class RemoteObjects(Objects, Protocol):
+    """Objects that are not on this machine: caches are read there through a local store of what was fetched."""
+
+    def fetch(self, path: str, size: int, sha256: str) -> Content:
+        """The object's bytes; NotFoundError, or CorruptError where their sha256 is another or they exceed `size`."""

@@ -17,7 +17,7 @@ from pathlib import Path
 from kdcache.cache.errors import CorruptError, InputError, MismatchError
 from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
-from kdcache.cache.registry.network import other
+from kdcache.cache.registry.kinds.network import other
 from kdcache.cache.registry.objects import Objects
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.chunks import metadata_files

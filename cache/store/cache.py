@@ -11,7 +11,7 @@
     leases/, scratch/             what builders at work need; they hold no files at other times
 
 Readers go by the commits alone: what no commit names does not exist. They read a folder, a packed file (hdf5.py) and
-a place over a network (registry/network.py) alike; only folders are written.
+a place over a network (registry/kinds/network.py) alike; only folders are written.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ from kdcache.cache.store.publish import SplitStore, require_folder
 if TYPE_CHECKING:  # torch takes seconds to import, and listing, moving or checking a cache needs no tensors
     import torch
 
-    from kdcache.cache.records import Records
+    from kdcache.cache.records.records import Records
 
 _COMMIT = re.compile(r"[a-z0-9-]+\.json")
 # Far above any real number of parts: the work to be done is in proportion to it.

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.cache.encoding import default_precision
 from kdcache.cache.errors import InputError
-from kdcache.cache.identity import DataIdentity, Identity, RecordIdentity, ViewsIdentity
+from kdcache.cache.identity import Identity, RecordIdentity, ViewsIdentity
+from kdcache.cache.records.encoding import default_precision
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import record_arrays
@@ -25,7 +25,7 @@ from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data import classmap
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import Defaults, defaults_for, stored_classes
-from kdcache.pipeline.data.split import Split
+from kdcache.pipeline.data.split import Split, describe_data
 from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.progress import size
 from kdcache.pipeline.teachers.pixels import Wanted
@@ -200,15 +200,3 @@ def _class_map(
             "give --class-map auto (by class names) or a file"
         )
     return teacher, own, None
-
-
-def describe_data(data: Dataset, full: bool) -> DataIdentity:
-    """What an identity says of one split; full: with the contents of all files in its fingerprint."""
-    return DataIdentity(
-        name=data.name,
-        split="train" if data.split == "train" else "eval",
-        samples=len(data),
-        fingerprint=data.fingerprint(full),
-        full_contents=full,
-        files=not data.in_memory,
-    )

@@ -1,4 +1,4 @@
-"""One split of a dataset beside the labels and the store of its records."""
+"""One split of a dataset: what identities say of it, and its images together with the store of their records."""
 
 from __future__ import annotations
 
@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.cache.identity import DataIdentity
 from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.data.dataset import Dataset
 
@@ -23,3 +24,15 @@ class Split:
     def name(self) -> str:
         """'train' or 'eval', as the store counts the splits: a validation split is evaluated like the eval split."""
         return self.store.split
+
+
+def describe_data(data: Dataset, full: bool) -> DataIdentity:
+    """What an identity says of one split; full: with the contents of all files in its fingerprint."""
+    return DataIdentity(
+        name=data.name,
+        split="train" if data.split == "train" else "eval",
+        samples=len(data),
+        fingerprint=data.fingerprint(full),
+        full_contents=full,
+        files=not data.in_memory,
+    )

@@ -11,8 +11,8 @@ from kdcache.cache.errors import InputError, MismatchError, NotFoundError
 from kdcache.cache.files import sync_folder
 from kdcache.cache.packing import clear_leaving, new_file
 from kdcache.cache.store.cache import Cache
-from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.data.split import describe_data
 from kdcache.pipeline.ffcv.format import AREA_RENDERER, SUFFIX
 from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.ffcv.write import Writer

@@ -22,8 +22,8 @@ from kdcache.cache.identity import Identity, RecordIdentity, TeacherIdentity, Vi
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.build import suspicions
-from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.data.split import describe_data
 from kdcache.pipeline.imports.config import ImportConfig, Kind
 from kdcache.pipeline.imports.fkd import FKD
 from kdcache.pipeline.imports.stored import Answers, Logits, encoded, parameters_digest, rounding

@@ -15,9 +15,21 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
+from moto.s3.responses import S3Response
 from moto.server import ThreadedMotoServer
 
-from kdcache.cache.registry import network
+from kdcache.cache.registry.kinds import network
+
+
+def one_at_a_time(put):
+    """moto looks whether an object exists and then creates it; in S3 this is one step, which nothing comes between."""
+    lock = threading.Lock()
+
+    def locked(*args, **options):
+        with lock:
+            return put(*args, **options)
+
+    return locked
 
 
 @contextlib.contextmanager
@@ -35,6 +47,7 @@ def s3_server(buckets=("shared",)):
             "AWS_ENDPOINT_URL": address,
         }.items():
             patch.setenv(name, value)
+        patch.setattr(S3Response, "put_object", one_at_a_time(S3Response.put_object))
         network._store.cache_clear()
         for bucket in buckets:
             urllib.request.urlopen(urllib.request.Request(f"{address}/{bucket}", method="PUT")).close()

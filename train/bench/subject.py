@@ -11,9 +11,10 @@ from torch import nn
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.build.config import BuildConfig
-from kdcache.pipeline.build.source import Source, describe_data, open_source
+from kdcache.pipeline.build.source import Source, open_source
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import Defaults, defaults_for
+from kdcache.pipeline.data.split import describe_data
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import pixels_of_data
 from kdcache.pipeline.teachers.teacher import Classifier, Teacher, file_classifier, try_out

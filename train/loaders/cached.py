@@ -15,11 +15,11 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
-from kdcache.pipeline.build.source import describe_data
 from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.data.split import describe_data
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.views.policy import ViewParameters, draw, imported_view
 from kdcache.pipeline.views.render import RENDERER, Renderer, normalised

@@ -11,10 +11,15 @@ from kdcache.pipeline.data.kinds.arrays import Arrays, from_arrays
 from kdcache.pipeline.data.kinds.base import Asked, Described, Kind
 from kdcache.pipeline.process.functions import call_function, import_function
 
+_RETURN = "return an ArrayDataset, a FileDataset, or images, labels and perhaps class names"
+
 
 @dataclass(frozen=True)
 class UserFunction(Kind):
-    """module:function, which returns a dataset of any kind, or arrays. known: the names of the other kinds."""
+    """A `module:function` that returns a dataset of any kind, or arrays.
+
+    known: the names of the other kinds, for error messages.
+    """
 
     known: str
 
@@ -23,7 +28,12 @@ class UserFunction(Kind):
         function = import_function(spec, "dataset", f"; known are {self.known}")
 
         def call(split: str) -> object:
-            return call_function(function, (split,), spec, "dataset")
+            try:
+                return call_function(function, (split,), spec, "dataset")
+            except InputError as e:
+                if "Protocols cannot be instantiated" in str(e.__cause__):  # Python's words for Dataset(...)
+                    raise InputError(f"dataset {spec!r}: Dataset(...) is only a protocol: {_RETURN}") from e
+                raise
 
         found = call(asked.split)
         if isinstance(found, Described):
@@ -37,7 +47,7 @@ class UserFunction(Kind):
 def _arrays(spec: str, found: object) -> Arrays:
     """Check what a user's function returned."""
     if not isinstance(found, tuple) or len(found) not in (2, 3):
-        raise InputError(f"dataset {spec!r}: must give a Dataset, or images, labels and perhaps class names")
+        raise InputError(f"dataset {spec!r}: {_RETURN}")
     images, labels = np.asarray(found[0]), np.asarray(found[1])
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         kind = f"{images.dtype} {images.shape}"

@@ -12,9 +12,9 @@ from kdcache.cache import Cache, KdcacheError, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import caches_folder, open_registry
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical
-from kdcache.cache.registry import network
 from kdcache.cache.registry.backends import open_objects
-from kdcache.cache.registry.network import NetworkObjects
+from kdcache.cache.registry.kinds import network
+from kdcache.cache.registry.kinds.network import NetworkObjects
 from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.share import pull, push
 from kdcache.pipeline.verify import verify
@@ -275,7 +275,7 @@ def test_settings_name_the_registry(tmp_path, toy, root):
 
 @pytest.mark.parametrize("handler", [Files, Ranges])
 def test_a_plain_web_server_is_read_without_a_listing(tmp_path, toy, handler, monkeypatch):
-    monkeypatch.setattr("kdcache.cache.registry.network._AT_ONCE", 8)
+    monkeypatch.setattr("kdcache.cache.registry.kinds.network._AT_ONCE", 8)
     shared, key = tmp_path / "shared", toy.cache.key
     push(toy.cache.path, str(shared), name="toy-v1", say=quiet)
     with web_server(shared, handler) as address:
@@ -293,7 +293,7 @@ def test_a_plain_web_server_is_read_without_a_listing(tmp_path, toy, handler, mo
 
 def test_many_views_of_several_parts_are_probed(tmp_path, monkeypatch):
     """More than are asked for at once."""
-    monkeypatch.setattr("kdcache.cache.registry.network._AT_ONCE", 4)
+    monkeypatch.setattr("kdcache.cache.registry.kinds.network._AT_ONCE", 4)
     written = Filled(tmp_path / "c", identity(part=12), views=5)
     push(written.cache.path, str(tmp_path / "shared"), say=quiet)
     with web_server(tmp_path / "shared") as address:

@@ -16,8 +16,8 @@ import torch
 from kdcache.cache import Cache, files, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import caches_folder, home, open_registry
-from kdcache.cache.registry import network
 from kdcache.cache.registry.backends import open_objects
+from kdcache.cache.registry.kinds import network
 from kdcache.cache.registry.localstore import LocalStore
 from kdcache.cache.store.place import StoredFile
 from kdcache.pipeline import share
@@ -390,7 +390,7 @@ def test_faults_on_the_way_change_nothing(tmp_path, toy, s3, bucket, monkeypatch
 
 def test_wrong_bytes_of_a_plain_web_server_are_not_believed(tmp_path, toy, monkeypatch):
     """Nothing but another answer says that a commit came whole."""
-    monkeypatch.setattr("kdcache.cache.registry.network._AT_ONCE", 8)
+    monkeypatch.setattr("kdcache.cache.registry.kinds.network._AT_ONCE", 8)
     push(toy.cache.path, str(tmp_path / "shared"), say=quiet)
     with web_server(tmp_path / "shared") as address, faulty(address, share=0.5) as proxy:
         pull(toy.cache.key, proxy.address, say=quiet)

@@ -247,6 +247,10 @@ def short(split):
     return np.zeros((2, 5, 5, 3), dtype=np.uint8), [0]
 def negative(split):
     return np.zeros((2, 5, 5, 3), dtype=np.uint8), [0, -1]
+def protocol(split):
+    from kdcache.pipeline.data.dataset import Dataset
+    return Dataset("mine", split, images=[], labels=[])
+
 def pairs(split):
     return [(0, 1)]
 def broken(split):
@@ -280,7 +284,8 @@ def test_a_users_function() -> None:
         ("floats", r"images must be uint8 \[N, H, W, 3\], not float64"),
         ("short", r"labels must be whole numbers \[N\], not int64 \(1,\)"),
         ("negative", "labels must be places in class_names"),
-        ("pairs", "must give a Dataset, or images"),
+        ("pairs", "return an ArrayDataset, a FileDataset, or images"),
+        ("protocol", r"Dataset\(\.\.\.\) is only a protocol: return an ArrayDataset, a FileDataset, or images"),
         ("broken", r"broken\('train'\) failed: RuntimeError: two lines"),
         ("missing", "'users_data' has no function 'missing'; known are digits"),
     ],

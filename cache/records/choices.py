@@ -6,3 +6,6 @@ Precision = Literal["uint8", "float16", "float32"]
 Interpolation = Literal["bilinear", "bicubic"]  # how images are resized for the teacher
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)  # at which the tail is stored unless told otherwise
+
+StoreName = Literal["zarr", "hdf5", "ffcv"]  # what a cache lies in: see pipeline/stores.py
+FileStore = Literal["hdf5", "ffcv"]  # those that it can be packed into

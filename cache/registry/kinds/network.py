@@ -26,6 +26,7 @@ from kdcache.cache.errors import CorruptError, InputError, NotFoundError, Unread
 from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, Identity, canonical, parse
 from kdcache.cache.registry.localstore import LocalStore
+from kdcache.cache.registry.objects import RemoteObjects
 from kdcache.cache.store.layout import Chunk, Commit, SplitLayout, StoredFile
 from kdcache.cache.store.place import ZarrChunks
 
@@ -223,7 +224,7 @@ class Remote(ZarrChunks):
     again = "ask who published it to push it again"
 
     def __init__(
-        self, objects: NetworkObjects, prefix: str, identity: Identity, mirror: Path, store: LocalStore
+        self, objects: RemoteObjects, prefix: str, identity: Identity, mirror: Path, store: LocalStore
     ) -> None:
         self._objects, self._prefix, self._identity = objects, prefix, identity
         self._mirror, self._store = mirror, store
