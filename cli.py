@@ -13,7 +13,7 @@ from typing import Annotated
 import click
 
 from kdcache import __version__
-from kdcache.cache.choices import FileStore, StoreName
+from kdcache.cache.records.choices import FileStore, StoreName
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.commandline.commands import Main, is_set, is_set_for_all, typed_names
 from kdcache.pipeline.commandline.options import (
