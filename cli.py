@@ -135,7 +135,7 @@ def pack(
 @main.command()
 @from_signature
 def unpack(file: Annotated[str, Argument()], out: CacheFolder = None, as_json: Json = False) -> None:
-    """Make a folder of a packed cache (HDF5), which can be built on.
+    """Unpack a cache from an HDF5 file into a folder, to which build can add views.
 
     Example: kdcache unpack birds.h5
     """
@@ -181,10 +181,10 @@ def train(config: TrainConfig, loss: tuple[str, ...], seed: tuple[int, ...], as_
 @main.command(name="eval")
 @from_signature
 def evaluate(config: EvalConfig, as_json: Json = False) -> None:
-    """Top-1, top-5, NLL, Brier score, ECE, agreement with the teacher and KL to it.
+    """Evaluate a student: top-1, top-5, NLL, Brier score, ECE, agreement with the teacher and KL to it.
 
-    Of a run's last weights, or of a weights file. On other data than the run's, whose classes are found by name,
-    without the teacher.
+    RUN is a run folder, whose last weights are taken, or a weights file. With other data than the run's, classes are
+    matched by name, and nothing is compared with the teacher.
 
     \b
     Example: kdcache eval runs/digits-resnet8-nkd-seed0

@@ -1,17 +1,13 @@
 """The frozen set of flags: scripts and settings of users depend on every one."""
 
-from typing import get_args, get_type_hints
-
 import click
 import pytest
 
 from kdcache.cli import main
 from kdcache.pipeline.commandline.parameters import options_of
-from kdcache.pipeline.imports import config as import_config
 from kdcache.pipeline.imports.imports import KINDS
-from kdcache.pipeline.stores import STORES, FileStore
+from kdcache.pipeline.stores import STORES
 from kdcache.tests.helpers.places import ROOT
-from kdcache.train.teach import build_and_teach
 
 FILE = ROOT / "tests" / "data" / "flags.txt"
 
@@ -40,45 +36,24 @@ def test_the_flags_are_those_that_are_frozen() -> None:
     )
 
 
-# The command line names its choices itself, since it must not import the tables, which import torch.
-
-
-PACKED = [name for name, store in STORES.items() if store.pack]
-
-
-def choices(command: str, parameter: str) -> list[str]:
-    """What a command admits for one of its parameters."""
-    (found,) = [p for p in main.commands[command].params if p.name == parameter]
-    assert isinstance(found.type, click.Choice)
-    return list(found.type.choices)
+# The tables import torch, and the command line must not, so it has names of its own for their rows.
 
 
 @pytest.mark.parametrize(
-    ("command", "parameter", "table", "place"),
+    ("command", "parameter", "table", "names"),
     [
-        ("build", "store", list(STORES), "STORES of pipeline/stores.py"),
-        ("pack", "to", PACKED, "STORES of pipeline/stores.py, those with a `pack`,"),
-        ("import", "kind", list(KINDS), "KINDS of pipeline/imports/imports.py"),
+        ("build", "store", list(STORES), "StoreName in cache/records/choices.py"),
+        ("pack", "to", [name for name, store in STORES.items() if store.pack], "FileStore in cache/records/choices.py"),
+        ("import", "kind", list(KINDS), "Kind in pipeline/imports/config.py"),
     ],
 )
 def test_the_command_line_offers_every_row_of_a_table(
-    command: str, parameter: str, table: list[str], place: str
+    command: str, parameter: str, table: list[str], names: str
 ) -> None:
-    offered = choices(command, parameter)
-    where = f"the Literal of `{parameter}` in cli.py and the flag in {FILE.relative_to(ROOT)}"
-    if command == "import":
-        where = "Kind in pipeline/imports/config.py"
+    (found,) = [p for p in main.commands[command].params if p.name == parameter]
+    assert isinstance(found.type, click.Choice)
+    offered = list(found.type.choices)
     assert offered == table, (
-        f"`kdcache {command}` offers {offered} for {parameter}, and {place} holds {table}: bring {where} into line "
-        "with the table, in its order"
+        f"`kdcache {command}` offers {offered} for {parameter}, and the table holds {table}: give {names} the same "
+        f"names in the same order, and {FILE.relative_to(ROOT)} where a flag shows them"
     )
-
-
-def test_the_types_of_the_tables_name_every_row() -> None:
-    store = get_type_hints(build_and_teach)["store"]
-    for name, type_, table in (
-        ("the `store` of build_and_teach in train/teach.py", store, list(STORES)),
-        ("FileStore in pipeline/stores.py", FileStore, PACKED),
-        ("Kind in pipeline/imports/config.py", import_config.Kind, list(KINDS)),
-    ):
-        assert list(get_args(type_)) == table, f"{name} names {get_args(type_)}, its table {table}: bring it into line"

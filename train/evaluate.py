@@ -1,4 +1,4 @@
-"""`kdcache eval`: a student's weights, looked at again."""
+"""`kdcache eval`: evaluate a student's weights again."""
 
 from __future__ import annotations
 

@@ -73,7 +73,7 @@ def joined(device: str | None) -> Iterator[torch.device]:
     fresh = dist.PrefixStore(prefix, store)  # type: ignore[attr-defined]
     dist.init_process_group(backend, store=fresh, rank=own, world_size=all_, timeout=_PATIENCE)
     yield mine
-    # After an error not: it would wait for ranks that are in the middle of something. The process's end closes all.
+    # Not after an error: it would wait for ranks that are still busy. The end of the process closes everything.
     dist.destroy_process_group()
 
 
@@ -153,7 +153,7 @@ def averaged(model: nn.Module, beside: Sequence[nn.Parameter] = ()) -> nn.Module
 
 
 def weight(rows: int, batch_size: int) -> float:
-    """What the mean over this rank's rows counts for, such that DDP's mean over ranks is that over the whole batch."""
+    """The weight of the mean over this rank's rows by which DDP's mean over ranks is the whole batch's mean."""
     return rows * world() / batch_size
 
 
@@ -176,7 +176,7 @@ def gradients_stay(model: nn.Module) -> AbstractContextManager[None]:
 
 
 def average_gradients(parameters: Iterable[nn.Parameter]) -> None:
-    """In place, for a model that is not trained by way of `averaged`."""
+    """Average the gradients over the ranks in place, for a model that is not trained by way of `averaged`."""
     if world() == 1:
         return
     _average([p.grad for p in parameters if p.grad is not None])
@@ -211,14 +211,14 @@ def average_statistics(*models: nn.Module) -> None:
 
 
 def wait() -> None:
-    """Until all ranks are here."""
+    """Wait until all ranks are here."""
     if world() > 1:
         dist.all_reduce(torch.zeros(1))
 
 
 @contextmanager
 def one_first() -> Iterator[None]:
-    """One rank of each machine goes through the block before the others: what it downloads they find."""
+    """One rank of each machine goes through the block first, so that the others find what it has downloaded."""
     goes_first = world() == 1 or this_rank().local_rank == 0
     if not goes_first:
         wait()
@@ -230,7 +230,7 @@ def one_first() -> Iterator[None]:
 
 
 def from_first(make: Callable[[], T]) -> T:
-    """What `make` gives on rank 0, or its KdcacheError, on all ranks; the others do not call it."""
+    """Call `make` on rank 0 alone, and return its result, or raise its KdcacheError, on all ranks."""
     if world() == 1:
         return make()
     told: list[Any] = [None, None]
@@ -256,7 +256,7 @@ def everyones(value: T) -> list[T]:
 
 
 def anyones(wish: bool) -> bool:
-    """Whether any rank wishes it."""
+    """Whether the wish is true on any rank."""
     return any(everyones(wish))
 
 
@@ -307,7 +307,7 @@ def first_to_say(message: str) -> bool:
 
 
 def require_alike(error: Exception, where: str) -> None:
-    """Raises the error unless all ranks have it there: those that go on would wait in vain for those that do not."""
+    """Raise the error unless all ranks have it here: those that went on would wait in vain for the others."""
     if world() == 1:
         return
     until = time.monotonic() + 10

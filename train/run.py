@@ -140,7 +140,7 @@ def _evaluation(plan: TrainPlan, partner: LearningTeacher | None) -> Callable[[C
 
 
 def _of_validation(found: dict[str, float]) -> dict[str, float]:
-    """The same figures as validation_* for the student and as teacher_validation_* for a teacher that learns."""
+    """Rename figures to validation_* for the student and to teacher_validation_* for a teacher that learns."""
     mark = f"{PARTNER}_"
     of = {k: mark if k.startswith(mark) else "" for k in found}
     return {f"{of[k]}validation_{k.removeprefix(of[k])}": v for k, v in found.items()}

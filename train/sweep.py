@@ -100,7 +100,7 @@ def _sweep(
         had = group.from_first(lambda: config_of(started[0]))
         common = {name: value for name, value in had.items() if name not in ("loss", "loss_options", "seed")}
         config = resumed(config, common, given, started[0], say)
-    # Found once, and pinned by the runs that are there.
+    # The cache is looked up once, so that all runs use the same one.
     with group.one_first():
         cache = choose_cache(config)
     runs: list[dict[str, Any]] = []

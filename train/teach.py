@@ -7,12 +7,13 @@ import time
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 import torch
 from filelock import FileLock
 
 from kdcache.cache.errors import InputError
+from kdcache.cache.records.choices import StoreName
 from kdcache.cache.registry.registry import Registry
 from kdcache.pipeline.build.build import BuildResult
 from kdcache.pipeline.build.config import BuildConfig
@@ -154,7 +155,7 @@ def build_and_teach(
     publish: bool = False,
     say: Callable[[str], None] = print,
     teacher: bool = True,
-    store: Literal["zarr", "hdf5", "ffcv"] = "zarr",
+    store: StoreName = "zarr",
 ) -> tuple[BuildResult, PackResult | None]:
     """`kdcache build`: build what the registry lacks; with `publish` push it, with another store than zarr pack it.
 

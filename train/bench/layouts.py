@@ -1,7 +1,8 @@
 """Reading a cache's records in shuffled order, beside two other layouts for a teacher's answers.
 
-Those are written from their descriptions: TinyViT's one file of 4 + 4 K bytes a record, read by one seek a record and
-stacked to batches; FKD's one torch file an image with the top 5 of all its crops, of which an epoch uses one.
+The other two are written from their descriptions: TinyViT's one file of 4 + 4 K bytes a record, read by one seek a
+record and stacked to batches; FKD's one torch file an image with the top 5 of all its crops, of which an epoch uses
+one.
 """
 
 from __future__ import annotations
@@ -27,7 +28,7 @@ _BLOCK = 4096
 def noise_cache(path: Path, identity: Identity, logits: Tensor, advance: Callable[[int], None]) -> Cache:
     """A cache of one view: rows of `logits` [M, C] drawn at random with noise of one nat, so that no two are equal.
 
-    Made where it is not there yet. One sample stands for the evaluation split, without which a cache is not complete.
+    It is made if it is missing. One sample stands for the evaluation split, without which a cache is not complete.
     """
     record, data = identity.record, identity.data
     cache = Cache.create(path, identity)
@@ -113,7 +114,7 @@ def _first(records: Records, count: int) -> Records:
 
 
 def _write_tinyvit(path: Path, records: Records) -> int:
-    """A seed, K fp16 probabilities and K int16 ids a record; gives K."""
+    """Write a seed, K fp16 probabilities and K int16 ids for each record, and return K."""
     ids, p, _ = records.softened(1.0, "uniform").ranked()
     k = ids.shape[1]
     rows = np.empty(len(records), [("seed", "<i4"), ("p", "<f2", (k,)), ("ids", "<i2", (k,))])
@@ -124,7 +125,7 @@ def _write_tinyvit(path: Path, records: Records) -> int:
 
 
 def _write_fkd(folder: Path, records: Records, images: int) -> None:
-    """For each image its crops' boxes, flips, and top probabilities and ids."""
+    """Write a file for each image with its crops' boxes, flips, top probabilities and ids."""
     folder.mkdir(parents=True, exist_ok=True)
     ids, p, _ = records.softened(1.0, "uniform").ranked()
     ids, p = ids[:, :FKD_TOP].short(), p[:, :FKD_TOP].half()

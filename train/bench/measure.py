@@ -35,7 +35,7 @@ from kdcache.train.losses.prepare import prepared, require_served
 
 READ_RECORDS, FKD_IMAGES, READ_BATCH = 65_536, 200, 1024
 _RATE = 1e-3  # small, so that no loss grows: time does not depend on it
-# For about how many seconds what is compared goes on, and at least how often, unless told.
+# How many seconds a comparison takes, about, and how many rounds at least, unless the settings say.
 _STEPS, _EPOCHS, _BUILDS, _READINGS = (30.0, 10), (20.0, 3), (20.0, 3), (8.0, 3)
 
 
@@ -108,7 +108,7 @@ class Bench:
     def _building(self) -> dict[str, list[float]]:
         """Seconds an image: the build's own loop, which adds views each time; the bare teacher; the images alone.
 
-        Of images in memory it is one view, of files as many as a build cuts from each decode.
+        Images in memory are cut to one view; files to as many views as a build cuts from each decode.
         """
         source, batch = self.source, self.build_batch
         config = BuildConfig(
@@ -127,7 +127,7 @@ class Bench:
             views += more
             told: list[tuple[float, str]] = []
             build(replace(config, views=views), lambda text: told.append((time.perf_counter(), text)), source)
-            # From where it has tried the teacher out: a whole build does that once.
+            # Timed from after the teacher was tried out, which a whole build does only once.
             start = next(at for at, text in told if text.startswith("to compute"))
             return (told[-1][0] - start) / (self.samples * more)
 

@@ -1,4 +1,4 @@
-"""The figures of `kdcache bench` as a table for the eye."""
+"""The figures of `kdcache bench` as a table for people."""
 
 from __future__ import annotations
 

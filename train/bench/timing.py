@@ -78,7 +78,7 @@ class Onward:
 
 
 def endless(loader: Loader) -> Iterator[Any]:
-    """Batches of one epoch after the other."""
+    """The batches of endless epochs, one epoch after the other."""
     epoch = 0
     while True:
         loader.set_epoch(epoch)

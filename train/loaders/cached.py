@@ -114,7 +114,7 @@ class CachedLoader(Epochs):
             yield normalised(images, self._mean, self._std), labels, records
 
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
-        """The same batches with the images as rendered, uint8. start: leave out so many batches, unrendered."""
+        """Yield the same batches with uint8 images, not normalised. start: skip so many batches without rendering."""
         epoch = self._order.next_epoch
         now, after = self._view_of(epoch), self._view_of(epoch + 1)
         spare = self._drop_others(now, after)
@@ -134,7 +134,7 @@ class CachedLoader(Epochs):
             self._in_use[now] -= 1
 
     def _drop_others(self, *wanted: int) -> Records | None:
-        """Forget the slabs of other views and those that could not be read. One that can be written over, or None."""
+        """Forget the slabs of other views and those that could not be read; return one that can be reused, or None."""
         spare = None
         for view, slab in list(self._slabs.items()):
             sound = slab.done() and slab.exception() is None
@@ -152,6 +152,6 @@ class CachedLoader(Epochs):
 def renderer_for(
     cache: Cache, data: Dataset, image_size: int | None, device: torch.device, workers: int | None
 ) -> Renderer:
-    """What cuts the cache's views for a student: at image_size, or else as CachedLoader says."""
+    """The renderer of the cache's views for a student, at image_size or by default as CachedLoader says."""
     size = image_size or (None if data.in_memory else cache.identity.teacher.input_size)
     return Renderer(data, size, device, cache.identity.views.policy, workers)

@@ -80,7 +80,7 @@ class FFCVLoader(Epochs):
             yield normalised(images, self._mean, self._std), labels, records
 
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
-        """The same batches with the images as they are rendered, uint8. CorruptError names a sample that is damaged."""
+        """Yield the same batches with uint8 images, not normalised. CorruptError names a sample that is damaged."""
         chosen = self._order.next_epoch
         now, after = self._view_of(chosen), self._view_of(chosen + 1)
         self._drawn = {v: f for v, f in self._drawn.items() if v in (now, after) and not _failed(f)}

@@ -102,7 +102,7 @@ class CropDecoder(SimpleRGBImageDecoder):  # type: ignore[misc]
 
 
 class RecordDecoder(NDArrayDecoder):  # type: ignore[misc]
-    """(uint8 [B, R], uint8 [B] sound): the one view's record, and whether its CRC is right."""
+    """Gives (uint8 [B, R], uint8 [B] sound): the record of one view, and whether its CRC is right."""
 
     def declare_state_and_memory(self, previous_state: State) -> tuple[State, Any]:
         return _bytes(previous_state, (int(self.field.shape[1]) - CRC_BYTES,))

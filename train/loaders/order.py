@@ -139,5 +139,5 @@ def labels_of(labels: Tensor, batches: Sequence[NDArray[np.int64]]) -> Iterator[
 
 
 def squeezed(labels: Tensor) -> Tensor:
-    """[B] from [B, 1]. Other [B, L] stay as they are."""
+    """Make labels [B, 1] into [B]. Labels [B, L] with another L stay as they are."""
     return labels[:, 0] if labels.shape[1] == 1 else labels

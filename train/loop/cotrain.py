@@ -52,7 +52,7 @@ class LearningTeacher:
         return value.detach()
 
     def update(self, step: int, steps_per_epoch: int) -> None:
-        """Take a step, from the gradients since the last one."""
+        """Take a step with the gradients that were added since the last one."""
         group.average_gradients(self.model.parameters())
         self._updater.update(step, steps_per_epoch)
 

@@ -1,4 +1,4 @@
-"""How a network learns: the recipe, its optimisers by name, and the step from a loss to new weights."""
+"""How a network learns: the recipe, the optimisers by name, and the step from a loss to new weights."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def require_autocast(device: torch.device, amp: Amp | None) -> None:
 
 
 def default_rates(optimiser: Optimiser, defaults: Defaults, batch: int) -> tuple[float, float]:
-    """Peak learning rate and weight decay for a batch of so many images an update.
+    """Peak learning rate and weight decay for updates from a batch of this many images.
 
     SGD's are the dataset's, in proportion to the batch. AdamW's and Muon's go by the square root of the batch, as the
     size of their steps does not follow that of the gradient (Malladi et al. 2022, arXiv 2205.10287).
@@ -113,7 +113,7 @@ def _make(parameters: list[nn.Parameter], recipe: Recipe, device: torch.device) 
 
 
 class _Together(torch.optim.Optimizer):
-    """Several as one for the scaler, so that an overflow in the gradients of one has none of them step."""
+    """Several optimisers as one for the scaler: if the gradients of one overflow, none of them steps."""
 
     def __init__(self, optimisers: list[torch.optim.Optimizer]) -> None:
         super().__init__([{"params": group["params"]} for o in optimisers for group in o.param_groups], {})
@@ -125,7 +125,7 @@ class _Together(torch.optim.Optimizer):
 
 
 class Updater:
-    """From losses to new weights: scaling, clipping, learning rates. Waits for the device nowhere.
+    """Turns losses into new weights: scaling, clipping, learning rates. It never waits for the device.
 
     (Torch does, in fp16's check for overflow before Muon's step, which is not fused.)
     """
@@ -151,11 +151,11 @@ class Updater:
                             optimiser.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def backward(self, loss: Tensor, batches: int = 1) -> None:
-        """Add the gradient of this loss, one of so many whose mean the next update lowers."""
+        """Add the gradient of this loss, which is one of those whose mean the next update lowers."""
         self._scaler.scale(loss / batches if batches > 1 else loss).backward()  # type: ignore[no-untyped-call]
 
     def update(self, step: int, steps_per_epoch: int) -> None:
-        """New weights; the gradients start anew. step: of the whole run, counted from 0."""
+        """Update the weights and clear the gradients. step: the update's number in the whole run, counted from 0."""
         for optimiser in self._optimisers:
             for group in optimiser.param_groups:
                 group["lr"] = self._recipe.rate(step, steps_per_epoch, group["peak"])

@@ -30,7 +30,7 @@ _FREE = {"cache_path", "data", "evaluate_every", "ranks", "save_every", "teacher
 
 
 def config_of(path: Path) -> dict[str, Any]:
-    """The settings of the run in a folder, those that came later at what held before them."""
+    """The settings of the run in a folder. Those that its version did not have yet are at what held then."""
     config = {**_BEFORE, **read_config(path)}
     if isinstance(config.get("loss_options"), dict):
         loss = LOSSES.get(str(config.get("loss")))
@@ -85,7 +85,7 @@ class RunFolder:
             raise InputError(f"{self.path} is another run and is not resumed: {found}")
 
     def load_state(self) -> dict[str, Any] | None:
-        """What save_state kept last; None before it has kept anything. CorruptError where it cannot be read."""
+        """The state that save_state kept last, or None if there is none. CorruptError if it cannot be read."""
         file = self.path / "state.pt"
         if not file.exists():
             return None

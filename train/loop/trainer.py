@@ -89,7 +89,7 @@ class _PartSums:
         return {"names": list(self._names), "sums": sums, "batches": self._batches}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from there; a state of a version that counted no parts is empty, and its epoch gets no means."""
+        """Go on from this state. It is empty if its version counted no parts; then this epoch gets no means."""
         self._names = tuple(state.get("names", ()))
         self._batches = state.get("batches", 0)
         self._sums = state["sums"].to(device) if state else torch.zeros((0,))
@@ -129,8 +129,8 @@ class Training:
 
     @clear_compile_error()
     def learn(self, images: Tensor, labels: Tensor, records: Records | None) -> None:
-        """One batch: its gradient, and nothing that waits for the device."""
-        # Of a step's batches the mean counts, also where an epoch ends with fewer.
+        """Add the gradient of one batch. Nothing here waits for the device."""
+        # The mean over a step's batches counts, even if an epoch ends with fewer of them.
         first = self.batch - self.batch % self.recipe.accumulate
         together = min(self.recipe.accumulate, self._batches - first)
         more = self.batch + 1 < first + together
@@ -151,7 +151,7 @@ class Training:
         return self.batch % self.recipe.accumulate == 0 or self.batch == self._batches
 
     def update(self) -> None:
-        """New weights, from the gradients since the last ones."""
+        """Update the weights with the gradients that were added since the last update."""
         step = self.epoch * self._steps + math.ceil(self.batch / self.recipe.accumulate) - 1
         self._updater.update(step, self._steps)
         if self._average is not None:
@@ -176,7 +176,7 @@ class Training:
         self.epoch, self.batch, self.seconds = self.epoch + 1, 0, 0.0
 
     def state_dict(self) -> dict[str, Any]:
-        """Everything, generators included; between two steps alone, and on all ranks together."""
+        """The whole state, with the random generators. Call it only between two steps, and on all ranks together."""
         self.average_statistics()
         return {
             "epoch": self.epoch,
@@ -313,7 +313,7 @@ def _evaluated(
 
 
 def _resume(training: Training, folder: RunFolder, say: Callable[[str], None]) -> list[dict[str, Any]]:
-    """The lines of the epochs that are done, and the training as it was."""
+    """Put the training back as it was, and return the lines of the epochs that are done."""
     state = group.from_first(folder.load_state)
     if state is None:
         return []
@@ -407,7 +407,7 @@ def _restore_random(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
-    """A freshly initialised network that depends on the seed alone; dropout goes on from there."""
+    """Make a network whose initial weights depend on the seed alone; dropout draws on from the same generator."""
     torch.manual_seed(seed)
     return make()
 

@@ -264,7 +264,7 @@ class ByParts(ABC):
 
     @classmethod
     def options_before(cls) -> dict[str, Any]:
-        """The later options, at what held before there were such."""
+        """The options that were added later, at the values that held before they existed."""
         return _noted(cls, _BEFORE)
 
 

@@ -98,7 +98,7 @@ def described(spec: str, classes: int) -> str:
 
 
 def options_of(loss: Loss) -> dict[str, Any]:
-    """The options a loss was made with, for a run's settings and for the eye."""
+    """The options that a loss was made with, for a run's settings and for people to read."""
     known = [f.name for f in fields(loss) if f.init]  # type: ignore[arg-type]  # a dataclass, like all of the table
     return {name: getattr(loss, name) for name in known}
 

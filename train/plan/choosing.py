@@ -17,7 +17,7 @@ _EXAMPLE = "resnet34"  # a teacher to name in a message, where the user has name
 
 
 def choose_cache(config: TrainConfig) -> Stored:
-    """The cache asked for, or the only one that matches the data and the teacher.
+    """Find the cache that is asked for, or the only one that matches the data and the teacher.
 
     NotFoundError where there is none; InputError where several match; MismatchError for another teacher's.
     """

@@ -61,7 +61,7 @@ class TrainPlan:
 
     @property
     def classes(self) -> int:
-        """How many classes the student answers for: those of the cache's records."""
+        """The number of classes that the student answers for: as many as the cache's records have."""
         return self.cache.identity.record.classes
 
     @cached_property
@@ -81,7 +81,7 @@ class TrainPlan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """What config.json holds: all that makes this run another one than others, and where things lie."""
+        """The content of config.json: everything that tells this run from others, and where things lie."""
         asked, recipe, cache = self.asked, self.recipe, self.cache
         return {
             "cache": cache.key, "data": placed(asked.data), "student": self.student, "loss": self.loss.name,
@@ -98,7 +98,7 @@ class TrainPlan:
 
     @property
     def notes(self) -> dict[str, Any]:
-        """What stands in the student's files of weights, so that they can be read and evaluated by themselves."""
+        """The notes in the student's weights files, by which they can be read and evaluated on their own."""
         data, has = self.data, self.cache.identity.evaluation
         return {
             "student": self.student, "classes": self.classes, "input_size": self.image_size, "mean": list(data.mean),
@@ -160,7 +160,7 @@ def make_plan(config: TrainConfig, device: torch.device, say: Callable[[str], No
         loss_spec=spec,
         student=student,
         image_size=config.image_size or data.image_size or cache.identity.teacher.input_size,
-        # Pinned, for a cache may have got more views by the time that the run is resumed.
+        # The number is fixed now, since a cache may have more views by the time the run is resumed.
         views=None if config.fresh_views else config.views or len(cache.views) or None,
         batch=batch,
         recipe=_recipe(config, defaults, batch, count // batch, device),
@@ -169,7 +169,7 @@ def make_plan(config: TrainConfig, device: torch.device, say: Callable[[str], No
 
 
 def default_out(config: TrainConfig) -> Path:
-    """The folder of a run whose settings name none: by its data, student, loss and seed."""
+    """The folder of a run whose settings name none. It is named after the data, student, loss and seed."""
     data = open_data(config.data, "train", unlabelled=True)
     return _out_of(config, data.name, config.student or defaults_for(data).student)
 
@@ -210,7 +210,7 @@ def _recipe(config: TrainConfig, defaults: Defaults, batch: int, batches: int, d
     lr, decay = default_rates(config.optimiser, defaults, together)
     sgd_lr, sgd_decay = default_rates("sgd", defaults, together) if config.optimiser == "muon" else (None, None)
     epochs = config.epochs or defaults.epochs
-    # A compiler takes a minute, and the digits do not.
+    # Compiling takes a minute, which is more than a run on the digits takes.
     long = device.type == "cuda" and epochs * batches >= _WORTH_COMPILING
     return Recipe(
         epochs=epochs,

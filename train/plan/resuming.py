@@ -24,7 +24,7 @@ _NAMED = (
 
 
 def given_by(config: TrainConfig) -> set[str]:
-    """The fields that are not at their defaults: taken as those that a user has typed, where nobody says which were."""
+    """The fields that are not at their defaults. They count as typed by the user where nothing says which were."""
     return {f.name for f in fields(config) if getattr(config, f.name) != f.default}
 
 
@@ -67,7 +67,7 @@ def _fields_of(kind: type[TrainConfig], had: dict[str, Any], folder: Path) -> di
 
 
 def _same(config: TrainConfig, name: str, before: dict[str, Any], had: dict[str, Any]) -> bool:
-    """Whether a setting is what the run has, in these or in other words."""
+    """Whether a setting is that of the run, even if it is written differently."""
     value = getattr(config, name)
     if name == "cache":
         return str(had.get("cache")).startswith(value) or place_of(value) == before["cache"]
@@ -87,7 +87,7 @@ def _spec(name: str, options: dict[str, Any]) -> str:
 
 
 def placed(data: str) -> str:
-    """The dataset's spec, from wherever it is read: with an absolute path."""
+    """The dataset's spec with an absolute path, so that it holds in any working directory."""
     name, _, path = data.partition(":")
     return f"{name}:{place_of(path)}" if path and not is_function(data) else data
 

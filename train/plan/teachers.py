@@ -54,7 +54,7 @@ def learning_teacher(plan: TrainPlan) -> LearningTeacher | None:
     else:
         if plan.asked.weights:
             raise InputError(f"--weights are those of a taught teacher: give --loss {loss.name}:start=taught")
-        # A seed that no student has: two of one kind must not start from equal weights.
+        # No student has this seed: two networks of one kind must not start from equal weights.
         model = new_classifier(
             _network_of(plan), plan.classes, had.input_size, data, plan.device, -1 - plan.asked.seed, "the cache holds"
         )
@@ -66,7 +66,7 @@ def learning_teacher(plan: TrainPlan) -> LearningTeacher | None:
 
 
 def _require_no_options(loss: Partnered) -> None:
-    """InputError where an option is given that is about a teacher that learns."""
+    """Raise InputError if an option is given that only concerns a teacher that learns."""
     if any(getattr(loss, name) != getattr(type(loss), name) for name in loss.partner_options):
         *most, last = loss.partner_options
         raise InputError(f"{loss.name}'s {', '.join(most)} and {last} are of a teacher that learns: give --online")

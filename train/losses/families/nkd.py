@@ -135,7 +135,7 @@ class USKD(ByParts):
         with torch.autocast(logits.device.type, enabled=False):
             log_w = F.log_softmax(F.linear(batch.features.float(), head.weight, head.bias), 1)
         log_q = F.log_softmax(logits, 1)
-        share = torch.zeros_like(log_q).scatter_add_(1, *batch.columns())  # of each class in the labels
+        share = torch.zeros_like(log_q).scatter_add_(1, *batch.columns())  # the weight of each class in the labels
         named = share > 0
         zeta = self._zipf(log_w.detach().exp(), log_q.detach(), named)
         # Where all classes are named there are no others: any finite q~ will do, since zeta is 0.
