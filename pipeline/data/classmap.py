@@ -120,7 +120,7 @@ def _resolve(spec: str, wanted: Sequence[str | int], teacher_classes: Sequence[s
 
 
 def _finder(names: Sequence[str]) -> Callable[[str], int | None]:
-    """Make a function that finds the place of a name in `names`: the exact one, or else the only one that reads alike."""
+    """Make a function that finds the place of a name in `names`: the exact one, else the only one that reads alike."""
     exact = {name: i for i, name in enumerate(names)}
     alike: dict[str, list[int]] = {}
     for i, name in enumerate(names):

@@ -1,4 +1,4 @@
-"""Datasets whose samples have a stable index: sample i is the same image with the same label, today and on every machine.
+"""Datasets whose samples have a stable index: sample i is the same image with the same label on every machine.
 
 `Dataset` is what the rest of kdcache knows of one split. `open_data` opens one by its spec:
 
@@ -116,7 +116,7 @@ class Dataset(Protocol):
         """
 
     def unreadable(self, progress: FilesDone | None = None) -> list[str]:
-        """Decode every file and list a line 'path: reason' for each that cannot be decoded. Calls progress(done, all)."""
+        """Decode every file and list a line 'path: reason' for each that cannot be. Calls progress(done, all)."""
 
     def named(self, name: str, split: str) -> Dataset:
         """The same images under another name."""

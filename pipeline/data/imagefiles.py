@@ -187,7 +187,7 @@ def mean_std(images: np.ndarray) -> tuple[Triple, Triple]:
 
 
 def _each(work: Callable[[int], T], n: int, progress: FilesDone | None = None) -> list[T]:
-    """Return [work(0), ..., work(n - 1)]. Threads do the work, unless the first calls show that they would be slower."""
+    """Return [work(0), ..., work(n - 1)]. Threads do the work, unless the first calls are too quick for them."""
     results: list[T] = []
     start = time.perf_counter()
     first = [work(i) for i in range(min(_CHUNK, n))]

@@ -45,7 +45,7 @@ class FileDataset(Described):
         return imagefiles.unreadable_files(self.root, self.paths, progress)
 
     def _fingerprint(self, full: bool) -> str:
-        """Digest all paths and sizes, and the contents of FINGERPRINTED_FILES drawn files or, when `full`, of all files."""
+        """Digest all paths and sizes, and the contents of FINGERPRINTED_FILES drawn files or, when `full`, of all."""
         n = len(self)
         digest = self._begun("files", full)
         for path, size in zip(self.paths, imagefiles.file_sizes(self.root, self.paths), strict=True):
