@@ -116,10 +116,8 @@ def _torchvision_names() -> tuple[str, ...]:
 def _from_torchvision(name: str, classes: int, image_size: int) -> nn.Module:
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        options = {
-            "aux_logits": False,
-            "init_weights": True,
-        }  # True is the default, but torchvision warns unless it is given
+        # True is the default, but torchvision warns unless it is given.
+        options = {"aux_logits": False, "init_weights": True}
     elif name.startswith("vit_"):
         options = {"image_size": image_size}
     elif name.startswith("maxvit_"):
