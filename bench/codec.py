@@ -28,10 +28,10 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache import Records, encode
-from kdcache.cache.choices import TEMPERATURES
-from kdcache.cache.encoding import class_prior, tail_distribution
 from kdcache.cache.identity import RecordIdentity
-from kdcache.cache.records import STEP, Tail
+from kdcache.cache.records.choices import TEMPERATURES
+from kdcache.cache.records.encoding import class_prior, tail_distribution
+from kdcache.cache.records.records import STEP, Tail
 from kdcache.cache.store.chunks import array_metadata, as_arrays, encode_part, group_metadata
 from kdcache.cache.store.layout import ArraySpec, record_arrays
 from kdcache.train.bench.bench import machine

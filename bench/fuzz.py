@@ -33,8 +33,8 @@ import fuzzing
 from fuzzing import within
 
 from kdcache.cache import Cache, Identity, KdcacheError, open_cache
-from kdcache.cache.encoding import tail_distribution
 from kdcache.cache.packing import pack_hdf5
+from kdcache.cache.records.encoding import tail_distribution
 from kdcache.cache.store import chunks
 from kdcache.pipeline.verify import verify
 from kdcache.train.bench.bench import machine

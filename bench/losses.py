@@ -28,7 +28,7 @@ from torch import Tensor
 from torch.profiler import ProfilerActivity, profile
 
 from kdcache.cache import Records, encode
-from kdcache.cache.encoding import class_prior, tail_distribution
+from kdcache.cache.records.encoding import class_prior, tail_distribution
 from kdcache.train.bench.bench import machine
 from kdcache.train.losses import Loss
 from kdcache.train.losses.options import LOSSES, make_loss, options_of

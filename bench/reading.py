@@ -26,9 +26,9 @@ import torchvision
 from torch import Tensor
 
 from kdcache.cache import Cache, Identity, encode
-from kdcache.cache.choices import TEMPERATURES
 from kdcache.cache.identity import DataIdentity, RecordIdentity, TeacherIdentity, ViewsIdentity
 from kdcache.cache.packing import pack_hdf5
+from kdcache.cache.records.choices import TEMPERATURES
 from kdcache.cache.store import chunks
 from kdcache.cache.store.layout import ArraySpec
 from kdcache.pipeline.build.build import build

@@ -23,7 +23,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.cache import Records, encode
-from kdcache.cache.encoding import class_prior, tail_distribution
+from kdcache.cache.records.encoding import class_prior, tail_distribution
 from kdcache.train.losses import CE, NKD, Loss
 
 KS, TAILS, DENSE = (5, 10, 20, 50), ("prior", "uniform", "renorm", "drop"), "dense"

@@ -4,19 +4,19 @@ from importlib import import_module
 from typing import TYPE_CHECKING
 
 if TYPE_CHECKING:
-    from kdcache.cache.encoding import encode
     from kdcache.cache.errors import KdcacheError
     from kdcache.cache.home import open_cache
     from kdcache.cache.identity import Identity
-    from kdcache.cache.records import Records
+    from kdcache.cache.records.encoding import encode
+    from kdcache.cache.records.records import Records
     from kdcache.cache.store.cache import Cache
 else:
     _HOMES = {
         "Cache": "store.cache",
         "Identity": "identity",
         "KdcacheError": "errors",
-        "Records": "records",
-        "encode": "encoding",
+        "Records": "records.records",
+        "encode": "records.encoding",
         "open_cache": "home",
     }
 

@@ -9,15 +9,15 @@ from typing import Any, Final, Literal, TypeVar
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
-from kdcache.cache.choices import Interpolation
 from kdcache.cache.errors import CorruptError, MismatchError
+from kdcache.cache.records.choices import Interpolation
 
 FORMAT: Final = 1
 # Far above any real one; a larger file is refused before it is parsed.
 MAX_JSON_BYTES = 1 << 20
-# How uint8 records are coded (records.py): gaps and tails in steps of so many nats, and the code of an empty tail.
-STEP = 1 / 8
-NO_TAIL = 254  # 255 is left to show a hole
+# How uint8 records are coded (records/records.py).
+STEP = 1 / 8  # the step of gaps and tails, in nats
+NO_TAIL = 254  # the code of an empty tail; 255 is left to mark a hole
 
 Sha256 = str
 SplitName = Literal["train", "eval"]

@@ -6,10 +6,10 @@ import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from kdcache.cache.choices import FileStore
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import caches_folder, open_cache
 from kdcache.cache.packing import choose_views, packed_rows_bytes, unpack_hdf5
+from kdcache.cache.records.choices import FileStore
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.progress import Progress, duration, size

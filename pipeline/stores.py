@@ -1,7 +1,7 @@
 """The kinds of store that a cache can lie in: a folder as it is built, or one file that it is packed into.
 
-A new kind is a file that packs and reads it, a row in `STORES`, its name in cache/choices.py, and a class with its name
-in tests/pipeline/test_store_kinds.py.
+A new kind is a file that packs and reads it, a row in `STORES`, its name in cache/records/choices.py, and a class
+with its name in tests/pipeline/test_store_kinds.py.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.home import open_cache
 from kdcache.cache.identity import Identity
 from kdcache.cache.packing import pack_hdf5, packed_rows_bytes
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.cache.store import hdf5
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name

@@ -11,9 +11,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.cache.choices import TEMPERATURES
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
-from kdcache.cache.records import Records
+from kdcache.cache.records.choices import TEMPERATURES
+from kdcache.cache.records.records import Records
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name

@@ -10,8 +10,6 @@ LINES, FUNCTION, CLASS, MODULES = 450, 60, 200, 8
 # What is larger, and why.
 LARGER = {
     "bench/cifar_losses.py: main": "options, work and table of one script",
-    "cache: 9 modules": "the command line asks care and home without a package between",
-    "tests/test_cli.py": "to be divided by command",
 }
 
 

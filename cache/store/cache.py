@@ -37,7 +37,7 @@ from kdcache.cache.store.publish import SplitStore, require_folder
 if TYPE_CHECKING:  # torch takes seconds to import, and listing, moving or checking a cache needs no tensors
     import torch
 
-    from kdcache.cache.records import Records
+    from kdcache.cache.records.records import Records
 
 _COMMIT = re.compile(r"[a-z0-9-]+\.json")
 # Far above any real number of parts: the work to be done is in proportion to it.

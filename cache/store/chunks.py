@@ -28,7 +28,7 @@ from kdcache.cache.store.layout import ArraySpec, Chunk
 if TYPE_CHECKING:  # torch takes seconds to import, and much that is done with a cache needs no tensors
     import torch
 
-    from kdcache.cache.records import Records
+    from kdcache.cache.records.records import Records
 
 # Blosc takes no more than this at once.
 MAX_CHUNK_BYTES = 2**31 - 17
@@ -37,7 +37,7 @@ _CRC_BYTES = 4
 
 def encode_as(record: RecordIdentity, logits: torch.Tensor, labels: torch.Tensor, check: bool = True) -> Records:
     """Logits [B, C] and labels [B, L] encoded as a cache stores them; for `check` see `encode`."""
-    from kdcache.cache.encoding import encode
+    from kdcache.cache.records.encoding import encode
 
     return encode(logits, labels, record.k, record.temperatures, record.precision, record.tail_std, check)
 
@@ -66,7 +66,7 @@ def as_records(
     """
     import torch
 
-    from kdcache.cache.records import Records
+    from kdcache.cache.records.records import Records
 
     def tensor(name: str, dtype: str) -> torch.Tensor:
         found = stored.get(name)

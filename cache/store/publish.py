@@ -96,7 +96,7 @@ class SplitStore(SplitReader):
         """Commit the class prior [T, C], from the tail sums of view 0, which has to be complete."""
         import torch
 
-        from kdcache.cache.encoding import class_prior
+        from kdcache.cache.records.encoding import class_prior
 
         sums = np.zeros(self.layout.prior.shape)
         for part in range(self.parts):

@@ -24,7 +24,7 @@ from kdcache.cache.store.place import Place
 if TYPE_CHECKING:  # torch takes seconds to import, and listing, moving or checking a cache needs no tensors
     import torch
 
-    from kdcache.cache.records import Records
+    from kdcache.cache.records.records import Records
 
 T = TypeVar("T")
 Arrays = Mapping[str, NDArray[Any]]

@@ -10,7 +10,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.identity import Identity
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.source import Source

@@ -12,8 +12,8 @@ from typing import NamedTuple
 
 import torch
 
-from kdcache.cache.encoding import require_std, tail_distribution
 from kdcache.cache.errors import InputError
+from kdcache.cache.records.encoding import require_std, tail_distribution
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.cache.store.leases import Leases

@@ -4,7 +4,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Annotated
 
-from kdcache.cache.choices import TEMPERATURES, Interpolation, Precision
+from kdcache.cache.records.choices import TEMPERATURES, Interpolation, Precision
 from kdcache.pipeline.commandline.options import Bf16, CacheFolder, Device, FullFingerprint, Option, Seed, Workers
 from kdcache.pipeline.data.defaults import DATA, Augment, Data, Unlabelled, names_function
 

@@ -14,9 +14,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.cache.encoding import default_precision
 from kdcache.cache.errors import InputError
 from kdcache.cache.identity import Identity, RecordIdentity, ViewsIdentity
+from kdcache.cache.records.encoding import default_precision
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import record_arrays

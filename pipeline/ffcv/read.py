@@ -17,7 +17,7 @@ from torchvision.io import ImageReadMode
 from kdcache.cache.errors import CorruptError, MismatchError, NotFoundError
 from kdcache.cache.files import sha256
 from kdcache.cache.identity import id_dtype
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.cache.store.chunks import as_records
 from kdcache.pipeline.ffcv.format import AREA_RENDERER, CRC_BYTES, RAW, Block, PackedView
 from kdcache.pipeline.ffcv.headers import corrupt, read_headers, sizes_of

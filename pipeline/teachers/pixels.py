@@ -12,9 +12,9 @@ from pathlib import Path
 
 from torch import nn
 
-from kdcache.cache.choices import Interpolation
 from kdcache.cache.errors import InputError
 from kdcache.cache.identity import TeacherIdentity
+from kdcache.cache.records.choices import Interpolation
 from kdcache.pipeline.data.dataset import Dataset
 
 RGB = tuple[float, float, float]

@@ -17,10 +17,10 @@ from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kdcache.cache.choices import Interpolation
 from kdcache.cache.errors import InputError, first_sentence
 from kdcache.cache.files import replace_file
 from kdcache.cache.home import teachers_folder
+from kdcache.cache.records.choices import Interpolation
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.teachers.pixels import RGB
 

@@ -18,8 +18,8 @@ from torch import Tensor
 from torchvision.transforms.v2 import InterpolationMode
 from torchvision.transforms.v2 import functional as tv
 
-from kdcache.cache.choices import Interpolation
 from kdcache.cache.errors import InputError
+from kdcache.cache.records.choices import Interpolation
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.rank import cores
 from kdcache.pipeline.views.policy import ViewParameters, padding

@@ -8,7 +8,7 @@ import torch
 from hypothesis import strategies as st
 
 from kdcache.cache import Cache, Identity
-from kdcache.cache.encoding import class_prior, tail_distribution
+from kdcache.cache.records.encoding import class_prior, tail_distribution
 from kdcache.cache.store.chunks import as_arrays, encode_as
 
 FIELDS = ("classes", "gaps", "target_gap", "tail", "tail_std", "labels", "prior")

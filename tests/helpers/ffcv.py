@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.cache.encoding import tail_distribution
+from kdcache.cache.records.encoding import tail_distribution
 from kdcache.cache.store.chunks import as_arrays
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.split import describe_data

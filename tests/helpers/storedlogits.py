@@ -4,7 +4,7 @@ import numpy as np
 import pytest
 import torch
 
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 
 CLASSES, K, VIEWS = ("ant", "bee", "cat", "dog", "eel"), 3, 3
 RNG = np.random.default_rng

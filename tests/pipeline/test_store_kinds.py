@@ -7,9 +7,9 @@ from typing import Any, get_args
 import pytest
 
 from kdcache.cache import Cache
-from kdcache.cache.choices import FileStore, StoreName
 from kdcache.cache.errors import InputError
 from kdcache.cache.home import WITH_IMAGES
+from kdcache.cache.records.choices import FileStore, StoreName
 from kdcache.pipeline.pack import pack
 from kdcache.pipeline.stores import STORES, Store
 from kdcache.tests.contracts.stores import StoreContract, built

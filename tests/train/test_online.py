@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from kdcache.cache import KdcacheError, open_cache
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.pipeline.build.answers import view_parameters
 from kdcache.tests.helpers.building import record_batches
 from kdcache.tests.helpers.training import BATCH, quiet, student, teacher_of

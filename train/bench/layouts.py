@@ -13,9 +13,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from kdcache.cache.encoding import tail_distribution
 from kdcache.cache.identity import Identity, id_dtype
-from kdcache.cache.records import Records
+from kdcache.cache.records.encoding import tail_distribution
+from kdcache.cache.records.records import Records
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.train.loaders.order import epoch_batches, gathered

@@ -7,8 +7,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.cache.encoding import encode
-from kdcache.cache.records import Records
+from kdcache.cache.records.encoding import encode
+from kdcache.cache.records.records import Records
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.teachers.teacher import Classifier

@@ -7,7 +7,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.views.policy import evaluation_view

@@ -15,7 +15,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.data.dataset import Dataset, open_data

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError, UnservedError
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.cache.store.chunks import as_records
 from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.views.policy import ViewParameters, padding, resizes

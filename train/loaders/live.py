@@ -10,9 +10,9 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.cache.encoding import encode
 from kdcache.cache.errors import KdcacheError, NotFoundError
-from kdcache.cache.records import Records
+from kdcache.cache.records.encoding import encode
+from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.views.policy import TEACHING, ViewParameters, draw

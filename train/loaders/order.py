@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.pipeline.views.render import order_on
 
 _GATHERED = 1 << 22  # bytes: far fewer calls than one a batch, and still in the processor's caches

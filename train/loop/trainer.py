@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, nn
 
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.progress import Progress, percent
 from kdcache.pipeline.teachers.networks import build_network

@@ -33,7 +33,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcache.cache.errors import InputError, UnservedError
-from kdcache.cache.records import Records, Softened
+from kdcache.cache.records.records import Records, Softened
 
 T = TypeVar("T")
 

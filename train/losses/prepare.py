@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache.errors import UnservedError
 from kdcache.cache.identity import RecordIdentity
-from kdcache.cache.records import STD_TAU, Records
+from kdcache.cache.records.records import STD_TAU, Records
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train.losses.base import Featured, Loss, Surveying

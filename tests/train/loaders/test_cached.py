@@ -8,7 +8,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from kdcache.cache import KdcacheError, open_cache
-from kdcache.cache.records import Records
+from kdcache.cache.records.records import Records
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer

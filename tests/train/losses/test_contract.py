@@ -13,7 +13,7 @@ from torch import nn
 from torch._dynamo.testing import CompileCounter
 
 from kdcache.cache import encode
-from kdcache.cache.records import Tail
+from kdcache.cache.records.records import Tail
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.tests.contracts.losses import CASES, Case, LossContract, of
 from kdcache.tests.helpers.losses import F, ce, finite, logits, sample, soft

@@ -12,7 +12,7 @@ import torch.nn.functional as F
 from torch import Tensor
 from torch.utils.checkpoint import checkpoint
 
-from kdcache.cache.records import Tail
+from kdcache.cache.records.records import Tail
 from kdcache.train import group
 from kdcache.train.losses.base import (
     POSITIVE,

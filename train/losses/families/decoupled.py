@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from kdcache.cache.errors import InputError, UnservedError
-from kdcache.cache.records import Records, Tail
+from kdcache.cache.records.records import Records, Tail
 from kdcache.train import group
 from kdcache.train.losses.base import (
     POSITIVE,

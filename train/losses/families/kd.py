@@ -10,7 +10,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from kdcache.cache.records import Tail
+from kdcache.cache.records.records import Tail
 from kdcache.train.losses.base import (
     INNER_SHARE,
     POSITIVE,

@@ -11,7 +11,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from kdcache.cache.errors import UnservedError
-from kdcache.cache.records import Tail
+from kdcache.cache.records.records import Tail
 from kdcache.train import group
 from kdcache.train.losses.base import POSITIVE, Batch, ByParts, Needs, Parts, given_weights, label_ce, option, part
 

@@ -10,10 +10,10 @@ import math
 import torch
 from torch import Tensor
 
-from kdcache.cache.choices import TEMPERATURES, Precision
 from kdcache.cache.errors import InputError
 from kdcache.cache.identity import NO_TAIL, STEP, id_dtype
-from kdcache.cache.records import STD_FLOOR, STD_TAU, Records
+from kdcache.cache.records.choices import TEMPERATURES, Precision
+from kdcache.cache.records.records import STD_FLOOR, STD_TAU, Records
 
 
 def encode(

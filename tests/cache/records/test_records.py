@@ -7,8 +7,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache import KdcacheError, encode
-from kdcache.cache.encoding import class_prior, tail_distribution
-from kdcache.cache.records import NO_TAIL, STEP
+from kdcache.cache.records.encoding import class_prior, tail_distribution
+from kdcache.cache.records.records import NO_TAIL, STEP
 
 
 def softmax64(z, t=1.0):
