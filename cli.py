@@ -168,7 +168,7 @@ def train(config: TrainConfig, loss: tuple[str, ...], seed: tuple[int, ...], as_
     losses, seeds = asked(config, loss, seed, given, is_set("loss"))
     config = replace(config, loss=losses[0], seed=seeds[0])
     if len(losses) * len(seeds) > 1:
-        result = sweep(config, [*filter(None, losses)], seeds, say, given)
+        result = sweep(config, tuple(filter(None, losses)), seeds, say, given)
         show(result, as_json, table(result))
         sys.exit(1 if any("error" in one for one in result["runs"]) else 0)
     summary = run(config, say, given=given)
