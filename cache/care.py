@@ -1,8 +1,8 @@
-"""Care of what is kept: a cache that is removed on purpose, and what nothing needs any more.
+"""Removes caches on purpose, and finds and removes what nothing needs any more.
 
-A cache goes commits first, identity last: a reader finds fewer views or none, never half of one, and a removal that was
-stopped is finished by the next. Listing (`leavings`) writes nothing at all; whether something is in use is asked again,
-with the locks and leases that its users hold, when it is removed.
+A cache's commits are removed first and its identity last: a reader finds fewer views or none, never half
+of one, and a removal that was stopped is finished by the next. Listing (`leavings`) writes nothing at all; whether
+something is in use is asked again, with the locks and leases that its users hold, when it is removed.
 """
 
 from __future__ import annotations
@@ -140,7 +140,7 @@ def _is_shard(commit: str) -> bool:
 
 
 def _in_order(cache: Cache) -> list[str]:
-    """Its commits, as they go: the last view first, view 0 and what every reader needs at the end."""
+    """The commits in the order of removal: the last view first, view 0 and what every reader needs at the end."""
     last_first = cache.commits()[::-1]
     return sorted(last_first, key=lambda file: (not _is_shard(file), file.startswith("eval/")))
 
@@ -184,7 +184,7 @@ def leavings(days: float, registry: str | None = None, store_bytes: int | None =
 
 
 def gc(found: Sequence[Leaving], delete: bool) -> dict[str, Any]:
-    """The facts of what is found, which `delete` removes. kept: why a thing that is in use after all has stayed."""
+    """Facts about what was found, which `delete` removes. kept: why a thing stayed, since it is in use after all."""
     facts, freed = [], 0
     for one in found:
         kept = None
@@ -223,16 +223,16 @@ def _temporary(folder: Path, names: list[str]) -> Iterator[Leaving]:
 
 
 def _teachers(before: float) -> Iterator[Leaving]:
-    """Weights here that no cache here names, and that were not used since `before`."""
+    """Find local weights that no local cache names and that were not used since `before`."""
     for path, size in sorted(_unneeded(before).items()):
         yield Leaving(str(path), size, _UNNAMED, partial(_remove_weights, path, before))
 
 
 def _unneeded(before: float) -> dict[Path, int]:
-    """The bytes of those files."""
+    """Bytes of each local file of weights that no cache names and that was not used since `before`."""
     caches, bad = list_caches()
     if bad:
-        return {}  # who knows what those name; ls says what is wrong with them
+        return {}  # they may name any weights; ls says what is wrong with them
     needed = {cache.identity.teacher.weights for cache in caches}
     here = dict.fromkeys(files.names(teachers_folder()), 0)
     found = {weights_file(w): weights_file(w).lstat() for w in weights_among(here) if w not in needed}
@@ -275,12 +275,12 @@ def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
 
 
 def _teachers_there(shared: Registry, before: float) -> dict[str, int]:
-    """The bytes of weights that no cache there names, and that were published before `before`, by their hash."""
+    """Bytes, by hash, of the registry's weights that no cache there names and that were published before `before`."""
     there = shared.teachers.sizes()
     try:
         needed = {shared.open(key).identity.teacher.weights for key in (shared.keys() if there else ())}
     except (CorruptError, MismatchError, NotFoundError):
-        return {}  # who knows what that one names; ls says what is wrong with it
+        return {}  # it may name any weights; ls says what is wrong with it
     return {w: size for w, size in there.items() if w not in needed and shared.teachers.changed(w) < before}
 
 

@@ -26,8 +26,8 @@ def sha256(data: Content) -> str:
 def publish(path: Path, data: bytes, scratch: Path, *, replace: bool = False) -> None:
     """Create `path` with `data`, synced to disk, by way of a temporary file in `scratch` (same file system).
 
-    An existing file with the same bytes passes. With other bytes it is a CorruptError, unless `replace`: for a
-    file that nothing has committed.
+    An existing file with the same bytes is left as it is. One with other bytes raises CorruptError, unless `replace`
+    is set, which is meant for files that nothing has committed.
     """
     try:
         _put(path, partial(write, data=data), scratch, os.link)
@@ -53,11 +53,12 @@ def link_file(path: Path, file: Path, scratch: Path) -> None:
 def write(path: Path, data: Content) -> None:
     """Write a file that nobody looks for yet, synced; its folder is not.
 
-    It is a group's where the folder is (see `make_folder`).
+    The group may read and write it where its folder belongs to a group (see `make_folder`).
     """
     with _naming(path), path.open("wb") as f:
         if _is_groups(path.parent):
-            # To write too: without that right nobody else may link to it, which finishing another's work takes.
+            # The group needs the right to write: without it nobody else may link to the file, and so nobody could
+            # finish another's work.
             os.fchmod(f.fileno(), stat.S_IMODE(os.fstat(f.fileno()).st_mode) | stat.S_IRGRP | stat.S_IWGRP)
         f.write(data)
         f.flush()
@@ -65,9 +66,9 @@ def write(path: Path, data: Content) -> None:
 
 
 def make_folder(folder: Path) -> None:
-    """Make a folder, and those above it, unless it is there.
+    """Make a folder and its parents, unless it exists.
 
-    In one that is a group's (setgid, and the group may write) it is the group's too, whatever the umask.
+    Where its parent belongs to a group (setgid, and the group may write), so does the new folder, whatever the umask.
     """
     if folder.is_dir():
         return
@@ -75,7 +76,7 @@ def make_folder(folder: Path) -> None:
         make_folder(folder.parent)
     if not _is_groups(folder.parent):
         return folder.mkdir(exist_ok=True)
-    # It gets its name with its rights: what others made in it before would lack them, or be refused.
+    # The folder gets its name only once it has its rights: files that others made in it earlier would lack them.
     new = folder.with_name(f".{folder.name}.{secrets.token_hex(8)}.tmp")
     new.mkdir()
     try:
@@ -114,11 +115,11 @@ def _put(
 
 
 def remove_folder(folder: Path, scratch: Path) -> None:
-    """Remove a folder and all in it, in one step for those who look for it; nothing where another does."""
+    """Remove a folder and all in it. Others see it vanish in one step; another process may remove it too."""
     aside = scratch / secrets.token_hex(8)
     while folder.exists():
         make_folder(scratch)
-        with suppress(FileNotFoundError):  # it has gone, or this builder's scratch folder
+        with suppress(FileNotFoundError):  # the folder has gone, or this builder's scratch folder has
             folder.rename(aside)
             shutil.rmtree(aside, ignore_errors=True)
 
@@ -157,7 +158,7 @@ def _holds(path: Path, data: bytes) -> bool:
 
 def read_bounded(path: Path, limit: int) -> bytes:
     """The file's bytes; a CorruptError, without reading on, where it is longer or not a plain file."""
-    # Not through a link out of the cache.
+    # O_NOFOLLOW: a link could lead out of the cache.
     with _opened(path, os.O_NOFOLLOW) as (f, size):
         if size > limit:
             raise CorruptError(f"{path} is longer than the {limit} bytes that it may have")
@@ -175,9 +176,9 @@ def read_range(path: Path, offset: int, size: int, *, short: bool = False) -> by
 
 @contextmanager
 def _opened(path: Path, flags: int = 0) -> Iterator[tuple[BinaryIO, int]]:
-    """The plain file and its size in bytes."""
+    """Open a plain file: yields it and its size in bytes."""
     try:
-        # Without waiting for a pipe's other end.
+        # O_NONBLOCK: opening a pipe must not wait for its other end.
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing") from None

@@ -14,9 +14,9 @@ from kdcache.cache.registry.registry import DIGITS, Registry, may_be_name, split
 from kdcache.cache.registry.teachers import weights_name
 from kdcache.cache.store.cache import Cache
 
-# What is packed with its images, and so is opened by those who know images (pipeline/stores.py).
+# Suffixes of files that are packed with their images, and so are opened in pipeline/stores.py.
 WITH_IMAGES = (".beton",)
-_SHORT = re.compile(r"[0-9a-f]{1,3}")  # of a key: too few of its digits
+_SHORT = re.compile(r"[0-9a-f]{1,3}")  # too few digits of a key
 
 
 def home() -> Path:
@@ -26,7 +26,7 @@ def home() -> Path:
 
 @contextmanager
 def home_at(folder: Path) -> Iterator[None]:
-    """KDCACHE_HOME is `folder` for a while."""
+    """Set KDCACHE_HOME to `folder` inside the `with`."""
     before = os.environ.get("KDCACHE_HOME")
     os.environ["KDCACHE_HOME"] = str(folder)
     try:
@@ -109,7 +109,7 @@ def open_cache(where: str | os.PathLike[str], registry: str | None = None, store
 
 
 def list_caches() -> tuple[list[Cache], list[str]]:
-    """Every cache under KDCACHE_HOME, packed ones too, and a line for what lies there and is none."""
+    """Every cache under KDCACHE_HOME, packed ones too, and one line for each thing there that is no readable cache."""
     good: list[Cache] = []
     bad: list[str] = []
     for path in _entries():

@@ -24,12 +24,12 @@ SplitName = Literal["train", "eval"]
 
 
 class Strict(BaseModel):
-    """Unknown keys, other types, NaN and later changes are refused."""
+    """A model that refuses unknown keys, other types, NaN and later changes."""
 
     model_config = ConfigDict(extra="forbid", frozen=True, strict=True, allow_inf_nan=False)
 
     def differences(self, other: Strict, mine: str = "the cache has", theirs: str = "asked for") -> list[str]:
-        """One line a field in which the two differ."""
+        """List the fields in which the two differ, one line each."""
         a, b = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
         names = dict.fromkeys([*a, *b])
         return [f"{n}: {mine} {a.get(n)}, {theirs} {b.get(n)}" for n in names if a.get(n) != b.get(n)]
@@ -38,7 +38,7 @@ class Strict(BaseModel):
 class TeacherIdentity(Strict):
     """The network that answers: architecture, its tensors' hash, and how it wants its pixels.
 
-    interpolation: how they are resized. Bilinear is left out of the JSON, as in the time when there was no other.
+    interpolation: how images are resized. Bilinear is left out of the JSON, as it was when there was no other.
     """
 
     architecture: str
@@ -79,8 +79,8 @@ class DataIdentity(Strict):
 class ViewsIdentity(Strict):
     """How views are drawn and rendered. How many there are is not part of it: views can be added.
 
-    policy: that of the draw; or of an imported cache `stored`, where boxes and flips lie in the shards, or `foreign`,
-    where the seeds of another project's transforms do.
+    policy: the policy that views are drawn by. Imported caches have `stored`, where boxes and flips lie in the shards,
+    or `foreign`, where the seeds of another project's transforms lie there.
     """
 
     policy: str
@@ -96,8 +96,8 @@ class ViewsIdentity(Strict):
 class RecordIdentity(Strict):
     """What is stored for one (view, sample).
 
-    lacks: of an imported cache, what is not known: the labels' gaps, the records of the evaluation split. Where it is
-    empty it is left out of the JSON, so that all other keys are as they were before there were imports.
+    lacks: what is not known of an imported cache: the labels' gaps, or the records of the evaluation split. An empty
+    one is left out of the JSON, so that the keys of other caches stay as they were before there were imports.
     """
 
     classes: int = Field(ge=2, lt=2**32)
@@ -114,12 +114,12 @@ class RecordIdentity(Strict):
 
     @property
     def tails(self) -> int:
-        """For how many temperatures the tail, and so the class prior, is stored."""
+        """The number of temperatures for which the tail, and so the class prior, is stored."""
         return len(self.temperatures) + self.tail_std
 
     @property
     def target_gaps(self) -> int:
-        """How many labels' gaps are stored."""
+        """The number of labels whose gaps are stored."""
         return 0 if "target_gap" in self.lacks else self.labels
 
     @model_serializer(mode="wrap")
@@ -176,7 +176,7 @@ class Identity(Strict):
 
 
 def canonical(model: BaseModel) -> bytes:
-    """Sorted keys, fixed separators, ASCII: the same bytes for the same content."""
+    """Encode as JSON with sorted keys, fixed separators and ASCII only: equal content gives equal bytes."""
     return json.dumps(model.model_dump(mode="json"), sort_keys=True, separators=(",", ":"), allow_nan=False).encode()
 
 

@@ -1,4 +1,4 @@
-"""Packs a cache folder into one HDF5 file, and back. Both are proven right: commits carry the digests of rows."""
+"""Packs a cache folder into one HDF5 file, and unpacks it. Both check the rows against the digests in the commits."""
 
 from __future__ import annotations
 
@@ -129,7 +129,7 @@ def _require_equal(cache: Cache, out: Path, views: Sequence[int]) -> None:
 
 def clear_leaving(temporary: Path) -> None:
     """Remove what a killed process has left; BusyError where it is not dead."""
-    # Never written into again: it may be a second name of a finished file.
+    # It is removed and never written into again, since it may be a second name of a finished file.
     if temporary.exists():
         with _locked(temporary, 0):
             temporary.unlink()
@@ -137,7 +137,7 @@ def clear_leaving(temporary: Path) -> None:
 
 @contextmanager
 def new_file(temporary: Path) -> Iterator[Target]:
-    """An empty file, ours alone, that is gone afterwards."""
+    """Create an empty, locked file that is removed afterwards."""
     with _locked(temporary, os.O_CREAT | os.O_EXCL) as target:
         try:
             yield target

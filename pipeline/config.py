@@ -25,10 +25,14 @@ class VerifyConfig:
     class_map: ClassMap = None
     depth: Annotated[
         Literal["commits", "contents", "replay"],
-        Option("Identity, commits and files' sizes; every digest and value too; and the live teacher's answers."),
+        Option(
+            "Check identity, commits and files' sizes; also every digest and value; also the live teacher's answers."
+        ),
     ] = "replay"
     replay: Annotated[int, Option("Records a view to replay.", ge=1)] = 512
-    numeric: Annotated[Literal["float32", "bf16"] | None, Option("In which the teacher answers [the cache's].")] = None
+    numeric: Annotated[
+        Literal["float32", "bf16"] | None, Option("Number type of the teacher's answers [the cache's].")
+    ] = None
     repair: Annotated[bool, Option("Remove what is damaged, for the next build to make anew.")] = False
     device: Device = None
     registry: Registry = None
@@ -42,7 +46,7 @@ class GcConfig:
     older: Annotated[
         float,
         Option(
-            "Grace period of what has no name in the registry, and of builds that were never finished.",
+            "Grace period for what has no name in the registry, and for builds that were never finished.",
             metavar="DAYS",
             ge=0,
         ),

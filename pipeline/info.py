@@ -15,7 +15,7 @@ from kdcache.pipeline.process.progress import percent, size
 
 _SAMPLE = 10_000  # records, which are enough for a mean
 _THREADS = 8  # for reading commits, which may be far away
-_VIEWS = 4  # so many are read, to say how good the teacher is on them
+_VIEWS = 4  # views that are read, to tell how good the teacher is on them
 
 
 def summary(cache: Cache) -> dict[str, Any]:

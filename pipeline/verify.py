@@ -245,9 +245,10 @@ def source_of(
     i = cache.identity
     if i.views.imported:
         raise InputError(f"{cache.where} was imported, and its teacher is not at hand: give --depth contents")
+    network = teacher or stored_network(i.teacher.network, cache.where, "--teacher")
     images = images_of(i.data.name, data, cache.where, ", or --depth contents to do without them")
     config = BuildConfig(
-        teacher=teacher or stored_network(i.teacher.network, cache.where, "--teacher"),
+        teacher=network,
         weights=weightstore.weights_of(i, cache.where, weights, registry),
         teacher_size=i.teacher.input_size,
         teacher_mean=i.teacher.mean,

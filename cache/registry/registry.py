@@ -81,7 +81,7 @@ class Registry:
         return f"see kdcache ls --registry {shlex.quote(self.url)}"
 
     def require_writable(self) -> Registry:
-        """Itself; InputError for a web server, before anything is done in vain."""
+        """Return this registry; InputError for a web server, before anything is done in vain."""
         if not self.objects.writable:
             raise InputError(f"{self.url} is only read from: change the folder or bucket behind it")
         return self
@@ -96,7 +96,7 @@ class Registry:
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """The keys by name, without what is no name or does not parse; nothing for a web server."""
+        """Keys by name, without files that are no name or do not parse; empty for a web server."""
         found = {}
         if self.objects.listable:
             for name in sorted(self.objects.sizes("names")):
@@ -104,7 +104,7 @@ class Registry:
                     try:
                         found[name] = self._named(name).key
                     except (CorruptError, NotFoundError):
-                        continue  # said by who asks for that name
+                        continue  # whoever asks for that name is told
         return found
 
     def all_names(self) -> dict[str, str]:
@@ -225,7 +225,7 @@ class Registry:
             files.replace_file(seen, json.dumps(sorted(now)).encode())
 
     def caches(self) -> tuple[list[Cache], list[str]]:
-        """All caches, and a line for what lies among them and is none."""
+        """All caches, and one line for each folder among them that is no readable cache."""
         good, bad = [], []
         for key in self.keys():
             try:

@@ -54,7 +54,7 @@ class _Header(Strict):
 
 
 class _Index(Strict):
-    """Offset and size in bytes by the name of the file in a cache folder."""
+    """files: offset and size in bytes, by the file's name in a cache folder."""
 
     files: dict[str, tuple[int, int]]
 
@@ -149,7 +149,7 @@ class PackedFile:
         return self._file.stat().st_size
 
     def check(self) -> None:
-        """Every byte, HDF5's own included, against the digest of the whole."""
+        """Compare every byte, HDF5's own included, with the digest of the whole; CorruptError where they differ."""
         if _digest(self._file) != self._sha256:
             raise CorruptError(f"{self.where} is not what was packed: {_MEND}")
 
@@ -170,7 +170,7 @@ class Packer:
         self._file.close()
 
     def put(self, file: str, content: bytes) -> tuple[int, int]:
-        """A file as a dataset of bytes; its place."""
+        """Write a file as a dataset of bytes. Returns its offset and size in bytes."""
         dataset = self._file.create_dataset(file, data=np.frombuffer(content, np.uint8))
         self._places[file] = dataset.id.get_offset(), len(content)
         self._target.check()
@@ -263,7 +263,7 @@ def _digest(path: Path) -> str:
 
 
 def compressed(rows: NDArray[Any]) -> bytes:
-    """Rows as HDF5 compresses them here, to foretell size and time."""
+    """Compress rows as HDF5 does here, to foretell size and time."""
     planes = np.ascontiguousarray(rows).view(np.uint8).reshape(-1, rows.dtype.itemsize).T
     return zlib.compress(planes.tobytes(), LEVEL)
 

@@ -35,7 +35,7 @@ _MAX_BYTES = 4096
 
 
 class Owner(Strict):
-    """Who builds. machine: of this boot, None where that is unknown; started: of the process, in the system's ticks."""
+    """A builder. machine: names this boot, None where it is unknown; started: when the process did, in system ticks."""
 
     token: str
     host: str
@@ -50,9 +50,9 @@ class Owner(Strict):
 
 
 class Leases:
-    """This process as one of the builders of the cache at `path`. Use with `with`: it holds nothing afterwards.
+    """This process as one of the builders of the cache at `path`. Use it in a `with`: afterwards it holds no lease.
 
-    token: its name, and that of its folder in scratch/. say: told when a lease is lost.
+    token: the builder's name, which its folder in scratch/ has too. say: is called with a line when a lease is lost.
     """
 
     def __init__(self, path: Path, token: str, say: Callable[[str], None]) -> None:
@@ -109,7 +109,7 @@ class Leases:
         return True
 
     def release(self, name: str) -> None:
-        """Give a lease back; nothing if it was lost."""
+        """Give a lease back; a lost one is left alone."""
         link = self._held.pop(name, None)
         if link and self._is_mine(link):
             link.unlink(missing_ok=True)
@@ -140,7 +140,7 @@ class Leases:
                     path.unlink(missing_ok=True)
 
     def _in_use(self, path: Path) -> bool:
-        if path.suffix == ".tmp":  # of a builder on its way to being known, perhaps: only time tells
+        if path.suffix == ".tmp":  # its builder may just be starting: only time tells
             try:
                 return self._touch() - path.stat().st_mtime <= EXPIRES
             except FileNotFoundError:
@@ -165,7 +165,7 @@ class Leases:
             return None
 
     def _living(self, path: Path) -> Owner | None:
-        """The builder behind a file or link of its, if it lives."""
+        """The builder that a file or link belongs to, if it lives."""
         owner = self._owner_of(path)
         try:
             touched = path.stat().st_mtime  # after it was opened, which has an NFS client ask the server
@@ -174,7 +174,7 @@ class Leases:
         return None if owner is None or _ended(owner) or self._touch() - touched > owner.seconds else owner
 
     def _touch(self) -> float:
-        """Show that this builder lives. The time, by the file system's clock."""
+        """Show that this builder lives. Returns the time by the file system's clock, in seconds."""
         while True:
             try:
                 os.utime(self._file)

@@ -40,7 +40,7 @@ Weights = Annotated[
     str | None,
     Option("A weights file, a torchvision name, or published weights by their hash.", metavar="FILE|NAME|HASH"),
 ]
-ClassMap = Annotated[str | None, Option("Dataset's class names to the teacher's classes.", metavar="FILE|auto")]
+ClassMap = Annotated[str | None, Option("Maps the dataset's classes to the teacher's.", metavar="FILE|auto")]
 
 
 @dataclass(frozen=True)
@@ -61,25 +61,34 @@ class BuildConfig:
     ]
     weights: Weights = None
     _: KW_ONLY
-    teacher_size: Annotated[int | None, Option("Pixels of its images [as its source says].", ge=1, le=4096)] = None
+    teacher_size: Annotated[
+        int | None, Option("Size of the teacher's images in pixels [as its source says].", ge=1, le=4096)
+    ] = None
     teacher_mean: Annotated[
-        RGB | None, Option("Taken from values in 0..1 [as its source says].", metavar="R,G,B", parse=parse_rgb)
+        RGB | None,
+        Option("Mean to subtract from values in 0..1 [as its source says].", metavar="R,G,B", parse=parse_rgb),
     ] = None
     teacher_std: Annotated[
         RGB | None,
-        Option("Divides them then [as its source says].", metavar="R,G,B", parse=partial(parse_rgb, divides=True)),
+        Option(
+            "Standard deviation to divide by [as its source says].",
+            metavar="R,G,B",
+            parse=partial(parse_rgb, divides=True),
+        ),
     ] = None
-    teacher_interpolation: Annotated[Interpolation | None, Option("Resizes them [as its source says].")] = None
+    teacher_interpolation: Annotated[
+        Interpolation | None, Option("How its images are resized [as its source says].")
+    ] = None
     data: Data = DATA
     augment: Augment = None
     views: Annotated[int | None, Option("How many augmented views [by dataset].", ge=1, le=100_000)] = None
     topk: Annotated[int | None, Option("Classes to store [all up to 200, else 20].", ge=1)] = None
-    temperatures: Annotated[tuple[float, ...], Option("At which the tail is stored.", parse=parse_temperatures)] = (
-        TEMPERATURES
-    )
+    temperatures: Annotated[
+        tuple[float, ...], Option("Temperatures at which the tail is stored.", parse=parse_temperatures)
+    ] = TEMPERATURES
     precision: Annotated[
         Precision | None,
-        Option("Of the stored gaps between logits [uint8 for top-k, float16 for dense records]."),
+        Option("Precision of the stored gaps between logits [uint8 for top-k, float16 for dense records]."),
     ] = None
     tail_std: Annotated[bool, Option("With top-k records: store what --loss logit-std needs.")] = False
     class_map: ClassMap = None

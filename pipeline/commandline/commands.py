@@ -30,12 +30,12 @@ _SETTINGS = "kdcache.settings"  # where click's context keeps those that were fo
 
 
 class Command(click.Command):
-    """A command that refuses an option which is given twice, where click goes by the last and says nothing."""
+    """A command that refuses an option that is given twice; click itself would silently take the last value."""
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
         parser = self.make_parser(ctx)
         once = [p for p in self.get_params(ctx) if isinstance(p, click.Option) and not (p.multiple or p.count)]
-        for p in once:  # the same options again, but all that is typed for them is kept
+        for p in once:  # the same options again, but every value that is typed is kept
             if p.is_flag:
                 parser.add_option(p, p.opts, p.name, action="append_const", const=p.opts[0])
                 if p.secondary_opts:
@@ -63,7 +63,7 @@ class Command(click.Command):
 
 
 def _tell_code(ctx: click.Context) -> None:
-    """Say which code a kdcache.toml that lies in the working directory makes run: nobody typed it for this command."""
+    """Tell which code a kdcache.toml in the working directory makes this command run, since nobody has typed it."""
     for param in options_of(ctx.command):
         if (is_code := param.spec.is_code) is None or not _is_from_settings(ctx, param):
             continue
@@ -168,7 +168,7 @@ class Main(click.Group):
             raise Failure(reason) from e
 
     def _once(self, e: click.ClickException) -> click.ClickException | SystemExit:
-        """The error for one of torchrun's ranks that fail alike, a silent end for the others."""
+        """Return the error for one of torchrun's ranks that fail alike, and a silent end for the others."""
         alone = os.environ.get("WORLD_SIZE", "1") == "1"
         return e if alone or self.first_to_say(e.format_message()) else SystemExit(e.exit_code)
 
@@ -182,7 +182,7 @@ def _one_line(e: click.ClickException) -> click.ClickException:
 
 
 def _unraisable(unraisable: Any, otherwise: Callable[[Any], object]) -> None:
-    """Ctrl-C that fell where Python drops exceptions, as when worker processes start or end, comes a moment later."""
+    """Repeat a Ctrl-C a moment later that came where Python drops exceptions, as when worker processes start."""
     if unraisable.exc_type is KeyboardInterrupt:
         threading.Timer(0.05, _thread.interrupt_main).start()
     else:

@@ -82,19 +82,19 @@ def parse_views(text: str) -> range:
 Device = Annotated[str | None, Option("cuda, cuda:1, cpu, ...; the GPU where there is one.")]
 Workers = Annotated[int | None, Option("Processes that decode image files [the cores].", ge=0)]
 Bf16 = Annotated[Literal["bf16"] | None, Option("Run the network in bfloat16.")]
-Seed = Annotated[int, Option("Of everything drawn at random.", ge=0, le=2**63 - 1)]
+Seed = Annotated[int, Option("Seed of everything that is drawn at random.", ge=0, le=2**63 - 1)]
 Registry = Annotated[
     str | None,
     Option("A team's caches: a folder, s3://..., gs://..., az://..., https://...", metavar="URL|DIR"),
 ]
 TypedRegistry = Annotated[
-    str | None, Option("A team's caches; here only where it is typed, no setting.", metavar="URL|DIR", typed=True)
+    str | None, Option("A team's caches; must be typed, settings do not count.", metavar="URL|DIR", typed=True)
 ]
 StoreSize = Annotated[
     int | None,
-    Option("To keep here of a cache in a registry that is read from there [20GB].", metavar="SIZE", parse=parse_size),
+    Option("Space here for parts of a cache that is read from a registry [20GB].", metavar="SIZE", parse=parse_size),
 ]
-FullFingerprint = Annotated[bool, Option("Hash every file's contents, not 4,096 of them.")]
+FullFingerprint = Annotated[bool, Option("Hash the contents of all files, not of 4,096.")]
 CacheFolder = Annotated[
     str | None, Option("The cache's folder [under KDCACHE_HOME, by its key].", metavar="DIR", own=True)
 ]

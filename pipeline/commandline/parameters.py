@@ -56,7 +56,7 @@ def from_signature(run: Callable[..., None]) -> Callable[..., None]:
     """
     hints = get_type_hints(run, include_extras=True)
     configs: dict[str, Any] = {}
-    own: list[str] = []  # of the command itself
+    own: list[str] = []  # parameters of the command itself
     found: list[Parameter] = []
     for name, parameter in inspect.signature(run).parameters.items():
         if is_dataclass(hints[name]):
@@ -119,7 +119,7 @@ def _declared(p: Parameter) -> Iterator[Callable[..., Any]]:
 
 
 def _option(p: Parameter, spec: Option) -> Callable[..., Any]:
-    has_text = spec.several or spec.parse is not None  # which the callback makes values of
+    has_text = spec.several or spec.parse is not None  # the callback makes values of the text
     attributes: dict[str, Any] = {
         "help": spec.help,
         "metavar": spec.metavar,
@@ -177,7 +177,7 @@ def _parsed(parse: Any, text: str) -> Any:
 
 
 def _only_typed(ctx: click.Context, param: click.Parameter, value: Any) -> Any:
-    """The value if it stands on the command line: what belongs to a team is not removed because of a setting."""
+    """The value if it was typed: no setting may make a command remove what belongs to a team."""
     return value if ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE else None
 
 

@@ -29,7 +29,7 @@ class KnownOption(NamedTuple):
     takes: Callable[[str], bool] = lambda value: True
 
 
-Options = Mapping[str, Mapping[str, KnownOption]]  # of each command, by every spelling
+Options = Mapping[str, Mapping[str, KnownOption]]  # the options of each command, by every spelling
 
 
 class Setting(NamedTuple):
@@ -41,7 +41,7 @@ class Setting(NamedTuple):
 
 
 def load_settings(commands: Options, environment: Mapping[str, str], file: Path) -> dict[str, dict[str, Setting]]:
-    """Settings by command and option: the environment over the file, what names the command over what does not.
+    """Load settings by command and option. The environment goes before the file, a named command before all commands.
 
     In the file an option stands at the top, for every command in which it has this meaning, or in a table [command];
     in the environment as KDCACHE_OPTION or KDCACHE_COMMAND_OPTION (empty: not set). InputError for a key that no
@@ -140,7 +140,7 @@ def _text(value: Any, where: str) -> str:
 
 
 def _home(text: str) -> str:
-    # The shell would do it for a flag.
+    # For a flag, the shell expands it.
     return os.path.expanduser(text) if text.startswith("~/") else text  # noqa: PTH111
 
 

@@ -18,7 +18,7 @@ def show(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
 
 
 def say(text: str) -> None:
-    """Print a line that is no result."""
+    """Print a line that is not part of the result, on standard error."""
     if not _is_later_rank():
         click.echo(safe(text), err=True)
 
@@ -48,7 +48,7 @@ def figures(facts: dict[str, Any]) -> str:
 
 
 def safe(text: str) -> str:
-    """The text as a terminal shows and does not obey it: others have written the names that are printed here."""
+    """Escape what a terminal would obey and not show, since others have written the names that are printed here."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 

@@ -1,4 +1,4 @@
-"""Which class of the teacher each class of a dataset is, where the two number them differently."""
+"""Maps the classes of a dataset to those of a teacher that numbers them differently."""
 
 import csv
 import difflib
@@ -24,19 +24,22 @@ _SYNSET = re.compile(r"n\d{8}")
 def map_classes(
     class_names: Sequence[str], spec: str, teacher_classes: Sequence[str] | None, teacher_count: int
 ) -> list[tuple[int, ...]]:
-    """The teacher's class for each of the data's, or the several classes that it is together.
+    """Find the class of the teacher for each class of the data, or the several classes that make it up together.
 
-    spec is the path of a .json object, or of a .csv or .tsv without a heading: dataset class, and teacher class by name
-    or id; further columns, or a list in JSON, where it is several. Lines for other classes are ignored. Or spec is
-    'auto': classes of the same name, where case does not matter and _ is a space; and folders named by ImageNet's
-    synsets (n01440764), by timm's list, for a teacher of ImageNet's 1,000 classes. teacher_classes are the names of
-    the teacher's teacher_count classes where they are known.
+    spec is 'auto' or the path of a file. A .json file holds an object; a .csv or .tsv file has no heading. Each entry
+    gives a class of the dataset, and the teacher's class by name or id. Where there are several, they stand in further
+    columns, or in JSON in a list. Entries for classes that the dataset does not have are ignored.
 
-    A file may give several of the data's classes one class of the teacher, unless it makes one of several: then no
-    class may be part of two.
+    'auto' matches classes by name, where case does not matter and _ counts as a space. For a teacher of ImageNet's
+    1,000 classes it also matches folders that are named by ImageNet's synsets (n01440764), by timm's list.
 
-    InputError for a file that cannot be read, a class without a counterpart, an id out of range, and 'auto' with two
-    classes of one counterpart.
+    teacher_classes: the names of the teacher's teacher_count classes, where they are known.
+
+    A file may give one class of the teacher to several classes of the data. But where it makes up a class of several,
+    no class of the teacher may be part of two.
+
+    InputError for a file that cannot be read, a class without a counterpart, an id out of range, and 'auto' where two
+    classes have the same counterpart.
     """
     groups: list[tuple[int, ...]]
     if spec == "auto":
@@ -58,12 +61,12 @@ def map_classes(
 
 
 def is_merged(groups: Sequence[Sequence[int]]) -> bool:
-    """Whether a class of the data is several classes of the teacher."""
+    """Whether some class of the data is made up of several classes of the teacher."""
     return any(len(group) > 1 for group in groups)
 
 
 def digest(groups: Sequence[Sequence[int]]) -> str | None:
-    """What an identity says of a map: None where classes are the same on both sides."""
+    """The digest of a map for a cache's identity; None where both sides number the classes alike."""
     if is_merged(groups):
         return sha256(b"kdcache merged classes 1\0" + json.dumps(groups).encode())
     ids = np.array(groups, "<i8").reshape(-1)
@@ -71,15 +74,16 @@ def digest(groups: Sequence[Sequence[int]]) -> str | None:
 
 
 def merged(logits: Tensor, groups: Sequence[Sequence[int]]) -> Tensor:
-    """float32 [B, D] logits of groups of classes, from logits [B, C].
+    """Compute the logits float32 [B, D] of groups of classes from the logits [B, C] of the classes.
 
-    log sum exp over each group: its probability is the sum of its classes', among all classes that are in a group.
+    A group's logit is the log-sum-exp of its classes' logits, so that its probability is the sum of its classes'
+    probabilities, among all classes that are in a group.
     """
     return torch.stack([logits[:, list(group)].float().logsumexp(1) for group in groups], 1)
 
 
 def shared(class_names: Sequence[str], groups: Sequence[Sequence[int]]) -> list[str]:
-    """The data's classes that are one class of the teacher, as 'A' and 'B'."""
+    """List the classes of the data that share a class of the teacher, each group as "'A' and 'B'"."""
     by_id: dict[int, list[str]] = {}
     for name, group in zip(class_names, groups, strict=True):
         by_id.setdefault(group[0], []).append(repr(name))
@@ -116,7 +120,7 @@ def _resolve(spec: str, wanted: Sequence[str | int], teacher_classes: Sequence[s
 
 
 def _finder(names: Sequence[str]) -> Callable[[str], int | None]:
-    """A function from a name to its place in names: the very name, else the only one that reads the same."""
+    """Make a function that finds the place of a name in `names`: the exact one, else the only one that reads alike."""
     exact = {name: i for i, name in enumerate(names)}
     alike: dict[str, list[int]] = {}
     for i, name in enumerate(names):
@@ -134,7 +138,7 @@ def _folded(name: str) -> str:
 
 
 def _listed(missing: Sequence[str], known: Iterable[str]) -> str:
-    """Up to five of the missing names, each with the known names nearest to it."""
+    """List up to five of the missing names, each with the known names that are nearest to it."""
     folded = {_folded(name): name for name in known}
     parts = []
     for name in missing[:_SHOWN]:
@@ -158,7 +162,7 @@ def _imagenet_synsets() -> list[str]:
 
 
 def _read(path: Path) -> dict[str, list[str | int]]:
-    """Dataset class -> teacher classes, from the file."""
+    """Read the file: the teacher's classes, by name or id, for each class of the dataset."""
     try:
         text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":

@@ -1,4 +1,4 @@
-"""Datasets by stable index: sample i is the same image with the same label, today and on every machine.
+"""Datasets whose samples have a stable index: sample i is the same image with the same label on every machine.
 
 `Dataset` is what the rest of kdcache knows of one split. `open_data` opens one by its spec:
 
@@ -10,14 +10,14 @@
     imagenet:PATH           PATH/train/CLASS/* and PATH/val/CLASS/*
     imagefolder:PATH        PATH/train/CLASS/* and PATH/val, PATH/test or PATH/eval (the first that exists); or
                             PATH/CLASS/* alone, where every tenth image of each class is the eval split
-        ...?train=A&eval=B  the same, where the folders of the splits have other names (see with_folders)
+        ...?train=A&eval=B  for folders of the splits that have other names (see with_folders)
     module:function         function(split) gives an ArrayDataset, a FileDataset or another Described, or
                             (images uint8 [N, H, W, 3], labels int [N]), or these two and the class names;
                             modules in the current directory are found too
 
 The folders of splits may also be called Training, Testing, valid, validation and so on, in any case. Images count at
-any depth below a class folder; class ids go by the train split's folder names in byte order. Unlabelled, an image
-folder needs no class folders.
+any depth below a class folder; class ids go by the train split's folder names in byte order. An image folder
+that is opened without labels needs no class folders.
 
 A new kind of dataset is a file in kinds/ and a line in `KINDS`.
 """
@@ -73,11 +73,11 @@ class Dataset(Protocol):
 
     @property
     def std(self) -> Triple:
-        """The standard deviation of the same pixels."""
+        """The standard deviation of the train split's pixels in 0..1, by channel."""
 
     @property
     def note(self) -> str | None:
-        """For the user: what was found, such as classes, and what was left out."""
+        """A line for the user that tells what was found, such as the classes, and what was left out."""
 
     @property
     def in_memory(self) -> bool:
@@ -89,7 +89,7 @@ class Dataset(Protocol):
 
     @property
     def image_size(self) -> int | None:
-        """The side of images in memory in pixels, the longer one where they are not square; else None."""
+        """The longer side, in pixels, of images that are held in memory; None for others."""
 
     @property
     def paths(self) -> tuple[str, ...]:
@@ -108,15 +108,15 @@ class Dataset(Protocol):
         """What to call the image in a message: its file, or its place in the dataset."""
 
     def fingerprint(self, full: bool = False) -> str:
-        """sha256, in hexadecimal, of labels, class names, order and pixels, but not of places and times.
+        """The sha256, in hexadecimal, of labels, class names, order and pixels. Places and times do not count.
 
-        For files: of all relative paths and sizes, and of the contents of 4,096 drawn files or, when `full`, of all.
-        A full fingerprint never equals one that is not full. It is computed once. InputError names a file that cannot
-        be read.
+        For image files it covers, in place of the pixels, all relative paths and sizes, and the contents of 4,096
+        drawn files or, when `full`, of all files. A full fingerprint never equals one that is not full. It is computed
+        once. InputError names a file that cannot be read.
         """
 
     def unreadable(self, progress: FilesDone | None = None) -> list[str]:
-        """Decode every file; one line 'path: reason' for each that cannot be decoded. Calls progress(done, all)."""
+        """Decode every file and list a line 'path: reason' for each that cannot be. Calls progress(done, all)."""
 
     def named(self, name: str, split: str) -> Dataset:
         """The same images under another name."""
@@ -128,7 +128,7 @@ class Dataset(Protocol):
         """The images at these places (int64 [n]) alone."""
 
     def joined(self, before: Dataset) -> Dataset | None:
-        """These images after those of `before`; None unless both are parts of one folder."""
+        """The images of `before`, followed by these; None unless both are parts of one folder."""
 
 
 KINDS: dict[str, Kind] = {
@@ -168,7 +168,7 @@ def list_unreadable(
     unlabelled: bool = False,
     progress: FilesDone | None = None,
 ) -> list[str]:
-    """Dataset.unreadable, also for image folders that open_data refuses because headers cannot be read."""
+    """Do what Dataset.unreadable does, also for image folders that open_data refuses because headers cannot be read."""
     asked = _asked(spec, split, unlabelled, None)
     return _kind(asked).unreadable(asked, progress)
 
@@ -205,7 +205,7 @@ def _asked(spec: str, split: str, unlabelled: bool, home: Path | None) -> Asked:
 
 
 def _kind(asked: Asked) -> Kind:
-    """The row of the table, or a user's function. InputError for what is neither."""
+    """Choose the kind of a dataset: a row of the table, or a user's function. InputError where it is neither."""
     names = [f"{name}:PATH" if kind.takes_path == "must" else name for name, kind in KINDS.items()]
     known = f"{', '.join(names)} and module:function"
     kind = KINDS.get(asked.name)

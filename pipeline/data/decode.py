@@ -1,7 +1,7 @@
-"""The size and the pixels of one image file, whose bytes nobody vouches for.
+"""Reads the size and the pixels of one image file, whose bytes may be damaged or hostile.
 
-No file may end the process. torchvision decodes JPEG, WebP and GIF. PNG is left to PIL: libpng leaves a damaged file by
-a long jump, which torchvision's decoder does not survive. Both give the same pixels, since PNG is lossless.
+No file may crash the process. torchvision decodes JPEG, WebP and GIF. PIL decodes PNG, because libpng leaves a damaged
+file by a long jump, which torchvision's decoder does not survive. Both give the same pixels, since PNG is lossless.
 """
 
 import io
@@ -25,24 +25,24 @@ from torchvision.io import ImageReadMode
 
 from kdcache.cache.errors import InputError, machine_error
 
-MAX_PIXELS = 178_956_970  # PIL's own bound: beyond it, an image is taken for a decompression bomb
-MAX_BYTES = 1 << 30  # of a file
-_DEFLATE = 1032  # bytes at most that one byte of a PNG's data can stand for
+MAX_PIXELS = 178_956_970  # PIL's own bound, beyond which it takes an image for a decompression bomb
+MAX_BYTES = 1 << 30  # the size of the largest file that is read
+_DEFLATE = 1032  # the most bytes of pixels that one byte of compressed data in a PNG can stand for
 _UNKNOWN = "not a JPEG, PNG, WebP or GIF image"
 _KINDS: tuple[tuple[re.Pattern[bytes], type[ImageFile]], ...] = (
     (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
     (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
     (re.compile(rb"GIF8[79]a"), GifImageFile),
-)  # by content, whatever the suffix
+)  # recognised by their content, whatever the suffix
 
 
 class _RefusedError(Exception):
-    """What is wrong with a file, without its name."""
+    """Tells what is wrong with a file, without its name, which the caller adds."""
 
 
 def image_size(path: Path) -> tuple[int, int]:
-    """Height and width, from the file's header. InputError names a file that is no image, or too large a one."""
+    """Read height and width in pixels from the file's header. InputError names a file that is no image or too large."""
     try:
         with _opened(path) as f:
             image = _header(f)
@@ -52,7 +52,7 @@ def image_size(path: Path) -> tuple[int, int]:
 
 
 def decode_file(path: Path, size: np.ndarray | None = None) -> torch.Tensor:
-    """uint8 [3, H, W] as stored: an orientation in the EXIF data is ignored, and so is transparency.
+    """Decode the pixels uint8 [3, H, W] as they are stored, without regard to transparency and EXIF orientation.
 
     InputError names a file that cannot be decoded, or that is not of the `size` (H, W) that its header gave.
     """
@@ -65,10 +65,11 @@ def decode_file(path: Path, size: np.ndarray | None = None) -> torch.Tensor:
             return _png(image, content)
         if getattr(image, "is_animated", False):
             raise _RefusedError("holds several images: convert it to a single one")
-        # A JPEG has a bit at least for each block of 8 x 8 pixels; memory is taken for all of them at once.
+        # Decoding takes memory for all pixels at once, so a JPEG that has less than a bit for each block of 8 x 8
+        # pixels, and so cannot be whole, is refused before.
         if isinstance(image, JpegImageFile) and image.height * image.width > 512 * len(content):
             raise _RefusedError("cannot be decoded: its data end before its last row")
-        # The operator of torchvision.io.decode_image, whose wrapper warns for every image since 0.29.
+        # The operator is called directly, since torchvision.io.decode_image warns for every image since 0.29.
         data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
         pixels: torch.Tensor = torch.ops.image.decode_image(data, ImageReadMode.RGB.value)
         if pixels.ndim != 3:
@@ -83,7 +84,7 @@ def decode_file(path: Path, size: np.ndarray | None = None) -> torch.Tensor:
 
 @contextmanager
 def _opened(path: Path) -> Iterator[BinaryIO]:
-    """A plain file of a size that an image may have: a pipe would never end."""
+    """Open a plain file of a size that an image may have. Reading anything else, such as a pipe, might never end."""
     fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
     try:
         about = os.fstat(fd)
@@ -120,25 +121,25 @@ def _require_size(found: tuple[int, int], size: np.ndarray | None) -> None:
 def _png(image: PngImageFile, content: bytes) -> torch.Tensor:
     if not image.tile:
         raise _RefusedError("cannot be decoded: holds no pixels")
-    if str(image.tile[0][3]).endswith("16B"):  # what PIL calls the stored form
+    if str(image.tile[0][3]).endswith("16B"):  # PIL's name for the form in which pixels are stored
         raise _RefusedError("has more than 8 bits a channel: convert it to 8")
-    # PIL reads one byte a pixel at least, a PNG may have eight pixels in one.
+    # A byte may hold eight pixels. PIL would take at least a byte of memory for each, however short the file is.
     if _checked_bytes(content) * _DEFLATE < image.height * -(-image.width // 8):
         raise _RefusedError("cannot be decoded: its data end before its last row")
-    image.info.pop("transparency", None)  # of which a conversion would warn
+    image.info.pop("transparency", None)  # else the conversion would warn of it
     converted = image if image.mode == "RGB" else image.convert("RGB")
     return torch.from_numpy(np.array(converted)).permute(2, 0, 1)
 
 
 def _checked_bytes(content: bytes) -> int:
-    """How many bytes of compressed pixels a PNG holds; their checksums, which PIL leaves out, must fit."""
+    """Count the bytes of compressed pixels in a PNG, and compare the checksums, which PIL does not look at."""
     view, at, total = memoryview(content), 8, 0
     while len(head := content[at : at + 8]) == 8:
         length, kind = int.from_bytes(head[:4]), head[4:]
         if kind == b"IDAT":
             total += length
         elif total:
-            break  # what follows the pixels is none of them
+            break  # all pixels lie together, so none follow
         end = at + 8 + length
         if zlib.crc32(view[at + 4 : end]) != int.from_bytes(content[end : end + 4]):
             raise _RefusedError("cannot be decoded: damaged, its checksum does not fit")
@@ -147,7 +148,7 @@ def _checked_bytes(content: bytes) -> int:
 
 
 def _reason(error: Exception) -> str:
-    """One line, without the decoder's source position."""
+    """The error in one line, without the position in the decoder's source."""
     if isinstance(error, _RefusedError):
         return str(error)
     if isinstance(error, OSError) and error.strerror:

@@ -17,8 +17,12 @@ DEFAULT_K = 20
 
 @dataclass(frozen=True)
 class Defaults:
-    """augment and views of a cache; student, epochs, weight decay, batch size and peak learning rate at that batch
-    of training; build_batch of a build, at most (`batch_for`)."""
+    """The defaults for one kind of dataset.
+
+    augment, views: for a cache. student, epochs, train_batch, lr, decay: for training; lr is the peak learning rate at
+    a batch size of train_batch, and decay is the weight decay. build_batch: the most images that a teacher gets at once
+    in a build (see batch_for).
+    """
 
     augment: str
     views: int
@@ -30,20 +34,21 @@ class Defaults:
     build_batch: int
 
     def rate(self, batch: int) -> float:
-        """The peak learning rate at another batch size: in proportion."""
+        """The peak learning rate at another batch size, to which it is proportional."""
         return self.lr * batch / self.train_batch
 
     def batch_for(self, device: str, size: int, samples: int) -> int:
-        """Images that a teacher gets at once on a kind of device ("cpu", "cuda"), at its input size in pixels.
+        """How many images a teacher gets at once on a kind of device ("cpu", "cuda"). size: its input size in pixels.
 
-        A table and no measurement: the last bits of logits depend on it, so all builders of a cache have to choose
-        alike. It is bench/batches.py's: on a CPU, activations of many large images do not stay in its caches.
+        A table decides and not a measurement, because the last bits of logits depend on the batch size, and all
+        builders of a cache have to choose alike. The table was measured by bench/batches.py: a CPU's caches do not hold
+        the activations of many large images.
         """
         table = _CPU_BATCHES if device == "cpu" else ()
         return min(next((batch for side, batch in table if size > side), self.build_batch), self.build_batch, samples)
 
 
-# On a CPU, of images with more pixels a side than this.
+# (size, batch): how many images a CPU gets at once that have more pixels a side than this size.
 _CPU_BATCHES = (128, 8), (48, 32)
 
 _DIGITS = Defaults("crop", 8, "resnet8", 20, 64, 0.05, 5e-4, 256)
@@ -59,15 +64,15 @@ def defaults_for(data: Dataset) -> Defaults:
 
 
 def stored_classes(classes: int) -> int | None:
-    """K where --topk is not given: None (dense) for few classes."""
+    """How many classes a record stores where --topk is not given; None (all, dense) where there are few."""
     return None if classes <= DENSE_UP_TO else DEFAULT_K
 
 
-# The options that name data, for the command line. What they call is imported late: options must cost no time.
+# Options of the command line that name data. What they call is imported late, so that making them takes no time.
 
 
 def names_function(text: str) -> bool:
-    """Whether a --data, --teacher or --student is `module:function`, code of the user's."""
+    """Whether a value of --data, --teacher or --student is a `module:function`, which is the user's code."""
     from kdcache.pipeline.data.dataset import is_function
 
     return is_function(text) and not text.startswith("timm/")
@@ -80,7 +85,7 @@ def _with_folders(spec: str, train_folder: str | None, eval_folder: str | None) 
 
 
 def data_option(help: str, own: bool = False) -> Option:
-    """--data with --train-folder and --eval-folder, which become part of its value."""
+    """Make the option --data, with --train-folder and --eval-folder, which become part of its value."""
     train = Option("The folder of the train split in PATH [train; . without splits].", metavar="NAME")
     held = Option("The folder of the evaluation split [val, test, ...].", metavar="NAME")
     parts = {"train_folder": train, "eval_folder": held}

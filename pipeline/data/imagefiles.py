@@ -1,4 +1,4 @@
-"""Image files in folders: which there are, their sizes, their pixels."""
+"""Lists image files in folders, and reads their sizes and their pixels."""
 
 import contextlib
 import hashlib
@@ -29,20 +29,20 @@ Triple = tuple[float, float, float]
 T = TypeVar("T")
 
 SUFFIXES = (".jfif", ".jpe", ".jpeg", ".jpg", ".png", ".webp")
-_NAMED = 5  # suffixes in a line
+_NAMED = 5  # suffixes that one message names
 IMAGENET_MEAN: Triple = (0.485, 0.456, 0.406)
 IMAGENET_STD: Triple = (0.229, 0.224, 0.225)
 _UNDECODABLE = tuple(sorted(set(IMG_EXTENSIONS) - set(SUFFIXES)))
 _SMALL_SIDE = 64  # pixels
 _SMALL_TOTAL = 1 << 30  # bytes
-_CHUNK = 256  # files a task
-_WORTH_A_THREAD = 4e-4  # seconds a file: threads with shorter work mostly wait for the interpreter's lock
+_CHUNK = 256  # files in one task
+_WORTH_A_THREAD = 4e-4  # seconds for a file; with less work, threads mostly wait for the interpreter's lock
 _STATISTICS_CHUNK = 1 << 20  # pixels
 
 
 @dataclass(frozen=True, eq=False)
 class Folder:
-    """What load_folder found. mean and std are measured on small images (pixels in 0..1); else they are ImageNet's."""
+    """What load_folder found. mean and std (of pixels in 0..1) are measured for small images, else ImageNet's."""
 
     sizes: np.ndarray  # int32 [N, 2], H and W
     images: torch.Tensor | None  # uint8 [N, H, W, 3]
@@ -51,11 +51,11 @@ class Folder:
 
 
 def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
-    """Relative POSIX paths of all images under `root`, in byte order, and how many files of other suffixes there are.
+    """List all images under `root`: their relative POSIX paths in byte order, and the number of other files by suffix.
 
-    Hidden files and folders are left out. Links are followed, but links that would count images twice are
-    refused. InputError for them, for a folder that cannot be read, that holds none, or that holds images that cannot
-    be decoded.
+    Hidden files and folders are left out. Links are followed, but links that would count images twice are refused.
+    InputError for such a link, and for a folder that cannot be read, that holds no images, or that holds images that
+    cannot be decoded.
     """
     found: list[str] = []
     undecodable: list[str] = []
@@ -66,9 +66,8 @@ def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
 
     skip = len(os.fspath(root)) + 1
     real_root = root.resolve()
-    above: dict[str, tuple[Path, ...]] = {
-        os.fspath(root): ()
-    }  # by folder under way, where the links that led there lie
+    # For each folder that is still to be visited: the folders of the links that led there.
+    above: dict[str, tuple[Path, ...]] = {os.fspath(root): ()}
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
         subfolders[:] = (name for name in subfolders if not name.startswith("."))
         led = above.pop(folder)
@@ -81,7 +80,7 @@ def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
         for name in files:
             if name.startswith("."):
                 continue
-            suffix = name[name.rfind(".") :].lower() if "." in name else ""  # no Path: a million of them take seconds
+            suffix = name[name.rfind(".") :].lower() if "." in name else ""  # a million Paths take seconds
             if suffix in SUFFIXES:
                 found.append(f"{folder}/{name}"[skip:])
             elif suffix in _UNDECODABLE:
@@ -99,7 +98,7 @@ def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
 
 
 def _refuse_twice(link: Path, folders: Sequence[Path], root: Path) -> None:
-    """InputError for a link to a folder that is listed anyway, or that holds one of the folders on the way to it."""
+    """Raise InputError for a link to a folder that is listed anyway, or that holds a folder on the way to the link."""
     target = link.resolve()
     inside = target.is_relative_to(root) and not any(p.startswith(".") for p in target.relative_to(root).parts)
     if inside or any(folder.is_relative_to(target) for folder in folders):
@@ -117,11 +116,11 @@ def left_out(others: Counter[str]) -> str:
 
 
 def load_folder(root: Path, paths: Sequence[str], home: Path, *, decode: bool = True) -> Folder:
-    """Sizes of the images and, where all are equal and small, their pixels (unless `decode` is off).
+    """Load the sizes of the images and, where all are equal and small, their pixels too (unless `decode` is off).
 
-    Small is up to 64 px a side and 1 GiB in all. Sizes and statistics are remembered in home/datasets under
+    Small means up to 64 pixels a side and 1 GiB in all. Sizes and statistics are remembered in home/datasets under
     a hash of the listing (paths, bytes, times of change), so a second opening reads no headers. InputError
-    names the first file that cannot be read, and how many there are.
+    names the first file that cannot be read, and the number of such files.
     """
     memory = home / "datasets" / f"{_listing_key(root, paths)}.npz"
     known = _recall(memory, len(paths))
@@ -139,7 +138,7 @@ def load_folder(root: Path, paths: Sequence[str], home: Path, *, decode: bool = 
 
 
 def unreadable_files(root: Path, paths: Sequence[str], progress: FilesDone | None = None) -> list[str]:
-    """Decodes every file; one line 'path: reason' for each that cannot be."""
+    """Decode every file and list a line 'path: reason' for each that cannot be decoded."""
 
     def problem(i: int) -> str | None:
         try:
@@ -152,12 +151,12 @@ def unreadable_files(root: Path, paths: Sequence[str], progress: FilesDone | Non
 
 
 def file_sizes(root: Path, paths: Sequence[str]) -> list[int]:
-    """Bytes of each file. InputError names one that is gone."""
+    """The size of each file in bytes. InputError names a file that is gone."""
     return [size for size, _ in _stat(root, paths)]
 
 
 def file_digests(root: Path, paths: Sequence[str]) -> list[bytes]:
-    """sha256 of each file's content. InputError names one that cannot be read."""
+    """The sha256 of each file's content. InputError names a file that cannot be read."""
 
     def digest(i: int) -> bytes:
         try:
@@ -170,7 +169,10 @@ def file_digests(root: Path, paths: Sequence[str]) -> list[bytes]:
 
 
 def mean_std(images: np.ndarray) -> tuple[Triple, Triple]:
-    """The mean and std of each channel of uint8 [N, H, W, 3], scaled to 0..1; sums are exact, so equal everywhere."""
+    """The mean and the standard deviation of each channel of uint8 [N, H, W, 3], scaled to 0..1.
+
+    The sums are exact, so that the results are the same on every machine.
+    """
     counts = np.zeros((3, 256), dtype=np.int64)
     pixels = images.reshape(-1, 3)
     for i in range(0, len(pixels), _STATISTICS_CHUNK):
@@ -185,7 +187,7 @@ def mean_std(images: np.ndarray) -> tuple[Triple, Triple]:
 
 
 def _each(work: Callable[[int], T], n: int, progress: FilesDone | None = None) -> list[T]:
-    """[work(0), ..., work(n - 1)]: in threads, unless the first of them show that to be slower."""
+    """Return [work(0), ..., work(n - 1)]. Threads do the work, unless the first calls are too quick for them."""
     results: list[T] = []
     start = time.perf_counter()
     first = [work(i) for i in range(min(_CHUNK, n))]
@@ -202,7 +204,7 @@ def _each(work: Callable[[int], T], n: int, progress: FilesDone | None = None) -
 
 
 def _stat(root: Path, paths: Sequence[str]) -> list[tuple[int, int]]:
-    """Bytes and time of change (ns) of each file."""
+    """The size in bytes and the time of change in ns of each file."""
 
     folder = os.open(root, os.O_RDONLY)
 
@@ -260,7 +262,7 @@ def _are_small(sizes: np.ndarray) -> bool:
 
 
 def _decode_all(root: Path, paths: Sequence[str], sizes: np.ndarray) -> torch.Tensor:
-    """uint8 [N, H, W, 3]; all sizes are equal."""
+    """Decode all images, which are of one size, to uint8 [N, H, W, 3]."""
     h, w = sizes[0].tolist()
     pixels = np.empty((len(paths), h, w, 3), dtype=np.uint8)
 

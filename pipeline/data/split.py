@@ -27,7 +27,7 @@ class Split:
 
 
 def describe_data(data: Dataset, full: bool) -> DataIdentity:
-    """What an identity says of one split; full: with the contents of all files in its fingerprint."""
+    """Describe a split for a cache's identity. full: whether its fingerprint covers the contents of all files."""
     return DataIdentity(
         name=data.name,
         split="train" if data.split == "train" else "eval",

@@ -68,7 +68,7 @@ class PackedView(Strict):
 
 
 class Notes(Strict):
-    """What FFCV's own headers cannot say.
+    """What kdcache writes into a file because FFCV's own headers have no place for it.
 
     mean, std: the dataset's. table: the digest of everything before the pages, and of the allocation table. pixels:
     the digest of all images where they are raw pixels of one size; None where they are image files.
@@ -85,12 +85,12 @@ class Notes(Strict):
 
 
 def checksum_seed(sample: Any, view: Any) -> Any:
-    """What the CRC of a record starts from, modulo 2^32, so that a record in another's place is noticed."""
+    """The start of a record's CRC, modulo 2^32. It tells the place, so that a record in another's place is noticed."""
     return (sample + view * 2654435761) & 0xFFFFFFFF
 
 
 def checksums(rows: NDArray[np.uint8], first: int, view: int) -> NDArray[np.uint32]:
-    """[n] CRC-32, as zlib computes it, of the records [n, R] of samples first, first + 1, ..."""
+    """CRC-32 [n], as zlib computes it, of the records [n, R] of samples first, first + 1, ..."""
     crc: NDArray[np.uint32] = ~checksum_seed(np.arange(first, first + len(rows)), view).astype(np.uint32)
     for column in rows.T:
         crc = CRC_TABLE[(crc ^ column) & 0xFF] ^ (crc >> 8)
@@ -118,7 +118,7 @@ class Layout:
         self.descriptors[-1]["arguments"] = np.void(arguments.ljust(1024, b"\0"))
 
     def split(self, rows: NDArray[np.uint8]) -> dict[str, NDArray[Any]]:
-        """Copies of the arrays in records [n, R], by name."""
+        """Split records [n, R] into copies of their arrays, by name."""
         out, at = {}, 0
         for spec in self.arrays:
             out[spec.name] = rows[:, at : at + spec.chunk_bytes].copy().view(_little(spec))
@@ -126,7 +126,7 @@ class Layout:
         return out
 
     def join(self, arrays: Mapping[str, NDArray[Any]]) -> NDArray[np.uint8]:
-        """Records uint8 [n, R] of these arrays: the inverse of split."""
+        """Join arrays to records uint8 [n, R]: the inverse of split."""
         parts = [np.ascontiguousarray(arrays[spec.name], _little(spec)).view(np.uint8) for spec in self.arrays]
         return np.concatenate(parts, axis=1)
 

@@ -34,7 +34,8 @@ from kdcache.pipeline.ffcv.format import (
 class Headers(NamedTuple):
     """A file's bytes, mapped, and what its headers say.
 
-    table [N]: image (mode, width, height, pointer), label(s), index and records (pointer). image_bytes [N].
+    table [N]: image (mode, width, height, pointer), label(s), index and records (pointer). image_bytes [N]: each
+    image's length.
     """
 
     content: NDArray[np.uint8]
@@ -63,7 +64,7 @@ def corrupt(path: Path, problem: str) -> CorruptError:
 
 
 def sizes_of(table: NDArray[Any]) -> NDArray[np.int32]:
-    """[N, 2] height and width of each image."""
+    """Height and width of each image in pixels, int32 [N, 2]."""
     image = table["image"]
     return np.stack([image["height"], image["width"]], 1).astype(np.int32)
 
@@ -113,7 +114,7 @@ def _notes(path: Path, content: NDArray[np.uint8], end: int) -> tuple[Notes, int
 
 
 def _table(path: Path, content: NDArray[np.uint8], header: Any, notes: Notes, end: int, layout: Layout) -> Headers:
-    """All headers, once the table and the allocation table are found sound. end: where the notes begin."""
+    """Return all headers after a check of the table and the allocation table. end: where the notes begin."""
     n = notes.identity.data.samples
     start = HEADER.itemsize + layout.descriptors.nbytes
     if header["samples"] != n or header["fields"] != len(layout.descriptors):
@@ -145,7 +146,7 @@ def _sound(found: Headers, page: int, regions: NDArray[Any], end: int) -> bool:
     views, sizes = [v.view for v in notes.views], sizes_of(table)
     raw_bytes = sizes.astype(np.int64).prod(1) * 3
     pages_start = HEADER.itemsize + layout.descriptors.nbytes + table.nbytes
-    # Lengths against the room first: a sum of two numbers from the file could overflow.
+    # Lengths are compared with the room, since a sum of two numbers from the file could overflow.
     room = np.uint64(end) - np.minimum(regions["size"], np.uint64(end))
     labels = [table[name] for name in layout.labels]
     rules = (

@@ -54,12 +54,12 @@ class FFCVFile:
 
     @property
     def renderer(self) -> str:
-        """What a loader of this file renders by: the cache's own renderer, or FFCV's where images are resized."""
+        """The renderer of a loader of this file: the cache's own, or FFCV's where images are resized."""
         return RENDERER if self.raw else AREA_RENDERER
 
     @property
     def sizes(self) -> NDArray[np.int32]:
-        """[N, 2] height and width of each image."""
+        """Height and width of each image in pixels, int32 [N, 2]."""
         return sizes_of(self.table)
 
     @cached_property

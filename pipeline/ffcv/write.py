@@ -48,7 +48,7 @@ _AT_ONCE = 8192  # files
 class Writer:
     """Writes the images of `data` and the records of `views`: from the file's start to its end, then the headers.
 
-    The headers come last because they hold the pointers. bytes: how long the file will be, but for notes and the like.
+    The headers come last because they hold the pointers. bytes: the length of the file, without notes and the like.
     InputError where FFCV cannot store the images, or they cannot be read.
     """
 
@@ -69,7 +69,7 @@ class Writer:
         self.bytes = self.pages_end + held_out + n * 2 * ALLOCATION.itemsize
 
     def _choose_modes(self) -> NDArray[np.int64]:
-        """Set each image's mode, raw pixels or a JPEG file as it is; [N] bytes of the images so."""
+        """Set each image's mode, raw pixels or a JPEG file as it is. Returns their lengths in bytes [N]."""
         raw_bytes: NDArray[np.int64] = self.data.sizes.prod(1, dtype=np.int64) * 3
         if self.data.in_memory:
             self.table["image"]["mode"] = RAW
@@ -77,7 +77,7 @@ class Writer:
         n = len(self.table)
         kept = np.empty(n, np.int64)
         with ThreadPoolExecutor() as pool, Progress("look at files", n, "files") as progress:
-            for at in range(0, n, _AT_ONCE):  # so that no more is under way when someone presses Ctrl-C
+            for at in range(0, n, _AT_ONCE):  # in portions, so that Ctrl-C need not wait long
                 rows = range(at, min(at + _AT_ONCE, n))
                 kept[at : rows.stop] = list(pool.map(self._jpeg_bytes, rows))
                 progress.advance(len(rows))
@@ -85,7 +85,7 @@ class Writer:
         return np.where(kept >= 0, kept, raw_bytes)
 
     def _place_samples(self) -> tuple[int, int]:
-        """Set the pointers so that no sample crosses a page; the size of a page, and where the last sample ends."""
+        """Set the pointers so that no sample crosses a page. Returns the size of a page and the end of all."""
         layout, image = self.layout, self.table["image"]
         sample = self.image_bytes + layout.sample_bytes
         page_size = max(MIN_PAGE, 1 << (int(sample.max()) - 1).bit_length())
@@ -185,7 +185,7 @@ class Writer:
                 PackedView(view=view, parameters=self._parameters(view), records=digest)
                 for view, digest in zip(self.views, views, strict=True)
             ),
-            table=sha256(b""),  # in its place until its length is known
+            table=sha256(b""),  # holds the place, since the length has to be known
             pixels=pixels,
             evaluation=evaluation,
             prior=prior[0] if prior else None,

@@ -11,18 +11,18 @@ Kind = Literal["tinyvit", "fkd"]
 
 @dataclass(frozen=True)
 class ImportConfig:
-    """What to import. classes: None for the dataset's. temperature: that of the stored softmax.
+    """What to import. classes: None takes the dataset's number. temperature: that of the stored softmax.
 
-    teacher: what to call it, as no format says. image_size: its input, in pixels.
+    teacher: its name, which no format tells. image_size: the size of its input in pixels.
     """
 
     kind: Annotated[Kind, Argument()]
     path: Annotated[str, Argument()]
-    data: Annotated[str, data_option("The images they are of: imagenet:PATH, ...")]
-    classes: Annotated[int | None, Option("Of the teacher [the dataset's].", ge=2, le=2**32 - 1)] = None
-    teacher: Annotated[str, Option("What to call it.", metavar="NAME", own=True)] = "unknown"
-    image_size: Annotated[int, Option("The teacher's, in pixels.", own=True, ge=8)] = 224
-    temperature: Annotated[float, Option("Of the stored softmax (FKD's --temp).", gt=0, lt=1000)] = 1.0
+    data: Annotated[str, data_option("The images that the logits are of: imagenet:PATH, ...")]
+    classes: Annotated[int | None, Option("Number of classes [the dataset's].", ge=2, le=2**32 - 1)] = None
+    teacher: Annotated[str, Option("What to call the teacher.", metavar="NAME", own=True)] = "unknown"
+    image_size: Annotated[int, Option("The teacher's input size in pixels.", own=True, ge=8)] = 224
+    temperature: Annotated[float, Option("Temperature of the stored softmax (FKD's --temp).", gt=0, lt=1000)] = 1.0
     unlabelled: Unlabelled = False
     allow_low_accuracy: Annotated[bool, Option("Import although the stored answers are near chance.")] = False
     full_fingerprint: FullFingerprint = False

@@ -1,8 +1,8 @@
 """Soft labels that FKD has stored (szq0214/FKD, FKD_SLG).
 
 For each image there is CLASS/NAME.tar, a file of torch.save: [crops [V, 4], flips [V], output [V, 2, K]]. crops are
-top, left, height and width over the image's height, width, height and width. output is class ids and softmax
-probabilities, largest first, all float32 or (--use_fp16) float16. [V, 2] is K = 1.
+top, left, height and width, divided by the image's height or width. output is class ids and softmax probabilities,
+largest first, all in float32 or (--use_fp16) float16. An output [V, 2] means K = 1.
 """
 
 from __future__ import annotations
@@ -28,8 +28,8 @@ from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.imports.stored import Answers, by_name, require_all, stem
 from kdcache.pipeline.process.progress import size
 
-_TAR_BYTES = 1 << 26  # a file, and the arrays in it, have at most so many: 500 crops take 30 kB
-_PART_BYTES = 1 << 31  # of answers that are in memory at once: all crops of a part
+_TAR_BYTES = 1 << 26  # the most for a file, and for the arrays in it; 500 crops take 30 kB
+_PART_BYTES = 1 << 31  # the most for the answers in memory, which are all crops of a part
 _WHOLE = 0.01  # pixels that a crop may miss the grid by, beside its rounding
 
 _RECONSTRUCT = np.empty(0).__reduce__()[0]
@@ -45,7 +45,7 @@ _ARRAYS: list[Any] = [
 
 
 class FKD:
-    """FKD's files, one an image: view v is the v-th crop of each."""
+    """FKD's files, one for each image. View v is the v-th crop of every image."""
 
     policy: Literal["stored", "foreign"] = "stored"
 
@@ -130,7 +130,7 @@ class FKD:
 
 
 def _torch_load(path: Path) -> Any:
-    """What torch.save put there, without running anything, and in memory in proportion to the file."""
+    """Load what torch.save wrote, without running code and with memory in proportion to the file."""
     content = files.read_range(path, 0, _TAR_BYTES + 1, short=True)
     advice = f"{path} is no file of torch.save (1.6 or later), or a damaged one"
     try:
@@ -148,7 +148,7 @@ def _torch_load(path: Path) -> Any:
             return torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
     except pickle.UnpicklingError as e:
         raise InputError(f"{path} is refused: it holds more than numbers, or is damaged") from e
-    except Exception as e:  # of damaged bytes, torch and NumPy may raise anything
+    except Exception as e:  # torch and NumPy may raise anything for damaged bytes
         raise InputError(f"{advice} ({type(e).__name__})") from e
 
 
@@ -162,18 +162,18 @@ def _array(found: Any, path: Path) -> NDArray[Any]:
 
 
 def _boxes(crops: NDArray[Any], sizes: NDArray[np.int32], where: str) -> NDArray[np.float64]:
-    """[V, 4] top, left, height and width in pixels, from those over the image's height and width."""
+    """Boxes [V, 4] (top, left, height, width) in pixels, from those divided by the image's height and width."""
     side = np.tile(sizes.astype(np.float64), 2)
     exact = crops.astype(np.float64) * side
     boxes = np.rint(exact)
-    off = side * float(np.finfo(crops.dtype).eps) / 4  # by the rounding of numbers below 1
+    off = side * float(np.finfo(crops.dtype).eps) / 4  # what the rounding of numbers below 1 may do
     if not np.isfinite(exact).all() or (np.abs(exact - boxes) > off + _WHOLE).any():
         raise InputError(
             f"{where}: crops that do not fall on whole pixels of {sizes[0]} x {sizes[1]}: give the images that the "
             "soft labels are of, in their sizes"
         )
     end = boxes[:, :2] + boxes[:, 2:]
-    # Rounded to a whole pixel they are exact, but in float16 of sides of 2,048 pixels or more.
+    # Rounded to whole pixels they are exact, except in float16 with sides of 2,048 pixels or more.
     if (boxes[:, :2] < 0).any() or (boxes[:, 2:] < 1).any() or (end > side[:2] + np.floor(2 * off[:2])).any():
         raise InputError(f"{where}: crops that leave the image of {sizes[0]} x {sizes[1]}")
     boxes[:, 2:] = np.minimum(end, side[:2]) - boxes[:, :2]

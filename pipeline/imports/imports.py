@@ -55,11 +55,11 @@ class _Unit(NamedTuple):
 
 
 def import_logits(config: ImportConfig, say: Callable[[str], None] = print) -> ImportResult:
-    """Make a cache of stored logits, or complete it. All is read and checked first, as the key is a hash of all of it.
+    """Make a cache of stored logits, or complete it. All is read and checked first, since the key is a hash of it.
 
-    Killed at any moment, the same import goes on with the same result. Memory holds the dataset's names and one part:
-    for tinyvit of one view, for fkd of all views, at most about 2 GiB (then fewer samples are a part). InputError where
-    the stored logits are not what their format says, or not of this dataset.
+    After a kill at any moment the same import goes on, with the same result. Memory holds the dataset's names and one
+    part: for tinyvit of one view, for fkd of all views, at most about 2 GiB (then fewer samples are a part). InputError
+    where the stored logits are not what their format says, or not of this dataset.
     """
     start = time.monotonic()
     data, evaluation = (open_data(config.data, split, unlabelled=config.unlabelled) for split in ("train", "eval"))
@@ -87,7 +87,7 @@ def import_logits(config: ImportConfig, say: Callable[[str], None] = print) -> I
 
 
 def _checked(config: ImportConfig, source: Logits, data: Dataset, classes: int) -> list[_Unit]:
-    """All units, once everything in them is read and found sound, and the first choices fit the labels."""
+    """Read and check everything, also that first choices fit the labels, and return the units."""
     units, tops = [], []
     with Progress("check", source.views * len(data), "records") as progress:
         for views in source.units():
@@ -112,7 +112,7 @@ def _identity(
         teacher=TeacherIdentity(
             architecture=f"{config.teacher} (imported from {config.kind})",
             weights=hashlib.sha256(b"kdcache import 1\0" + source.dtype.str.encode() + digests).hexdigest(),
-            # Not known, and nothing is ever shown to it.
+            # What it was shown is not known, and nothing is ever shown to it.
             mean=(0.0, 0.0, 0.0),
             std=(1.0, 1.0, 1.0),
             input_size=config.image_size,
@@ -138,7 +138,7 @@ def _identity(
 def _write(
     config: ImportConfig, source: Logits, cache: Cache, unit: _Unit, writer: dict[str, str], progress: Progress
 ) -> int:
-    """Commit what is not committed yet of a unit; how many records that were."""
+    """Commit what is not committed yet of a unit, and return how many records that were."""
     store, classes = cache.train, cache.identity.record.classes
     views, part, digest = unit
     missing = [view for view in views if not store.has(shard_name(view, part))]
@@ -149,7 +149,7 @@ def _write(
     answers = source.read(views, rows, progress.advance)
     if answers.digest() != digest:
         raise InputError(f"{config.path} is being changed: import it again when that is over")
-    # Nothing is known of the tail's classes, so all are as likely.
+    # Nothing is known of the tail's classes, so all of them count as equally likely.
     sums = np.zeros(store.layout.tail_sums.shape[1:])
     for view in missing:
         at = view - views.start
@@ -189,7 +189,7 @@ def _require_classes(tops: NDArray[np.int64], data: Dataset) -> None:
 
 
 def _require_sound(answers: Answers, classes: int, source: Logits, views: range, rows: range) -> None:
-    """InputError, which names the record, where there is something that no softmax gives."""
+    """Raise InputError, which names the record, for anything that no softmax gives."""
     for view, ids, stored in zip(views, answers.ids, answers.p, strict=True):
         given = stored.astype(np.float64)
         none = ~((given >= 0) & (given <= 1)).all(1) | (given[:, 0] == 0)

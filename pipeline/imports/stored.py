@@ -56,7 +56,7 @@ class Logits(Protocol):
         ...
 
     def read(self, views: range, rows: range, advance: Callable[[int], object]) -> Answers:
-        """InputError where the files are not what the format says. advance: told how many records were read."""
+        """Read answers. InputError where the files are not what the format says. advance: gets how many were read."""
         ...
 
     def where(self, view: int, sample: int) -> str:
@@ -65,13 +65,13 @@ class Logits(Protocol):
 
 
 def rounding(p: NDArray[Any]) -> NDArray[np.float64]:
-    """[n] how far the sum of stored probabilities [n, K] may be from the sum that the softmax had."""
+    """How far, float64 [n], the sums of stored probabilities [n, K] may be from the sums that the softmax had."""
     out: NDArray[np.float64] = np.spacing(p).astype(np.float64).sum(1) / 2 + _SOFTMAX
     return out
 
 
 def encoded(ids: NDArray[np.uint32], stored: NDArray[Any], t: float, classes: int) -> dict[str, NDArray[Any]]:
-    """classes, gaps and tail of the records whose ids and probabilities [n, K] at temperature t are stored."""
+    """Encode as classes, gaps and tail the records whose ids and probabilities [n, K] at temperature t are stored."""
     smallest = float(np.finfo(stored.dtype).smallest_subnormal) / 2
     order = np.lexsort((ids, -stored))  # by probability, then by id
     ids, ordered = (np.take_along_axis(rows, order, 1) for rows in (ids, stored))
@@ -98,7 +98,7 @@ def parameters_digest(made: dict[str, NDArray[Any]]) -> str:
 def require_all(
     found: NDArray[Any], foreign: list[str], doubled: list[str], names: Callable[[int], str], where: str
 ) -> None:
-    """InputError unless each sample was found once, and nothing else was."""
+    """Raise InputError unless each sample was found once, and nothing else was found."""
     missing = np.flatnonzero(~found)
     for what, count, first in (
         ("samples without a record", len(missing), names(int(missing[0])) if len(missing) else ""),
@@ -110,13 +110,13 @@ def require_all(
 
 
 def stem(path: str, last: bool) -> str:
-    """The path without its name's suffixes: up to the last dot, or up to the first dot as FKD has it."""
+    """With `last`, the file's name up to its last dot; else the path up to the first dot of the name, as FKD has it."""
     folder, slash, name = path.rpartition("/")
     return name.rpartition(".")[0] or name if last else folder + slash + name.split(".")[0]
 
 
 def by_name(paths: tuple[str, ...], name: Callable[[str], str], data: str) -> dict[str, int]:
-    """Samples by name; InputError where two have one, or the images have none."""
+    """List the samples by name. InputError where two samples have the same name, or the images have none."""
     if not paths:
         raise InputError(
             f"{data} has no files, and these records go by file names: give imagenet:PATH or imagefolder:PATH"

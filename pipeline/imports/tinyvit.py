@@ -3,8 +3,8 @@
 For epoch E there is a folder logits_topK_epochE with, for each process R, rankR-keys.txt, one key a line, and
 rankR-values.bin, one record a key: int32 seed of the transforms, K int16 class ids, K float16 softmax probabilities,
 largest first. A key is the sample's place in torchvision's ImageFolder, or, for ImageNet-22k, its file's name without
-suffix. The last batches are filled up with samples that another process has too: as there, one record of them counts
-(here that of the lowest R).
+suffix. TinyViT fills up the last batches with samples that another process has too. As there, one record of each
+counts (here that of the lowest R).
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from kdcache.pipeline.imports.stored import Answers, by_name, require_all, stem
 
 _EPOCH = re.compile(r"logits_top([1-9][0-9]{0,4})_epoch([0-9]{1,6})")
 _VALUES = re.compile(r"rank(-?[0-9]{1,6})-values\.bin")
-_KEY_BYTES = 1024  # a key has at most so many
+_KEY_BYTES = 1024  # the longest key
 
 
 class TinyViT:
@@ -64,14 +64,14 @@ class TinyViT:
         here = package[rows.start : rows.stop]
         for number, records in enumerate(packages):
             at = np.flatnonzero(here == number)
-            at = at[np.argsort(row[rows.start + at])]  # as they lie in the file
+            at = at[np.argsort(row[rows.start + at])]  # in the order of the file
             out[at] = records[row[rows.start + at]]
         advance(len(rows))
         ids, p = (out[name].reshape(1, len(rows), self.k) for name in ("ids", "p"))
         return Answers(ids.astype(np.uint32), p, {"seeds": out["seed"][None].copy()})
 
     def _open(self, folder: Path) -> tuple[list[NDArray[Any]], NDArray[np.int16], NDArray[np.int64]]:
-        """The records of each process; for each sample the process [N], and the place among its records [N]."""
+        """Open an epoch: the records of each process, and for each sample its process [N] and its place there [N]."""
         ranks = sorted(int(m[1]) for name in files.names(folder) if (m := _VALUES.fullmatch(name)))
         if not ranks:
             raise InputError(f"{folder} holds no rankR-values.bin: was it written to its end?")

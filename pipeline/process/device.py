@@ -9,9 +9,9 @@ from kdcache.pipeline.process.rank import this_rank
 
 
 def pick_device(name: str | None) -> torch.device:
-    """The device of that name, or cuda where there is one, else cpu; of torchrun's ranks, each takes its own GPU.
+    """Take the device of that name, or cuda where there is one, else cpu. Each of torchrun's ranks takes its own GPU.
 
-    InputError for one that cannot be used, or that ranks of one machine would share.
+    InputError for a device that cannot be used, or that ranks of one machine would share.
     """
     here = this_rank().local_world
     if here > 1 and name not in (None, "cpu", "cuda"):
@@ -29,7 +29,7 @@ def pick_device(name: str | None) -> torch.device:
 
 
 def _instead() -> str:
-    """What to ask for, where torchrun started more ranks than there are GPUs too."""
+    """What to ask for instead, also where torchrun started more ranks than there are GPUs."""
     here, gpus = this_rank().local_world, torch.cuda.device_count()
     if here > gpus > 0:
         return f"{here} ranks were started here and there are {gpus} GPUs: --nproc-per-node {gpus}"

@@ -35,7 +35,7 @@ def import_function(name: str, what: str, otherwise: str = "") -> Callable[..., 
 
 
 def call_function(function: Callable[..., Any], arguments: tuple[object, ...], name: str, what: str) -> Any:
-    """What the function of that name returns. InputError for whatever it raises; a KdcacheError goes through."""
+    """Call the function of that name. InputError for whatever it raises; a KdcacheError goes through."""
     try:
         return function(*arguments)
     except KdcacheError:

@@ -44,7 +44,7 @@ class Progress:
 
 
 def duration(seconds: float) -> str:
-    """As a person says it: 8 s, 3 min 20 s, 2 h 5 min."""
+    """Seconds as a person says them: 8 s, 3 min 20 s, 2 h 5 min."""
     s = round(seconds)
     if s < 60:
         return f"{seconds:.1f} s" if seconds < 10 else f"{s} s"
@@ -54,7 +54,7 @@ def duration(seconds: float) -> str:
 
 
 def percent(rate: float) -> str:
-    """A rate in 0..1, as such as the share of right answers, for people: 97.75%. Programs get the fraction itself."""
+    """A rate in 0..1, such as the share of right answers, for people: 97.75%. Programs get the fraction itself."""
     return f"{100 * rate:.2f}%"
 
 

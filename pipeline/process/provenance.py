@@ -26,10 +26,10 @@ _HIDDEN = "***"
 def writer(device: str | None = None, compiled: bool = False) -> dict[str, str]:
     """Versions, host, process, time, command line, device, and the git commits of kdcache and of the folder worked in.
 
-    A commit that is followed by "+" is not all: files were changed since.
+    A "+" after a commit tells that files were changed since.
     """
     package = Path(kdcache.__file__).parent
-    # Installed, it may lie in a work tree that is another project's.
+    # Where it is installed, it may lie in another project's work tree.
     own = _commit(package) if (package / ".git").exists() else None
     commits = {"kdcache_commit": own, "commit": _commit(Path.cwd())}
     teacher = {} if device is None else {"device": device, "compiled": "yes" if compiled else "no"}
@@ -74,7 +74,7 @@ def command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> st
 
 
 def _commit(folder: Path) -> str | None:
-    """That of the git work tree which has the folder, if there is one and git is installed."""
+    """The commit of the git work tree that holds the folder, if there is one and git is installed."""
 
     def git(*words: str) -> subprocess.CompletedProcess[str]:
         line = ["git", "--no-optional-locks", "-C", str(folder), *words]

@@ -10,7 +10,7 @@ from kdcache.cache.errors import InputError
 
 @dataclass(frozen=True)
 class Rank:
-    """rank of world processes in all, local_rank of local_world on this machine; one process alone is rank 0 of 1."""
+    """Rank of `world` processes, and local_rank of `local_world` on this machine; a process alone is rank 0 of 1."""
 
     rank: int = 0
     world: int = 1
@@ -19,7 +19,7 @@ class Rank:
 
 
 def this_rank() -> Rank:
-    """This process's place, as torchrun tells it in the environment. InputError where that says it only in part."""
+    """This process's place, as torchrun tells it in the environment. InputError where it is told only in part."""
     names = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE")
     if unclear := [name for name in names if not os.environ.get(name, "").isdecimal()]:
         if os.environ.get("WORLD_SIZE", "1") in ("", "0", "1"):
@@ -38,7 +38,7 @@ def cores() -> int:
 
 
 def share_cores() -> None:
-    """Let torch compute with this rank's share of the cores, where torchrun's own 1 is all that was said of it."""
+    """Let torch compute with this rank's share of the cores, where only torchrun has set a number (1)."""
     if this_rank().local_world > 1 and os.environ.get("OMP_NUM_THREADS") == "1":
         import torch  # only here: it takes seconds
 

@@ -8,7 +8,7 @@ take images of any height and width from 8 pixels on, because all of them end in
   zero padding (option A). resnet8x4 and resnet32x4 have widths 32, 64, 128, 256 in place of 16, 16, 32, 64.
 * wrn_D_K, D = 6n + 4: Zagoruyko & Komodakis 2016, "Wide Residual Networks": pre-activation blocks, widths 16K, 32K,
   64K, no dropout.
-* vgg8, vgg13: Simonyan & Zisserman 2015, with batch norm and one linear layer for the three.
+* vgg8, vgg13: Simonyan & Zisserman 2015, with batch norm, and one linear layer in place of three.
 * mobilenet_v2_cifar: Sandler et al. 2018, width 0.5, an image reduced 16-fold rather than 32-fold.
 * shufflenet_v1_cifar (3 groups) and shufflenet_v2_cifar (1x): Zhang et al. 2018, Ma et al. 2018, with a 1x1 stem of
   stride 1.
@@ -45,7 +45,7 @@ def _conv_bn(
 
 
 class _Residual(nn.Module):
-    """body(x) + shortcut(x), or the two side by side (shortcut's channels last); then perhaps a ReLU."""
+    """Computes body(x) + shortcut(x), or puts the two side by side (shortcut's channels last); then perhaps a ReLU."""
 
     def __init__(self, body: nn.Module, shortcut: nn.Module, concat: bool = False, relu: bool = True) -> None:
         super().__init__()
@@ -113,7 +113,7 @@ class _SplitUnit(nn.Module):
 
 
 class _PoolLargeMaps(nn.Module):
-    """Halves maps of 8x8 and more; vgg's fourth pool, which 32 px images (4x4 by then) do without."""
+    """Halves maps of 8x8 and more: vgg's fourth pool, which images of 32 pixels (4x4 by then) do without."""
 
     def forward(self, x: Tensor) -> Tensor:
         return nn.functional.max_pool2d(x, 2) if min(x.shape[2:]) >= 8 else x
@@ -150,7 +150,7 @@ def _grouped(cin: int, cout: int, stride: int, groups: int, stem: int) -> nn.Mod
 
 
 class _Network(nn.Module):
-    """Stem, stages, tail, the mean over the map, one linear layer."""
+    """A network of stem, stages and tail, then the mean over the map and one linear layer."""
 
     def __init__(self, stem: nn.Module, stages: Iterable[nn.Module], tail: nn.Module, width: int, classes: int) -> None:
         super().__init__()
@@ -175,7 +175,7 @@ def _stages(
 
 
 def _initialise(network: _Network, fc_std: float | None = None) -> _Network:
-    """Convolutions as He et al. 2015 (fan out), norms 1 and 0; the linear layer as torch's without fc_std."""
+    """Draw convolutions as He et al. 2015 (fan out) and set norms to 1 and 0. Without fc_std, `fc` stays as it is."""
     for module in network.modules():
         if isinstance(module, nn.Conv2d):
             nn.init.kaiming_normal_(module.weight, mode="fan_out", nonlinearity="relu")

@@ -53,16 +53,16 @@ def build_network(name: str, classes: int, image_size: int) -> nn.Module:
 
 
 def outline(name: str, classes: int, image_size: int) -> nn.Module:
-    """build_network for the names and shapes of its tensors, on the meta device where that can be."""
+    """Build a network for the names and shapes of its tensors alone, on the meta device where that is possible."""
     try:
         with torch.device("meta"):
             return build_network(name, classes, image_size)
-    except Exception:  # some compute their widths with tensors, which have no values there: they, or an error, come now
+    except Exception:  # some need the values of tensors, which meta has not; a real error comes again
         return build_network(name, classes, image_size)
 
 
 def load_fitting(network: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
-    """Load every tensor, or an InputError that calls them `what` and names the layers that do not fit.
+    """Load every tensor. InputError, which calls them `what`, names the layers that do not fit.
 
     The count of batches that a batch norm has seen may be missing, as in files from before torch 0.4.1.
     """
@@ -116,7 +116,8 @@ def _torchvision_names() -> tuple[str, ...]:
 def _from_torchvision(name: str, classes: int, image_size: int) -> nn.Module:
     options: dict[str, Any] = {}
     if name in ("googlenet", "inception_v3"):
-        options = {"aux_logits": False, "init_weights": True}  # True is the default; said, it does not warn
+        # True is the default, but torchvision warns unless it is given.
+        options = {"aux_logits": False, "init_weights": True}
     elif name.startswith("vit_"):
         options = {"image_size": image_size}
     elif name.startswith("maxvit_"):
@@ -140,7 +141,7 @@ def _from_timm(name: str, classes: int) -> nn.Module:
 
 
 def import_timm(name: str) -> tuple[Any, str]:
-    """The module timm, and its own name for the network `timm/NAME`, perhaps with .TAG. InputError without either."""
+    """Import timm; also its own name for `timm/NAME`, perhaps with .TAG. InputError where either is missing."""
     try:
         timm: Any = importlib.import_module("timm")
     except ImportError as error:

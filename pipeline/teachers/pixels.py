@@ -1,4 +1,4 @@
-"""How a network wants its images, and what says so."""
+"""How a network wants its images prepared, and where that is known from."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ FLAGS = "--teacher-size, --teacher-mean and --teacher-std"
 
 @dataclass(frozen=True)
 class Pixels:
-    """Images of `size` pixels a side, resized by `interpolation`, as (value / 255 - mean) / std of each channel."""
+    """Images are resized to `size` pixels a side by `interpolation`; a channel becomes (value / 255 - mean) / std."""
 
     size: int
     mean: RGB
@@ -38,7 +38,7 @@ class Pixels:
 
 @dataclass(frozen=True)
 class Wanted:
-    """What is asked for in place of what the source says; None leaves it to the source."""
+    """What the user asks for in place of what the source says; None leaves it to the source."""
 
     size: int | None = None
     mean: RGB | None = None
@@ -47,11 +47,11 @@ class Wanted:
 
     @classmethod
     def of(cls, identity: TeacherIdentity) -> Wanted:
-        """What a cache's teacher was shown: a replay shows the same, whatever the source says today."""
+        """Ask for what a cache's teacher was shown, so that a replay shows the same, whatever its source says today."""
         return cls(identity.input_size, identity.mean, identity.std, identity.interpolation)
 
     def over(self, pixels: Pixels) -> Pixels:
-        """`pixels` with what is asked for."""
+        """Replace in `pixels` what is asked for."""
         given = {name: value for name, value in vars(self).items() if value is not None}
         return replace(pixels, **given)
 
@@ -83,7 +83,8 @@ class Asked:
 class Found:
     """A network with its weights, and what its source says of it.
 
-    class_names: by class id, or None where the source does not tell. label: which weights. origin: what says `pixels`.
+    class_names: by class id, or None where the source does not tell. label: its weights' name.
+    origin: the words that tell where `pixels` is known from.
     """
 
     network: nn.Module
@@ -99,7 +100,7 @@ def pixels_of_data(data: Dataset) -> Pixels:
 
 
 def interpolation_of(name: str) -> Interpolation:
-    """InputError for one that kdcache cannot resize by."""
+    """Check an interpolation's name. InputError for one that kdcache does not have."""
     if name == "bilinear":
         return "bilinear"
     if name == "bicubic":
@@ -109,14 +110,14 @@ def interpolation_of(name: str) -> Interpolation:
 
 @contextlib.contextmanager
 def fetching() -> Iterator[None]:
-    """While another library fetches and loads weights: only tensors are read, and standard output stays ours.
+    """Guard a library that fetches and loads weights: only tensors are read, and standard output stays free.
 
-    Libraries ask torch.load for whole pickles too, which can run code.
+    Some libraries would have torch.load read whole pickles, which can run code.
     """
     setting, hub = "TORCH_FORCE_WEIGHTS_ONLY_LOAD", logging.getLogger("huggingface_hub")
     before, level = os.environ.get(setting), hub.level
     os.environ[setting] = "1"
-    hub.setLevel(logging.ERROR)  # it warns of every try
+    hub.setLevel(logging.ERROR)  # it warns of every attempt
     try:
         with contextlib.redirect_stdout(sys.stderr):  # torch.hub prints there what it downloads
             yield

@@ -19,7 +19,7 @@ from kdcache.pipeline.teachers.sources import files, functions, timm, torchvisio
 from kdcache.pipeline.teachers.weights import weights_hash, write_weights
 from kdcache.pipeline.views.render import normalised
 
-# In the order in which they are asked. A source gives None for a teacher that is not its own.
+# Sources in the order in which they are asked. A source gives None for a teacher that is not its own.
 SOURCES: dict[str, Callable[[Asked], Found | None]] = {
     "file": files.given,
     "function": functions.find,
@@ -43,7 +43,7 @@ class Classifier(nn.Module):
         self.register_buffer("std", torch.tensor(std).view(1, 3, 1, 1) * 255, persistent=False)
 
     def normalise(self, images: Tensor) -> Tensor:
-        """float32 of the same shape and memory format, zero mean and unit variance over the dataset."""
+        """Normalise to zero mean and unit variance over the dataset: float32 of the same shape and memory format."""
         return normalised(images, self.mean, self.std)
 
     def forward(self, images: Tensor) -> Tensor:
@@ -55,8 +55,8 @@ class Classifier(nn.Module):
 class Teacher:
     """A network that only answers.
 
-    class_names: by class id, where its source tells. about: what it is, and what says how it wants its images.
-    compiled: the model, where it is.
+    class_names: by class id, where its source tells them. about: a line that tells what it is, and how it wants its
+    images and why. compiled: the compiled model, or None.
     """
 
     identity: TeacherIdentity
@@ -72,7 +72,10 @@ class Teacher:
         return self.identity.input_size
 
     def logits(self, images: Tensor) -> Tensor:
-        """float32 [B, C] for uint8 [B, 3, S, S] at the teacher's input size: eval() and inference_mode, always."""
+        """Answer images uint8 [B, 3, S, S] of the teacher's input size with logits float32 [B, C].
+
+        The network is always in eval() and in inference_mode.
+        """
         assert not self.model.training
         bf16 = self.identity.numeric == "bf16"
         # float32 means float32: no TF32, so that a cache does not depend on the card.
@@ -83,7 +86,7 @@ class Teacher:
         ):
             if self.compiled is None:
                 return self.model(images).float()  # type: ignore[no-any-return]
-            # What a CUDA graph gives is overwritten by the next answer.
+            # The next answer overwrites what a CUDA graph gives.
             return self.compiled(images).float().clone()
 
     def compile(self, batch: int) -> Teacher:
@@ -100,7 +103,7 @@ class Teacher:
                 found.logits(images)
         except torch.OutOfMemoryError:
             raise
-        except Exception as e:  # of the network, the compiler, or for want of one
+        except Exception as e:  # the network and the compiler may raise anything, and there may be no compiler
             network = self.identity.architecture
             raise InputError(
                 f"{network} cannot be compiled here: {first_sentence(e)}; --no-compile does without"
@@ -122,12 +125,12 @@ def load_teacher(
     amp: str | None = None,
     wanted: Wanted = WHAT_THE_SOURCE_SAYS,
 ) -> Teacher:
-    """The teacher `name` for a dataset's train split.
+    """Load the teacher `name` for a dataset's train split.
 
-    weights: a file (safetensors or a state dict), a torchvision weights name such as IMAGENET1K_V1, or None: the
-    teacher that `kdcache teach` filed for this dataset; else those that a name of timm's tells (timm/resnet50.a1_in1k);
-    else, for imagenet, torchvision's IMAGENET1K_V1 or timm's first. wanted: how its images are prepared, where that is
-    not as the source of the weights says.
+    weights: a file (safetensors or a state dict), or a name of torchvision's weights such as IMAGENET1K_V1. None takes
+    the teacher that `kdcache teach` filed for this dataset; else the weights that a timm name tells
+    (timm/resnet50.a1_in1k); else, for imagenet, torchvision's IMAGENET1K_V1 or timm's first. wanted: how its images
+    are prepared, where that is not as the source of the weights says.
 
     NotFoundError where there is none; InputError where weights do not fit, or cannot be fetched.
     """
@@ -152,16 +155,16 @@ def load_teacher(
 
 
 def _find(asked: Asked) -> Found:
-    """What the first source that has the teacher gives. NotFoundError where none has it."""
+    """Return what the first source gives that has the teacher. NotFoundError where none has it."""
     for source in SOURCES.values():
         if (found := source(asked)) is not None:
             return found
-    outline(asked.name, 2, pixels_of_data(asked.data).size)  # a name that no network has is an error of its own
+    outline(asked.name, 2, pixels_of_data(asked.data).size)  # raises an error of its own for a name that no network has
     raise NotFoundError(_untaught(asked.name, asked.data))
 
 
 def try_out(model: Classifier, name: str, size: int) -> int:
-    """How many classes the model answers for; InputError unless it takes images of this size and gives logits."""
+    """Count the classes that the model answers for. InputError unless it takes images of this size and gives logits."""
     images = torch.zeros((2, 3, size, size), dtype=torch.uint8, device=model.mean.device)
     was_training = model.training
     try:

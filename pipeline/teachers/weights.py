@@ -26,7 +26,7 @@ from kdcache.pipeline.teachers.pixels import RGB
 
 
 def weights_hash(state: dict[str, Tensor]) -> str:
-    """sha256 over the tensors' names, types, shapes and bytes, in order of name."""
+    """The sha256, in hexadecimal, of the tensors' names, types, shapes and bytes, in the order of their names."""
     h = hashlib.sha256()
     for name in sorted(state):
         t = state[name].detach().cpu().contiguous()
@@ -49,7 +49,7 @@ def write_weights(path: Path, state: Mapping[str, Tensor], notes: dict[str, Any]
 
 
 class _Notes(BaseModel):
-    """What must stand in kdcache's notes in a weights file; there may be more."""
+    """What kdcache's notes in a weights file must hold; there may be more."""
 
     model_config = ConfigDict(extra="allow", strict=True, allow_inf_nan=False)
     input_size: int = Field(ge=1)
@@ -66,7 +66,7 @@ class _Notes(BaseModel):
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
-    """Tensors by name and kdcache's notes (empty for a foreign file), without running code from the file."""
+    """Read tensors by name and kdcache's notes (empty for a foreign file), without running code from the file."""
     if not path.is_file():
         raise InputError(f"{path} is a folder, not a weights file" if path.is_dir() else f"no weights file at {path}")
     if path.suffix == ".safetensors":

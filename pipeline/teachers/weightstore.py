@@ -1,7 +1,7 @@
-"""Teachers' weights by their hash: filed here when a cache is built, published with it, fetched where they are needed.
+"""Keeps teachers' weights by their hash: filed when a cache is built, published with it, fetched where they are needed.
 
-A file is safetensors and named by the `weights_hash` of its tensors, which every identity of a cache by that teacher
-holds. Its notes say how the teacher wants its pixels and what its classes are called. Nothing in it is code, and no
+Each file is safetensors and is named by the `weights_hash` of its tensors, which the identity of every cache by that
+teacher holds. Its notes tell how the teacher wants its pixels and what its classes are called. It holds no code, and no
 name in it is imported.
 """
 
@@ -37,8 +37,8 @@ def keep(teacher: Teacher, say: Say) -> None:
     """File the teacher's weights here, so that a later push, verify or build finds them."""
     path = weights_file(teacher.identity.weights)
     if path.exists():
-        with suppress(PermissionError):  # of a home that is only read from
-            os.utime(path)  # in use: gc counts from now
+        with suppress(PermissionError):  # the home may be read-only
+            os.utime(path)  # marks the file as used, since gc goes by this time
         return
     about = teacher.identity.model_dump(mode="json", exclude={"weights", "numeric"})
     notes = {**about, "class_names": teacher.class_names or ()}
@@ -55,16 +55,17 @@ def keep(teacher: Teacher, say: Say) -> None:
 
 
 def _saved(state: dict[str, Tensor], notes: dict[str, Any]) -> bytes:
-    """A file of these weights. The hash of the notes goes along, as that of the tensors says nothing of them."""
+    """Make a file of these weights, with a hash of the notes, which the hash of the tensors does not cover."""
     text = json.dumps(notes)
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}  # none shares memory
+    # safetensors refuses tensors that share memory.
+    plain = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
     return safetensors.torch.save(plain, {"kdcache": text, "notes_sha256": files.sha256(text.encode())})
 
 
 def find_weights(teacher: TeacherIdentity, registries: Sequence[Registry], say: Say) -> Path | None:
-    """The file of a teacher's weights: here, else fetched from the first registry that has it; None where none has.
+    """Find the file of a teacher's weights here, or fetch it from the first registry that has it; None if none has.
 
-    CorruptError where a file is not what its name says.
+    CorruptError where the content of a file does not fit its name.
     """
     if path := _here(teacher):
         return path
@@ -75,7 +76,7 @@ def find_weights(teacher: TeacherIdentity, registries: Sequence[Registry], say: 
 
 
 def _here(teacher: TeacherIdentity) -> Path | None:
-    """Its file under KDCACHE_HOME: by its hash, or, from before weights were filed so, where it was taught."""
+    """The file under KDCACHE_HOME, named by the hash; or, from earlier versions, where the teacher was taught."""
     if weights_file(teacher.weights).exists():
         return _checked(teacher.weights)
     name = f"{teacher.network.replace('/', '-').replace(':', '-')}.safetensors"
@@ -96,7 +97,7 @@ def _checked(weights: str) -> Path:
 def _fetch(weights: str, shared: Registry, say: Say) -> Path:
     path = weights_file(weights)
     (home() / "remote").mkdir(parents=True, exist_ok=True)
-    with FileLock(home() / "remote" / f"{weights}.lock"):  # of several processes one fetches
+    with FileLock(home() / "remote" / f"{weights}.lock"):  # only one of several processes fetches
         if not path.exists():
             content = shared.teachers.read(weights)
             _require(
@@ -111,7 +112,7 @@ def _fetch(weights: str, shared: Registry, say: Say) -> Path:
 
 
 def _require(content: bytes, weights: str, where: str, advice: str) -> None:
-    """CorruptError unless these bytes are a file of the weights of that hash, with the notes that were filed."""
+    """Raise CorruptError unless the bytes are a file of the weights with that hash, and its notes are undamaged."""
     try:
         state = safetensors.torch.load(content)
         header = json.loads(content[8 : 8 + int.from_bytes(content[:8], "little")])
@@ -125,9 +126,9 @@ def _require(content: bytes, weights: str, where: str, advice: str) -> None:
 
 
 def publish(teacher: TeacherIdentity, cache: str, shared: Registry, say: Say) -> Published:
-    """Put the weights of a cache's teacher into a registry, once for all of its caches.
+    """Publish the weights of a cache's teacher in a registry, once for all caches by that teacher.
 
-    They are looked for here, and in the registry that the cache at a path or an address lies in.
+    They are looked for here, and in the registry that holds the cache. cache: its path or address.
     """
     what = f"the weights {teacher.weights[:12]} of {teacher.architecture}"
     if shared.teachers.has(teacher.weights):
@@ -155,9 +156,9 @@ def _refiled(taught: Path) -> bytes:
 
 
 def named_weights(text: str, registries: Sequence[Registry], say: Say) -> str:
-    """What --weights says, with the file of the weights in place of the first digits of their hash.
+    """Resolve what --weights says: the first digits of a hash become the file of those weights; all else stays.
 
-    InputError where none begin with them, or several do.
+    InputError where no weights' hash begins with these digits, or where several do.
     """
     if not _is_hash(text):
         return text
@@ -182,9 +183,10 @@ def _is_hash(text: str) -> bool:
 
 
 def weights_of(identity: Identity, where: str, given: str | None, registry: str | None) -> str | None:
-    """The file of the weights of a cache's teacher: here, in the registry that it lies in, or in another.
+    """Find the file of the weights of a cache's teacher: here, in the registry that holds the cache, or in `registry`.
 
-    given: what --weights says, which is then the answer. None where none is found: weights may have a public name too.
+    where: the cache's path or address. given: what --weights says, which goes before all else. None where there is no
+    such file; the weights may still have a public name.
     """
     if given is not None and not _is_hash(given):
         return given

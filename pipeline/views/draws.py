@@ -1,10 +1,11 @@
-"""Drawing: random numbers by sample, and the rules that make boxes of them.
+"""Draws random numbers for each sample, and has the rules that make boxes of them.
 
 The numbers are raw Philox 4x64 words mapped by our own formula, since NumPy keeps the raw stream stable between
 versions but not its distributions. The key is (seed, stream) and the counter is (the sample's first block, view), so
 any range of samples is drawn without the others.
 
-u [n, 4 * blocks] are a sample's numbers in [0, 1); number 0 is left for the flip. height and width are int64 [n].
+In all rules, u [n, 4 * blocks] holds each sample's numbers in [0, 1), where number 0 is left for the flip. height
+and width are int64 [n].
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ _ASPECTS = np.array(
 
 
 def uniforms(seed: int, stream: int, view: int, samples: range, blocks: int) -> NDArray[np.float64]:
-    """[n, 4 * blocks] numbers in [0, 1), multiples of 2^-53."""
+    """Draw the numbers [n, 4 * blocks]: multiples of 2^-53 in [0, 1)."""
     counter = np.array([samples.start * blocks, view, 0, 0], np.uint64)
     philox = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=counter)
     raw = philox.random_raw(len(samples) * blocks * WORDS).reshape(len(samples), blocks * WORDS)
@@ -48,7 +49,7 @@ class Geometry(Protocol):
         """How many pixels beyond the edge of an image a box may reach."""
 
     def boxes(self, u: NDArray[np.float64], height: NDArray[np.int64], width: NDArray[np.int64]) -> NDArray[np.int64]:
-        """[n, 4]: top, left, height and width in source pixels."""
+        """The boxes [n, 4]: top, left, height and width in source pixels."""
 
 
 class Whole:
@@ -86,7 +87,7 @@ class ResizedCrop:
         return 0
 
     def boxes(self, u: NDArray[np.float64], height: NDArray[np.int64], width: NDArray[np.int64]) -> NDArray[np.int64]:
-        # Only +, *, / and sqrt, which IEEE 754 rounds alike everywhere.
+        # Only +, *, / and sqrt are used, which IEEE 754 rounds alike everywhere.
         low, high = _AREA
         area = (height * width)[:, None] * (low + (high - low) * u[:, WORDS::2])
         aspect = _ASPECTS[np.floor(u[:, WORDS + 1 :: 2] * len(_ASPECTS)).astype(np.int64)]

@@ -59,7 +59,7 @@ class ViewParameters:
         return ViewParameters(self.boxes[index], self.flips[index])
 
     def digest(self) -> str:
-        """sha256 of the parameters. Each commit holds it, and a reader compares it."""
+        """The sha256 of the parameters, in hexadecimal. Each commit holds it, and a reader compares it."""
         h = hashlib.sha256(b"kdcache view parameters 1\0")
         h.update(np.ascontiguousarray(self.boxes, "<i4").tobytes())
         h.update(np.ascontiguousarray(self.flips, "u1").tobytes())
@@ -89,7 +89,7 @@ def resizes(policy: str) -> bool:
 def draw(
     policy: str, seed: int, view: int, samples: range, sizes: NDArray[np.int32], stream: int = _VIEWS
 ) -> ViewParameters:
-    """Parameters of a view for contiguous samples; sizes int32 [n, 2] are the height and width of their images.
+    """Draw the parameters of a view for contiguous samples. sizes int32 [n, 2]: height and width of their images.
 
     stream: the stream of caches, or TEACHING, so that no cached view is one that the teacher was trained on.
     """
@@ -101,7 +101,7 @@ def draw(
 
 
 def imported_view(stored: Mapping[str, NDArray[Any]], sizes: NDArray[np.int32], where: str) -> ViewParameters:
-    """Parameters from the arrays of an imported view; CorruptError for boxes that leave images of these sizes."""
+    """Read the parameters of an imported view from its arrays. CorruptError for boxes that leave the images."""
     boxes, flips = stored["boxes"], stored["flips"]
     corner, extent = boxes[:, :2].astype(np.int64), boxes[:, 2:].astype(np.int64)
     if (corner < 0).any() or (extent < 1).any() or (corner + extent > sizes).any() or (flips > 1).any():

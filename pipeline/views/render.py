@@ -1,4 +1,4 @@
-"""Applying view parameters: uint8 pixels in, uint8 pixels out, the same in both stages.
+"""Applies view parameters to uint8 pixels, in the same way in both stages.
 
 Only uint8 tensors are used, never PIL or floats, which differ by a level or two. So pixels are bit-equal between build
 and train on the same renderer and CPU class, with any number of workers.
@@ -26,7 +26,7 @@ from kdcache.pipeline.views.policy import ViewParameters, padding
 from kdcache.pipeline.views.workers import Done, Task, Workers
 
 RENDERER = "torch-uint8-1"
-_CUTS = 32  # that a worker process makes at once
+_CUTS = 32  # cuts that a worker process makes at once
 
 
 def render(
@@ -45,7 +45,7 @@ def render(
     if any(beyond):
         inside = F.pad(inside, beyond)
     if (height, width) != size:
-        # In the layout that it was decoded in: the same values in half the time.
+        # Channels-last, as it was decoded, gives the same values in half the time.
         whole = inside.unsqueeze(0).contiguous(memory_format=torch.channels_last)
         inside = tv.resize(whole, list(size), InterpolationMode(interpolation), antialias=True)[0]
     return inside.flip(2) if flip else inside
@@ -53,13 +53,13 @@ def render(
 
 def normalised(images: Tensor, mean: Tensor, std: Tensor) -> Tensor:
     """(images - mean) / std in float32, in the layout of images uint8 [B, 3, H, W]; mean and std [1, 3, 1, 1]."""
-    # As whole planes in that layout too: broadcast over channels that lie innermost, it is ten times slower on a CPU.
+    # mean and std become planes in that layout too: broadcasting over innermost channels is ten times slower on a CPU.
     plane = torch.empty_like(images[:1], dtype=torch.float32)
     return images.to(torch.float32, copy=True).sub_(plane.copy_(mean)).div_(plane.copy_(std))
 
 
 def order_on(device: torch.device, batches: Sequence[NDArray[np.int64]]) -> Tensor:
-    """The samples of all batches, copied to the device at once: it would have to wait for a copy of each batch."""
+    """Copy the samples of all batches to the device at once, which would have to wait for a copy of each batch."""
     return torch.from_numpy(np.concatenate([*batches, np.empty(0, np.int64)])).to(device)
 
 
@@ -71,7 +71,7 @@ class _Pixels:
         self.size = (height, width)
         self._pad, self._padded_width = pad, width + 2 * pad
         self._area = (height + 2 * pad) * self._padded_width
-        own = padded = images.to(device).contiguous()  # without a margin on the CPU: these very pixels
+        own = padded = images.to(device).contiguous()  # on the CPU and without a margin, this is no copy
         if pad:
             padded = torch.zeros((n, height + 2 * pad, self._padded_width, channels), dtype=torch.uint8, device=device)
             padded[:, pad : pad + height, pad : pad + width] = own
@@ -79,7 +79,7 @@ class _Pixels:
         self._rows = torch.arange(height, device=device).unsqueeze(1) * self._padded_width
         self._columns = torch.arange(width, device=device)
         self._windows = None
-        if device.type == "cpu":  # rows of a crop, one from each pixel on
+        if device.type == "cpu":  # a row of a crop may start at any pixel
             shape, strides = (len(self._flat) - width + 1, width * channels), (channels, 1)
             self._windows = np.lib.stride_tricks.as_strided(padded.numpy(), shape, strides, writeable=False)
             self._mirrored = np.arange(width * channels).reshape(width, channels)[::-1].reshape(-1)
@@ -116,12 +116,12 @@ Batch = tuple[NDArray[np.int64], Sequence[int]]  # samples, and in which views
 
 
 class Renderer:
-    """Rendered batches of a dataset in views of `policy`, at `size` pixels (None: the images' own), on `device`.
+    """Renders batches of a dataset in views of `policy`, at `size` pixels (None: the images' own), on `device`.
 
     In-memory images are cut on the device in batches, from one padded copy that all renderers of a dataset share.
-    Files, and what has to be resized by boxes of many sizes, are cut in `workers` processes, which live on from one
-    call to the next until `close`; of their pixels no more wait than two batches in each of the views that are cut
-    together, or two tasks of 32 cuts a worker where that is more.
+    Files, and images that are resized from boxes of many sizes, are cut in `workers` processes, which live on from one
+    call to the next until `close`. At most two batches of their pixels wait, in each of the views that are cut
+    together, or two tasks of 32 cuts for each worker where that is more.
     """
 
     def __init__(
@@ -171,7 +171,7 @@ class Renderer:
     def views(
         self, parameters: Sequence[ViewParameters], batches: Sequence[Batch], first: int = 0
     ) -> Iterator[tuple[int, int, Tensor]]:
-        """Every batch in each of its views: the places of both, and the pixels as `batches` gives them.
+        """Yield every batch in each of its views: the places of batch and view, and the pixels as `batches` gives them.
 
         Files are decoded once for all views of a batch, so batch by batch; in-memory images come view by view.
         """
@@ -198,7 +198,7 @@ class Renderer:
         if (loader := self._idle) is None or not loader.serves(workers, ahead):
             cut = partial(render, size=self.size, interpolation=self.interpolation)
             loader = Workers(self.data, cut, self.size, workers, ahead, self.device.type == "cuda")
-        # Not for another call before this one is through.
+        # No other call may have it before this one is through.
         self._idle = None
         done = loader.run(tasks, 2 * max(counts, default=0))
         for number, (_, places) in enumerate(batches):

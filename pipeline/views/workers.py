@@ -52,10 +52,10 @@ Done = Tensor | NDArray[np.uint8] | str  # what came of a task: pixels, shared o
 
 @dataclass
 class _Cutter(TorchDataset[Done]):
-    """The work of one process: a task in, uint8 [b, n, *size, 3] out, each image decoded once for all of its views.
+    """Does the work of one process: a task in, uint8 [b, n, *size, 3] out; each image is decoded once for all views.
 
-    An error travels as its text, so that it stays one line. at: each worker's process id, and the sample that it has
-    under way, or -1; of a worker that was killed this tells what it was reading.
+    An error travels as its text, so that it stays one line. at: each worker's process id, and the sample that it is
+    working on, or -1. This tells what a worker that was killed was reading.
     """
 
     data: Dataset
@@ -93,7 +93,7 @@ class _Cutter(TorchDataset[Done]):
         shape = (len(task.samples), views, *self.size, 3)
         if task.shared:
             with suppress(RuntimeError):  # others have taken the shared memory meanwhile
-                stacked: Tensor = default_collate(cuts)  # in a worker straight into memory that is shared
+                stacked: Tensor = default_collate(cuts)  # a worker stacks straight into shared memory
                 return stacked.view(shape)
         return torch.stack(cuts).view(shape).numpy()
 
@@ -120,7 +120,7 @@ class Workers:
             persistent_workers=workers > 0,
             worker_init_fn=_begin_worker,
             pin_memory=pin,
-            generator=torch.Generator(),  # for seeds that the workers do not use: not the run's own
+            generator=torch.Generator(),  # draws seeds that nobody uses, and leaves the run's own generator alone
         )
         _STARTED.add(self)
 
@@ -156,7 +156,7 @@ class Workers:
             raise UnreadableError(reason) from e
 
     def reading(self, pid: int) -> str | None:
-        """The file or the image that the worker process with this id has under way, if any."""
+        """The file or the image that the worker process with this id is working on, if any."""
         for process, sample in zip(self._cutter.at[::2], self._cutter.at[1::2], strict=True):
             if process == pid and sample >= 0:
                 return self._cutter.data.where(sample)
@@ -196,15 +196,16 @@ def shared_memory_free() -> int:
 
 
 def _as_it_is(done: Any) -> Any:
-    """Stand in for torch's own collation, which would put every array into shared memory."""
+    """Return what is done, in place of torch's own collation, which would put every array into shared memory."""
     return done
 
 
 @contextmanager
 def _uninterrupted() -> Iterator[None]:
-    """Let Ctrl-C and SIGTERM wait: in the middle of a fork they leave half-made processes. Workers never get them.
+    """Let Ctrl-C and SIGTERM wait, which would leave half-made processes in the middle of a fork.
 
-    Otherwise what ends a whole process group or job would kill the workers before this process has ended its step.
+    Workers never get them. Otherwise a signal to a whole process group or job would kill the workers before this
+    process has ended its step.
     """
     before = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT, signal.SIGTERM})
     try:

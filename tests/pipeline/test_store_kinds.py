@@ -11,9 +11,10 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.home import WITH_IMAGES
 from kdcache.cache.records.choices import FileStore, StoreName
 from kdcache.pipeline.pack import pack
-from kdcache.pipeline.stores import STORES, Store
+from kdcache.pipeline.stores import STORES, Store, open_store
 from kdcache.tests.contracts.stores import StoreContract, built
 from kdcache.tests.helpers.ffcv import quiet
+from kdcache.train.plan.feeds import CacheFeed, feed_of
 
 __all__ = ["built"]  # a fixture
 
@@ -59,6 +60,14 @@ class TestToy(StoreContract):
     def test_the_command_packs_into_it(self, built: tuple[Cache, Any], tmp_path: Path) -> None:
         found = pack(built[0].path, "toy", str(tmp_path / "p.toy"), range(0, 2), say=quiet)  # type: ignore[arg-type]
         assert (found.views, found.key) == (2, built[0].key) and found.path == tmp_path / "p.toy"
+
+    def test_a_student_learns_from_it(self, built: tuple[Cache, Any], tmp_path: Path) -> None:
+        cache, data = built
+        _pack_toy(cache, tmp_path / "p.toy", cache.views, data, quiet)
+        feed = feed_of(open_store(str(tmp_path / "p.toy")))
+        assert isinstance(feed, CacheFeed) and (feed.labels() == cache.train.labels).all()
+        _, labels, records = next(iter(feed.loader(data, 4, False, quiet)))
+        assert len(labels) == len(records.target_gap) == 4
 
 
 def test_what_can_be_asked_for_stands_in_the_table() -> None:

@@ -9,7 +9,9 @@ from pathlib import Path
 import pytest
 from click.testing import CliRunner
 
+from kdcache.cache.errors import InputError
 from kdcache.cli import main
+from kdcache.pipeline.trust import images_of
 
 GOOD = """
 import numpy as np
@@ -147,3 +149,13 @@ def test_a_settings_file_that_names_code_says_so(victim):
         assert "note: " not in kdcache(f"verify {victim['OURS']} --data ours:images --depth commits").stderr
     finally:
         Path("kdcache.toml").unlink()
+
+
+def test_the_images_are_those_that_are_given_or_that_a_cache_names():
+    assert images_of("imagefolder", "imagefolder:here", "the cache") == "imagefolder:here"
+    assert images_of("theirs:images", "theirs:images", "the cache") == "theirs:images"
+    assert images_of("digits", None, "the cache") == "digits"
+    with pytest.raises(InputError, match=r"^where are the images\? give --data imagenet:PATH, or do without$"):
+        images_of("imagenet", None, "the cache", ", or do without")
+    with pytest.raises(InputError, match=r"^the cache names the dataset 'theirs:images'.* give --data theirs:images$"):
+        images_of("theirs:images", None, "the cache")

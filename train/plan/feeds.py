@@ -97,4 +97,4 @@ FEEDS: dict[type, Callable[[Any], Feed]] = {Cache: CacheFeed, FFCVFile: FFCVFeed
 
 def feed_of(store: Stored) -> Feed:
     """An open store as a training sees it."""
-    return FEEDS[type(store)](store)
+    return next(FEEDS[kind] for kind in type(store).__mro__ if kind in FEEDS)(store)

@@ -39,7 +39,7 @@ class ArrayDataset(Described):
 
 
 def from_arrays(name: str, split: str, load: Callable[[bool], Arrays]) -> ArrayDataset:
-    """A split as load(train) gives it. Class names, mean and std are always those of the train split."""
+    """Make a split of the arrays that load(train) gives. Class names, mean and std are those of the train split."""
     images, labels, names = load(split == "train")
     train_images = images
     if split != "train":

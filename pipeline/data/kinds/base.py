@@ -45,14 +45,14 @@ class Kind(ABC):
 
     @abstractmethod
     def open(self, asked: Asked) -> Described:
-        """The split that is asked for. InputError where it cannot be found or read, or does not fit."""
+        """Open the split that is asked for. InputError where it cannot be found or read, or does not fit."""
 
     def splits(self, asked: Asked) -> tuple[str, ...]:
         """The splits that there are: 'train' and 'eval', and perhaps 'validation' to choose weights by."""
         return "train", "eval"
 
     def unreadable(self, asked: Asked, progress: FilesDone | None = None) -> list[str]:
-        """Decode every file; one line 'path: reason' for each that cannot be decoded."""
+        """Decode every file and list a line 'path: reason' for each that cannot be decoded."""
         return self.open(asked).unreadable(progress)
 
 
@@ -65,7 +65,7 @@ class _Contents:
 
 @dataclass(frozen=True, eq=False)
 class Described(_Contents, ABC):
-    """What is known of the images of one split. Each kind adds where the pixels are; see dataset.Dataset.
+    """What is known of the images of one split. Each kind adds the pixels; dataset.Dataset explains the fields.
 
     InputError where the fields do not fit each other.
     """
@@ -130,10 +130,10 @@ class Described(_Contents, ABC):
 
     @abstractmethod
     def _fingerprint(self, full: bool) -> str:
-        """The digest of `_begun` over the order and the contents too, in hexadecimal."""
+        """The digest that `_begun` starts, taken over the order and the contents too, in hexadecimal."""
 
     def _begun(self, kind: str, full: bool, **more: object) -> hashlib._Hash:
-        """A digest of the labels and the class names, which contents are to be added to."""
+        """Start a digest with the labels and the class names. The caller adds the contents."""
         about = {
             "format": 1,
             "kind": kind,

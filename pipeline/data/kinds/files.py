@@ -33,7 +33,7 @@ class FileDataset(Described):
             self._require_pixels(self.pixels)
 
     def decode(self, index: int) -> torch.Tensor:
-        """The image. InputError where its file cannot be read or has changed."""
+        """Decode the image. InputError where its file cannot be read or has changed."""
         if self.pixels is not None:
             return self.pixels[index].permute(2, 0, 1).contiguous()
         return decode_file(self.file(index), self.sizes[index])
@@ -45,7 +45,7 @@ class FileDataset(Described):
         return imagefiles.unreadable_files(self.root, self.paths, progress)
 
     def _fingerprint(self, full: bool) -> str:
-        """All paths and sizes, and the contents of FINGERPRINTED_FILES drawn files or, when `full`, of all."""
+        """Digest all paths and sizes, and the contents of FINGERPRINTED_FILES drawn files or, when `full`, of all."""
         n = len(self)
         digest = self._begun("files", full)
         for path, size in zip(self.paths, imagefiles.file_sizes(self.root, self.paths), strict=True):

@@ -14,7 +14,7 @@ from kdcache.pipeline.data.imagefiles import FilesDone, left_out, list_images, l
 from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
 from kdcache.pipeline.data.kinds.files import FileDataset
 
-# What the folders of splits are called, in any case.
+# Names of the folders of splits, in upper or lower case.
 _TRAIN = ("train", "training")
 VALIDATION = ("val", "valid", "validation", "dev")
 TEST = ("test", "testing")
@@ -22,7 +22,7 @@ EVALUATION = ("eval", "evaluation")
 _SPLITS = (*_TRAIN, *VALIDATION, *TEST, *EVALUATION)
 
 _HELD_OUT = 10  # where there are no split folders, every tenth image of a class belongs to the eval split
-_NAMED = 5  # classes in a line
+_NAMED = 5  # classes that one message names
 _PURPOSE = {"train": "learn from", "eval": "evaluate on", "validation": "choose weights by"}
 
 
@@ -86,7 +86,7 @@ class ClassFolders(Kind):
         return (*super().splits(asked), *(["validation"] if third else ()))
 
     def unreadable(self, asked: Asked, progress: FilesDone | None = None) -> list[str]:
-        """List them without opening the dataset, which is refused where a header cannot be read."""
+        """List the files without opening the dataset, since that is refused where a header cannot be read."""
         files = self._list(asked)
         return unreadable_files(files.root, files.paths, progress)
 

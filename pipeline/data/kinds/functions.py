@@ -45,7 +45,7 @@ class UserFunction(Kind):
 
 
 def _arrays(spec: str, found: object) -> Arrays:
-    """Check what a user's function returned."""
+    """Check the arrays that a user's function returned."""
     if not isinstance(found, tuple) or len(found) not in (2, 3):
         raise InputError(f"dataset {spec!r}: {_RETURN}")
     images, labels = np.asarray(found[0]), np.asarray(found[1])

@@ -1,7 +1,7 @@
 """Weights in a file: one that the user gives, or the one that `kdcache teach` filed for the data.
 
-What the file, or whoever publishes it, says of the images decides how they are prepared; else the data do, and the line
-that a build prints says so.
+Images are prepared as the file, or whoever publishes it, says. Where neither does the data decide, and the line that
+a build prints says so.
 """
 
 from __future__ import annotations
@@ -87,10 +87,10 @@ def from_file(
 def _torchvision_pixels(
     name: str, path: Path, state: Mapping[str, Tensor], classes: int, data: Dataset, wanted: Wanted
 ) -> tuple[Pixels, tuple[str, ...] | None, str]:
-    """What a network of torchvision's with weights of unknown origin wants to see, its classes' names, and why.
+    """How a torchvision network with the weights in a file wants its images, its classes' names, and what says so.
 
-    A file that is named as torchvision publishes it is that one. Others with ImageNet's number of classes, or for image
-    files, are taken to have been trained like torchvision's own; the rest on the data as it is.
+    A file that has the name of one that torchvision publishes is taken for it. Others with ImageNet's number of
+    classes, or for image files, are taken to have been trained like torchvision's own; the rest on the data as it is.
     """
     entry: WeightsEnum | None = published_as(name, path.name)
     names = None
@@ -117,7 +117,7 @@ def _torchvision_pixels(
 
 def _count_classes(name: str, state: Mapping[str, Tensor], default: int) -> int:
     """How many classes the weights answer for: the length of the tensors that change with the number of classes."""
-    size = built_size(name, state, IMAGENET_SIZE)  # which all of them can be built for
+    size = built_size(name, state, IMAGENET_SIZE)  # all of them can be built for this size
     two, three = (outline(name, classes, size).state_dict() for classes in (2, 3))
     for layer in two:
         if two[layer].shape != three[layer].shape and layer in state:

@@ -1,4 +1,4 @@
-"""timm's networks: a pretrained_cfg says where weights are, what they want to see, and of how many classes they are."""
+"""timm's networks: a pretrained_cfg tells where weights are, how they want images, and how many classes they have."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def weights_of(name: str) -> str:
 def from_timm(name: str, wanted: Wanted) -> Found:
     """The network with its own pretrained weights, fetched where they are not there yet.
 
-    InputError where there are none, they are of no classes, or they cannot be fetched or read.
+    InputError where there are none, they have no classifier, or they cannot be fetched or read.
     """
     timm, plain = import_timm(name)
     cfg = timm.get_pretrained_cfg(plain)
@@ -74,9 +74,9 @@ def from_timm(name: str, wanted: Wanted) -> Found:
 
 
 def pixels_of(cfg: Mapping[str, Any], name: str) -> Pixels:
-    """What timm's evaluation shows a network: timm.data.resolve_data_config.
+    """How timm's own evaluation prepares images for a network, as in timm.data.resolve_data_config.
 
-    InputError for what kdcache cannot show.
+    InputError for images that kdcache cannot make.
     """
     size = cfg.get("input_size") or (3, IMAGENET_SIZE, IMAGENET_SIZE)
     try:
@@ -96,7 +96,8 @@ def pixels_of(cfg: Mapping[str, Any], name: str) -> Pixels:
 def config_of(name: str, path: Path) -> tuple[dict[str, Any], tuple[str, ...] | None, str]:
     """The pretrained_cfg for a weights file, the names of its classes where they are known, and what says so.
 
-    That is the config.json which timm saves beside it (timm.models.save_for_hf), else timm's own for that name.
+    The pretrained_cfg is in the config.json that timm saves beside it (timm.models.save_for_hf), else
+    it is timm's own for the name.
     """
     timm, plain = import_timm(name)
     beside = path.with_name(_CONFIG)
@@ -118,7 +119,7 @@ def config_of(name: str, path: Path) -> tuple[dict[str, Any], tuple[str, ...] | 
 
 
 def from_state(name: str, classes: int, state: dict[str, Tensor], size: int, what: str) -> nn.Module:
-    """The network for images of that size, with the tensors in `state`; also by names that timm translates.
+    """Build the network for images of that size with the tensors in `state`, whose names timm may translate.
 
     InputError, which calls them `what`, where they do not fit.
     """
@@ -138,14 +139,14 @@ def from_state(name: str, classes: int, state: dict[str, Tensor], size: int, wha
 def _translated(
     plain: str, network: nn.Module, state: dict[str, Tensor], options: Mapping[str, Any]
 ) -> nn.Module | None:
-    """The network with a state dict of other names, as its authors or earlier releases have; None where it is none."""
+    """The network with a state dict by its authors' or an earlier release's names; None if timm cannot translate it."""
     timm, own = import_timm(f"timm/{plain}")[0], network.state_dict()
     if any(own[key].shape != state[key].shape for key in own.keys() & state.keys()):
         return None  # timm would resize position tables without a word
     overlay = {"state_dict": state, "num_classes": options["num_classes"], "custom_load": False, "source": None}
     try:
         found: nn.Module = timm.create_model(plain, pretrained=True, pretrained_cfg_overlay=overlay, **options)
-    except Exception:  # whatever comes first where it is a file of another kind: the caller tells what does not fit
+    except Exception:  # anything may come for another kind of file; the caller tells what does not fit
         return None
     found.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]
     return found

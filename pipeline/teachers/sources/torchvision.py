@@ -1,4 +1,4 @@
-"""torchvision's classifiers: its builders load its weights, and the weights' transforms say what they want to see."""
+"""torchvision's classifiers: its builders load its weights, and the weights' transforms tell how they want images."""
 
 from __future__ import annotations
 
@@ -57,7 +57,7 @@ def from_torchvision(name: str, weights: str) -> Found:
 
 
 def pixels_of(entry: WeightsEnum) -> Pixels:
-    """The pixels that the weights' transforms make, and what the builder makes the network do to its input."""
+    """How the weights' transforms prepare images, with what the builder makes the network do to its input."""
     preset = entry.transforms()
     mean, std = tuple(preset.mean), tuple(preset.std)
     if isinstance(entry, models.Inception_V3_Weights | models.GoogLeNet_Weights):
@@ -75,17 +75,17 @@ def published_as(name: str, file: str) -> WeightsEnum | None:
 
 
 def usual_weights(name: str) -> WeightsEnum:
-    """The first of its weights, as an example of what networks of that name are trained on."""
+    """The first weights of a network, as an example of what networks of that name are trained on."""
     return _entries(name)[0]
 
 
 def categories(entry: WeightsEnum) -> tuple[str, ...]:
-    """The names of its classes."""
+    """The names of the classes of these weights."""
     return tuple(entry.meta["categories"] or ())
 
 
 def translated(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
-    """A state dict without what answers in training only, by the names that torchvision's classes have today."""
+    """Translate a state dict to torchvision's names of today, without the heads that answer in training only."""
     if _plain(name).startswith("densenet"):
         return {_OLD_DENSENET.sub(r"\1\2", key): value for key, value in state.items()}
     if _plain(name) in ("inception_v3", "googlenet"):
@@ -94,9 +94,9 @@ def translated(name: str, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def built_size(name: str, state: Mapping[str, Tensor], size: int) -> int:
-    """The image size to build a network for that has a position table as large, and the stem, as in a state dict.
+    """The image size to build a network for, so that its position table and stem are those of a state dict.
 
-    `size` where neither is there, or fits it.
+    That is `size` where the state dict has neither, or where they fit `size`.
     """
     table, patches = state.get("encoder.pos_embedding"), state.get("conv_proj.weight")
     if table is not None and patches is not None and table.ndim == 3 and patches.ndim == 4:

@@ -185,6 +185,14 @@ def test_a_packed_cache_is_to_be_unpacked_first(tmp_path, toy, root):
     refused(f"push {tmp_path}/c.h5 --registry {root}", "kdcache unpack")
 
 
+def test_a_cache_at_an_address_is_pulled_before_it_is_packed(tmp_path, toy, bucket, monkeypatch):
+    push(toy.cache.path, bucket, say=quiet)
+    (tmp_path / "here").mkdir()
+    monkeypatch.chdir(tmp_path / "here")  # nothing may be made in a folder named after the address
+    refused(f"pack {bucket}/caches/{toy.cache.key} --to hdf5", "kdcache pull it first")
+    assert not list((tmp_path / "here").iterdir())
+
+
 def test_a_server_that_overwrites_is_refused(toy, bucket, monkeypatch):
     real = network.obstore.put
     monkeypatch.setattr(network.obstore, "put", lambda *a, mode=None, **o: real(*a, **o))
