@@ -51,6 +51,7 @@ def sources() -> dict[str, bytes]:
     rgb = Image.fromarray(np.clip(waves + noise, 0, 255).astype(np.uint8))
     alpha = rgb.convert("RGBA")
     alpha.putalpha(rgb.convert("L"))
+    deep = Image.fromarray(np.asarray(rgb.convert("L")).astype(np.uint16))
     two = {"save_all": True, "append_images": [rgb.rotate(180)]}
 
     def saved(kind: str, image: Image.Image = rgb, **options: Any) -> bytes:
@@ -61,7 +62,7 @@ def sources() -> dict[str, bytes]:
     return {
         "png": saved("PNG"), "png text": saved("PNG", pnginfo=_text()), "png alpha": saved("PNG", alpha),
         "png grey": saved("PNG", rgb.convert("L")), "png palette": saved("PNG", rgb.convert("P")),
-        "png bits": saved("PNG", rgb.convert("1")), "png 16": saved("PNG", rgb.convert("I;16")),
+        "png bits": saved("PNG", rgb.convert("1")), "png 16": saved("PNG", deep),
         "apng": saved("PNG", **two), "jpeg": saved("JPEG"), "jpeg progressive": saved("JPEG", progressive=True),
         "jpeg grey": saved("JPEG", rgb.convert("L")), "jpeg cmyk": saved("JPEG", rgb.convert("CMYK")),
         "webp": saved("WEBP"), "webp lossless": saved("WEBP", lossless=True), "webp alpha": saved("WEBP", alpha),

@@ -32,8 +32,12 @@ class TeacherContract:
         monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
         monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
         monkeypatch.chdir(tmp_path)
+        every = dict(SOURCES)
         for name in [name for name in SOURCES if name != self.source]:
-            monkeypatch.delitem(SOURCES, name)
+            del SOURCES[name]
+        yield
+        SOURCES.clear()  # else those put back would stand behind this one, and be asked after it
+        SOURCES.update(every)
 
     @pytest.fixture
     def name_and_weights(self, data) -> tuple[str, str | None]:
