@@ -39,9 +39,13 @@ def root(request, tmp_path):
 # What a test's address begins with, below tests/; a single test elsewhere can say so itself: @pytest.mark.slow.
 SLOW = (
     "bench/test_fuzz",
+    "cache/registry/test_registry",
     "cache/registry/test_remote",
     "cache/store/test_leases",
+    "cache/store/test_damage",
+    "cache/store/test_packing",
     "cache/test_care.py::test_rm_that_is_stopped_anywhere",
+    "cache/test_shared_folders",
     "cli/",
     "pipeline/build",
     "pipeline/data/test_decode.py::test_a_short_run_of_the_fuzz",
@@ -53,7 +57,10 @@ SLOW = (
     "pipeline/test_trust",
     "test_packaging",
     "train/bench",
+    "train/evaluation/test_validation",
+    "train/loaders",
     "train/loop",
+    "train/plan",
     "train/test_",
 )
 
