@@ -124,7 +124,7 @@ class TrainConfig:
     )
     fresh_views: Annotated[bool, Option("With --online: a new view every epoch.")] = False
     allow_renderer: Annotated[bool, Option("Train on image files in a .beton as FFCV resizes them.")] = False
-    sync_bn: Annotated[bool, Option("Of torchrun's ranks, on GPUs: batch norm over the whole batch.")] = False
+    sync_bn: Annotated[bool, Option("Batch norm over the whole batch of all torchrun ranks, on GPUs.")] = False
     teacher: Annotated[str | None, Option("Take a cache of this teacher.", metavar="NAME", is_code=names_function)] = (
         None
     )
@@ -132,7 +132,7 @@ class TrainConfig:
     seed: Annotated[
         int,
         Option(
-            "Of everything drawn at random. Given several times: every loss is trained with each.",
+            "Seed of all that is drawn at random. Given several times: every loss is trained with each.",
             metavar="INTEGER",
             several=True,
             ge=0,

@@ -27,8 +27,8 @@ class BenchConfig:
     image_size: ImageSize = None
     samples: Annotated[int | None, Option("Images that stand for all [8 batches, on a GPU 64].", ge=4)] = None
     rounds: Annotated[int | None, Option("How often each thing is measured [as time allows].", ge=2)] = None
-    views: Annotated[int | None, Option("Of the cache, for the break-even [by dataset].", ge=1)] = None
-    epochs: Annotated[int | None, Option("Of a student, for the break-even [by dataset].", ge=1)] = None
+    views: Annotated[int | None, Option("How many views the cache has, for the break-even [by dataset].", ge=1)] = None
+    epochs: Annotated[int | None, Option("How long students train, for the break-even [by dataset].", ge=1)] = None
     device: Device = None
     amp: Bf16 = None
     compile: Annotated[bool, Option("Compile teacher and student.")] = False

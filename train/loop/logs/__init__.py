@@ -1,1 +1,1 @@
-"""Where a run's figures go, a line an epoch: a file a logger."""
+"""Where a run's figures go: a line for each epoch, a file for each logger."""

@@ -111,14 +111,9 @@ class WSLD(ByParts):
 
 
 @dataclass(frozen=True)
-class SkewKL(ByParts):
-    """alpha CE + beta T^2 KL(p^T, skew p^T + (1 - skew) q^T): Ko et al. 2024 (arXiv 2402.03898).
+class _Skewed(ByParts):
+    """What skewed divergences share. From top-k records they build the dense teacher [B, C], its tail as modelled."""
 
-    The mixture is not linear in q, so an unstored class needs its own p: from top-k records this loss builds the dense
-    teacher [B, C], with the tail as modelled.
-    """
-
-    name: ClassVar[str] = "skew-kl"
     alpha: float = option(0.0)
     beta: float = option(1.0)
     skew: float = option(0.1, INNER_SHARE)
@@ -129,38 +124,39 @@ class SkewKL(ByParts):
     def needs(self) -> Needs:
         return Needs(labels=self.alpha != 0, temperatures=(self.temperature,))
 
+    def divergence(self, p: Tensor, log_q: Tensor) -> Parts:
+        """[B], of the teacher's probabilities [B, C] and the student's log-probabilities [B, C]."""
+        raise NotImplementedError
+
     def terms(self, batch: Batch) -> Parts:
         p = batch.records.dense(self.temperature, self.tail)
-        log_q = F.log_softmax(batch.logits / self.temperature, 1)
-        mixture = _log_mixture(self.skew, p, log_q)
-        kl = part("kl", (p_log_p(p) - p * mixture).sum(1)).mean()
+        kl = self.divergence(p, F.log_softmax(batch.logits / self.temperature, 1)).mean()
         return batch.plus_ce(kl.times(self.beta * self.temperature**2), self.alpha)
 
 
 @dataclass(frozen=True)
-class SkewRKL(ByParts):
-    """alpha CE + beta T^2 KL(q^T, (1 - skew) p^T + skew q^T): Ko et al. 2024 (arXiv 2402.03898).
+class SkewKL(_Skewed):
+    """alpha CE + beta T^2 KL(p^T, skew p^T + (1 - skew) q^T): Ko et al. 2024 (arXiv 2402.03898).
 
-    It builds the dense teacher, as skew-kl does.
+    The mixture is not linear in q, so an unstored class needs its own p.
     """
 
+    name: ClassVar[str] = "skew-kl"
+
+    def divergence(self, p: Tensor, log_q: Tensor) -> Parts:
+        mixture = _log_mixture(self.skew, p, log_q)
+        return part("kl", (p_log_p(p) - p * mixture).sum(1))
+
+
+@dataclass(frozen=True)
+class SkewRKL(_Skewed):
+    """alpha CE + beta T^2 KL(q^T, (1 - skew) p^T + skew q^T): Ko et al. 2024 (arXiv 2402.03898)."""
+
     name: ClassVar[str] = "skew-rkl"
-    alpha: float = option(0.0)
-    beta: float = option(1.0)
-    skew: float = option(0.1, INNER_SHARE)
-    temperature: float = option(1.0, POSITIVE)
-    tail: DenseTail = "prior"
 
-    @property
-    def needs(self) -> Needs:
-        return Needs(labels=self.alpha != 0, temperatures=(self.temperature,))
-
-    def terms(self, batch: Batch) -> Parts:
-        p = batch.records.dense(self.temperature, self.tail)
-        log_q = F.log_softmax(batch.logits / self.temperature, 1)
+    def divergence(self, p: Tensor, log_q: Tensor) -> Parts:
         mixture = _log_mixture(1 - self.skew, p, log_q)
-        kl = part("reverse_kl", (log_q.exp() * (log_q - mixture)).sum(1)).mean()
-        return batch.plus_ce(kl.times(self.beta * self.temperature**2), self.alpha)
+        return part("reverse_kl", (log_q.exp() * (log_q - mixture)).sum(1))
 
 
 @dataclass(frozen=True)
