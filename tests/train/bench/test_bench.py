@@ -25,7 +25,7 @@ from kdcache.train.bench.config import BenchConfig
 from kdcache.train.bench.layouts import FKD_CROPS, noise_cache, reading_cases
 from kdcache.train.bench.table import table
 
-SLOW = 0.1  # seconds more for every answer of the teacher
+SLOW = 0.3  # seconds more for every answer of the teacher: so many that no busy machine takes as long for anything else
 SMALL = ["--teacher", "resnet8", "--batch-size", "16", "--samples", "64", "--rounds", "2"]
 
 
