@@ -29,7 +29,12 @@ def student_of(path: Path, state: dict[str, Tensor], notes: dict[str, Any], stud
     student: the network's name, by default that in the notes, unless it is a function.
     """
     name = student or stored_network(notes["student"], path, "--student")
-    network = build_network(name, notes["classes"], notes["input_size"])
+    return _classifier(name, notes["classes"], path, state, notes)
+
+
+def _classifier(name: str, classes: int, path: Path, state: dict[str, Tensor], notes: dict[str, Any]) -> Classifier:
+    """The network of that name with the weights in a file, for images as the file's notes say; on the CPU."""
+    network = build_network(name, classes, notes["input_size"])
     load_fitting(network, state, f"the weights in {path} and {name}")
     return Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(memory_format=torch.channels_last)
 
@@ -95,8 +100,4 @@ def _beside(
         raise NotFoundError(f"{path} learnt beside a teacher, whose weights are not there any more: {file}")
     state, theirs = read_weights(file)
     name = teacher or stored_network(theirs["network"], file, "--teacher")
-    network = build_network(name, notes["classes"], theirs["input_size"])
-    load_fitting(network, state, f"the weights in {file} and {name}")
-    model = Classifier(network, tuple(theirs["mean"]), tuple(theirs["std"])).to(device)
-    model.to(memory_format=torch.channels_last)
-    return model, theirs["input_size"]
+    return _classifier(name, notes["classes"], file, state, theirs).to(device), theirs["input_size"]

@@ -65,7 +65,7 @@ class Command(click.Command):
 def _tell_code(ctx: click.Context) -> None:
     """Tell which code a kdcache.toml in the working directory makes this command run, since nobody has typed it."""
     for param in options_of(ctx.command):
-        if (is_code := param.spec.is_code) is None or not _is_from_settings(ctx, param):
+        if (is_code := param.spec.is_code) is None or not is_set(str(param.name), ctx):
             continue
         setting = _setting(ctx, param)
         if setting.origin.startswith(FILE) and is_code(setting.value):
@@ -78,9 +78,9 @@ def typed_names() -> set[str]:
     return {name for name in ctx.params if ctx.get_parameter_source(name) is ParameterSource.COMMANDLINE}
 
 
-def is_set(name: str) -> bool:
-    """Whether the running command has the parameter from a setting."""
-    return click.get_current_context().get_parameter_source(name) is ParameterSource.DEFAULT_MAP
+def is_set(name: str, ctx: click.Context | None = None) -> bool:
+    """Whether a command, by default the one that is running, has the parameter from a setting."""
+    return (ctx or click.get_current_context()).get_parameter_source(name) is ParameterSource.DEFAULT_MAP
 
 
 def is_set_for_all(name: str) -> bool:
@@ -88,10 +88,6 @@ def is_set_for_all(name: str) -> bool:
     ctx = click.get_current_context()
     param = next(p for p in ctx.command.params if p.name == name)
     return is_set(name) and _setting(ctx, param).for_all
-
-
-def _is_from_settings(ctx: click.Context, param: click.Parameter) -> bool:
-    return ctx.get_parameter_source(str(param.name)) is ParameterSource.DEFAULT_MAP
 
 
 def _setting(ctx: click.Context, param: click.Parameter) -> Setting:
@@ -152,7 +148,7 @@ class Main(click.Group):
             }
             return super().invoke(ctx)
         except click.BadParameter as e:
-            if e.ctx and e.param and _is_from_settings(e.ctx, e.param):
+            if e.ctx and e.param and is_set(str(e.param.name), e.ctx):
                 origin = found[str(e.ctx.info_name)][flag_of(e.param)].origin
                 raise click.BadParameter(f"{e.message} (from {origin})", e.ctx, e.param, e.param_hint) from e
             raise

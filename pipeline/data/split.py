@@ -7,7 +7,8 @@ from dataclasses import dataclass
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.identity import DataIdentity
+from kdcache.cache.errors import MismatchError
+from kdcache.cache.identity import DataIdentity, Identity
 from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.data.dataset import Dataset
 
@@ -36,3 +37,10 @@ def describe_data(data: Dataset, full: bool) -> DataIdentity:
         full_contents=full,
         files=not data.in_memory,
     )
+
+
+def require_described(data: Dataset, identity: Identity, where: str) -> None:
+    """MismatchError, field by field, unless the cache of this identity, at `where`, was built from this split."""
+    has = identity.data if data.split == "train" else identity.evaluation
+    if found := has.differences(describe_data(data, has.full_contents), theirs="the data"):
+        raise MismatchError(f"{where} was built from other data than {data.name}: {'; '.join(found)}")

@@ -7,12 +7,12 @@ import shutil
 from collections.abc import Callable, Sequence
 from pathlib import Path
 
-from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.errors import InputError, NotFoundError
 from kdcache.cache.files import sync_folder
 from kdcache.cache.packing import clear_leaving, new_file
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.data.split import describe_data
+from kdcache.pipeline.data.split import require_described
 from kdcache.pipeline.ffcv.format import AREA_RENDERER, SUFFIX
 from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.ffcv.write import Writer
@@ -31,9 +31,7 @@ def pack_ffcv(
     """
     if out.suffix != SUFFIX:
         raise InputError(f"{out}: the name of an FFCV file ends in {SUFFIX}")
-    has = cache.identity.data
-    if found := has.differences(describe_data(data, has.full_contents), theirs="the data"):
-        raise MismatchError(f"{cache.where} was built from other data than {data.name}: {'; '.join(found)}")
+    require_described(data, cache.identity, cache.where)
     cache.train.require_sizes(data.sizes)
     chosen = _chosen(cache, views)
     if out.exists():

@@ -12,15 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 
-from kdcache.cache.errors import InputError
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.answers import teacher_renderer, view_parameters
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import VIEWS_PER_DECODE, BuildConfig
 from kdcache.pipeline.build.source import Source
 from kdcache.pipeline.process.progress import Progress
-from kdcache.pipeline.teachers.networks import build_network
-from kdcache.pipeline.teachers.teacher import Classifier, try_out
+from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train.bench.config import BenchConfig
 from kdcache.train.bench.layouts import noise_cache, reading_cases
 from kdcache.train.bench.subject import build_batch_of
@@ -28,7 +26,7 @@ from kdcache.train.bench.timing import Clock, Onward, endless
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loop.optimisers import Recipe
-from kdcache.train.loop.trainer import Loader, Training, fit, seeded
+from kdcache.train.loop.trainer import Loader, Training, fit, new_classifier
 from kdcache.train.losses import CE, Loss
 from kdcache.train.losses.options import make_loss, options_of
 from kdcache.train.losses.prepare import prepared, require_served
@@ -61,11 +59,9 @@ class Bench:
         self.loss = make_loss(config.loss, record.classes)
         require_served(self.loss, record)
         self.student = config.student or self.defaults.student
-        network = seeded(0, lambda: build_network(self.student, record.classes, self.size))
-        self.model = Classifier(network, source.train.mean, source.train.std).to(device)
-        self.model.to(memory_format=torch.channels_last)
-        if (answers := try_out(self.model, self.student, self.size)) != record.classes:
-            raise InputError(f"{self.student} answers for {answers} classes, the teacher for {record.classes}")
+        self.model = new_classifier(
+            self.student, record.classes, self.size, source.train, device, seed=0, whose="the teacher for"
+        )
         self.recipe = Recipe(epochs=1, lr=_RATE, amp=config.amp, compile=config.compile)
 
     def run(self) -> dict[str, Any]:

@@ -10,6 +10,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.data.kinds.folders import places_in_classes
 
 _STREAM = 3  # of the key (0, stream): views have 0, orders 1
 
@@ -24,11 +25,8 @@ def held_out_part(data: Dataset, fraction: float) -> NDArray[np.bool_]:
         raise InputError("--validation chooses weights by top-1, which needs labels: leave it out")
     labels = data.labels[:, 0]
     drawn = np.random.Philox(key=np.array([0, _STREAM], np.uint64)).random_raw(len(data))
-    order = np.lexsort((drawn, labels))
-    counts = np.bincount(labels)
-    place = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    chosen = np.empty(len(labels), np.bool_)
-    chosen[order] = place < np.floor(fraction * counts + 0.5)[labels[order]]
+    most = np.floor(fraction * np.bincount(labels) + 0.5)
+    chosen: NDArray[np.bool_] = places_in_classes(labels, drawn) < most[labels]
     if not chosen.any() or chosen.all():
         kept = "none" if not chosen.any() else "all"
         raise InputError(f"--validation {fraction:g} holds out {kept} of {data.name}'s {len(data):,} training images")

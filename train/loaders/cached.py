@@ -19,7 +19,7 @@ from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.data.dataset import Dataset, open_data
-from kdcache.pipeline.data.split import describe_data
+from kdcache.pipeline.data.split import require_described
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.views.policy import ViewParameters, draw, imported_view
 from kdcache.pipeline.views.render import RENDERER, Renderer, normalised
@@ -28,10 +28,7 @@ from kdcache.train.loaders.order import EpochOrder, Epochs, gathered
 
 def require_data(cache: Stored, data: Dataset) -> None:
     """MismatchError, field by field, unless `data` is the split that the cache was built from."""
-    has = cache.identity.data if data.split == "train" else cache.identity.evaluation
-    given = describe_data(data, has.full_contents)
-    if found := has.differences(given, theirs="the data"):
-        raise MismatchError(f"{cache.where} was built from other data than {data.name}: {'; '.join(found)}")
+    require_described(data, cache.identity, cache.where)
     (cache.train if data.split == "train" else cache.evaluation).require_sizes(data.sizes)
 
 

@@ -227,12 +227,16 @@ def _note(root: Path, split: str, n: int, names: Sequence[str], others: Counter[
 
 def held_out(labels: np.ndarray, every: int) -> np.ndarray:
     """Hold out every `every`-th sample of each class: bool [N] for labels int64 [N]."""
-    order = np.argsort(labels, kind="stable")
-    counts = np.bincount(labels)
-    place = np.empty_like(labels)
-    place[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
-    chosen: np.ndarray = place % every == every - 1
+    chosen: np.ndarray = places_in_classes(labels, np.arange(len(labels))) % every == every - 1
     return chosen
+
+
+def places_in_classes(labels: np.ndarray, ranks: np.ndarray) -> np.ndarray:
+    """How many samples of its class come before each one, int64 [N], if they are ordered by `ranks` [N]."""
+    order, counts = np.lexsort((ranks, labels)), np.bincount(labels)
+    places = np.empty_like(labels)
+    places[order] = np.arange(len(labels)) - np.repeat(np.cumsum(counts) - counts, counts)
+    return places
 
 
 def _folders(top: Path) -> tuple[str, ...]:
