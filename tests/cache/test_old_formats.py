@@ -12,8 +12,9 @@ import pytest
 
 from kdcache.cache import open_cache
 from kdcache.pipeline.verify import verify
+from kdcache.tests.helpers.places import DATA
 
-FORMATS = sorted((Path(__file__).parents[1] / "data").glob("format-*"))
+FORMATS = sorted(DATA.glob("format-*"))
 
 
 def softmax64(z, t):

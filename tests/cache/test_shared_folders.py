@@ -8,7 +8,6 @@ import stat
 import traceback
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from kdcache.cache import Cache, open_cache
@@ -38,13 +37,9 @@ def root(tmp_path):
 
 
 @pytest.fixture
-def toy(tmp_path):
+def toy(tmp_path, one_thread):
     """Each user's own copy of a cache with 3 views."""
-    before = torch.get_num_threads()
-    torch.set_num_threads(1)
-    made = Filled(tmp_path / "toy", identity(), views=3)
-    yield made
-    torch.set_num_threads(before)
+    return Filled(tmp_path / "toy", identity(), views=3)
 
 
 def be(user, umask, work, result):

@@ -22,6 +22,7 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.tests.helpers.training import Same
 from kdcache.train import group
 from kdcache.train.config import TrainConfig
 from kdcache.train.loop.optimisers import Recipe
@@ -134,18 +135,11 @@ class Killed(BaseException):
 def kept_in_an_evaluation(path):
     """How many batches are kept of a training whose ranks are killed in their first evaluation."""
 
-    class Batches(list):
-        def set_epoch(self, epoch):
-            pass
-
-        def steps(self, start=0):
-            return iter(self[start:])
-
     def killed(model):
         raise Killed
 
     model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), (0.5,) * 3, (0.25,) * 3)
-    loader = Batches([(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), None)] * 3)
+    loader = Same([(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), None)] * 3)
     folder = group.from_first(lambda: RunFolder(path, {}, False))
     with pytest.raises(Killed):
         fit(model, make_loss("ce", 10), loader, Recipe(1, 0.1), killed, folder, say=lambda _: None)

@@ -4,7 +4,6 @@ import json
 import math
 import re
 from dataclasses import replace
-from pathlib import Path
 
 import pytest
 import torch
@@ -15,6 +14,7 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.tests.helpers.places import ROOT
 from kdcache.tests.helpers.training import BATCH, quiet, student, teacher_of
 from kdcache.train.config import TrainConfig
 from kdcache.train.evaluate import evaluate_run
@@ -145,7 +145,7 @@ def test_a_loss_that_is_not_finite_stops_the_run(home, tmp_path):
 
 
 def test_the_loop_in_the_readme_runs(home, tmp_path, monkeypatch):
-    readme = (Path(__file__).parents[2] / "README.md").read_text()
+    readme = (ROOT / "README.md").read_text()
     (loop,) = (b for b in re.findall(r"```python\n(.*?)```", readme, re.DOTALL) if "CachedLoader" in b)
     assert len(loop.strip().splitlines()) <= 20
     monkeypatch.chdir(tmp_path)

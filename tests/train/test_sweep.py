@@ -11,7 +11,6 @@ import time
 from pathlib import Path
 
 import pytest
-import torch
 from click.testing import CliRunner
 
 from kdcache.cache import KdcacheError
@@ -29,17 +28,14 @@ def quiet(_):
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, one_thread):
     """A taught teacher and a top-3 cache of it, the only one under KDCACHE_HOME."""
     folder = tmp_path_factory.mktemp("home")
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDCACHE_HOME", str(folder))
         teach(TeachConfig("resnet8", epochs=1), quiet)
         build(BuildConfig("resnet8", views=1, topk=3), quiet)
         yield folder
-    torch.set_num_threads(threads)
 
 
 SETTINGS = {"epochs": 1, "batch_size": 256, "lr": 0.01}

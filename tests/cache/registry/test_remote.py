@@ -11,7 +11,6 @@ import warnings
 from concurrent.futures import ProcessPoolExecutor
 
 import pytest
-import torch
 
 from kdcache.cache import Cache, files, open_cache
 from kdcache.cache import errors as e
@@ -35,19 +34,15 @@ from kdcache.train.teach import build_and_teach
 
 
 @pytest.fixture(scope="module", autouse=True)
-def _settings(tmp_path_factory):
+def _settings(tmp_path_factory, one_thread, no_fsync):
     folder = tmp_path_factory.mktemp("modules")
     (folder / "kd_toy.py").write_text(TOY)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
     with pytest.MonkeyPatch.context() as patch:
         patch.syspath_prepend(str(folder))
-        patch.setattr(os, "fsync", lambda fd: None)
         patch.setattr(network, "PATIENCE", 20.0)
         patch.setattr(network, "AT_FIRST", 2.0)
         patch.setattr(network, "_LONGEST_WAIT", 0.2)
         yield
-    torch.set_num_threads(threads)
 
 
 pytestmark = pytest.mark.usefixtures("own_home")

@@ -7,7 +7,6 @@ import struct
 import subprocess
 import sys
 import zlib
-from pathlib import Path
 
 import numpy as np
 import pytest
@@ -23,8 +22,7 @@ from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.views import workers
 from kdcache.pipeline.views.policy import draw
 from kdcache.pipeline.views.render import Renderer
-
-ROOT = Path(__file__).parents[3]
+from kdcache.tests.helpers.places import ROOT
 
 
 def noise(height=24, width=37):

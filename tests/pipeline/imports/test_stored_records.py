@@ -19,6 +19,7 @@ from kdcache.pipeline.imports.config import ImportConfig, Kind
 from kdcache.pipeline.imports.fkd import FKD
 from kdcache.pipeline.imports.imports import import_logits
 from kdcache.pipeline.imports.tinyvit import TinyViT
+from kdcache.tests.helpers.places import DATA
 from kdcache.tests.helpers.storedlogits import (
     RNG,
     VIEWS,
@@ -133,7 +134,7 @@ def test_the_key_is_that_of_the_contents(tmp_path, fkd, data, truth):
 
 
 def test_identities_that_lack_nothing_are_what_they_were(fkd):
-    old = open_cache(Path(__file__).parents[2] / "data/format-1/cache")
+    old = open_cache(DATA / "format-1/cache")
     assert b"lacks" not in canonical(old.identity)
     assert old.key == json.loads((old.path / "commits/labels.json").read_bytes())["key"]
     new = open_cache(fkd[0].path).identity

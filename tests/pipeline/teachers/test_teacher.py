@@ -1,6 +1,5 @@
 """A teacher is its source's network and sees its source's pixels: torchvision's, timm's, a file's, a user's own."""
 
-import importlib.util
 import json
 import pickle
 import sys
@@ -35,6 +34,7 @@ from kdcache.pipeline.teachers.weights import weights_hash
 from kdcache.pipeline.verify import source_of, verify
 from kdcache.pipeline.views.policy import evaluation_view
 from kdcache.pipeline.views.render import Renderer, render
+from kdcache.tests.helpers.places import bench_script
 from kdcache.train.config import TrainConfig
 from kdcache.train.run import train
 
@@ -43,11 +43,7 @@ CPU = torch.device("cpu")
 
 @pytest.fixture(scope="module")
 def bench():
-    path = Path(__file__).parents[3] / "bench" / "torchvision_weights.py"
-    spec = importlib.util.spec_from_file_location("kdcache_bench_torchvision_weights", path)
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
+    return bench_script("torchvision_weights")
 
 
 @pytest.fixture(autouse=True)

@@ -30,16 +30,13 @@ SMALL = ["--teacher", "resnet8", "--batch-size", "16", "--samples", "64", "--rou
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch):
+def place(tmp_path, monkeypatch, one_thread):
     """An empty KDCACHE_HOME and an empty folder for temporary files; little to read."""
     monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(bench_module.tempfile, "tempdir", str(tmp_path))
     monkeypatch.setattr(measure, "READ_RECORDS", 2048)
     monkeypatch.setattr(measure, "FKD_IMAGES", 4)
-    threads = torch.get_num_threads()
-    torch.set_num_threads(1)
-    yield tmp_path
-    torch.set_num_threads(threads)
+    return tmp_path
 
 
 def test_a_slow_teacher_is_seen_where_it_answers_and_nowhere_else(place, monkeypatch):

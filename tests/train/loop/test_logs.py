@@ -11,6 +11,7 @@ from torch import nn
 from kdcache.cache import KdcacheError
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.tests.contracts.loggers import LoggerContract, lines
+from kdcache.tests.helpers.training import Same
 from kdcache.train.loop.logs.logs import LOGGERS, Logs
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import RunFolder
@@ -76,17 +77,9 @@ class TestToy(LoggerContract):
         return read_toy(folder)
 
 
-class Batches(list):
-    def set_epoch(self, epoch):
-        pass
-
-    def steps(self, start=0):
-        return iter(self[start:])
-
-
 def train(folder, epochs, resume=False, say=lambda _: None):
     model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(48, 5)), (0.5,) * 3, (0.25,) * 3)
-    loader = Batches([(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), None)])
+    loader = Same([(torch.zeros(2, 3, 4, 4, dtype=torch.uint8), torch.tensor([0, 1]), None)])
     run = RunFolder(folder, {}, resume)
     return fit(model, CE(), loader, Recipe(epochs, 0.1), lambda m: {"top1": 0.5}, run, NOTES, say)
 

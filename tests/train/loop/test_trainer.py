@@ -13,6 +13,7 @@ from torch import nn
 from kdcache.cache import KdcacheError
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.teachers.weights import read_weights
+from kdcache.tests.helpers.training import Drawn
 from kdcache.train.loop import optimisers, trainer
 from kdcache.train.loop.interrupts import Interrupts
 from kdcache.train.loop.optimisers import Recipe, Updater, require_autocast
@@ -23,26 +24,19 @@ from kdcache.train.losses import CE
 BATCHES, EPOCHS = 7, 3
 
 
-class Batches:
+class Batches(Drawn):
     """Seven batches of random images, in another order every epoch; `then` is called before each is given."""
 
-    def __init__(self, then=lambda epoch, batch: None):
+    def __init__(self, *then):
         rng = torch.Generator().manual_seed(1)
-        self._images = torch.randint(0, 256, (BATCHES, 16, 3, 4, 4), generator=rng, dtype=torch.uint8)
-        self._labels = torch.randint(0, 5, (BATCHES, 16), generator=rng)
-        self._then, self._epoch = then, 0
+        images = torch.randint(0, 256, (BATCHES, 16, 3, 4, 4), generator=rng, dtype=torch.uint8)
+        labels = torch.randint(0, 5, (BATCHES, 16), generator=rng)
 
-    def set_epoch(self, epoch):
-        self._epoch = epoch
+        def draw(epoch, i):
+            at = (i + 3 * epoch) % BATCHES
+            return images[at], labels[at], None
 
-    def __len__(self):
-        return BATCHES
-
-    def steps(self, start=0):
-        for i in range(start, BATCHES):
-            self._then(self._epoch, i)
-            at = (i + 3 * self._epoch) % BATCHES
-            yield self._images[at], self._labels[at], None
+        super().__init__(BATCHES, draw, *then)
 
 
 def network():

@@ -2,7 +2,6 @@
 
 import re
 from dataclasses import dataclass, replace
-from pathlib import Path
 from typing import ClassVar
 
 import pytest
@@ -17,6 +16,8 @@ from kdcache.cache.records.records import Tail
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.tests.contracts.losses import CASES, Case, LossContract, of
 from kdcache.tests.helpers.losses import F, ce, finite, logits, sample, soft
+from kdcache.tests.helpers.places import ROOT
+from kdcache.tests.helpers.training import Same
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.trainer import fit
 from kdcache.train.losses import CE, Batch, ByParts, Needs, Parts, option, part
@@ -33,7 +34,7 @@ def test_every_loss_has_a_case():
 
 
 def test_the_parts_in_the_docs_are_those_that_are_logged():
-    page = (Path(__file__).parents[3] / "docs" / "losses.md").read_text().split("## What is logged")[1].split("## ")[0]
+    page = (ROOT / "docs" / "losses.md").read_text().split("## What is logged")[1].split("## ")[0]
     rows = [line.split("|")[1:3] for line in page.splitlines() if line.startswith("| `") and "--loss" not in line]
     told = {name.strip(" `"): set(re.findall(r"`(\w+)`", parts)) for name, parts in rows}
     found = {name: set() for name in LOSSES}
@@ -88,15 +89,8 @@ class TestAddedLoss(LossContract):
         s, t, y = sample()
         images = torch.randint(0, 256, (len(s), 3, 2, 2), generator=torch.Generator().manual_seed(0)).byte()
 
-        class Once(list):
-            def set_epoch(self, epoch):
-                pass
-
-            def steps(self, start=0):
-                return iter(self[start:])
-
         model = Classifier(nn.Sequential(nn.Flatten(), nn.Linear(12, s.shape[1])), (0.5,) * 3, (0.25,) * 3)
-        lines = fit(model, loss, Once([(images, y, encode(t, y))]), Recipe(3, 0.1), lambda _: {}, say=lambda _: None)
+        lines = fit(model, loss, Same([(images, y, encode(t, y))]), Recipe(3, 0.1), lambda _: {}, say=lambda _: None)
         assert lines[0]["loss"] == pytest.approx(lines[0]["loss_ce"] + lines[0]["loss_brier"], rel=1e-5)
         assert lines[2]["loss"] < lines[0]["loss"]
 

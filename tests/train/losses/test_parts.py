@@ -8,6 +8,7 @@ import torch
 from torch import nn
 
 from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.tests.helpers.training import Drawn
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import RunFolder
 from kdcache.train.loop.trainer import fit, seeded
@@ -27,24 +28,11 @@ def test_a_sum_of_parts_goes_on_calculating_with_each():
     assert both.mean().mean() == both.mean()
 
 
-class Batches:
-    """Batches of random images; `then` is called before each is given."""
-
-    def __init__(self, then=lambda epoch, batch: None):
-        self._then, self._epoch = then, 0
-
-    def set_epoch(self, epoch):
-        self._epoch = epoch
-
-    def __len__(self):
-        return BATCHES
-
-    def steps(self, start=0):
-        for i in range(start, BATCHES):
-            self._then(self._epoch, i)
-            rng = torch.Generator().manual_seed(i + BATCHES * self._epoch)
-            images = torch.randint(0, 256, (8, 3, 4, 4), generator=rng, dtype=torch.uint8)
-            yield images, torch.randint(0, 5, (8,), generator=rng), None
+def drawn(epoch, i):
+    """A batch of random images and labels."""
+    rng = torch.Generator().manual_seed(i + BATCHES * epoch)
+    images = torch.randint(0, 256, (8, 3, 4, 4), generator=rng, dtype=torch.uint8)
+    return images, torch.randint(0, 5, (8,), generator=rng), None
 
 
 def trained(path, loss, resume=False, loader=None):
@@ -52,7 +40,7 @@ def trained(path, loss, resume=False, loader=None):
     network = seeded(0, lambda: nn.Sequential(nn.Flatten(), nn.Linear(48, 5)))
     model = Classifier(network, (0.5,) * 3, (0.25,) * 3)
     recipe, folder = Recipe(EPOCHS, 0.05, accumulate=2), RunFolder(path, {}, resume)
-    lines = fit(model, loss, loader or Batches(), recipe, lambda _: {}, folder, NOTES, lambda _: None)
+    lines = fit(model, loss, loader or Drawn(BATCHES, drawn), recipe, lambda _: {}, folder, NOTES, lambda _: None)
     assert [json.loads(line) for line in (path / "metrics.jsonl").read_text().splitlines()] == lines
     return [{k: v for k, v in line.items() if k != "seconds"} for line in lines]
 
@@ -90,7 +78,7 @@ def stopped(path):
             signal.raise_signal(signal.SIGINT)
 
     with pytest.raises(KeyboardInterrupt):
-        trained(path, TFNKD(), loader=Batches(stop))
+        trained(path, TFNKD(), loader=Drawn(BATCHES, drawn, stop))
 
 
 def test_a_resumed_epoch_logs_the_parts_of_all_its_batches(tmp_path):

@@ -1,13 +1,13 @@
 """Which caches can serve a loss, what is warned of, and the errors that the docs state."""
 
 import json
-from pathlib import Path
 
 import pytest
 
 from kdcache.cache import KdcacheError, encode
 from kdcache.cache.identity import RecordIdentity
 from kdcache.tests.helpers.losses import sample
+from kdcache.tests.helpers.places import ROOT
 from kdcache.train.losses import CE, DKD, KD, NKD, LogitStd, SkewKL
 from kdcache.train.losses.options import make_loss
 from kdcache.train.losses.prepare import head_mass_warning, require_served
@@ -56,9 +56,8 @@ def test_a_small_head_is_warned_of():
 
 def test_the_errors_in_the_docs_are_those_that_were_measured():
     """docs/losses.md beside bench/results/losses.json, for K = 20: value / gradient, of the whole loss and alone."""
-    root = Path(__file__).parents[3]
-    measured = json.loads((root / "bench" / "results" / "losses.json").read_text())["accuracy"]
-    page = (root / "docs" / "losses.md").read_text().split("## From top-k records")[1].split("## Every loss trains")[0]
+    measured = json.loads((ROOT / "bench" / "results" / "losses.json").read_text())["accuracy"]
+    page = (ROOT / "docs" / "losses.md").read_text().split("## From top-k records")[1].split("## Every loss trains")[0]
     rows = [[cell.strip() for cell in line.split("|")[1:-1]] for line in page.splitlines() if line.startswith("| `")]
     told = {row[0].split("`")[1]: [cell for cell in row[1:] if cell] for row in rows if "`--loss`" not in row[0]}
     want = {}
