@@ -26,6 +26,16 @@ _ASPECTS = np.array(
 )
 
 
+def below(words: NDArray[np.uint64], bound: int) -> NDArray[np.int64]:
+    """Make each word a number from 0 to bound - 1, all as probable; bound is at most 2^31."""
+    return ((words >> np.uint64(32)) * np.uint64(bound) >> np.uint64(32)).astype(np.int64)
+
+
+def chance(words: NDArray[np.uint64], p: float) -> NDArray[np.bool_]:
+    """Whether each word says yes, which it does with probability p from 0 to 1 (in steps of 2^-53)."""
+    return (words >> np.uint64(11)) < np.uint64(round(p * 2**53))
+
+
 def uniforms(seed: int, stream: int, view: int, samples: range, blocks: int) -> NDArray[np.float64]:
     """Draw the numbers [n, 4 * blocks]: multiples of 2^-53 in [0, 1)."""
     counter = np.array([samples.start * blocks, view, 0, 0], np.uint64)

@@ -1,0 +1,1 @@
+"""The operations that views are made of, one class each."""
