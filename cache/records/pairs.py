@@ -96,7 +96,9 @@ class _Network(NamedTuple):
             changed += table[halves[1 - half]]
             changed -= size
             changed += changed >> 63 & size  # the remainder of a sum that is less than twice the size
-        return halves[0] + halves[1] * self.sizes[0]
+        halves[1] *= self.sizes[0]
+        halves[1] += halves[0]
+        return halves[1]
 
 
 @lru_cache(maxsize=8)
