@@ -13,6 +13,7 @@ from torch import Tensor
 from kdcache.pipeline.views.draws import below, chance
 from kdcache.pipeline.views.operations.boxes import SIDE, paste
 from kdcache.pipeline.views.operations.operation import Drawn, Stage, argument
+from kdcache.pipeline.views.operations.pixels import dense
 
 # As torchvision's RandomErasing: area 2-33%, height to width 0.3-3.3 log-uniform. The ratio is one of 4,096 values
 # rounded to 2^-20, because exp differs between machines in the last bit and a box must not.
@@ -49,12 +50,13 @@ class Erase:
             sides = _sides(area, ratio)
             fits = (sides < SIDE).all(1)
             found, sides = pending[fits], sides[fits]
-            first = _places(words[found, 1:3], SIDE - sides)
+            first = below(words[found, 1:3], SIDE - sides + 1)
             box[found] = np.concatenate([first, first + sides], 1)
             pending = pending[~fits]
         return {"box": box}
 
     def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
+        images = dense(images)
         paste(images, drawn["box"])
         return images
 
@@ -64,10 +66,5 @@ def _sides(area: NDArray[np.uint64], ratio: NDArray[np.uint64]) -> NDArray[np.in
     low, high = _AREA
     areas = low + (high - low) * ((area >> np.uint64(11)).astype(np.float64) * 2.0**-53)
     ratios = _RATIOS[below(ratio, len(_RATIOS))]
-    return np.rint(np.sqrt(np.stack([areas * ratios, areas / ratios], 1)) * SIDE).astype(np.int64)
-
-
-def _places(words: NDArray[np.uint64], most: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Numbers from 0 to `most`, all as probable; `most` is below 2^16."""
-    places: NDArray[np.int64] = below(words, (most + 1).astype(np.uint64))
-    return places
+    sides: NDArray[np.int64] = np.rint(np.sqrt(np.stack([areas * ratios, areas / ratios], 1)) * SIDE).astype(np.int64)
+    return sides

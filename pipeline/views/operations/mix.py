@@ -1,9 +1,9 @@
 """Mixed images: two samples blended (mixup), or a box of the one pasted into the other (cutmix).
 
 mixup: Zhang et al., "mixup: Beyond Empirical Risk Minimization", 2018. cutmix: Yun et al., "CutMix: Regularization
-Strategy to Train Strong Classifiers with Localizable Features", 2019. cache/records/pairs.py has who is mixed with whom.
-Both of a pair are mixed by the same weight and box, as in torchvision's and timm's batches: the one image is
-w x + (1 - w) y, the other one w y + (1 - w) x.
+Strategy to Train Strong Classifiers with Localizable Features", 2019. Both of a pair are mixed by the same weight and
+box, as in torchvision's and timm's batches: the one image is w x + (1 - w) y, the other one w y + (1 - w) x. Who is
+mixed with whom is in cache/records/pairs.py.
 """
 
 from __future__ import annotations
@@ -23,7 +23,9 @@ from kdcache.pipeline.views.draws import below
 from kdcache.pipeline.views.operations.beta import THRESHOLDS
 from kdcache.pipeline.views.operations.boxes import SIDE, edges, paste
 from kdcache.pipeline.views.operations.operation import Drawn, Stage, argument
+from kdcache.pipeline.views.operations.pixels import dense, flat, on_device
 
+_CPU_PIECE = 2**18  # values that are blended at once on a CPU, whose cache holds them
 WHOLE = 256  # the weight of an image that is not blended
 # The side of a box whose area is the part of the image that a weight leaves: sqrt(1 - weight / 256), in 1/65536.
 _SIDES = np.array([isqrt((WHOLE - weight) << 24) for weight in range(WHOLE + 1)])
@@ -102,19 +104,13 @@ def mixed(images: Tensor, partners: Tensor, drawn: Drawn) -> Tensor:
 
     The images stay as they are. The result has their memory format.
     """
-    blended = np.flatnonzero(drawn["weight"] < WHOLE)  # on the host, so that a GPU need not be waited for
-    if len(blended) == 0:
-        result = images.clone()
+    images = dense(images)
+    if (drawn["weight"] < WHOLE).any():  # known on the host, so that a GPU need not be waited for
+        result = torch.empty_like(images)
+        layout = torch.channels_last if images.stride(1) == 1 else torch.contiguous_format
+        _blend(flat(images), flat(partners.contiguous(memory_format=layout)), drawn["weight"], flat(result))
     else:
-        weights = torch.from_numpy(drawn["weight"][blended].astype(np.int16)).to(images.device, non_blocking=True)
-        own, other = _by_row(images, images), _by_row(partners, images)
-        if len(blended) == len(images):
-            result = _blend(own, other, weights)
-        else:
-            index = torch.from_numpy(blended).to(images.device, non_blocking=True)
-            blend = _blend(own.index_select(0, index), other.index_select(0, index), weights)
-            result = own.clone().index_copy_(0, index, blend)
-        result = _as_images(result, images)
+        result = images.clone()
     paste(result, drawn["box"], partners)
     return result
 
@@ -130,31 +126,21 @@ def label_weights(drawn: Drawn, height: int, width: int) -> NDArray[np.float32]:
     return (np.stack([own, whole - own], 1) / whole).astype(np.float32)
 
 
-def _blend(own: Tensor, other: Tensor, weights: Tensor) -> Tensor:
-    """(own * w + other * (256 - w) + 128) >> 8 for rows uint8 [n, pixels] and their weights int16 [n].
+def _blend(own: Tensor, other: Tensor, weights: NDArray[np.uint16], result: Tensor) -> None:
+    """Make rows [n, pixels] of the result (own * w + other * (256 - w) + 128) >> 8.
 
     Sums reach 65,408, so that int16 holds them modulo 2^16; the shift leaves the right eight bits in the lower byte.
     """
-    result, rest = own.to(torch.int16), other.to(torch.int16)
-    result.mul_(weights.unsqueeze(1)).add_(rest.mul_((WHOLE - weights).unsqueeze(1)))
-    return result.add_(128).bitwise_right_shift_(8).to(torch.uint8)
-
-
-def _channels_last(images: Tensor) -> bool:
-    return images.is_contiguous(memory_format=torch.channels_last) and not images.is_contiguous()
-
-
-def _by_row(images: Tensor, like: Tensor) -> Tensor:
-    """The images [B, 3, H, W] as rows [B, 3 H W], with the pixels in the order of the memory of `like`."""
-    return (images.permute(0, 2, 3, 1) if _channels_last(like) else images).flatten(1)
-
-
-def _as_images(rows: Tensor, like: Tensor) -> Tensor:
-    """Undo `_by_row`."""
-    if _channels_last(like):
-        batch, channels, height, width = like.shape
-        return rows.view(batch, height, width, channels).permute(0, 3, 1, 2)
-    return rows.view(like.shape)
+    weight = on_device(weights.astype(np.int16), own.device, torch.int16).unsqueeze(1)
+    rest = WHOLE - weight
+    each = max(1, (_CPU_PIECE if own.device.type == "cpu" else own.numel()) // own.shape[1])
+    first, second = torch.empty((2, each, own.shape[1]), dtype=torch.int16, device=own.device)
+    for start in range(0, len(own), each):
+        rows = slice(start, min(start + each, len(own)))
+        a, b = (sums[: rows.stop - start] for sums in (first, second))
+        a.copy_(own[rows]).mul_(weight[rows])
+        b.copy_(other[rows]).mul_(rest[rows])
+        result[rows] = a.add_(b).add_(WHOLE // 2).bitwise_right_shift_(8)
 
 
 @lru_cache
