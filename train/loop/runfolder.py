@@ -73,7 +73,7 @@ class RunFolder:
         elif resume:
             raise InputError(f"{path} holds no run to resume: leave --resume out to start one")
         elif path.exists() and any(path.iterdir()):
-            raise InputError(f"{path} is not empty and no run: give another --out")
+            raise InputError(f"{path} is not empty and is no run: give another --out")
         else:
             replace_file(file, _json(config))
 
