@@ -108,7 +108,7 @@ def test_of_several_teachers_one_is_chosen(first, member, root, idle):
     member("b")
     line = told(f"{BUILD} --registry {root}", "several teachers resnet8 on this digits data")
     for one, by in ((weights, key), (theirs, other)):
-        assert f"--weights {one[:12]} of cache {by[:12]} in {root}, published by " in line
+        assert f"--weights {one[:12]} of cache {by[:12]} in {root} (published by " in line
     assert not caches_folder().exists()
     told(f"{BUILD} --registry {root} --weights 0123456", "none begin so")
     del idle[:]
