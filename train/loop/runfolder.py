@@ -16,7 +16,7 @@ from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 from kdcache.pipeline.views.render import RENDERER
 from kdcache.train.losses.options import LOSSES
 
-ANEW = "remove it to start the run anew"
+ANEW = "remove it to start the run again"
 
 # The values that settings had before they existed: a run whose config.json lacks one was made with this value.
 _BEFORE: dict[str, Any] = {
