@@ -1,7 +1,7 @@
 """View parameters: a pure function of (policy, seed, view, sample, image size).
 
-The table of policies says how each is drawn (draws.py); render.py applies the parameters. There is no other image
-randomness in either stage. A new policy is a rule in draws.py and a line in `POLICIES`.
+The table of policies says how each is drawn; render.py applies the parameters. There is no other image
+randomness in either stage. A new policy is a rule in operations/geometry.py and a line in `POLICIES`.
 """
 
 from __future__ import annotations
@@ -15,7 +15,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.errors import CorruptError, InputError
-from kdcache.pipeline.views.draws import Crop, Geometry, ResizedCrop, Whole, uniforms
+from kdcache.pipeline.views.operations.geometry import Crop, Flip, Geometry, ResizedCrop, Whole, geometry
 
 # Streams are the second word of Philox's key: whatever the seeds, two streams never give the same draw. The views of
 # caches have stream 0, and the orders of training (train/loaders/order.py) have stream 1.
@@ -94,10 +94,8 @@ def draw(
     stream: the stream of caches, or TEACHING, so that no cached view is one that the teacher was trained on.
     """
     rule = POLICIES[check_policy(policy)]
-    u = uniforms(seed, stream, view, samples, rule.geometry.blocks)
-    flips = u[:, 0] < 0.5 if rule.flips else np.zeros(len(samples), np.bool_)
-    boxes = rule.geometry.boxes(u, *_height_and_width(sizes))
-    return ViewParameters(boxes.astype(np.int32), flips)
+    flip = Flip() if rule.flips else None
+    return ViewParameters(*geometry(rule.geometry, flip, seed, stream, view, samples, sizes))
 
 
 def imported_view(stored: Mapping[str, NDArray[Any]], sizes: NDArray[np.int32], where: str) -> ViewParameters:

@@ -9,6 +9,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache import KdcacheError
+from kdcache.pipeline.views.draws import chance
 from kdcache.pipeline.views.policy import (
     POLICIES,
     TEACHING,
@@ -188,14 +189,15 @@ class TestResizedCropAndFlip(PolicyContract):
 class Corner:
     """A new policy: this rule, and a line in the table. The box is one of the four corners' halves."""
 
-    blocks, resizes = 1, True
+    words, resizes = 3, True
 
     def margin(self, height, width):
         return 0
 
-    def boxes(self, u, height, width):
+    def boxes(self, words, height, width):
         h, w = (height + 1) // 2, (width + 1) // 2
-        return np.stack([(u[:, 1] < 0.5) * (height - h), (u[:, 2] < 0.5) * (width - w), h, w], 1)
+        top, left = (chance(words[:, i], 0.5) for i in (1, 2))
+        return np.stack([top * (height - h), left * (width - w), h, w], 1)
 
 
 class TestToyPolicy(PolicyContract):
