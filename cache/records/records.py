@@ -37,7 +37,8 @@ class Records:
     j = 2..K, or dense [B, C]; target_gap [B, L] z_1 - z_y ([B, 0] where an import lacks it); tail [B, T] log of the
     unstored classes' summed exp((z_c - z_1)/t), labels left out if they have a gap; tail_std [B, 2] the unbiased std of
     the C logits and the tail at t = 2 std, or None; labels [B, L]; prior [T, C] how the tail is spread (with tail_std a
-    row more, for that), or None. gaps and tail of type uint8 are codes: `decoded_gaps` and `decoded_tail` give the
+    row more, for that), or None. label_weights float32 [B, L]: the labels' shares of a mixed image, or None for images
+    of one label and where nothing has drawn the shares yet. gaps and tail of type uint8 are codes: `decoded_gaps` and `decoded_tail` give the
     values.
     """
 
@@ -50,6 +51,7 @@ class Records:
     temperatures: tuple[float, ...]
     tail_std: Tensor | None = None
     prior: Tensor | None = None
+    label_weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.gaps.shape[0]
@@ -76,6 +78,7 @@ class Records:
             tail=f(self.tail),
             tail_std=None if self.tail_std is None else f(self.tail_std),
             labels=f(self.labels),
+            label_weights=None if self.label_weights is None else f(self.label_weights),
         )
 
     def decoded_gaps(self) -> Tensor:

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kdcache.cache.errors import CorruptError, KdcacheError, MismatchError, NotFoundError, UnreadableError
 from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, Identity, SplitName, parse
+from kdcache.cache.records.pairs import partners
 from kdcache.cache.store import chunks
 from kdcache.cache.store.layout import Chunk, Commit, SplitLayout, StoredFile, parse_shard_name, shard_name
 from kdcache.cache.store.place import Place
@@ -39,8 +40,10 @@ class SplitReader:
     """
 
     def __init__(self, place: Place, split: SplitName, identity: Identity) -> None:
-        self._place, self._key, self._record = place, identity.key, identity.record
+        self._place, self._key, self._format = place, identity.key, identity.format
+        self._views = identity.views
         self.layout = SplitLayout(identity, split)
+        self._record = self.layout.record
         self.split, self.prefix = split, self.layout.prefix
         self.samples, self.part, self.parts = self.layout.samples, self.layout.part, self.layout.parts
         self.where = place.locate(self.prefix.rstrip("/")) if self.prefix else place.where
@@ -98,6 +101,8 @@ class SplitReader:
             )
         if commit.name != name:
             raise CorruptError(f"{where} is that of {commit.name}; {self._remedy(name)}")
+        if commit.format != self._format:
+            raise CorruptError(f"{where} has format {commit.format}, its cache has {self._format}; {self._remedy(name)}")
         return commit
 
     def _commit_where(self, name: str) -> str:
@@ -154,13 +159,20 @@ class SplitReader:
 
     @cached_property
     def labels(self) -> NDArray[Any]:
-        """[N, L] class ids."""
+        """Class ids [N, L] of the samples, L being the number of labels that a single sample has."""
         parts, spec = self.load("labels"), self.layout.labels
         labels = np.concatenate(parts) if parts else np.empty(spec.shape, spec.dtype)
         if labels.size and int(labels.max()) >= self._record.classes:
             where = self._place.locate(f"{self.prefix}labels")
             raise CorruptError(f"{where} holds a class id above {self._record.classes - 1}; {self._remedy('labels')}")
         return labels
+
+    def labels_in(self, view: int) -> NDArray[Any]:
+        """Class ids [N, L] of the records of a view: where views are mixed, the partner's follow the sample's own."""
+        if self.split == "eval" or not self._views.mixed:
+            return self.labels
+        partner = partners(self._views.seed, view, range(self.samples), self.samples)
+        return np.concatenate([self.labels, self.labels[partner]], 1)
 
     def require_labels(self, labels: NDArray[Any]) -> None:
         """MismatchError unless these are the cache's."""
@@ -208,7 +220,7 @@ class SplitReader:
         del first
         with ThreadPoolExecutor(THREADS, thread_name_prefix="kdcache-read") as threads:
             list(threads.map(lambda part: self.check_shard(view, part, slab), range(1, self.parts)))
-        return chunks.as_records(self._record, slab, self.labels, prior)
+        return chunks.as_records(self._record, slab, self.labels_in(view), prior)
 
     def view_arrays(self, view: int) -> dict[str, NDArray[Any]]:
         """How an imported view was made, by name: boxes [N, 4] and flips [N], or seeds [N]."""
