@@ -12,7 +12,7 @@ A tail is stored as how far it lies below the most that it can be: all classes l
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -68,6 +68,13 @@ class Records:
     def to(self, device: torch.device | str) -> Records:
         moved = self._map(lambda t: t.to(device, non_blocking=True))
         return replace(moved, prior=None if self.prior is None else self.prior.to(device))
+
+    def weighed_labels(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each column of labels int64 [B] with its weights [B]; the first alone, without weights, where there are none."""
+        if self.label_weights is None:
+            yield self.labels[:, 0].long(), None
+        else:
+            yield from zip(self.labels.long().unbind(1), self.label_weights.unbind(1), strict=True)
 
     def _map(self, f: Callable[[Tensor], Tensor]) -> Records:
         return replace(

@@ -102,7 +102,9 @@ class SplitReader:
         if commit.name != name:
             raise CorruptError(f"{where} is that of {commit.name}; {self._remedy(name)}")
         if commit.format != self._format:
-            raise CorruptError(f"{where} has format {commit.format}, its cache has {self._format}; {self._remedy(name)}")
+            raise CorruptError(
+                f"{where} has format {commit.format}, its cache has {self._format}; {self._remedy(name)}"
+            )
         return commit
 
     def _commit_where(self, name: str) -> str:

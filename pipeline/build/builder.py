@@ -14,7 +14,7 @@ import torch
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.records.encoding import require_std, tail_distribution
-from kdcache.cache.records.pairs import pairing
+from kdcache.cache.records.pairs import VIEWS_A_PAIRING
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.cache.store.leases import Leases
@@ -184,7 +184,7 @@ class Builder:
 
     def _together(self, a: Shard, b: Shard) -> bool:
         """Whether two shards can be cut from the same decoded images."""
-        paired = not self.plan.identity.views.mixed or pairing(a.view) == pairing(b.view)
+        paired = not self.plan.identity.views.mixed or a.view // VIEWS_A_PAIRING == b.view // VIEWS_A_PAIRING
         return paired and (a.split, a.rows) == (b.split, b.rows)
 
     def _waiting(self) -> str:

@@ -20,7 +20,7 @@ from kdcache.cache.records.choices import SequenceName
 from kdcache.cache.records.pairs import pair_numbers, partners
 from kdcache.pipeline.views.draws import chance, words
 from kdcache.pipeline.views.operations.geometry import geometry
-from kdcache.pipeline.views.operations.mix import Mix
+from kdcache.pipeline.views.operations.mix import Mix, label_weights
 from kdcache.pipeline.views.operations.operation import Drawn, Operation, of_rows
 from kdcache.pipeline.views.policy import Policy, parse_policy
 
@@ -119,14 +119,19 @@ def draw(
     partner = partners(seed, view, samples, total)
     everyone = isinstance(samples, range) and len(samples) == total
     theirs = None if everyone else _unmixed(policy, seed, view, partner, sizes, stream, sequence)
-    pairs = pair_numbers(seed, view, samples, total)
-    mixing = Mixing(partner, _mixing(policy, seed, view, pairs, stream, sequence), theirs)
+    mixing = Mixing(partner, _mixing(policy, seed, view, samples, total, stream, sequence), theirs)
     return ViewParameters(own.boxes, own.flips, own.drawn, mixing)
 
 
 def draw_as(views: ViewsIdentity, view: int, samples: Samples, sizes: NDArray[np.int32]) -> ViewParameters:
     """Draw the parameters of a cache's view; see `draw`."""
     return draw(views.policy, views.seed, view, samples, sizes, sequence=views.sequence)
+
+
+def shares_as(views: ViewsIdentity, view: int, total: int, size: tuple[int, int]) -> NDArray[np.float32]:
+    """Draw the shares [N, 2] that the labels of a mixed view have in images of that height and width."""
+    policy = parse_policy(views.policy)
+    return label_weights(_mixing(policy, views.seed, view, range(total), total, 0, views.sequence), *size)
 
 
 def imported_view(stored: Mapping[str, NDArray[Any]], sizes: NDArray[np.int32], where: str) -> ViewParameters:
@@ -176,9 +181,10 @@ def _drawn(
 
 
 def _mixing(
-    policy: Policy, seed: int, view: int, pairs: NDArray[np.int64], stream: int, sequence: SequenceName
+    policy: Policy, seed: int, view: int, samples: Samples, total: int, stream: int, sequence: SequenceName
 ) -> Drawn:
     """Draw by the number of the pair, so that both of a pair get the same."""
+    pairs = pair_numbers(seed, view, samples, total)
     found = [_drawn(mix, seed, stream, view, pairs, sequence) for mix in policy.mixes]
     if len(found) == 1:
         return found[0]
@@ -187,4 +193,3 @@ def _mixing(
         name: np.where(first.reshape(-1, *[1] * (rows.ndim - 1)), rows, found[1][name])
         for name, rows in found[0].items()
     }
-

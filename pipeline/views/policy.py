@@ -128,7 +128,9 @@ def _operations(text: str, whole: str) -> Iterator[Any]:
         else:
             hint = did_you_mean(name, [*OPERATIONS, *NAMED])
             known = "; ".join((" ".join(OPERATIONS), " ".join(NAMED)))
-            raise InputError(f"unknown operation {name!r} in view policy {whole!r}{hint} (known: {known}; or none alone)")
+            raise InputError(
+                f"unknown operation {name!r} in view policy {whole!r}{hint} (known: {known}; or none alone)"
+            )
         if not comma:
             return
         at = found.end()
@@ -149,7 +151,9 @@ def _made(kind: type[Any], text: str | None, whole: str) -> Any:
             value = int(typed) if integer else float(typed)
         except ValueError:
             what = "a whole number" if integer else "a number"
-            raise InputError(f"{kind.name} in view policy {whole!r}: {field.name} {typed.strip()!r} is not {what}") from None
+            raise InputError(
+                f"{kind.name} in view policy {whole!r}: {field.name} {typed.strip()!r} is not {what}"
+            ) from None
         if not least <= value <= most or not math.isfinite(value):
             raise InputError(
                 f"{kind.name} in view policy {whole!r}: {field.name} {typed.strip()} is not from {least:g} to {most:g}"

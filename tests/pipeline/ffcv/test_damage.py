@@ -15,7 +15,7 @@ from kdcache.cache import errors as e
 from kdcache.cache.identity import canonical
 from kdcache.pipeline.ffcv import format, read
 from kdcache.pipeline.ffcv.read import FFCVFile
-from kdcache.pipeline.views.policy import draw
+from kdcache.pipeline.views.parameters import draw
 from kdcache.tests.helpers.ffcv import equal, everything, packed_arrays
 
 
