@@ -1,0 +1,144 @@
+"""Integer arithmetic on uint8 images [n, 3, H, W], which the operations share.
+
+All of it is equal to the bit on every device and in either memory format. No function waits for the device: which
+images are changed, and by what, is known on the host.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+ONE = 1024  # a weight of 1: images are blended in steps of 1/1024
+SMOOTHED = 2**16  # a kernel's weights sum to this
+_GRAY = (19595, 38470, 7471)  # 0.299, 0.587 and 0.114 of 2^16, as Pillow has them
+# Values that are worked on at once: on a CPU what its cache holds, on a GPU what leaves memory for the network.
+_CPU_PIECE, _GPU_PIECE = 2**20, 2**25
+
+
+def on_device(array: NDArray[Any], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
+    """Copy a small array to the device without waiting for it."""
+    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(device, non_blocking=True)
+
+
+def on_rows(images: Tensor, rows: NDArray[np.int64], change: Callable[[Tensor, NDArray[np.int64]], Tensor]) -> Tensor:
+    """Replace images[rows] in place by change(images[rows], rows), in pieces; rows holds no image twice.
+
+    change gets a copy of its own, and returns uint8 in the same shape and memory format. The result is `images` unless
+    these have gaps in memory.
+    """
+    images = dense(images)
+    if not len(rows):
+        return images
+    values = flat(images)
+    most = _CPU_PIECE if images.device.type == "cpu" else _GPU_PIECE
+    each = max(1, most // values.shape[1])
+    for start in range(0, len(rows), each):
+        some = rows[start : start + each]
+        place = on_device(some, images.device, torch.int64)
+        values[place] = flat(change(_as_images(values.index_select(0, place), images), some))
+    return images
+
+
+def dense(images: Tensor) -> Tensor:
+    """The images without gaps in memory; a copy only if they have any."""
+    last = images.stride(1) == 1
+    return images.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def flat(images: Tensor) -> Tensor:
+    """Dense images as [n, 3 * H * W], in the order of memory and without a copy."""
+    return (images.permute(0, 2, 3, 1) if images.stride(1) == 1 else images).flatten(1)
+
+
+def _as_images(values: Tensor, images: Tensor) -> Tensor:
+    """Values [n, 3 * H * W] in the memory format of these images: the inverse of `flat`."""
+    _, channels, height, width = images.shape
+    if images.stride(1) == 1:
+        return values.view(-1, height, width, channels).permute(0, 3, 1, 2)
+    return values.view(-1, channels, height, width)
+
+
+def gray(images: Tensor) -> Tensor:
+    """The luminance int32 [n, 1, H, W], from 0 to 255: ITU-R 601-2, rounded as in Pillow's convert("L")."""
+    red, green, blue = (channel.to(torch.int32) for channel in images.unbind(1))
+    level = red.mul_(_GRAY[0]).add_(green, alpha=_GRAY[1]).add_(blue, alpha=_GRAY[2])
+    return level.add_(2**15).bitwise_right_shift_(16).unsqueeze(1)
+
+
+def blend(images: Tensor, others: Tensor | int, weights: NDArray[Any]) -> Tensor:
+    """images * weight + others * (1 - weight), rounded down and kept within 0 to 255, as Pillow and torchvision do.
+
+    images: uint8 [n, 3, H, W], dense. others: integers from 0 to 255 that are of the same shape, or that have one
+    channel [n, 1, H, W], or one value an image [n, 1, 1, 1], or all one number. weights: integers [n] in steps of 1 /
+    ONE, from 0 to 16 * ONE; above ONE they lead away from the others.
+    """
+    weight = on_device(weights, images.device).unsqueeze(1)
+    if isinstance(others, int):
+        return _as_images(_blend(flat(images), others * (ONE - weight), weight), images)
+    others = others.to(torch.int32)
+    if others.shape == images.shape:
+        aligned = torch.empty_like(images, dtype=torch.int32).copy_(others)
+        return _as_images(_blend(flat(images), flat(aligned).mul_(ONE - weight), weight), images)
+    rest = others.flatten(1) * (ONE - weight)
+    if rest.shape[1] == 1:
+        return _as_images(_blend(flat(images), rest, weight), images)
+    result = torch.empty_like(images)
+    for channel, blended in zip(images.unbind(1), result.unbind(1), strict=True):
+        blended.copy_(_blend(channel.flatten(1), rest, weight).view(blended.shape))
+    return result
+
+
+def _blend(values: Tensor, rest: Tensor, weight: Tensor) -> Tensor:
+    summed = values.to(torch.int32).mul_(weight).add_(rest)
+    return summed.bitwise_right_shift_(ONE.bit_length() - 1).clamp_(0, 255).to(torch.uint8)
+
+
+def lookup(images: Tensor, tables: Tensor) -> Tensor:
+    """Replace each value v of dense images by tables[i, v], image i having the table uint8 [n, 256] on its device."""
+    return _as_images(tables.gather(1, flat(images).to(torch.int64)), images)
+
+
+def smooth(images: Tensor, kernels: NDArray[Any]) -> Tensor:
+    """Convolve dense images with a symmetric kernel each, along both sides; the edges are reflected.
+
+    kernels: integers [n, 1 + r], the weights of a pixel and of those 1 to r pixels away, that are at least 0 and sum
+    (all but the first counted twice) to SMOOTHED. r is less than both sides. Each value is rounded to 1/128 between
+    the two passes, and then to the nearest.
+    """
+    n, channels, height, width = images.shape
+    reach, device = kernels.shape[1] - 1, images.device
+    # Lines of memory [m, height, length]: a pixel's neighbours are `step` values and one line away.
+    if images.stride(1) == 1:
+        planes, step = images.permute(0, 2, 3, 1), channels
+    else:
+        planes, step = images.reshape(n * channels, height, width, 1), 1
+        kernels = np.repeat(kernels, channels, 0)
+    weights = on_device(kernels, device).view(len(kernels), -1, 1, 1).unbind(1)
+    lines = planes.index_select(1, _reflected(height, reach, device)).to(torch.int32).flatten(2)
+    down = _pass(lines, weights, 1, 1).add_(2**8).bitwise_right_shift_(9)  # 15 bits, so that both passes fit 31
+    lines = down.view(-1, height, width, step).index_select(2, _reflected(width, reach, device)).flatten(2)
+    across = _pass(lines, weights, 2, step).add_(2**22).bitwise_right_shift_(23).to(torch.uint8)
+    return _as_images(across.view(n, -1), images)
+
+
+def _pass(lines: Tensor, weights: tuple[Tensor, ...], dim: int, step: int) -> Tensor:
+    """The weighted sum along a dimension that is padded by the reach at both ends."""
+    reach = len(weights) - 1
+    size = lines.shape[dim] - 2 * reach * step
+    summed = lines.narrow(dim, reach * step, size) * weights[0]
+    for away, weight in enumerate(weights[1:], 1):
+        before, after = (lines.narrow(dim, (reach + d) * step, size) for d in (-away, away))
+        summed.addcmul_(before + after, weight)
+    return summed
+
+
+def _reflected(size: int, reach: int, device: torch.device) -> Tensor:
+    """The places from -reach to size + reach - 1, mirrored at the first and the last pixel."""
+    places = np.abs(np.arange(-reach, size + reach))
+    return on_device(np.minimum(places, 2 * (size - 1) - places), device, torch.int64)
