@@ -1,29 +1,33 @@
-"""Draws random numbers for each sample, and has the rules that make boxes of them.
+"""Draws random words for each sample and view, and maps them to numbers.
 
-The numbers are raw Philox 4x64 words mapped by our own formula, since NumPy keeps the raw stream stable between
-versions but not its distributions. The key is (seed, stream) and the counter is (the sample's first block, view), so
-any range of samples is drawn without the others.
+The words are those of Philox 4x64-10 (philox.py), mapped by our own formulas, since NumPy keeps its raw stream stable
+between versions but not its distributions. The key is (seed, stream) and the counter is (the sample's first block,
+view), so any samples are drawn without the others.
 
-In all rules, u [n, 4 * blocks] holds each sample's numbers in [0, 1), where number 0 is left for the flip. height
-and width are int64 [n].
+There are two sequences of views. In the random one, each view has words of its own. In the spread one, a sample's word
+grows by the same step from view to view, so that its views are spread more evenly than independent ones.
 """
 
 from __future__ import annotations
 
-import math
-from typing import Protocol
+import hashlib
+from collections.abc import Mapping
+from functools import cache
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
-WORDS = 4  # in one Philox block
-_TRIES = 10
-# torchvision's RandomResizedCrop: area 8-100%, aspect 3/4-4/3 log-uniform. The aspect is one of 4,096 values rounded
-# to 2^-20, because exp differs between machines in the last bit and a box must not.
-_AREA = (0.08, 1.0)
-_ASPECTS = np.array(
-    [round(math.exp((2 * (i + 0.5) / 4096 - 1) * math.log(4 / 3)) * 2**20) / 2**20 for i in range(4096)]
-)
+from kdcache.pipeline.views import philox
+
+Sequence = Literal["random", "spread"]
+Samples = range | NDArray[np.int64]
+# What the steps of the spread sequence are chosen by. All of it is fixed for ever, since caches depend on the steps.
+_CANDIDATES = 64
+_RELATIONS = [(i, sign * j) for i in (1, 2, 3) for j in (1, 2, 3) if i * j <= 4 for sign in (1, -1)]
+_STREAMS = (0, *range(2, 14))  # of the operations
+# How many places of a stream those after it have to suit: the ones that its operation mostly draws from.
+_MAIN, _MAIN_OF_OTHERS = {0: 6}, 4
 
 
 def below(words: NDArray[np.uint64], bound: int) -> NDArray[np.int64]:
@@ -36,79 +40,77 @@ def chance(words: NDArray[np.uint64], p: float) -> NDArray[np.bool_]:
     return (words >> np.uint64(11)) < np.uint64(round(p * 2**53))
 
 
-def uniforms(seed: int, stream: int, view: int, samples: range, blocks: int) -> NDArray[np.float64]:
-    """Draw the numbers [n, 4 * blocks]: multiples of 2^-53 in [0, 1)."""
-    counter = np.array([samples.start * blocks, view, 0, 0], np.uint64)
-    philox = np.random.Philox(key=np.array([seed, stream], np.uint64), counter=counter)
-    raw = philox.random_raw(len(samples) * blocks * WORDS).reshape(len(samples), blocks * WORDS)
-    return (raw >> np.uint64(11)).astype(np.float64) * 2.0**-53
+def fraction(words: NDArray[np.uint64]) -> NDArray[np.float64]:
+    """Make each word a number in [0, 1), a multiple of 2^-53."""
+    return (words >> np.uint64(11)).astype(np.float64) * 2.0**-53
 
 
-class Geometry(Protocol):
-    """A rule for boxes."""
+def words(
+    seed: int,
+    stream: int,
+    view: int,
+    samples: Samples,
+    count: int,
+    sequence: Sequence = "random",
+    steps: Mapping[int, int] | None = None,
+) -> NDArray[np.uint64]:
+    """Draw `count` random words [n, count] for each of n samples, which may be a range or any samples in any order.
 
-    @property
-    def blocks(self) -> int:
-        """How many Philox blocks a sample takes."""
-
-    @property
-    def resizes(self) -> bool:
-        """Whether boxes are of other sizes than their images, so that they have to be resized."""
-
-    def margin(self, height: int, width: int) -> int:
-        """How many pixels beyond the edge of an image a box may reach."""
-
-    def boxes(self, u: NDArray[np.float64], height: NDArray[np.int64], width: NDArray[np.int64]) -> NDArray[np.int64]:
-        """The boxes [n, 4]: top, left, height and width in source pixels."""
-
-
-class Whole:
-    """The whole image."""
-
-    blocks, resizes = 1, False
-
-    def margin(self, height: int, width: int) -> int:
-        return 0
-
-    def boxes(self, u: NDArray[np.float64], height: NDArray[np.int64], width: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.stack([np.zeros_like(height), np.zeros_like(height), height, width], 1)
+    A sample's words depend on (seed, stream, view, sample), and on count only by its quotient by four, rounded up.
+    steps: of the spread sequence, for places that do not take the usual `step`.
+    """
+    first = 0 if sequence == "spread" else view
+    drawn = _independent(seed, stream, first, samples, -(-count // philox.WORDS))[:, :count]
+    if sequence == "spread":
+        own = steps or {}
+        moves = [view * own.get(place, step(stream, place)) % 2**64 for place in range(count)]
+        drawn += np.array(moves, np.uint64)
+    return drawn
 
 
-class Crop:
-    """A box of the image's own size, moved by up to an eighth of the shorter side."""
-
-    blocks, resizes = 1, False
-
-    def margin(self, height: int, width: int) -> int:
-        return max(1, min(height, width) // 8)
-
-    def boxes(self, u: NDArray[np.float64], height: NDArray[np.int64], width: NDArray[np.int64]) -> NDArray[np.int64]:
-        pad = np.maximum(1, np.minimum(height, width) // 8)
-        top, left = (np.floor(u[:, i] * (2 * pad + 1)).astype(np.int64) - pad for i in (1, 2))
-        return np.stack([top, left, height, width], 1)
+def _independent(seed: int, stream: int, view: int, samples: Samples, blocks: int) -> NDArray[np.uint64]:
+    """The words [n, 4 * blocks] of n samples. Sample i has the blocks from i * blocks on."""
+    if isinstance(samples, range) and samples.step == 1:
+        drawn = philox.following(seed, stream, view, samples.start * blocks, len(samples) * blocks)
+        return drawn.reshape(len(samples), blocks * philox.WORDS)
+    firsts = np.asarray(samples, np.int64).astype(np.uint64) * np.uint64(blocks)
+    return philox.scattered(seed, stream, view, firsts, blocks)
 
 
-class ResizedCrop:
-    """The first of ten random boxes that fits; else the largest central box of an allowed aspect."""
+@cache
+def step(stream: int, place: int) -> int:
+    """By how much a sample's word at this place grows from view to view in the spread sequence, modulo 2^64.
 
-    blocks, resizes = 1 + 2 * _TRIES // WORDS, True
+    Like the golden ratio, step / 2^64 is a number that fractions approximate badly, so that its multiples are spread
+    evenly from the first to the last. It is the candidate that stays farthest from moving in step with the places
+    before it, and with the main places of the streams before it.
+    """
+    others = [step(stream, before) for before in range(place)]
+    others += [step(s, p) for s in _STREAMS if s < stream for p in range(_MAIN.get(s, _MAIN_OF_OTHERS))]
+    candidates = np.array([_candidate(stream, place, i) for i in range(_CANDIDATES)], np.uint64)
+    return int(candidates[_distance(candidates, others).argmax()])
 
-    def margin(self, height: int, width: int) -> int:
-        return 0
 
-    def boxes(self, u: NDArray[np.float64], height: NDArray[np.int64], width: NDArray[np.int64]) -> NDArray[np.int64]:
-        # Only +, *, / and sqrt are used, which IEEE 754 rounds alike everywhere.
-        low, high = _AREA
-        area = (height * width)[:, None] * (low + (high - low) * u[:, WORDS::2])
-        aspect = _ASPECTS[np.floor(u[:, WORDS + 1 :: 2] * len(_ASPECTS)).astype(np.int64)]
-        w = np.rint(np.sqrt(area * aspect)).astype(np.int64)
-        h = np.rint(np.sqrt(area / aspect)).astype(np.int64)
-        fits = (w > 0) & (w <= width[:, None]) & (h > 0) & (h <= height[:, None])
-        chosen = np.arange(len(u)), fits.argmax(1)
-        found = fits.any(1)
-        # Integer forms of min(W, H * 4/3) and min(H, W * 4/3).
-        box_h = np.where(found, h[chosen], np.minimum(height, width * 4 // 3))
-        box_w = np.where(found, w[chosen], np.minimum(width, height * 4 // 3))
-        top = np.where(found, np.floor(u[:, 1] * (height - box_h + 1)).astype(np.int64), (height - box_h) // 2)
-        left = np.where(found, np.floor(u[:, 2] * (width - box_w + 1)).astype(np.int64), (width - box_w) // 2)
-        return np.stack([top, left, np.maximum(box_h, 1), np.maximum(box_w, 1)], 1)
+def _candidate(stream: int, place: int, number: int) -> int:
+    """2^64 times a continued fraction, whose 64 partial quotients from 1 to 4 are the bits of a hash; made odd."""
+    bits = int.from_bytes(hashlib.sha256(f"kdcache spread {stream} {place} {number}".encode()).digest(), "little")
+    numerator, denominator = 0, 1
+    for i in range(64):
+        quotient = 1 + (bits >> 2 * i) % 4
+        numerator, denominator = denominator, quotient * denominator + numerator
+    return (numerator << 64) // denominator | 1
+
+
+def _distance(candidates: NDArray[np.uint64], others: list[int]) -> NDArray[np.uint64]:
+    """How far each candidate is from a relation i * candidate + j * other = 0 with small i and j, modulo 2^64.
+
+    Where there is such a relation, pairs of the two places' words lie on few lines. A distance counts i * j times,
+    since larger i and j give more lines.
+    """
+    least = np.full(len(candidates), 2**63, np.uint64)
+    for other in others:
+        for i, j in _RELATIONS:
+            away = candidates * np.uint64(i) + np.uint64(j * other % 2**64)
+            away = np.minimum(np.minimum(away, np.negative(away)), np.uint64(2**61))  # as a distance from 0, up to 1/8
+            least = np.minimum(least, away * np.uint64(i * abs(j)))
+    return least
