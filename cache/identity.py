@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Literal, TypeVar, get_args
+from typing import Any, Final, Literal, TypeVar, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
@@ -13,7 +13,8 @@ from kdcache.cache.errors import CorruptError, MismatchError
 from kdcache.cache.records.choices import Interpolation, SequenceName
 
 # Format 2 is format 1 and views that are mixed or spread. Everything else is written as format 1, for ever.
-FORMAT, MIXED_FORMAT = 1, 2
+FORMAT: Final = 1
+MIXED_FORMAT: Final = 2
 # Far above any real one; a larger file is refused before it is parsed.
 MAX_JSON_BYTES = 1 << 20
 # How uint8 records are coded (records/records.py).
@@ -98,7 +99,7 @@ class ViewsIdentity(Strict):
         return self.policy in ("stored", "foreign")
 
     @property
-    def format(self) -> int:
+    def format(self) -> Literal[1, 2]:
         """The oldest format that has such views."""
         return MIXED_FORMAT if self.mixed or self.sequence != "random" else FORMAT
 
@@ -121,8 +122,9 @@ class ViewsIdentity(Strict):
 class RecordIdentity(Strict):
     """What is stored for one (view, sample).
 
-    labels: how many each training record has; where views are mixed, the second one is the partner's. lacks: what is not known of an imported cache: the labels' gaps, or the records of the evaluation split. An empty
-    one is left out of the JSON, so that the keys of other caches stay as they were before there were imports.
+    labels: how many each training record has; where views are mixed, the second one is the partner's. lacks: what is
+    not known of an imported cache: the labels' gaps, or the records of the evaluation split. An empty one is left out
+    of the JSON, so that the keys of other caches stay as they were before there were imports.
     """
 
     classes: int = Field(ge=2, lt=2**32)

@@ -33,13 +33,13 @@ STD_TAU, STD_FLOOR = 2.0, 1e-7
 class Records:
     """Records of B (view, sample) pairs; indexing with a tensor of B' positions gathers records, a slice shares them.
 
-    classes [B, K] ids by decreasing logit (None: dense, all C classes in order); gaps [B, K-1] z_1 - z_(j),
-    j = 2..K, or dense [B, C]; target_gap [B, L] z_1 - z_y ([B, 0] where an import lacks it); tail [B, T] log of the
-    unstored classes' summed exp((z_c - z_1)/t), labels left out if they have a gap; tail_std [B, 2] the unbiased std of
-    the C logits and the tail at t = 2 std, or None; labels [B, L]; prior [T, C] how the tail is spread (with tail_std a
-    row more, for that), or None. label_weights float32 [B, L]: the labels' shares of a mixed image, or None for images
-    of one label and where nothing has drawn the shares yet. gaps and tail of type uint8 are codes: `decoded_gaps` and `decoded_tail` give the
-    values.
+    classes [B, K] ids by decreasing logit (None: dense, all C classes in order); gaps [B, K-1] z_1 - z_(j), j = 2..K,
+    or dense [B, C]; target_gap [B, L] z_1 - z_y ([B, 0] where an import lacks it); tail [B, T] log of the unstored
+    classes' summed exp((z_c - z_1)/t), labels left out if they have a gap; tail_std [B, 2] the unbiased std of the C
+    logits and the tail at t = 2 std, or None; labels [B, L]; prior [T, C] how the tail is spread (with tail_std a row
+    more, for that), or None. label_weights float32 [B, L]: the labels' shares of a mixed image, or None for images of
+    one label and where nothing has drawn the shares yet. gaps and tail of type uint8 are codes: `decoded_gaps` and
+    `decoded_tail` give the values.
     """
 
     classes: Tensor | None
@@ -70,7 +70,7 @@ class Records:
         return replace(moved, prior=None if self.prior is None else self.prior.to(device))
 
     def weighed_labels(self) -> Iterator[tuple[Tensor, Tensor | None]]:
-        """Each column of labels int64 [B] with its weights [B]; the first alone, without weights, where there are none."""
+        """Each column of labels int64 [B] with its weights [B]; where there are no weights, the first one alone."""
         if self.label_weights is None:
             yield self.labels[:, 0].long(), None
         else:

@@ -48,6 +48,7 @@ NAMED = {
     "funmatch": "rrc,flip,mixup(1)",
 }
 _OPERATION = re.compile(r"\s*([^\s,()]+)\s*(?:\(([^()]*)\))?\s*(,|$)")
+_WHOLE = Whole()
 _SHORT = (Crop, ResizedCrop, Flip)  # written without arguments where these are the usual ones, as format 1 did
 
 
@@ -59,15 +60,16 @@ class Policy:
     images, in the order of application. mixes: what mixes pairs of images; of two, each pair gets one.
     """
 
-    geometry: Geometry = Whole()
+    geometry: Geometry = _WHOLE
     flip: Flip | None = None
     operations: tuple[Operation, ...] = ()
     mixes: tuple[Mix, ...] = ()
 
     def apply(self, images: Tensor, drawn: Mapping[str, Drawn], rows: NDArray[np.int64]) -> Tensor:
-        """Change uint8 images [B, 3, H, W] by the operations on pixels; rows [B]: where in `drawn` their parameters are.
+        """Change uint8 images [B, 3, H, W] by the operations on pixels.
 
-        The images may be overwritten. Images of the evaluation split, for which nothing was drawn, stay as they are.
+        rows [B]: where in `drawn` the images' parameters are. The images may be overwritten. Images of the evaluation
+        split, for which nothing was drawn, stay as they are.
         """
         for operation in self.operations:
             if (all_rows := drawn.get(operation.name)) is not None:
@@ -100,7 +102,7 @@ def parse_policy(text: str) -> Policy:
     of = {stage: tuple(op for op in ordered if op.stage == stage) for stage in STAGES}
     flip = found.pop("flip", None)
     boxes = [op for op in of["geometry"] if op is not flip]
-    return Policy(boxes[0] if boxes else Whole(), flip, (*of["colour"], *of["erase"]), of["mix"])
+    return Policy(boxes[0] if boxes else _WHOLE, flip, (*of["colour"], *of["erase"]), of["mix"])
 
 
 def policy_of(text: str) -> Policy:

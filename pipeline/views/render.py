@@ -174,8 +174,8 @@ class Renderer:
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Yield every batch in each of its views: the places of batch and view, and the pixels as `batches` gives them.
 
-        Files are decoded once for all views of a batch, so batch by batch; in-memory images come view by view. Of files,
-        views that are mixed have to be of one pairing.
+        Files are decoded once for all views of a batch, so batch by batch; in-memory images come view by view. Of
+        files, views that are mixed have to be of one pairing.
         """
         if not self.data.in_memory:
             tables = [Table(drawn, first) for drawn in parameters]
@@ -186,9 +186,9 @@ class Renderer:
                 yield number, place, self._finished(images, tables[place], batched[number], partners[number])
             return
         for place, drawn in enumerate(parameters):
-            wanted = [number for number, (_, places) in enumerate(batches) if place in places]
-            rendered = self.batches(drawn, [batches[number][0] for number in wanted], first)
-            yield from ((number, place, images) for number, images in zip(wanted, rendered, strict=True))
+            numbers = [number for number, (_, places) in enumerate(batches) if place in places]
+            rendered = self.batches(drawn, [batches[number][0] for number in numbers], first)
+            yield from ((number, place, images) for number, images in zip(numbers, rendered, strict=True))
 
     def _cut(self, table: Table, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
         """The images of rows of the table as geometry has them, uint8 [m, 3, H, W] for each batch of rows."""

@@ -69,10 +69,11 @@ def partners_of(drawn: ViewParameters) -> NDArray[np.int64] | None:
 class CachedLoader(Epochs):
     """Iterates over (images, labels, records) of an epoch, in an order that depends on (seed, epoch) alone.
 
-    images: float32 [B, 3, S, S], normalised by the dataset's mean and std, in the view that the records belong
-    to; labels: int64 [B] in the teacher's classes ([B, L] unless L = 1); records: Records of B. Where views are mixed,
+    images: float32 [B, 3, S, S], normalised by the dataset's mean and std, in the view that the records belong to;
+    labels: int64 [B] in the teacher's classes ([B, L] unless L = 1); records: Records of B. Where views are mixed,
     labels are [B, 2], records.label_weights [B, 2] has their shares, and a batch holds both images of every pair, so
-    that batch_size has to be even for each rank. batch_size is that of all `world` ranks together; samples that fill no batch are left out of the epoch.
+    that batch_size has to be even for each rank. batch_size is that of all `world` ranks together; samples that fill no
+    batch are left out of the epoch.
 
     Epoch e takes complete view e mod V. The first iterator reads epoch 0 and each later one the epoch after the last
     that was begun, from its first batch on; set_epoch(e), also as sampler.set_epoch(e), chooses another. `epoch` and

@@ -91,7 +91,8 @@ class EpochOrder:
             raise InputError(f"a batch of {batch_size} cannot be split over {world} ranks")
         if mixed and batch_size % (2 * world):
             raise InputError(
-                f"a batch of {batch_size} would part the pairs of mixed views: take a multiple of {2 * world} for --batch-size"
+                f"a batch of {batch_size} would part the pairs of mixed views: take a multiple of {2 * world} for "
+                "--batch-size"
             )
         if mixed and self._chosen is not None:
             raise InputError(

@@ -14,8 +14,8 @@ from kdcache.cache.errors import UnservedError
 from kdcache.cache.identity import RecordIdentity
 from kdcache.cache.records.records import STD_TAU, Records
 from kdcache.pipeline.stores import Stored
-from kdcache.pipeline.views.parameters import shares_as
 from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.views.parameters import shares_as
 from kdcache.train.losses.base import Featured, Loss, Surveying
 from kdcache.train.losses.features import FeatureLoss
 

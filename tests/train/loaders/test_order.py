@@ -37,5 +37,5 @@ def test_what_would_part_pairs_is_refused():
     for batch, world in ((5, 1), (6, 2)):
         with pytest.raises(InputError, match=f"take a multiple of {2 * world} for --batch-size"):
             EpochOrder(100, batch, 0, world, 0, mixed=True)
-    with pytest.raises(InputError, match="held out .* leave --validation out"):
+    with pytest.raises(InputError, match=r"held out .* leave --validation out"):
         EpochOrder(np.arange(50), 10, 0, 1, 0, mixed=True)
