@@ -1,8 +1,8 @@
 """Removes caches on purpose, and finds and removes what nothing needs any more.
 
-A cache's commits are removed first and its identity last: a reader finds fewer views or none, never half
-of one, and a removal that was stopped is finished by the next. Listing (`leavings`) writes nothing at all; whether
-something is in use is asked again, with the locks and leases that its users hold, when it is removed.
+A cache's commits are removed first and its identity last. So a reader finds fewer views or none, never half of one, and
+the next removal finishes one that was stopped. Listing (`leavings`) writes nothing at all. Before a thing is removed,
+the locks and leases that its users would hold tell whether it is in use after all.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ from kdcache.cache.store.leases import Leases
 HOUR, DAY = 3600.0, 86400.0
 _TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp|\..+\.packing")
 _LAST = "identity.json"
-_UNNAMED = "a teacher's weights that no cache names, not used for long"
+_UNNAMED = "weights of a teacher that no cache names, which were not used for long"
 _PARTS = ("commits", "eval", "labels", "prior", "sizes", "tail_sums", "views", "other", "published", "scratch")
 
 
@@ -54,9 +54,9 @@ class Leaving:
 
 
 def find(what: str, registry: str | None = None) -> tuple[Cache, Registry | None]:
-    """The cache that is to be removed, with its registry where one is named, by `registry` or by an address.
+    """The cache to remove, and the registry if one is named, by `registry` or by an address.
 
-    InputError where it is not ours to remove, MismatchError where it is not the cache that its name says.
+    InputError if it is not ours to remove, MismatchError if it is not the cache that its folder is named after.
     """
     root, wanted = split_url(what) or (registry, what)
     if root is not None:
@@ -67,7 +67,7 @@ def find(what: str, registry: str | None = None) -> tuple[Cache, Registry | None
         raise InputError(f"{cache.path} is a symbolic link, which is not followed: give the path that it leads to")
     named = cache.path.absolute().name.partition(".")[0]
     if KEY.fullmatch(named) and named != cache.key:
-        raise MismatchError(f"{cache.path} holds cache {cache.key[:12]}, not the one that it is named by: rename it")
+        raise MismatchError(f"{cache.path} holds cache {cache.key[:12]}, but is named after another: rename it")
     return cache, None
 
 
@@ -77,15 +77,15 @@ def remove_name(name: str, registry: str) -> None:
 
 
 def remove(cache: Cache, shared: Registry | None = None) -> None:
-    """Remove a cache, from the registry `shared` where given; the same call finishes what was stopped.
+    """Remove a cache, from the registry `shared` if given. The same call finishes a removal that was stopped.
 
-    InputError while a name there points to it, or where other things than a cache's lie in its folder; BusyError while
-    somebody builds it. Nothing behind a symbolic link is touched.
+    InputError while a name there points to it, or if its folder holds things that are no part of a cache; BusyError
+    while somebody builds it. Nothing behind a symbolic link is touched.
     """
     if shared is not None and (names := sorted(n for n, key in shared.all_names().items() if key == cache.key)):
         raise InputError(
-            f"{', '.join(names)} in {shared.url} stands for cache {cache.key[:12]}: first kdcache rm --name {names[0]} "
-            f"--registry {shared.url}, or give that name to another cache (push --move)"
+            f"{', '.join(names)} in {shared.url} stands for cache {cache.key[:12]}: first run kdcache rm --name "
+            f"{names[0]} --registry {shared.url}, or give that name to another cache (push --move)"
         )
     if cache.packed:
         cache.path.unlink()
@@ -120,7 +120,7 @@ def _remove_folder(cache: Cache) -> None:
             (path / file).unlink(missing_ok=True)
         for name in ("commits", "eval/commits"):
             if (path / name).is_dir():
-                files.sync_folder(path / name)  # before the bytes go that they name
+                files.sync_folder(path / name)  # before the bytes that they name are removed
         for name in (*_PARTS, *strays):
             _drop(path / name)
         _require_alone(leases, path)
@@ -154,7 +154,7 @@ def _drop(path: Path) -> None:
 
 
 def leavings(days: float, registry: str | None = None, store_bytes: int | None = None) -> Iterator[Leaving]:
-    """Find what may be removed under KDCACHE_HOME, except from the spool, and in a registry. Nothing is changed.
+    """Find what may be removed under KDCACHE_HOME (but not in the spool) and in a registry. Nothing is changed.
 
     days: the grace period of caches without a name in the registry, and of teachers' weights that no cache names.
     store_bytes: the local store's limit.
@@ -176,7 +176,7 @@ def leavings(days: float, registry: str | None = None, store_bytes: int | None =
         yield Leaving(
             str(home() / "remote" / "chunks"),
             sum(beyond),
-            f"{len(beyond)} chunks beyond the limit, unread for longest",
+            f"{len(beyond)} chunks beyond the limit, which were unread for longest",
             store.make_room,
         )
     if registry is not None:
@@ -184,7 +184,7 @@ def leavings(days: float, registry: str | None = None, store_bytes: int | None =
 
 
 def gc(found: Sequence[Leaving], delete: bool) -> dict[str, Any]:
-    """Facts about what was found, which `delete` removes. kept: why a thing stayed, since it is in use after all."""
+    """Remove what was found, if `delete`, and return facts about it. kept: why things stayed, which are in use."""
     facts, freed = [], 0
     for one in found:
         kept = None
@@ -292,12 +292,12 @@ def _remove_teacher_there(shared: Registry, weights: str, before: float) -> None
 
 def _remove_old(cache: Cache, shared: Registry, before: float) -> None:
     if shared.objects.newest(f"caches/{cache.key}") >= before:
-        raise BusyError(f"{cache.where} was added to just now")
+        raise BusyError(f"something was added to {cache.where} just now")
     remove(cache, shared)
 
 
 def extent(path: Path) -> tuple[int, float]:
-    """The bytes of a file, or of all in a folder, and when the latest of them was changed; no link is followed."""
+    """The bytes of a file, or of all files in a folder, and when the latest was changed; no link is followed."""
     size, newest = 0, 0.0
     for where, folders, names in [("", [], [str(path)]), *(() if path.is_symlink() else os.walk(path))]:
         for name in (*folders, *names):

@@ -1,4 +1,4 @@
-"""The one error family. The command line turns each into a single line and exit status 2."""
+"""The one family of errors. The command line prints each as a single line and exits with status 2."""
 
 from collections.abc import Callable
 
@@ -28,7 +28,7 @@ class BusyError(KdcacheError):
 
 
 class UnreadableError(KdcacheError):
-    """A file cannot be read now, whatever its bytes are: rights, a disk, a network."""
+    """A file cannot be read now, whatever its bytes are, because of rights, a disk or a network."""
 
 
 class UnservedError(KdcacheError):
@@ -43,7 +43,7 @@ EXPLANATIONS: list[Callable[[Exception], str | None]] = []
 
 
 def machine_error(e: Exception) -> str | None:
-    """What to do where the machine is too small for what was asked; None for other errors."""
+    """What to do about an error that comes from the machine, such as too little memory; None for other errors."""
     first = (str(e).splitlines() or [""])[0]
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
         return f"out of memory ({first[:200]}): lower --batch-size or --image-size"

@@ -33,7 +33,7 @@ def publish(path: Path, data: bytes, scratch: Path, *, replace: bool = False) ->
         _put(path, partial(write, data=data), scratch, os.link)
     except FileExistsError:
         if _holds(path, data):
-            sync_folder(path.parent)  # whoever made it may not have come so far
+            sync_folder(path.parent)  # whoever made the file may not have synced it yet
         elif replace:
             _put(path, partial(write, data=data), scratch, os.replace)
         else:
@@ -51,9 +51,9 @@ def link_file(path: Path, file: Path, scratch: Path) -> None:
 
 
 def write(path: Path, data: Content) -> None:
-    """Write a file that nobody looks for yet, synced; its folder is not.
+    """Write and sync a file that nobody looks for yet. Its folder is not synced.
 
-    The group may read and write it where its folder belongs to a group (see `make_folder`).
+    Where the folder belongs to a group (see `make_folder`), the group may read and write the file.
     """
     with _naming(path), path.open("wb") as f:
         if _is_groups(path.parent):
@@ -98,7 +98,7 @@ def _put(
 ) -> None:
     for last in (False, True):
         temporary = scratch / f".{path.name}.{secrets.token_hex(8)}.tmp"
-        # A write that fails, on a full disk for one, does not say by itself what for.
+        # An error of a write, such as that of a full disk, does not name the file by itself.
         with _naming(path):
             try:
                 make_folder(path.parent)
@@ -107,7 +107,7 @@ def _put(
                 move(temporary, path)
                 return sync_folder(path.parent) if sync else None
             except FileNotFoundError:
-                # Another builder took this one, stopped for long, for dead and cleared its scratch folder.
+                # This builder was stopped for so long that another took it for dead and cleared its scratch folder.
                 if last:
                     raise
             finally:
@@ -157,19 +157,19 @@ def _holds(path: Path, data: bytes) -> bool:
 
 
 def read_bounded(path: Path, limit: int) -> bytes:
-    """The file's bytes; a CorruptError, without reading on, where it is longer or not a plain file."""
+    """The file's bytes; CorruptError, before anything is read, if it is longer than `limit` or not a plain file."""
     # O_NOFOLLOW: a link could lead out of the cache.
     with _opened(path, os.O_NOFOLLOW) as (f, size):
         if size > limit:
-            raise CorruptError(f"{path} is longer than the {limit} bytes that it may have")
+            raise CorruptError(f"{path} is longer than the {limit} bytes allowed")
         return f.read(size)
 
 
 def read_range(path: Path, offset: int, size: int, *, short: bool = False) -> bytes:
-    """`size` bytes from `offset`; a CorruptError where the plain file ends before, unless `short`."""
+    """`size` bytes from `offset`; CorruptError if the file ends before that, or with `short` as many as there are."""
     with _opened(path) as (f, length):
         if not short and not 0 <= offset <= offset + size <= length:
-            raise CorruptError(f"{path} ends at byte {length}, before bytes {offset} to {offset + size}")
+            raise CorruptError(f"{path} ends at byte {length}, and bytes {offset} to {offset + size} are needed")
         f.seek(offset)
         return f.read(size)
 
@@ -184,7 +184,7 @@ def _opened(path: Path, flags: int = 0) -> Iterator[tuple[BinaryIO, int]]:
         raise NotFoundError(f"{path} is missing") from None
     except OSError as e:
         if e.errno == errno.ELOOP:
-            raise CorruptError(f"{path} cannot be read: a symbolic link is not followed") from e
+            raise CorruptError(f"{path} cannot be read: it is a symbolic link, which is not followed") from e
         kind = CorruptError if e.errno in (errno.ENOTDIR, errno.ENXIO, errno.ENAMETOOLONG) else UnreadableError
         raise kind(f"{path} cannot be read: {e.strerror}") from e
     try:

@@ -43,7 +43,7 @@ def caches_folder() -> Path:
 
 
 def teachers_folder() -> Path:
-    """Where weights lie: taught ones in a folder for each data set, those of caches' teachers by their hash."""
+    """The folder of teachers' weights: a folder of taught ones for each data set, and those of caches by their hash."""
     return home() / "teachers"
 
 
@@ -58,7 +58,7 @@ def open_registry(url: str, store_bytes: int | None = None) -> Registry:
 
 
 def registry_beside(where: str | os.PathLike[str]) -> Registry | None:
-    """The registry that the cache at a path or an address lies in; None where it lies in none."""
+    """The registry that the cache at a path or an address lies in; None if it lies in none."""
     if found := split_url(os.fspath(where)):
         return open_registry(found[0], store_bytes=0)
     folder = Path(where).absolute().parent
@@ -67,9 +67,10 @@ def registry_beside(where: str | os.PathLike[str]) -> Registry | None:
 
 
 def open_cache(where: str | os.PathLike[str], registry: str | None = None, store_bytes: int | None = None) -> Cache:
-    """The cache in a folder or a packed file, or under KDCACHE_HOME by its key or at least four digits of it.
+    """Open a cache by its folder, its packed file, its address, its key or its name.
 
-    Else in the registry, by its key or name; or at ROOT/caches/KEY or ROOT/names/NAME, where ROOT is an address.
+    An address is ROOT/caches/KEY or ROOT/names/NAME. A key, or at least four digits of one, is looked for under
+    KDCACHE_HOME first and then in the registry, a name only there.
     """
     text = os.fspath(where)
     if text.endswith(WITH_IMAGES):
@@ -78,7 +79,7 @@ def open_cache(where: str | os.PathLike[str], registry: str | None = None, store
         return Cache(Path(text))
     if "://" in text:
         if (address := split_url(text)) is None:
-            raise InputError(f"{text} is no cache's address: that ends in /caches/KEY or /names/NAME")
+            raise InputError(f"{text} is not the address of a cache, which ends in /caches/KEY or /names/NAME")
         shared = open_registry(address[0], store_bytes)
         return shared.cache(shared.find(address[1]))
     if DIGITS.fullmatch(text):
@@ -87,10 +88,10 @@ def open_cache(where: str | os.PathLike[str], registry: str | None = None, store
             shared = open_registry(registry, store_bytes)
             if shared.has_name(text):
                 raise InputError(
-                    f"{text} is a name in {shared.url}, and cache {local[0].name[:16]} here begins with it: give more "
-                    f"digits of the key, or {shared.url}/names/{text}"
+                    f"{text} is a name in {shared.url}, and the key of cache {local[0].name[:16]} here begins with it: "
+                    f"give more digits of the key, or {shared.url}/names/{text}"
                 )
-        # A folder before what was packed from it.
+        # A folder comes before a file that was packed from it.
         folders = [p for p in local if p.is_dir()]
         if len({p.name[:64] for p in local}) == 1 and len(folders or local) == 1:
             return Cache((folders or local)[0])
@@ -100,11 +101,11 @@ def open_cache(where: str | os.PathLike[str], registry: str | None = None, store
     if registry is not None and "/" not in text:
         shared = open_registry(registry, store_bytes)
         key = shared.find(text)
-        # A copy that was pulled, or built here, before what lies far away.
+        # A copy that was pulled or built here comes before one that is far away.
         here = caches_folder() / key
         return Cache(here) if (here / "identity.json").exists() else shared.cache(key)
     if _SHORT.fullmatch(text):
-        raise NotFoundError(f"no cache at {text}: give four digits of a key or more, see kdcache ls")
+        raise NotFoundError(f"no cache at {text}: give at least four digits of a key, see kdcache ls")
     raise NotFoundError(f"no cache at {text}, and none with that key in {caches_folder()}: see kdcache ls")
 
 
@@ -121,7 +122,7 @@ def list_caches() -> tuple[list[Cache], list[str]]:
 
 
 def _entries() -> list[Path]:
-    """The caches in the caches' folder, without temporary files and files packed with images (pipeline/stores.py)."""
+    """The caches in the folder of caches, without temporary files and files packed with images (pipeline/stores.py)."""
     folder = caches_folder()
     found = sorted(folder.iterdir()) if folder.is_dir() else []
     return [p for p in found if not p.name.startswith(".") and p.suffix not in WITH_IMAGES]

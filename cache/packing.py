@@ -30,14 +30,14 @@ def _bytes(store: SplitStore, name: str) -> int:
 
 
 def choose_views(cache: Cache, views: range | None) -> tuple[int, ...]:
-    """The complete views, or those asked for; NotFoundError where one, or anything else to be packed, is missing."""
+    """The views asked for, or all complete ones; NotFoundError if one, or anything else to be packed, is missing."""
     complete = cache.views
     chosen = complete if views is None else tuple(views)
     if not chosen or not cache.complete:
         raise NotFoundError(f"{cache.where} is not complete: run kdcache build again to finish it")
     if missing := sorted(set(chosen) - set(complete)):
         raise NotFoundError(
-            f"{cache.where} has no complete view {missing[0]}, but {len(complete)} others: choose --views among them"
+            f"{cache.where} has no complete view {missing[0]}: choose --views among its {len(complete)} complete ones"
         )
     return chosen
 
@@ -46,8 +46,9 @@ def pack_hdf5(cache: Cache, out: Path, views: Sequence[int], advance: Advance = 
     """Write these complete views, and all that belongs to them, into the new file `out`; False if it is there already.
 
     All rows are compared with the digests in the commits as they are read, and again in the new file before it gets its
-    name. `advance` counts bytes of rows, each twice. Killed, it leaves a temporary file that the next call removes.
-    InputError where `out` is another file, BusyError where another process is packing into it.
+    name. advance: is called with numbers of bytes, each byte of the rows counted twice. A call that is killed leaves a
+    temporary file, which the next call removes. InputError if `out` is another file, BusyError if another process is
+    packing into it.
     """
     files.make_folder(out.parent)
     temporary = out.with_name(f".{out.name}.packing")
@@ -61,7 +62,7 @@ def pack_hdf5(cache: Cache, out: Path, views: Sequence[int], advance: Advance = 
             _compare(temporary, views, advance)
             os.link(temporary, out)
         except FileExistsError:
-            raise InputError(f"{out} has just been made by another process: it is never overwritten") from None
+            raise InputError(f"{out} has just been made by another process: remove it, or give another --out") from None
         except OSError as e:
             e.filename, e.filename2 = str(out), None
             raise
@@ -70,11 +71,11 @@ def pack_hdf5(cache: Cache, out: Path, views: Sequence[int], advance: Advance = 
 
 
 def unpack_hdf5(cache: Cache, out: Path, advance: Advance = lambda n: None) -> int:
-    """Write the packed `cache` as a folder, or complete that folder; how many commits name other bytes than before.
+    """Write the packed `cache` as a folder, or complete that folder. Returns how many commits name other bytes now.
 
-    Rows are compared with the digests in their commits, chunks are encoded anew. Equal bytes give the same commit;
-    bytes differ where another version of the compressor makes them. Stopped, the next call goes on. MismatchError
-    where `out` holds another cache, or other records of the same.
+    Rows are compared with the digests in their commits, and chunks are encoded again. Equal bytes give the same commit;
+    another version of the compressor may give other bytes. The next call goes on where a stopped one ended.
+    MismatchError if `out` holds another cache, or other records of the same cache.
     """
     target = Cache.create(out, cache.identity)
     changed = 0
@@ -98,7 +99,7 @@ def _write(cache: Cache, views: Sequence[int], target: Target, advance: Advance)
             commit = store.commit(name)
             for chunk, rows in zip(store.chunks(name), store.load(name), strict=True):
                 if chunks.rows_digest(chunk.spec, rows) != commit.files[chunk.file].rows:
-                    raise CorruptError(f"{store.where}/{chunk.file} holds other rows than {name} of {store.where} says")
+                    raise CorruptError(f"{store.where}/{chunk.file} holds other rows than its commit, {name}, says")
                 packer.rows(store.prefix, chunk, rows)
                 advance(chunk.spec.chunk_bytes)
             packer.put(store.layout.commit_file(name), store.commit_bytes(name))
@@ -106,7 +107,7 @@ def _write(cache: Cache, views: Sequence[int], target: Target, advance: Advance)
 
 
 def _compare(path: Path, views: Sequence[int], advance: Advance) -> None:
-    """Read the new file as readers will."""
+    """Read the whole new file, as its readers will."""
     for store, name in Cache(path).contents(views):
         store.load(name)
         advance(_bytes(store, name))
@@ -128,7 +129,7 @@ def _require_equal(cache: Cache, out: Path, views: Sequence[int]) -> None:
 
 
 def clear_leaving(temporary: Path) -> None:
-    """Remove what a killed process has left; BusyError where it is not dead."""
+    """Remove what a killed process has left; BusyError if that process is still alive."""
     # It is removed and never written into again, since it may be a second name of a finished file.
     if temporary.exists():
         with _locked(temporary, 0):
@@ -158,7 +159,9 @@ def _locked(path: Path, flags: int) -> Iterator[Target]:
         except BlockingIOError:
             raise busy from None
         except OSError as e:
-            raise InputError(f"{path.parent} has no file locks ({e.strerror}): give --out elsewhere, then copy") from e
+            raise InputError(
+                f"{path.parent} has no file locks ({e.strerror}): give --out in another folder, then copy the file"
+            ) from e
         # Another process may have removed it before we held the lock.
         try:
             ours = os.path.samestat(path.stat(), os.fstat(target.fileno()))

@@ -36,9 +36,9 @@ _THREADS = 8  # for reading identities, which may be far away
 class ShareResult:
     """What was pushed or pulled: its key, where it is now, and its views.
 
-    bytes: those that went. new, there: commits that went, and commits that were there already. kept: commits that were
-    there with other rows, as another machine computes them; they stay. teacher: after a push, what became of the
-    teacher's weights.
+    bytes: of data that went. new, there: how many commits were new, and were there already. kept: commits that were
+    there already with other rows, as another machine computes them; they stay. teacher: after a push, what became of
+    the teacher's weights.
     """
 
     key: str
@@ -53,10 +53,10 @@ class ShareResult:
 
 
 def require_registry(registry: str | None) -> str:
-    """The address of the registry, or InputError."""
+    """The address of the registry; InputError if none is named."""
     if registry is None:
         raise InputError(
-            "no registry is named: give --registry URL, or set KDCACHE_REGISTRY, or registry in kdcache.toml "
+            "no registry is named: give --registry URL, or set KDCACHE_REGISTRY or, in kdcache.toml, registry "
             "(see docs/sharing.md)"
         )
     return registry
@@ -71,15 +71,15 @@ def push(
     say: Say = print,
     teacher: bool = True,
 ) -> ShareResult:
-    """Publish complete views of a cache, all by default, and a name for it; what is there already stays as it is.
+    """Publish complete views of a cache, and a name for it if given. What is there already stays as it is.
 
-    teacher: whether its teacher's weights are published too.
+    views: all complete ones by default. teacher: whether the teacher's weights are published too.
     """
     shared = open_registry(require_registry(registry)).require_writable()
     if name is not None:
         check_name(name)
     elif move:
-        raise InputError("--move is for a name: give --name too")
+        raise InputError("--move moves a name: give --name too")
     found = open_cache(cache)
     result = _publish(found, shared, choose_views(found, views), say, teacher)
     if name is not None:
@@ -118,9 +118,9 @@ def _publish_teacher(cache: Cache, shared: Registry, say: Say, wanted: bool) -> 
 def pull(
     what: str, registry: str | None, out: str | None = None, views: range | None = None, say: Say = print
 ) -> ShareResult:
-    """Copy complete views of a shared cache, all by default, to where builds look for it; a stopped pull goes on.
+    """Copy complete views of a shared cache to where builds look for it. The next pull goes on where one was stopped.
 
-    what: a key, its first digits, a name, or the address of a cache.
+    what: a key, its first digits, a name, or the address of a cache. views: all complete ones by default.
     """
     start = time.monotonic()
     root, wanted = split_url(what) or (require_registry(registry), what)
@@ -140,15 +140,15 @@ def _result(done: str, moved: Moved, cache: Cache, where: str, views: int, start
     seconds = time.monotonic() - start
     if moved.kept:
         say(
-            f"note: {len(moved.kept)} parts were there already with other records, as another machine computes them, "
-            f"and stay: {', '.join(moved.kept[:3])}{', ...' if len(moved.kept) > 3 else ''}"
+            f"note: {len(moved.kept)} parts stay as they are: they were there already with other records, as another "
+            f"machine computes them ({', '.join(moved.kept[:3])}{', ...' if len(moved.kept) > 3 else ''})"
         )
     say(f"{done} {views} views of cache {cache.key[:12]}: {size(moved.bytes)} in {duration(seconds)}, {where}")
     return ShareResult(cache.key, where, views, moved.bytes, moved.new, moved.there, seconds, moved.kept)
 
 
 def open_shared(registry: str | None, publish: bool) -> Registry | None:
-    """The registry that a build looks in, if one is named; publish: it must be one that can be written."""
+    """The registry that a build looks in, if one is named. publish: whether it has to be writable."""
     if publish:
         require_registry(registry)
     if registry is None:
@@ -163,7 +163,7 @@ def open_plan(draft: Draft, shared: Registry | None, say: Say) -> BuildPlan:
 
 
 def _open_teacher(draft: Draft, shared: Registry | None, say: Say) -> Source:
-    """Open the draft's teacher; one that is not here is looked for among those that caches of this data are by."""
+    """Open the draft's teacher. One that is not here is looked for among the teachers of caches of this data."""
     if (named := draft.config.weights) is not None:
         registries = [] if shared is None else [shared]
         return open_teacher(draft.with_weights(weightstore.named_weights(named, registries, say)), say)
@@ -178,9 +178,9 @@ def _open_teacher(draft: Draft, shared: Registry | None, say: Say) -> Source:
 def build_shared(
     plan: BuildPlan, shared: Registry | None, publish: bool = False, say: Say = print, teacher: bool = True
 ) -> BuildResult:
-    """Build what the registry lacks: views that are published are pulled, the teacher runs for the others.
+    """Pull the views that are published, and build the others.
 
-    publish: push the result, and unless `teacher` is False the teacher's weights. In a registry that is a folder, the
+    publish: push the result. teacher: whether the teacher's weights are pushed too. In a registry that is a folder, the
     cache is built right there, so that all who build it divide the work by leases.
     """
     if shared is None:
@@ -191,14 +191,14 @@ def build_shared(
     if _lacks(plan.path, plan.views) and shared.has(plan.key):
         _fetch(shared.cache(plan.key), plan.path, plan.views, say)
     result = carry_out(plan, say, partial(_keep, plan.source, say))
-    if publish and this_rank().rank == 0:  # each process returns when all of it is done
+    if publish and this_rank().rank == 0:  # no process comes here before the whole cache is built
         cache = Cache(plan.path)
         _publish(cache, shared, [v for v in cache.views if v < plan.views], say, teacher)
     return result
 
 
 def _build_there(plan: BuildPlan, there: Path, shared: Registry, say: Say, teacher: bool) -> BuildResult:
-    """Build in the registry's own folder, from what there is of the cache under KDCACHE_HOME."""
+    """Build in the registry's own folder, beginning with what KDCACHE_HOME has of the cache."""
     own, plan = plan.path, replace(plan, folder=there)
     if _is_cache(own):
         _fetch(Cache(own), plan.path, plan.views, say)
@@ -221,10 +221,10 @@ def _keep(source: Source, say: Say) -> None:
 
 
 def find_taught(draft: Draft, shared: Registry | None, say: Say) -> Path | None:
-    """The weights' file of the only teacher of that architecture that caches of this data are by, here or there.
+    """The file of weights of the one teacher of that architecture that made caches of this data, here or there.
 
-    None where there is no such teacher. InputError, which lists them, where there are several; NotFoundError where the
-    weights of the only one are not to be had.
+    None if there is no such teacher; InputError if there are several, which it lists; NotFoundError if the weights of
+    the only one cannot be found.
     """
     config, found = draft.config, _caches_of(draft, shared, say)
     if not found:
@@ -232,39 +232,39 @@ def find_taught(draft: Draft, shared: Registry | None, say: Say) -> Path | None:
     what = f"{config.teacher} on this {config.data} data"
     if len({cache.identity.teacher.weights for cache in found}) > 1:
         each = "; ".join(f"--weights {c.identity.teacher.weights[:12]} of {_described(c, shared)}" for c in found)
-        raise InputError(f"there are caches by several teachers {what}: choose one by {each}")
+        raise InputError(f"there are caches by several teachers {what}: choose one with {each}")
     first = found[0]
     registries = [] if shared is None else [shared]
     weights = weightstore.find_weights(first.identity.teacher, registries, say)
     if weights is None:
         where = "not here: give --registry URL, where they may be published, or --weights FILE"
         if shared is not None:
-            where = f"neither here nor in {shared.url}: ask who has them to run kdcache push, or give --weights FILE"
+            where = f"neither here nor in {shared.url}: ask the owner to run kdcache push, or give --weights FILE"
         raise NotFoundError(
-            f"{_described(first, shared)}, is by a {what}, whose weights are {where}; kdcache teach teaches another, "
-            "and kdcache train --cache needs none"
+            f"{_described(first, shared)} was built by a {what}, whose weights are {where}; kdcache teach teaches "
+            "another one, and kdcache train --cache needs no teacher"
         )
-    say(f"no {config.teacher} was taught here: that of {_described(first, shared)}, is taken")
+    say(f"no {config.teacher} was taught here: using the one of {_described(first, shared)}")
     return weights
 
 
 def _described(cache: Cache, shared: Registry | None) -> str:
-    """Which cache it is, where it is and who published it."""
+    """Which cache it is, where it is, and who published it."""
     if shared is None or (cache.local and cache.path.parent == caches_folder()):
         return f"cache {cache.key[:12]} here"
     published = shared.published(cache.key)
-    by = f", published by {published.by} on {published.time[:10]}" if published else ""
+    by = f" (published by {published.by} on {published.time[:10]})" if published else ""
     return f"cache {cache.key[:12]} in {shared.url}{by}"
 
 
 def _caches_of(draft: Draft, shared: Registry | None, say: Say) -> list[Cache]:
-    """Caches of the draft's data by its architecture: one for each teacher, those here before those in the registry."""
+    """One cache of the draft's data for each teacher of its architecture, those here before those in the registry."""
     config, caches = draft.config, list_caches()[0]
     if shared is not None and shared.objects.listable:
         with ThreadPoolExecutor(_THREADS) as threads:
             caches += [cache for cache in threads.map(partial(_opened, shared), shared.keys()) if cache]
     elif shared is not None:
-        say(f"note: {shared.url} cannot be listed, so that no teacher is looked for there")
+        say(f"note: {shared.url} cannot be listed, so no teacher is looked for there")
     prints: dict[tuple[bool, bool], str] = {}
     found: dict[str, Cache] = {}
     for cache in caches:
@@ -284,7 +284,7 @@ def _caches_of(draft: Draft, shared: Registry | None, say: Say) -> list[Cache]:
 
 
 def _opened(shared: Registry, key: str) -> Cache | None:
-    """The cache; None where it cannot be read, as ls tells."""
+    """The cache; None if it cannot be read, which ls reports."""
     try:
         return shared.open(key)
     except (CorruptError, MismatchError, NotFoundError):
@@ -292,11 +292,11 @@ def _opened(shared: Registry, key: str) -> Cache | None:
 
 
 def _fetch(theirs: Cache, path: Path, views: int, say: Say) -> None:
-    """Copy those of the first `views` views that are complete there and not here."""
+    """Copy those of the first `views` views that are complete there but not here."""
     if not theirs.complete:
         return
     (home() / "remote").mkdir(parents=True, exist_ok=True)
-    with FileLock(home() / "remote" / f"{theirs.key}.lock"):  # of several processes one pulls
+    with FileLock(home() / "remote" / f"{theirs.key}.lock"):  # only one of several processes pulls
         wanted = sorted({v for v in theirs.views if v < views} - _complete(path))
         if wanted or not (_is_cache(path) and Cache(path).complete):
             say(f"{len(wanted)} of {views} views of cache {theirs.key[:12]} are in {theirs.where}")
@@ -304,9 +304,9 @@ def _fetch(theirs: Cache, path: Path, views: int, say: Say) -> None:
 
 
 def _as_published(plan: BuildPlan, shared: Registry, say: Say) -> BuildPlan:
-    """The plan in the other numeric type, where no type is asked for and only that one is published, complete.
+    """The plan in the other numeric type, if no type is asked for and only that one is published, and complete.
 
-    Its teacher answers in that type too, so that whatever is still computed is what the identity says.
+    The teacher then answers in that type too, so that whatever is still computed agrees with the identity.
     """
     identity = plan.identity
     if not plan.any_numeric or _is_cache(caches_folder() / identity.key) or shared.has(identity.key):
@@ -318,7 +318,7 @@ def _as_published(plan: BuildPlan, shared: Registry, say: Say) -> BuildPlan:
     theirs = shared.cache(other.key)
     if not (theirs.complete and set(range(plan.views)) <= set(theirs.views)):
         return plan
-    say(f"note: {shared.url} has it by a teacher in {numeric}, cache {other.key[:12]}: that one is taken")
+    say(f"note: {shared.url} has it from the teacher in {numeric}, as cache {other.key[:12]}, which is used")
     teacher = replace(plan.source.teacher, identity=other.teacher)
     return replace(plan, source=replace(plan.source, identity=other, teacher=teacher))
 

@@ -44,7 +44,7 @@ class StoredSplit(Protocol):
         """[N, L] class ids of the teacher."""
 
     def require_sizes(self, sizes: NDArray[np.int32]) -> None:
-        """MismatchError where images of these sizes [N, 2] are known not to be those that were stored."""
+        """MismatchError if these sizes [N, 2] show that the images are not those that were stored."""
 
 
 class Stored(Protocol):
@@ -85,9 +85,9 @@ class Stored(Protocol):
 class Store:
     """One kind of store.
 
-    suffix: what its files' names end in; empty for a folder. open: the cache in such a file. pack: write these complete
-    views of a cache into a new file, for which the images may be given, or their name as in --data; None for the
-    folder, which `build` makes.
+    suffix: what the names of its files end in; empty for a folder. open: opens the cache in such a file. pack: writes
+    these complete views of a cache into a new file, perhaps with the images that are given, as a dataset or by their
+    name as in --data; None for the folder, which `build` makes.
     """
 
     suffix: str
@@ -117,7 +117,7 @@ def _pack_hdf5(cache: Cache, out: Path, views: tuple[int, ...], data: str | Data
 
 
 def _compression(cache: Cache, view: int) -> tuple[float, float]:
-    """How many compressed bytes a byte becomes, and how many bytes a second, judged by the view's first rows."""
+    """The compressed bytes for each byte, and the bytes compressed in a second, measured on the view's first rows."""
     shard = cache.train.load(shard_name(view, 0))
     start, raw, packed = time.monotonic(), 0, 0
     for rows in shard:
@@ -130,7 +130,7 @@ def _compression(cache: Cache, view: int) -> tuple[float, float]:
 def _pack_ffcv(cache: Cache, out: Path, views: tuple[int, ...], data: str | Dataset | None, say: Say) -> None:
     identity = cache.identity
     if identity.views.imported:
-        raise InputError(f"{cache.where} was imported, and FFCV's loader cannot make its views: give --to hdf5")
+        raise InputError(f"{cache.where} was imported, and FFCV's loader cannot make such views: give --to hdf5")
     if data is None or isinstance(data, str):
         spec = images_of(identity.data.name, data, cache.where)
         data = open_data(spec, "train", unlabelled=identity.record.labels == 0)

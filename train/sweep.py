@@ -39,17 +39,17 @@ def sweep(
 ) -> dict[str, Any]:
     """Train every loss with every seed. Returns `runs` (each a summary or an error) and `losses`, as in sweep.json.
 
-    config: the settings of all runs. Its `out` is the folder of their folders. With its `resume` the finished runs are
-    kept and the others go on, all of them with the settings of the first one that is there, save the fields in `given`
-    (see train). A run that fails is noted and the next one starts; a wrong loss or a missing cache is raised before the
-    first run. Under torchrun all ranks train each student together.
+    config: the settings of all runs. `config.out` is the folder that holds the runs' folders. With `config.resume`,
+    finished runs are kept and the others go on; all take the settings of the first run that is there, except for the
+    fields in `given` (see train). If a run fails, its error is noted and the next run starts. A wrong loss or a missing
+    cache is raised before the first run. Under torchrun all ranks train each student together.
     """
     with group.joined(config.device):
         return _sweep(config, losses, seeds, group.said_once(say), given)
 
 
 def asked_before(out: str | None) -> tuple[tuple[str, ...], tuple[int, ...]] | None:
-    """The losses and seeds of the sweep in a folder; None where there is none."""
+    """The losses and seeds of the sweep in a folder; None if there is no sweep."""
     file = Path(out or _OUT) / FILE
     if not file.exists():
         return None
@@ -65,10 +65,10 @@ def asked_before(out: str | None) -> tuple[tuple[str, ...], tuple[int, ...]] | N
 def asked(
     config: TrainConfig, losses: Sequence[str], seeds: Sequence[int], given: Collection[str], loss_is_set: bool
 ) -> tuple[Sequence[str | None], Sequence[int]]:
-    """The losses and seeds to train: those that were typed, where nothing is resumed.
+    """The losses and seeds to train: those that were typed, if nothing is resumed.
 
-    Where something is, those of a sweep in `out` stand for what was not typed. If there is no sweep and nothing was
-    typed, it is the one run there, whose loss is None unless a setting names one (`loss_is_set`).
+    If something is resumed, what was not typed is taken from the sweep in `config.out`. If there is no sweep and
+    nothing was typed, a single run is resumed, whose loss is None unless a setting names one (`loss_is_set`).
     """
     before = asked_before(config.out) if config.resume else None
     if before is not None:
@@ -141,7 +141,7 @@ def _name(spec: str) -> str:
 
 
 def _compared(runs: list[dict[str, Any]], spec: str) -> dict[str, Any]:
-    """Mean and spread (standard deviation, from two seeds on) of each figure over the loss's seeds."""
+    """The mean of each figure over the loss's seeds and, for two seeds or more, its spread (standard deviation)."""
     mine = [run for run in runs if run["loss"] == spec]
     good = [run["summary"] for run in mine if "error" not in run]
     figures = {}

@@ -37,12 +37,12 @@ def open_objects(url: str) -> Objects:
     shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
     if "@" in parts.netloc or parts.query or parts.fragment:
         raise InputError(
-            f"{shown}: an address takes no user, password, token or query, which would end up in logs; credentials "
-            "come from the environment (see docs/sharing.md)"
+            f"{shown}: an address must not hold a user, password, token or query, which would end up in logs: give "
+            "credentials in the environment (see docs/sharing.md)"
         )
     if parts.scheme == "file":
         return FolderObjects(Path(parts.path))
     if parts.scheme not in BACKENDS or not parts.netloc:
         known = ", ".join(f"{scheme}://" for scheme in BACKENDS)
-        raise InputError(f"{shown} is no place for a registry: give a folder, or an address with {known}")
+        raise InputError(f"{shown} is no place for a registry: give a folder, or an address that begins with {known}")
     return BACKENDS[parts.scheme](url)

@@ -16,14 +16,14 @@ from kdcache.cache.files import Content
 from kdcache.cache.store.layout import StoredFile
 
 LOCAL_STORE_BYTES = 20 * 10**9
-_EVICT_TO = 0.9  # of the limit, so that not every file that comes costs a look at all of them
+_EVICT_TO = 0.9  # of the limit, so that not all files are looked at again for every new one
 
 
 class LocalStore:
     """Chunks that came over a network, in files named by their sha256 below `folder`, shared by all processes.
 
-    At most about `limit` bytes: those that were not read for the longest time go first. Each is compared with its
-    digest whenever it is read.
+    They take about `limit` bytes at most: those that were not read for the longest time are removed first. Each chunk
+    is compared with its digest whenever it is read.
     """
 
     def __init__(self, folder: Path, limit: int = LOCAL_STORE_BYTES) -> None:
@@ -31,7 +31,7 @@ class LocalStore:
         self._come: int | None = None  # bytes that came since all files were looked at
 
     def get(self, stored: StoredFile, fetch: Callable[[], Content]) -> Content:
-        """The bytes of that digest: from here, else those that `fetch` brings, which are kept."""
+        """The bytes of that digest. Those that are not here yet are fetched by `fetch` and kept."""
         folder = self._folder / stored.sha256[:2]
         file = folder / stored.sha256
         if (content := _held(file, stored)) is not None:
@@ -39,24 +39,24 @@ class LocalStore:
         if stored.size > self._limit:
             return fetch()
         folder.mkdir(parents=True, exist_ok=True)
-        with FileLock(folder / "lock"):  # so that of several processes one fetches
+        with FileLock(folder / "lock"):  # so that only one of several processes fetches
             if (content := _held(file, stored)) is None:
                 content = fetch()
                 self._keep(file, content)
         return content
 
     def _keep(self, file: Path, content: Content) -> None:
-        # Not synced: what a crash leaves has another digest, and is fetched again.
+        # Not synced: what a crash leaves does not match its digest, and is fetched again.
         temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")
         temporary.write_bytes(content)
-        with suppress(FileNotFoundError):  # a very small store, and another process makes room
+        with suppress(FileNotFoundError):  # in a very small store another process may remove it to make room
             temporary.replace(file)
         self._come = None if self._come is None else self._come + len(content)
         if self._come is None or self._come > self._limit // 20:
             self.make_room()
 
     def beyond(self) -> list[tuple[Path, int]]:
-        """The files that go where there is more than the limit, and their bytes; unread for longest first."""
+        """The files to remove if there is more than the limit, with their bytes; those unread for longest first."""
         found: list[tuple[int, int, Path]] = []
         for where, _, names in os.walk(self._folder):
             for name in names:
@@ -76,7 +76,7 @@ class LocalStore:
         with (
             suppress(Timeout),
             FileLock(self._folder / "lock", timeout=0),
-        ):  # where another process is at it, it does it
+        ):  # if another process is doing it, that is enough
             for path, _ in self.beyond():
                 path.unlink(missing_ok=True)
         self._come = 0

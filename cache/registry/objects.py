@@ -14,8 +14,8 @@ from kdcache.cache.store.place import Place
 class Objects(Protocol):
     """Objects below a root, by their paths from there.
 
-    url: the root, as messages name it. address: the root, by the same text from every working directory. listable:
-    whether it can be asked what there is. writable: whether objects can be created and removed.
+    url: the root, as messages name it. address: the root, as a text that is the same in every working directory.
+    listable: whether it can be asked what there is. writable: whether objects can be created and removed.
     """
 
     url: str
@@ -24,7 +24,7 @@ class Objects(Protocol):
     writable: bool
 
     def require_there(self) -> None:
-        """NotFoundError where the root is a folder that does not exist, such as one that is not mounted."""
+        """NotFoundError if the root is a folder that does not exist, such as one that is not mounted."""
 
     def require_create_only(self, path: str) -> None:
         """InputError where `create` would overwrite the object at `path`, which is there."""
@@ -39,13 +39,13 @@ class Objects(Protocol):
         """
 
     def read(self, path: str, limit: int) -> bytes:
-        """The object's bytes; NotFoundError, or CorruptError where there are more than `limit`."""
+        """The object's bytes; NotFoundError if it is missing, CorruptError if it has more than `limit` bytes."""
 
     def size(self, path: str) -> int | None:
         """Bytes of the object; None where there is none."""
 
     def create(self, path: str, data: Content) -> bool:
-        """Create the object; whether its content is now `data`. An existing object is never changed."""
+        """Create the object. Returns whether its content is now `data`: an existing object is never changed."""
 
     def replace(self, path: str, data: bytes) -> None:
         """Create or change the object in one step."""
@@ -66,11 +66,11 @@ class Objects(Protocol):
         """When the latest of the objects below a folder was made, in seconds since 1970; 0 where there is none."""
 
     def changed(self, path: str) -> float:
-        """When the object was made, in seconds since 1970; NotFoundError."""
+        """When the object was made, in seconds since 1970; NotFoundError if there is none."""
 
 
 class RemoteObjects(Objects, Protocol):
     """Objects that are not on this machine: caches are read there through a local store of what was fetched."""
 
     def fetch(self, path: str, size: int, sha256: str) -> Content:
-        """The object's bytes; NotFoundError, or CorruptError where their sha256 is another or they exceed `size`."""
+        """The object's bytes; NotFoundError if it is missing, CorruptError unless size and sha256 are these."""

@@ -1,7 +1,7 @@
 """A place that a team shares: caches by their keys, and names for them, below one root.
 
     caches/KEY/               as a cache's folder (store/cache.py); other/SHA256: chunks whose place was taken
-    caches/KEY/published/     who pushed what, when: one small file a push
+    caches/KEY/published/     who pushed what and when: one small file for each push
     names/NAME                the key that a name stands for; the only file that may change
     teachers/HASH.safetensors a teacher's weights, by the hash that the identities of its caches name
 
@@ -53,7 +53,7 @@ class Named(Strict):
 
 
 class Published(Strict):
-    """One push: who, when, which views. evaluation_top1: the teacher's (0..1), as found by who pushed."""
+    """One push: by whom, when, how many views. evaluation_top1: the teacher's (0..1), as the publisher found it."""
 
     format: Literal[1] = FORMAT
     key: str
@@ -83,7 +83,7 @@ class Registry:
     def require_writable(self) -> Registry:
         """Return this registry; InputError for a web server, before anything is done in vain."""
         if not self.objects.writable:
-            raise InputError(f"{self.url} is only read from: change the folder or bucket behind it")
+            raise InputError(f"{self.url} can only be read: change the folder or bucket behind it")
         return self
 
     # Keys and names
@@ -91,12 +91,12 @@ class Registry:
     def keys(self) -> list[str]:
         """The keys of all caches, sorted; InputError for a web server."""
         if not self.objects.listable:
-            raise InputError(f"{self.url}: a web server cannot be listed, give a name or all 64 digits of a key")
+            raise InputError(f"{self.url}: a web server cannot be listed: give a name or all 64 digits of a key")
         return [name for name in self.objects.folders("caches", "identity.json") if KEY.fullmatch(name)]
 
     @cached_property
     def names(self) -> dict[str, str]:
-        """Keys by name, without files that are no name or do not parse; empty for a web server."""
+        """Keys by name; empty for a web server. Files that are no names, or cannot be parsed, are left out."""
         found = {}
         if self.objects.listable:
             for name in sorted(self.objects.sizes("names")):
@@ -108,12 +108,12 @@ class Registry:
         return found
 
     def all_names(self) -> dict[str, str]:
-        """The keys by name as they are now; CorruptError where one does not parse, since it may stand for any key."""
+        """The keys by name as they are now; CorruptError if one cannot be parsed, since it may stand for any key."""
         found = sorted(filter(_NAME.fullmatch, self.objects.sizes("names")))
         return {name: self._named(name).key for name in found}
 
     def remove_name(self, name: str) -> None:
-        """Have `name` stand for nothing; NotFoundError where it does not exist."""
+        """Remove a name; NotFoundError if it does not exist."""
         check_name(name)
         if self.objects.size(f"names/{name}") is None:
             raise NotFoundError(f"{self.url} has no cache named {name}: {self._listing}")
@@ -122,15 +122,15 @@ class Registry:
     def _named(self, name: str) -> Named:
         path = f"names/{name}"
         content = self.objects.read(path, _MOST_SMALL_BYTES)
-        named = parse(Named, content, f"{self.url}/{path}", "give the name anew, with --move")
+        named = parse(Named, content, f"{self.url}/{path}", "give the name again, with --move")
         if not KEY.fullmatch(named.key):
-            raise CorruptError(f"{self.url}/{path} names no key; give the name anew, with --move")
+            raise CorruptError(f"{self.url}/{path} names no key; give the name again, with --move")
         return named
 
     def find(self, what: str) -> str:
-        """The key that is meant by a key, by at least four of its first digits, or by a name.
+        """The key that `what` means: a key, at least four of its first digits, or a name.
 
-        A name comes before the digits of a key.
+        What can be both is taken for a name.
         """
         if KEY.fullmatch(what):
             return what
@@ -153,7 +153,7 @@ class Registry:
         return may_be_name(name) and self.objects.size(f"names/{name}") is not None
 
     def give_name(self, name: str, key: str, move: bool) -> None:
-        """Have `name` stand for a key; InputError where it stands for another one, unless `move`."""
+        """Have `name` stand for a key; InputError if it stands for another one, unless `move`."""
         check_name(name)
         content = canonical(Named(key=key, by=_who(), time=_now()))
         if self.objects.create(f"names/{name}", content):
@@ -162,7 +162,7 @@ class Registry:
         if had == key:
             return
         if had is not None:
-            raise InputError(f"{name} stands for cache {had[:12]} in {self.url}: give another --name, or --move it")
+            raise InputError(f"{name} stands for cache {had[:12]} in {self.url}: give another --name, or add --move")
         self.objects.replace(f"names/{name}", content)
 
     # Caches
@@ -172,20 +172,20 @@ class Registry:
         return self.objects.size(f"caches/{key}/identity.json") is not None
 
     def cache(self, key: str) -> Cache:
-        """The cache of that key, to be read; MismatchError where it is another one, or older than it was once."""
+        """Open the cache of that key; MismatchError if it is another cache, or lacks what was seen of it before."""
         cache = self.open(key)
         self._require_no_older(cache)
         return cache
 
     def open(self, key: str) -> Cache:
-        """The cache of that key, whatever was seen of it before; nothing is remembered."""
+        """Open the cache of that key, whatever was seen of it before, and remember nothing of it."""
         prefix = f"caches/{key}"
         try:
             content = self.objects.read(f"{prefix}/identity.json", MAX_JSON_BYTES)
         except NotFoundError:
             raise NotFoundError(f"{self.url} has no cache {key[:16]}: {self._listing}") from None
         where = f"{self.url}/{prefix}/identity.json"
-        identity = parse(Identity, content, where, "ask who keeps the registry to remove that cache")
+        identity = parse(Identity, content, where, "ask whoever keeps the registry to remove that cache")
         if identity.key != key:
             raise MismatchError(
                 f"{where} is that of cache {identity.key[:12]}, not of {key[:12]}: it was tampered with"
@@ -197,7 +197,7 @@ class Registry:
         return self.objects.folder(f"caches/{key}")
 
     def mirrors(self) -> list[Path]:
-        """The local folders, named by keys, of what was seen here of its caches."""
+        """The local folders, named by keys, with what was seen here of the registry's caches."""
         return [self._mirror / name for name in files.names(self._mirror) if KEY.fullmatch(name)]
 
     def forget(self, key: str) -> None:
@@ -218,7 +218,7 @@ class Registry:
         if lost := sorted(before - now):
             raise MismatchError(
                 f"{cache.where} lacks {len(lost)} commits that were there before, such as {lost[0]}: it is an older "
-                f"state, or was removed from; if that is right, remove {seen.parent}"
+                f"state, or commits were removed; if that is intended, remove {seen.parent}"
             )
         if now - before:
             seen.parent.mkdir(parents=True, exist_ok=True)
@@ -259,7 +259,7 @@ class Registry:
 
 
 def may_be_name(text: str) -> bool:
-    """Whether this can name a cache: more digits of a key cannot, and no registry needs to be asked."""
+    """Whether this can name a cache. Six or more digits of a key cannot, so that no registry is asked for them."""
     return bool(_NAME.fullmatch(text)) and not _NEVER_A_NAME.fullmatch(text)
 
 
@@ -267,13 +267,13 @@ def check_name(name: str) -> None:
     """InputError for what cannot name a cache."""
     if not may_be_name(name):
         raise InputError(
-            f"{name!r} is no name for a cache: up to 100 letters, digits, dots, - and _, the first a letter or digit, "
-            "and not six or more of 0-9 a-f alone, which is a key"
+            f"{name!r} is no name for a cache: give up to 100 letters, digits, dots, - and _ that begin with a letter "
+            "or digit, and not just six or more of 0-9 and a-f, which would be a key"
         )
 
 
 def split_url(url: str) -> tuple[str, str] | None:
-    """The registry's root and the key or name in the address of a cache; None where it is none."""
+    """The registry's root and the key or name in the address of a cache; None if it is no such address."""
     found = _URL.fullmatch(url)
     return (found["root"], found["what"]) if found else None
 
@@ -287,7 +287,7 @@ def _who() -> str:
 
 
 def _token() -> str:
-    """A name that nobody else takes, in the order of time."""
+    """A name that nobody else takes. Such names sort by time."""
     return f"{time.strftime('%Y%m%dT%H%M%SZ', time.gmtime())}-{secrets.token_hex(4)}"
 
 

@@ -53,9 +53,9 @@ def _path(weights: str) -> str:
 
 
 def weights_name(weights: str) -> str:
-    """The name of the file of weights with that hash; CorruptError for what is no hash, as an identity may say."""
+    """The name of the file of weights with that hash; CorruptError if it is no hash, as in a forged identity."""
     if not _HASH.fullmatch(weights):
-        raise CorruptError(f"{weights[:80]!r} is no hash of a teacher's weights, which has 64 of the digits 0-9 a-f")
+        raise CorruptError(f"{weights[:80]!r} is not the hash of a teacher's weights, which has 64 digits (0-9, a-f)")
     return f"{weights}.safetensors"
 
 

@@ -34,7 +34,10 @@ _MEMORY = 1 << 30  # bytes of chunks that are on their way at once, at most
 
 @dataclass
 class Moved:
-    """What a copy did: bytes of data; how many commits were new and were there; those there with other rows."""
+    """What a copy did. bytes: of data that went. new, there: how many commits were new, and were there already.
+
+    kept: the commits that were there already with other rows.
+    """
 
     bytes: int = 0
     new: int = 0
@@ -51,15 +54,14 @@ def into_folder(
 ) -> Moved:
     """Copy complete views of `source`, and all that belongs to them, into the cache in `folder`, made if there is none.
 
-    `advance` counts commits; `begun` is called once the identity is there. MismatchError where another cache is there.
+    advance: is called with numbers of commits. begun: is called once the identity is there. MismatchError if another
+    cache is there.
     """
     if folder.is_dir():
         for where, folders, _ in os.walk(folder):
             for name in folders:
                 if Path(where, name).is_symlink():
-                    raise CorruptError(
-                        f"{Path(where, name)} is a symbolic link: nothing is written through it; remove it"
-                    )
+                    raise CorruptError(f"{Path(where, name)} is a symbolic link, which is not followed: remove it")
     target = Cache.create(folder, source.identity)
     begun()
 
@@ -89,7 +91,7 @@ def into_objects(
         return into_folder(source, folder, views, advance, begun)
     identity = canonical(source.identity)
     if not objects.create(f"{prefix}/identity.json", identity):
-        raise MismatchError(f"{objects.url}/{prefix}/identity.json is another one than that of {source.where}")
+        raise MismatchError(f"{objects.url}/{prefix}/identity.json differs from that of {source.where}")
     objects.require_create_only(f"{prefix}/identity.json")
     begun()
     there = objects.sizes(prefix)
@@ -105,8 +107,8 @@ def into_objects(
             for chunk in store.chunks(name):
                 for file, metadata in metadata_files(chunk):
                     if store.prefix + file not in there:
-                        put(store.prefix + file, metadata())  # that of another zarr is as good
-                # Where another publisher's bytes lie uncommitted, ours go elsewhere: neither may change.
+                        put(store.prefix + file, metadata())  # what another version of zarr wrote will do too
+                # If another publisher's bytes lie there uncommitted, ours go elsewhere, since neither may change.
                 stored = mine.files[chunk.file]
                 content = contents[stored.sha256]
                 if not put(store.prefix + chunk.file, content) and not put(other(stored), content):
@@ -117,7 +119,7 @@ def into_objects(
                 return Moved(sum(map(len, contents.values())), 1)
         where = f"{objects.url}/{prefix}/{commit}"
         theirs = objects.read(f"{prefix}/{commit}", MAX_JSON_BYTES)
-        return _compared(parse(Commit, theirs, where, "ask who keeps the registry to remove it"), store, name)
+        return _compared(parse(Commit, theirs, where, "ask whoever keeps the registry to remove it"), store, name)
 
     return _all(source, views, move, advance)
 
@@ -125,7 +127,7 @@ def into_objects(
 def _compared(theirs: Commit, store: SplitStore, name: str) -> Moved:
     mine = store.commit(name)
     if (theirs.key, theirs.name) != (mine.key, mine.name):
-        raise CorruptError(f"the commit {name} of {store.where} and that at its destination are of different things")
+        raise CorruptError(f"the commit {name} of {store.where} and the one at the destination name different things")
     return Moved(there=1) if theirs.content() == mine.content() else Moved(there=1, kept=[name])
 
 
@@ -152,6 +154,8 @@ def count(source: Cache, views: Sequence[int]) -> int:
 
 
 def require_movable(cache: Cache) -> None:
-    """InputError for a packed file, whose chunks are others."""
+    """InputError for a packed file, whose chunks are of another kind."""
     if cache.packed:
-        raise InputError(f"{cache.where} is packed, and only folders are shared: kdcache unpack {cache.where} first")
+        raise InputError(
+            f"{cache.where} is packed, and only folders are shared: run kdcache unpack {cache.where} first"
+        )

@@ -2,13 +2,13 @@
 
     identity.json                 what the cache is; its hash is the key
     labels/, prior/               Zarr arrays [N, L] and [T, C]
-    sizes/                        Zarr array [N, 2]: height and width of images that are files
+    sizes/                        Zarr array [N, 2]: height and width of each image, where images are files
     tail_sums/                    Zarr array [P, T, C]: each part's share of the prior, from view 0
     views/v00042/                 a Zarr group: classes, gaps, target_gap, tail; of an imported cache also boxes and
                                   flips, or seeds
     commits/v00042-p0003.json     sizes and hashes of one shard's files and rows: its creation commits the shard
     eval/                         labels, views and commits of the evaluation split
-    leases/, scratch/             what builders at work need; they hold no files at other times
+    leases/, scratch/             what builders need while they work; without files at other times
 
 Readers go by the commits alone: what no commit names does not exist. They read a folder, a packed file (hdf5.py) and
 a place over a network (registry/kinds/network.py) alike; only folders are written.
@@ -40,7 +40,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and listing, moving or check
     from kdcache.cache.records.records import Records
 
 _COMMIT = re.compile(r"[a-z0-9-]+\.json")
-# Far above any real number of parts: the work to be done is in proportion to it.
+# Far above any real number of parts. A damaged identity may declare any number, and work grows with it.
 _MAX_PARTS = 1 << 16
 
 
@@ -58,24 +58,24 @@ class Cache:
             reason = f"{where} is not a kdcache cache: it has no identity.json" if there else f"there is no {where}"
             raise NotFoundError(reason)
         content = place.read("identity.json", MAX_JSON_BYTES)
-        advice = f"copy it anew, or remove {where} and {place.again}"
+        advice = f"copy it again, or remove {where} and {place.again}"
         self.identity = parse(Identity, content, place.locate("identity.json"), advice)
         self._token = secrets.token_hex(8)
         self.train = SplitStore(place, "train", self.identity, self._token)
         self.evaluation = SplitStore(place, "eval", self.identity, self._token)
         if (parts := max(self.train.parts, self.evaluation.parts)) > _MAX_PARTS:
-            raise CorruptError(f"{where} declares {parts} parts a view, at most {_MAX_PARTS} are read; {advice}")
+            raise CorruptError(f"{where} declares {parts} parts a view, more than the {_MAX_PARTS} allowed; {advice}")
         self._prior: torch.Tensor | None = None
 
     @classmethod
     def create(cls, path: Path, identity: Identity) -> Cache:
-        """The cache in folder `path`, made if there is none; MismatchError if another one is there."""
+        """Open the cache in folder `path`, or make it if there is none; MismatchError if another cache is there."""
         require_folder(path)
         file = path / "identity.json"
         if not file.exists():
-            # A scratch folder may be there before: left by a builder that was stopped, or by one just ahead of this.
+            # There may be a scratch folder already, of a builder that was stopped or is just ahead of this one.
             if path.is_dir() and any(p.name != "scratch" for p in path.iterdir()) and not file.exists():
-                raise InputError(f"{path} is not empty and no cache: give another --out")
+                raise InputError(f"{path} is not empty and is no cache: give another --out")
             files.publish(file, canonical(identity), path / "scratch")
         cache = cls(path)
         cache.identity.require(identity, str(path))
@@ -108,7 +108,7 @@ class Cache:
         return self._place.writable
 
     def fresh(self) -> Cache:
-        """The same cache, with nothing in memory that was read before."""
+        """The same cache, without anything in memory from earlier reads."""
         return Cache(self._place.fresh())
 
     def size(self) -> int:
@@ -116,7 +116,7 @@ class Cache:
         return self._place.size()
 
     def check_rest(self) -> None:
-        """CorruptError where bytes are damaged that no record is read from, as far as the place can tell."""
+        """CorruptError if bytes that hold no records are damaged, as far as the place can tell."""
         self._place.check()
 
     # Reading
@@ -132,43 +132,43 @@ class Cache:
 
     @property
     def views(self) -> tuple[int, ...]:
-        """The complete views; none before the prior is there too, which follows the last shard of view 0."""
+        """The complete views. There are none until the prior is there too, which follows the last shard of view 0."""
         complete = self.train.complete_views()
         return complete if self._has_prior or 0 not in complete else ()
 
     @property
     def evaluation_views(self) -> tuple[int, ...]:
-        """The views that the evaluation split has in such a cache: one, but none where it was imported without."""
+        """The views of the evaluation split: one, or none for a cache that was imported without that split."""
         return () if "evaluation" in self.identity.record.lacks else (0,)
 
     @property
     def complete(self) -> bool:
-        """Whether it is finished, and the evaluation split's records are there."""
+        """Whether it is finished and holds the evaluation split's records."""
         return self.finished and set(self.evaluation_views) <= set(self.evaluation.complete_views())
 
     @property
     def finished(self) -> bool:
-        """Whether labels, sizes and prior are committed too: a build can be stopped between them and the shards."""
+        """Whether labels, sizes and prior are committed, since a build can be stopped between these and the shards."""
         has = all(store.has("labels") and (store.has("sizes") or not store.layout.sizes) for store in self.splits)
         return has and (self._has_prior or 0 not in self.train.complete_views())
 
     @property
     def _has_prior(self) -> bool:
-        """Whether the prior is committed, or such a cache has none."""
+        """Whether the prior is committed, or a cache of this kind has none."""
         return not self.train.layout.has_prior or self.train.has("prior")
 
     def read(self, view: int, out: Records | None = None) -> Records:
         """All records of one view; NotFoundError if it is not complete, CorruptError if bytes are damaged.
 
-        out: another view's records on the CPU that are no longer needed. Their memory is taken, because new memory
-        costs much of the time.
+        out: another view's records on the CPU that are no longer needed. Their memory is used again, because getting
+        new memory takes much of the time.
         """
         return self.train.read(view, self.prior, out)
 
     def read_evaluation(self) -> Records:
         """The records of the unaugmented evaluation split."""
         if not self.evaluation_views:
-            raise NotFoundError(f"{self.where} was imported, without the teacher's answers on the evaluation split")
+            raise NotFoundError(f"{self.where} was imported without the teacher's answers on the evaluation split")
         return self.evaluation.read(0, self.prior)
 
     @property
@@ -183,7 +183,7 @@ class Cache:
         prior = self.train.load("prior")[0]
         if not np.isfinite(prior).all() or not (prior > 0).all():
             again = self._place.remedy("commits/prior.json")
-            raise CorruptError(f"{self._place.locate('prior')} holds values that are no probabilities; {again}")
+            raise CorruptError(f"{self._place.locate('prior')} holds values that are not probabilities; {again}")
         import torch
 
         self._prior = torch.from_numpy(prior)
@@ -197,7 +197,7 @@ class Cache:
         )
 
     def contents(self, views: Sequence[int]) -> Iterator[tuple[SplitStore, str]]:
-        """The commits that make up a cache of these views, each as split and name, in the order to make them."""
+        """Yield the split and name of each commit in a cache of these views, in the order in which to make them."""
         for store in self.splits:
             yield store, "labels"
             if store.layout.sizes:
@@ -211,19 +211,19 @@ class Cache:
     # Building
 
     def write_prior(self, writer: Mapping[str, str]) -> None:
-        """Fix the prior from view 0, once that is complete; it never changes later."""
+        """Compute the prior from view 0, once that view is complete. It never changes later."""
         if not self._has_prior and 0 in self.train.complete_views():
             self.train.write_prior(writer)
 
     @contextmanager
     def writing(self, say: Callable[[str], None] = lambda _: None) -> Iterator[Leases]:
-        """Be one of the builders here; what dead builders have left is finished or cleared away.
+        """Join the builders of this cache. What dead builders left is finished or cleared away.
 
-        `say` is told, perhaps from another thread, what goes wrong with the leases.
+        say: is called, perhaps from another thread, when something goes wrong with the leases.
         """
         for folder in (self.path / "scratch", self.path / "leases"):
             if folder.is_symlink():
-                raise CorruptError(f"{folder} is a symbolic link: what lies there is not ours to clear; remove it")
+                raise CorruptError(f"{folder} is a symbolic link, which is not followed: remove it")
             files.make_folder(folder)
         with Leases(self.path, self._token, say) as leases:
             self._finish(leases)
@@ -237,7 +237,7 @@ class Cache:
         leases.clear()
 
     def tidy(self) -> None:
-        """Clear away what dead builders have left, where there is something and this user may remove it."""
+        """Clear away what dead builders left, if there is anything and this user may remove it."""
         folders = [self.path / "leases", self.path / "scratch"]
         left = any(names for folder in folders for _, _, names in os.walk(folder))
         if left and all(os.access(folder, os.W_OK) for folder in folders):

@@ -1,4 +1,4 @@
-"""Encodes a part of an array as the bytes of a Zarr v3 chunk and decodes it again, and records as arrays.
+"""Encodes a part of an array as the bytes of a Zarr v3 chunk, and decodes it. Turns records into arrays, and back.
 
 Metadata is always generated from the identity and never taken from a cache, so that a foreign codec, dtype or shape in
 a file cannot reach the decoder.
@@ -118,7 +118,10 @@ def array_metadata(spec: ArraySpec) -> bytes:
 
 
 def metadata_files(chunk: Chunk) -> list[tuple[str, Callable[[], bytes]]]:
-    """The zarr.json of a chunk's array, and of its view's group: names from the split's folder, and what makes each."""
+    """The zarr.json files of a chunk's array and of its view's group.
+
+    Each is given by its name within the split's folder and by a function that makes its content.
+    """
     group = [(f"{chunk.folder}/zarr.json", group_metadata)] if chunk.folder else []
     return [*group, (f"{chunk.base}{chunk.spec.name}/zarr.json", partial(array_metadata, chunk.spec))]
 
@@ -139,7 +142,7 @@ def decode_part(spec: ArraySpec, part: int, data: Content, where: str, out: NDAr
     """The rows of a part, in `out` if given; CorruptError naming the file where the bytes are not such a chunk."""
     # Blosc's header declares how much it will write and read. Blosc checks neither, so both are checked here.
     if len(data) < 16 + _CRC_BYTES:
-        raise CorruptError(f"{where}: {len(data)} bytes are no chunk")
+        raise CorruptError(f"{where}: {len(data)} bytes are too few for a chunk")
     writes, reads = (int.from_bytes(data[i : i + 4], "little") for i in (4, 12))
     if writes != spec.chunk_bytes:
         raise CorruptError(f"{where}: declares {writes} bytes of data where {spec.chunk_bytes} belong")
@@ -147,7 +150,7 @@ def decode_part(spec: ArraySpec, part: int, data: Content, where: str, out: NDAr
         raise CorruptError(f"{where}: declares {reads} compressed bytes and has {len(data) - _CRC_BYTES}")
     content = np.frombuffer(data, np.uint8)[:-_CRC_BYTES]  # no copy
     if google_crc32c.value(content) != int.from_bytes(data[-_CRC_BYTES:], "little"):
-        raise CorruptError(f"{where}: its checksum is not that of its bytes")
+        raise CorruptError(f"{where}: its checksum does not match its bytes")
     # zarr is not used here: its code around blosc takes several times as long as blosc itself.
     rows, dtype = spec.interval(part), np.dtype(spec.dtype).newbyteorder("<")
     direct = out is not None and len(out) == spec.chunk_shape[0] and out.dtype == dtype and out.flags.c_contiguous
@@ -171,7 +174,7 @@ def filled(out: NDArray[Any] | None, rows: NDArray[Any]) -> NDArray[Any]:
 
 
 def unsound(name: str, rows: NDArray[Any], classes: int) -> str | None:
-    """What the array of that name holds that no teacher's answer encodes to; None where there is no such thing."""
+    """Which values the array of that name holds that no teacher's answer can give; None if there are none."""
     low, high = rows.min(), rows.max()  # both are NaN where one value is
     if name == "classes":
         return f"a class id above {classes - 1}" if int(high) >= classes else None

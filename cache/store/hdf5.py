@@ -1,14 +1,15 @@
 """A packed cache: the files of a cache folder in one HDF5 file, as arrays that h5py alone can read.
 
-kdcache itself does not read by way of the HDF5 library, which ends the process, or never comes back, on some damaged
-files (7 of 1,500 in a check with HDF5 2.0). Where each chunk lies is written down in an index, and the place of the
-index in the 512 bytes before the HDF5 content, which HDF5 leaves to applications (its "user block"):
+kdcache itself does not read with the HDF5 library, which crashes or never returns on some damaged files (7 of 1,500 in
+a check with HDF5 2.0). Instead, an index says where each chunk lies. The place of the index stands in the 512 bytes
+before the HDF5 content, which HDF5 leaves to applications (its "user block"):
 
     bytes 0..511   canonical JSON, padded with newlines: format, place and sha256 of the index, sha256 of bytes 512..
     bytes 512..    HDF5: the arrays by their names in the folder, each part one chunk (shuffle, gzip, fletcher32);
                    identity.json, the commits and index.json as datasets of bytes
 
-So a read is: the bytes at a known place, inflated to a known size, unshuffled, and compared with the commit.
+So a read takes the bytes at a known place, inflates them to a known size, unshuffles them and compares them with the
+commit.
 """
 
 from __future__ import annotations
@@ -41,7 +42,7 @@ _FLETCHER_BYTES = 4
 _DEFLATE_MOST = 1032  # no deflate stream inflates to more times its size
 _MAX_INDEX_BYTES = 1 << 24
 _READ_BYTES = 1 << 22
-_MEND = "copy it anew, or remove it and pack the cache again"
+_MEND = "copy it again, or remove it and pack the cache again"
 
 
 class _Header(Strict):
@@ -73,14 +74,14 @@ class PackedFile:
         if block[_BLOCK:] != _SIGNATURE:
             foreign = block.startswith(_SIGNATURE)
             what = "an HDF5 file that kdcache did not pack" if foreign else "neither a cache folder nor a packed cache"
-            raise InputError(f"{path} is {what}, or a damaged one")
+            raise InputError(f"{path} is {what}, or it is damaged")
         header = parse(_Header, block[:_BLOCK].rstrip(b"\n"), f"the head of {path}", _MEND)
         if _block(header) != block[:_BLOCK]:
             raise CorruptError(f"the head of {path} is not what kdcache writes; {_MEND}")
         offset, size = header.index
         if not 0 <= size <= _MAX_INDEX_BYTES:
             raise CorruptError(
-                f"{path} declares an index of {size} bytes, at most {_MAX_INDEX_BYTES} are read; {_MEND}"
+                f"{path} declares an index of {size} bytes, more than the {_MAX_INDEX_BYTES} allowed; {_MEND}"
             )
         content = self._range("index.json", offset, size)
         if files.sha256(content) != header.index_sha256:
@@ -106,7 +107,7 @@ class PackedFile:
             raise NotFoundError(f"{self.where} holds no {file}")
         offset, size = self._index[file]
         if not 0 <= size <= limit:
-            raise CorruptError(f"{self.locate(file)} has {size} bytes, more than the {limit} that it may have")
+            raise CorruptError(f"{self.locate(file)} has {size} bytes, more than the {limit} allowed")
         return self._range(file, offset, size)
 
     def _range(self, file: str, offset: int, size: int) -> bytes:
@@ -116,11 +117,11 @@ class PackedFile:
             raise CorruptError(f"{e} ({file}); {_MEND}") from e
 
     def require(self, file: str, stored: StoredFile) -> None:
-        if file not in self._index:  # its bytes are others than in a folder, so their size says nothing
+        if file not in self._index:  # its bytes differ from those in a folder, so their size says nothing
             raise CorruptError(f"{self.where} holds no {file}")
 
     def content(self, file: str, stored: StoredFile, chunk: Chunk) -> bytes:
-        raise InputError(f"{self.where} is packed, in other chunks than a folder: first kdcache unpack {self.where}")
+        raise InputError(f"{self.where} is packed in chunks of another kind: run kdcache unpack {self.where} first")
 
     def rows(self, file: str, stored: StoredFile, chunk: Chunk, out: NDArray[Any] | None = None) -> NDArray[Any]:
         where, spec = self.locate(file), chunk.spec
@@ -140,10 +141,10 @@ class PackedFile:
         return chunks.filled(out, rows)
 
     def remedy(self, file: str) -> str:
-        return f"copy {self.where} anew, or remove it and pack the cache again"
+        return f"copy {self.where} again, or remove it and pack the cache again"
 
     def more(self, view: int) -> str:
-        return f"pack a cache that has it, or kdcache unpack {self.where} and build it with --views {view + 1}"
+        return f"pack a cache that has it, or run kdcache unpack {self.where} and build it with --views {view + 1}"
 
     def size(self) -> int:
         return self._file.stat().st_size
@@ -155,11 +156,11 @@ class PackedFile:
 
 
 class Packer:
-    """Writes a packed cache into `target`, an open empty file. The target's `failure` is raised by every method."""
+    """Writes a packed cache into `target`, an open empty file. Every method raises the target's `failure`."""
 
     def __init__(self, target: Target, key: str) -> None:
         self._target, self._places = target, dict[str, tuple[int, int]]()
-        # The formats of HDF5 1.10: read since 2016, and with checksums over HDF5's own structures.
+        # The formats of HDF5 1.10, which libraries can read since 2016, have checksums over HDF5's own structures.
         self._file = h5py.File(target, "w", userblock_size=_BLOCK, libver=("v110", "v110"))
         self._file.attrs["kdcache"] = key
 
@@ -207,7 +208,7 @@ class Packer:
         """Write the index and the head, and sync."""
         index = canonical(_Index(files=self._places))
         if len(index) > _MAX_INDEX_BYTES:
-            raise InputError(f"{len(self._places)} chunks are too many for one file: pack fewer with --views")
+            raise InputError(f"{len(self._places)} chunks are too many for one file: pack fewer views with --views")
         place = self.put("index.json", index)
         self._file.close()
         self._target.check()
@@ -219,9 +220,9 @@ class Packer:
 
 
 class Target(io.FileIO):
-    """A file for the HDF5 library to write into, which cannot go on after an error: the first one is kept here.
+    """A file that the HDF5 library writes into. The library cannot go on after an error, so the first is kept here.
 
-    The library would else print what it cannot raise, once for each dataset that it closes.
+    Otherwise the library would print the error, which it cannot raise, once for each dataset that it closes.
     """
 
     failure: BaseException | None = None
@@ -263,13 +264,13 @@ def _digest(path: Path) -> str:
 
 
 def compressed(rows: NDArray[Any]) -> bytes:
-    """Compress rows as HDF5 does here, to foretell size and time."""
+    """Compress rows as HDF5 does here, to estimate size and time."""
     planes = np.ascontiguousarray(rows).view(np.uint8).reshape(-1, rows.dtype.itemsize).T
     return zlib.compress(planes.tobytes(), LEVEL)
 
 
 def _unshuffled(data: bytes, spec: ArraySpec) -> NDArray[Any]:
-    """The array in bytes that lie byte by byte of the items: all first bytes, all second bytes, ..."""
+    """The array whose bytes are shuffled: the first bytes of all items, then all second bytes, and so on."""
     dtype = np.dtype(spec.dtype).newbyteorder("<")
     planes = np.frombuffer(data, np.uint8).reshape(dtype.itemsize, -1)
     out = np.empty(planes.shape[::-1], np.uint8)

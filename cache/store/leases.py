@@ -1,15 +1,16 @@
-"""Leases: several builders of one cache, on one machine or many, share its shards and leave each other in peace.
+"""Leases, by which several builders of one cache, on one machine or many, divide its shards among themselves.
 
-A builder is one small file, leases/TOKEN.json, which it touches every few seconds. It leases a shard by a hard link to
-that file, named after the shard: only one builder can make it, over NFS too, and one touch renews them all. A builder
-is taken for dead when its file was not touched for as long as it says, by the file system's own clock (against
-one's own file, just touched), or when its process has ended on this machine. Its lease NAME.0 is taken over by
-making NAME.1, which again only one can.
+Each builder has one small file, leases/TOKEN.json, which it touches every few seconds. To lease a shard, it makes a
+hard link to that file, named after the shard. Only one builder can make that link, over NFS too, and one touch of the
+file renews all leases of its builder. A builder is taken for dead when it has not touched its file for the time that
+the file states, or when its process ran on this machine and has ended. That time is taken from the file system's own
+clock: other builders compare with a file of theirs that they have just touched. A dead builder's lease NAME.0 is taken
+over by making NAME.1, which again only one builder can.
 
 A builder that was stopped and wakes up may find its work leased to another. That costs double work and no more:
 publish.py decides what becomes part of the cache, whoever holds which lease.
 
-filelock's SoftFileLease is near to this, but takes over by exchanging two names, which NFS refuses.
+filelock's SoftFileLease comes close, but takes a lease over by exchanging two names, which NFS refuses.
 """
 
 from __future__ import annotations
@@ -35,7 +36,7 @@ _MAX_BYTES = 4096
 
 
 class Owner(Strict):
-    """A builder. machine: names this boot, None where it is unknown; started: when the process did, in system ticks."""
+    """A builder. machine: this boot of its machine, None if unknown; started: when its process did, in system ticks."""
 
     token: str
     host: str
@@ -50,9 +51,9 @@ class Owner(Strict):
 
 
 class Leases:
-    """This process as one of the builders of the cache at `path`. Use it in a `with`: afterwards it holds no lease.
+    """This process as one of the builders of the cache at `path`. After a `with` it holds no lease any more.
 
-    token: the builder's name, which its folder in scratch/ has too. say: is called with a line when a lease is lost.
+    token: the builder's name, also that of its folder in scratch/. say: is called with a line when a lease is lost.
     """
 
     def __init__(self, path: Path, token: str, say: Callable[[str], None]) -> None:
@@ -100,7 +101,7 @@ class Leases:
         except (FileExistsError, FileNotFoundError):  # another was quicker, or has just taken this one for dead
             return False
         if links and self._owner_of(links[-1]) != last:
-            # Its owner woke up and gave it back, and another builder may have begun anew at 0.
+            # Its owner woke up and gave it back, and another builder may have begun again at 0.
             link.unlink(missing_ok=True)
             return False
         for old in links:
@@ -115,7 +116,7 @@ class Leases:
             link.unlink(missing_ok=True)
 
     def lost(self, name: str) -> bool:
-        """Whether `name` is not, or no longer, this builder's."""
+        """Whether this builder does not hold `name`, or no longer does."""
         return name not in self._held
 
     def holder(self, name: str) -> Owner | None:
@@ -140,7 +141,7 @@ class Leases:
                     path.unlink(missing_ok=True)
 
     def _in_use(self, path: Path) -> bool:
-        if path.suffix == ".tmp":  # its builder may just be starting: only time tells
+        if path.suffix == ".tmp":  # its builder may just be starting, so that only its age counts
             try:
                 return self._touch() - path.stat().st_mtime <= EXPIRES
             except FileNotFoundError:
@@ -168,7 +169,7 @@ class Leases:
         """The builder that a file or link belongs to, if it lives."""
         owner = self._owner_of(path)
         try:
-            touched = path.stat().st_mtime  # after it was opened, which has an NFS client ask the server
+            touched = path.stat().st_mtime  # after it was opened, because that makes an NFS client ask the server
         except FileNotFoundError:
             return None
         return None if owner is None or _ended(owner) or self._touch() - touched > owner.seconds else owner
@@ -190,7 +191,7 @@ class Leases:
                 os.utime(self._file)
                 failing = False
             except FileNotFoundError:
-                pass  # the next `take` makes it anew
+                pass  # the next `take` makes it again
             except OSError as e:
                 if not failing:
                     self._say(f"{e.filename}: {e.strerror}: other builds may take this one for dead, and do its work")
@@ -206,7 +207,7 @@ class Leases:
 
 @cache
 def _machine() -> str | None:
-    """This boot of this machine, and whose process numbers are meant; None where Linux does not tell."""
+    """This boot of this machine and the namespace of its process numbers; None where Linux does not tell."""
     try:
         boot = Path("/proc/sys/kernel/random/boot_id").read_text().strip()
         return f"{boot} {Path('/proc/self/ns/pid').readlink()}"
@@ -215,7 +216,7 @@ def _machine() -> str | None:
 
 
 def _started(process: int) -> int | None:
-    """When it started, in ticks since boot; -1 once it has ended and only waits for its parent; None if unknown."""
+    """When a process started, in ticks since boot; -1 if it has ended and waits for its parent; None if unknown."""
     try:
         fields = Path(f"/proc/{process}/stat").read_text().rpartition(")")[2].split()
     except OSError:
@@ -224,7 +225,7 @@ def _started(process: int) -> int | None:
 
 
 def _ended(owner: Owner) -> bool:
-    """Whether its process is known to have ended: only its own machine can tell."""
+    """Whether a builder's process is known to have ended, which only its own machine can tell."""
     if owner.machine is None or owner.machine != _machine():
         return False
     try:
@@ -232,6 +233,6 @@ def _ended(owner: Owner) -> bool:
     except ProcessLookupError:
         return True
     except PermissionError:
-        pass  # somebody else's, and alive
+        pass  # it is somebody else's process, and alive
     now = _started(owner.process)
     return now is not None and now != owner.started

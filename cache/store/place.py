@@ -1,4 +1,7 @@
-"""Where the files of a cache lie and how they are read there: in a folder, as built (other places are elsewhere)."""
+"""The places that a cache's files can lie in: what each must offer, and the folder that a build makes.
+
+The other places are packed files (hdf5.py) and registries (registry/kinds/).
+"""
 
 from __future__ import annotations
 
@@ -20,11 +23,11 @@ Kind = Literal["zarr", "hdf5"]
 
 
 class Place(Protocol):
-    """Reads a cache by the names that its files have in a folder; trusts nothing that no digest covers.
+    """Reads a cache by the names that its files have in a folder. It trusts nothing that no digest covers.
 
     where: the folder, file or address, for people. path: the folder or file; None where it is not on this machine.
-    kind: how arrays are stored there. again: what people do to get what is missing. writable: whether the cache can be
-    built into and repaired there.
+    kind: how arrays are stored there. again: the advice on how to get what is missing. writable: whether the cache can
+    be built into and repaired there.
     """
 
     where: str
@@ -34,7 +37,7 @@ class Place(Protocol):
     writable: bool
 
     def fresh(self) -> Place:
-        """The same place, with nothing in memory that was read before."""
+        """The same place, without anything in memory from earlier reads."""
 
     def locate(self, file: str) -> str:
         """Where a file lies, for people."""
@@ -43,13 +46,13 @@ class Place(Protocol):
         """Whether there is such a file."""
 
     def names(self, folder: str) -> list[str]:
-        """The names in a folder; others than kdcache's may be among them."""
+        """The names in a folder, perhaps with some that are not kdcache's."""
 
     def read(self, file: str, limit: int) -> bytes:
-        """The file's bytes; NotFoundError, or CorruptError where there are more than `limit`."""
+        """The file's bytes; NotFoundError if it is missing, CorruptError if it has more than `limit` bytes."""
 
     def require(self, file: str, stored: StoredFile) -> None:
-        """CorruptError unless a committed chunk is there and, as far as can be told without reading, of its size."""
+        """CorruptError unless a committed chunk is there, of the right size if that is known without reading it."""
 
     def content(self, file: str, stored: StoredFile, chunk: Chunk) -> Content:
         """The bytes that a committed chunk has in a folder; CorruptError unless they are what was committed."""
@@ -58,27 +61,27 @@ class Place(Protocol):
         """The rows of a committed chunk, in `out` if given; CorruptError unless they are what was committed."""
 
     def remedy(self, file: str) -> str:
-        """What people do about a damaged commit, or about what it commits."""
+        """The advice for a damaged commit, or for damage to what it commits."""
 
     def more(self, view: int) -> str:
-        """What people do to get a view that is not there."""
+        """The advice on how to get a view that is not there."""
 
     def size(self) -> int:
         """Bytes of all files."""
 
     def check(self) -> None:
-        """CorruptError where bytes are damaged that `rows` and `read` do not look at."""
+        """CorruptError if bytes are damaged that `rows` and `read` do not look at."""
 
 
 def path_of(place: Place) -> Path:
-    """The folder or file that a place is; InputError where it is an address."""
+    """The folder or file that a place is; InputError if it is an address."""
     if place.path is None:
-        raise InputError(f"{place.where} is not on this machine: kdcache pull it first")
+        raise InputError(f"{place.where} is not on this machine: run kdcache pull {place.where} first")
     return place.path
 
 
 class ZarrChunks:
-    """Reads rows from Zarr's chunks, for places that know how to get a chunk's bytes, whose digest covers the rows."""
+    """Reads rows from Zarr's chunks, for places that can get a chunk's bytes. Their digest covers the rows."""
 
     kind: Kind = "zarr"
 
@@ -141,7 +144,7 @@ class Folder(ZarrChunks):
         return content
 
     def remedy(self, file: str) -> str:
-        return f"remove {self.locate(file)} and run kdcache build again to make that shard anew"
+        return f"remove {self.locate(file)} and run kdcache build again to rebuild that shard"
 
     def more(self, view: int) -> str:
         return f"run kdcache build with --views {view + 1} or more"
@@ -155,4 +158,4 @@ class Folder(ZarrChunks):
         return total
 
     def check(self) -> None:
-        """Only plain zarr's metadata is covered by no commit, and kdcache reads none of it."""
+        """Nothing to check: no commit covers the metadata for plain zarr, but kdcache reads none of it."""

@@ -40,7 +40,7 @@ _CHUNK = re.compile(r"(views/v[0-9]{5,9}/)?[a-z_]+/c(/[0-9]+)+")
 
 
 class SplitStore(SplitReader):
-    """One split of a cache, to be read and, where it lies in a folder, written.
+    """One split of a cache, which can be read and, in a folder, written.
 
     token: names the builder's own folder in scratch/.
     """
@@ -72,9 +72,9 @@ class SplitStore(SplitReader):
         writer: Mapping[str, str],
         tail_sums: NDArray[np.float64] | None = None,
     ) -> bool:
-        """Publish and commit a shard; `rows` by array name, `tail_sums` [T, C] with view 0 of top-k records.
+        """Publish and commit a shard. Returns whether these bytes are now the committed ones.
 
-        True if these bytes are now the committed ones.
+        rows: by array name. tail_sums: [T, C], with view 0 of top-k records.
         """
         named = {**rows} if tail_sums is None else {**rows, "tail_sums": tail_sums[None]}
         name = shard_name(view, part)
@@ -116,7 +116,7 @@ class SplitStore(SplitReader):
     ) -> bool:
         """Publish the rows of chunks, and commit them as `name`.
 
-        True if these bytes are now the committed ones: of several builders the first decides (see `finish`).
+        Returns whether these bytes are now the committed ones. Of several builders the first decides (see `finish`).
         """
         stored: dict[str, StoredFile] = {}
         contents: dict[str, Content] = {}
@@ -145,14 +145,14 @@ class SplitStore(SplitReader):
         self._publish(name, {"commit.json": commit, **contents})
 
     def remove(self, name: str) -> None:
-        """Take back a commit and its files, so that the next build makes them anew. For folders only."""
+        """Remove a commit and its files, so that the next build makes them again. For folders only."""
         require_folder(path_of(self._place))
         # The commit goes first, because what no commit names does not exist.
         for file in (f"commits/{name}.json", *(chunk.file for chunk in self.chunks(name))):
             (self._root / file).unlink(missing_ok=True)
 
     def _describe(self, chunk: Chunk) -> None:
-        # For people with plain zarr. kdcache reads none of it, so a later zarr may word it otherwise.
+        # This is for people who use plain zarr. kdcache reads none of it, so another zarr may write it differently.
         for file, content in chunks.metadata_files(chunk):
             if not (self._root / file).exists():
                 files.publish(self._root / file, content(), self._scratch, replace=True)
@@ -164,9 +164,10 @@ class SplitStore(SplitReader):
             self.finish(name, self._decide(name, contents))
 
     def _decide(self, name: str, contents: Mapping[str, Content]) -> bool:
-        """Write the files aside and decide for them; whether it was this call that decided."""
+        """Write the files aside and decide for them. Returns whether it was this call that decided."""
         decided, folder = False, self._scratch / secrets.token_hex(8)
-        # The folder is missing where another builder took this one, stopped for long, for dead: the caller tries again.
+        # The folder is missing if this builder was stopped for so long that another took it for dead. The caller tries
+        # again then.
         with suppress(FileNotFoundError):
             files.make_folder(folder)
             for file, content in contents.items():
@@ -184,7 +185,7 @@ class SplitStore(SplitReader):
         return decided
 
     def decided(self) -> list[str]:
-        """The names that are decided and perhaps not committed: their builder is at work on them, or has died."""
+        """The names that are decided and perhaps not committed yet: their builder is at work on them, or has died."""
         return files.names(self._decided)
 
     def finish(self, name: str, just_written: bool = False) -> None:
@@ -217,10 +218,10 @@ class SplitStore(SplitReader):
         files.remove_folder(decided, self._scratch)
 
     def _put(self, file: str, stored: StoredFile, decided: Path, just_written: bool) -> bool:
-        """Give a decided file its place; whether the bytes there are the decided ones."""
+        """Put a decided file in its place. Returns whether the bytes there are the decided ones."""
         path = self._root / file
         if just_written or not _is(path, stored):
-            # The file is missing where another builder has finished this decision, and has removed it.
+            # The file is missing if another builder has finished this decision and removed it.
             with suppress(FileNotFoundError):
                 files.link_file(path, decided / stored.sha256, self._scratch)
                 if just_written:
@@ -228,7 +229,7 @@ class SplitStore(SplitReader):
         return _is(path, stored)
 
     def refresh(self) -> None:
-        """Have `committed` and `has` show what other builders have done, by a change to the folder of commits."""
+        """Touch the folder of commits, so that `committed` and `has` show what other builders have done."""
         # An NFS client remembers for a while that a file was missing, but not beyond a change of the file's folder.
         folder = self._root / "commits"
         files.make_folder(folder)
@@ -236,10 +237,10 @@ class SplitStore(SplitReader):
 
 
 def require_folder(path: Path) -> None:
-    """InputError where the path of a cache to write into is a file's."""
+    """InputError if `path`, where a cache is to be written, is a file."""
     if path.is_file():
         raise InputError(
-            f"{path} is a file where a folder is needed: give another --out, or kdcache unpack {path} first"
+            f"{path} is a file where a folder is needed: give another --out, or run kdcache unpack {path} first"
         )
 
 

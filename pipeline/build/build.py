@@ -149,7 +149,7 @@ def _require_place(path: Path) -> None:
     if not os.access(folder, os.W_OK | os.X_OK):
         raise InputError(f"{folder} cannot be written: give another --out or KDCACHE_HOME")
     if folder == path and not (path / "identity.json").exists() and any(p.name != "scratch" for p in path.iterdir()):
-        raise InputError(f"{path} is not empty and no cache: give another --out")
+        raise InputError(f"{path} is not empty and is no cache: give another --out")
 
 
 def _foretell(plan: BuildPlan, images: int, shards: int, renderer: Renderer, say: Say) -> None:

@@ -104,7 +104,7 @@ def _fetch(weights: str, shared: Registry, say: Say) -> Path:
                 content,
                 weights,
                 shared.teachers.url(weights),
-                "ask who keeps the registry to remove it, then kdcache push publishes it anew",
+                "ask whoever keeps the registry to remove it, then kdcache push publishes it again",
             )
             files.replace_file(path, content)
             say(f"weights {weights[:12]} come from {shared.url}: {size(len(content))}")
@@ -209,6 +209,6 @@ def not_to_be_had(teacher: TeacherIdentity, registry: str | None) -> NotFoundErr
     where = f"neither here nor in {registry}" if registry else "not here"
     return NotFoundError(
         f"the weights {teacher.weights[:12]} of the cache's teacher, {teacher.architecture}, are {where}: give "
-        f"--weights FILE{'' if registry else ', or --registry URL where they are published'}, or ask who built the "
+        f"--weights FILE{'' if registry else ', or --registry URL where they are published'}, or ask whoever built the "
         "cache to run kdcache push, which publishes them"
     )

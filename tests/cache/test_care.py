@@ -85,7 +85,7 @@ def test_rm_refuses_what_is_no_cache(mine, tmp_path):
     (tmp_path / "link").symlink_to(mine.path)
     before = tree(tmp_path / "photos", caches_folder())
     refused(f"rm {tmp_path / 'photos'} --yes", "not a kdcache cache")
-    refused(f"rm {wrong.name} --yes", "not the one that it is named by")
+    refused(f"rm {wrong.name} --yes", "but is named after another")
     refused(f"rm {tmp_path / 'link'} --yes", "symbolic link")
     assert tree(tmp_path / "photos", caches_folder()) == before
     (mine.path / "thesis.tex").write_text("x")
@@ -174,7 +174,7 @@ def test_rm_in_a_registry(mine, root):
     shared = open_registry(root)
     open_cache("best", root)
     shared.cache(mine.key)  # is seen, so that an older state would be refused
-    refused(f"rm best --registry {root} --yes", "first kdcache rm --name best")
+    refused(f"rm best --registry {root} --yes", "first run kdcache rm --name best")
     refused(f"rm --name other --registry {root} --yes", "no cache named other")
     assert json.loads(run(f"rm --name best --registry {root} --yes --json").stdout)["name"] == "best"
     assert open_registry(root).names == {} and shared.has(mine.key)
@@ -289,5 +289,5 @@ def test_gc_trusts_no_damaged_name_and_no_missing_registry(mine, tmp_path):
     refused(f"gc --registry {shared} --delete", "names/best")
     assert open_registry(str(shared)).has(mine.key)
     refused(f"gc --registry {tmp_path / 'nowhere'}", "is it mounted?")
-    with pytest.raises(KdcacheError, match="only read from"):
+    with pytest.raises(KdcacheError, match="can only be read"):
         list(care.leavings(30, "http://127.0.0.1:9/kd"))

@@ -58,7 +58,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "class map missing": (f"{BUILD} --class-map {{root}}/map.json", ("{root}/map.json",)),
     "out is a file": (f"{BUILD} --out {{weights}}", ("{weights} is a file",)),
     "out below a file": (f"{BUILD} --out {{weights}}/a/b", ("{weights} is a file",)),
-    "out is not empty": (f"{BUILD} --out {{pics}}", ("{pics} is not empty and no cache",)),
+    "out is not empty": (f"{BUILD} --out {{pics}}", ("{pics} is not empty and is no cache",)),
     "out is remote": (f"{BUILD} --out s3://bucket/cache", ("s3://bucket/cache",)),
     "out is another cache": (
         f"{BUILD} --augment flip --seed 3 --out {{cache}}",
@@ -105,7 +105,7 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "more views than there are, online": (f"{TRAIN} --views 9 --online", ("2 complete views, not 9",)),
     "fresh views without a teacher": (f"{TRAIN} --fresh-views", ("--online",)),
     "weights without a teacher": (f"{TRAIN} --weights {{weights}}", ("--online",)),
-    "run in a folder of other things": (f"{TRAIN} --out {{pics}}", ("{pics} is not empty and no run",)),
+    "run in a folder of other things": (f"{TRAIN} --out {{pics}}", ("{pics} is not empty and is no run",)),
     "run below a file": (f"{TRAIN} --out {{weights}}/a", ("{weights}/a",)),
     "nothing to resume": (f"{TRAIN} --out {{work}}/new --resume", ("{work}/new",)),
     "eval of nothing": ("eval {root}/nowhere", ("{root}/nowhere",)),

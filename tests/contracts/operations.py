@@ -42,13 +42,15 @@ def digest(arrays):
 class OperationContract:
     """operation: one with arguments of which all take effect.
 
-    drawn_digest, pixels_digest: of what is drawn from fixed words, and of what fixed images become. apart: by how many
-    levels, on average, an image may differ from itself if it is halved before the operation instead of after.
+    drawn_digest, pixels_digest: of what is drawn from fixed words, and of what fixed images become. size: of these
+    images. apart: by how many levels, on average, an image may differ from itself if it is halved before the operation
+    instead of after.
     """
 
     operation: Operation
     drawn_digest: str
     pixels_digest: str
+    size = (13, 17)
     apart = 1.0
 
     def drawn(self, n=COUNT):
@@ -57,6 +59,9 @@ class OperationContract:
     def applied(self, images, drawn):
         """What the images become; they themselves stay as they are."""
         return self.operation.apply(images.clone(), drawn)
+
+    def pictures(self):
+        return pictures(COUNT, *self.size)
 
     def alone(self, images, drawn, i):
         return self.applied(images[i : i + 1], {name: array[i : i + 1] for name, array in drawn.items()})
@@ -73,7 +78,9 @@ class OperationContract:
         assert digest(self.drawn()) == self.drawn_digest
 
     def test_what_images_become_never_changes(self):
-        assert digest({"images": self.applied(pictures(), self.drawn()).contiguous().numpy()}) == self.pixels_digest
+        assert (
+            digest({"images": self.applied(self.pictures(), self.drawn()).contiguous().numpy()}) == self.pixels_digest
+        )
 
     def test_only_integers_are_drawn_and_each_row_from_its_own_words(self):
         words = words_of(self.operation)
@@ -90,7 +97,7 @@ class OperationContract:
         }
 
     def test_it_is_pure_and_leaves_other_random_numbers_alone(self):
-        words, images = words_of(self.operation), pictures()
+        words, images = words_of(self.operation), self.pictures()
         before = torch.get_rng_state(), np.random.get_state()[1].tolist(), random.getstate()
         results = []
         for _ in range(2):
@@ -103,12 +110,12 @@ class OperationContract:
         assert before[1:] == (np.random.get_state()[1].tolist(), random.getstate())
 
     def test_it_changes_images(self):
-        images = pictures()
+        images = self.pictures()
         assert not torch.equal(self.applied(images, self.drawn()), images)
 
     @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
     def test_a_batch_is_its_images_in_any_order_and_one_by_one(self, memory_format):
-        images, drawn = pictures().contiguous(memory_format=memory_format), self.drawn()
+        images, drawn = self.pictures().contiguous(memory_format=memory_format), self.drawn()
         whole = self.applied(images, drawn)
         assert whole.is_contiguous(memory_format=memory_format) and whole.shape == images.shape
         assert whole.dtype == torch.uint8
@@ -119,14 +126,14 @@ class OperationContract:
             assert torch.equal(self.alone(images, drawn, i), whole[i : i + 1])
 
     def test_memory_formats_and_gaps_make_no_difference(self):
-        images, drawn = pictures(), self.drawn()
+        images, drawn = self.pictures(), self.drawn()
         expected = self.applied(images, drawn)
         assert torch.equal(self.applied(images.contiguous(memory_format=torch.channels_last), drawn), expected)
         wide = F.pad(images, (2, 3, 1, 4))
         assert torch.equal(self.operation.apply(wide[:, :, 1:-4, 2:-3], drawn), expected)
 
     def test_threads_make_no_difference(self):
-        images, drawn, before = pictures(height=40, width=40), self.drawn(), torch.get_num_threads()
+        images, drawn, before = self.pictures(), self.drawn(), torch.get_num_threads()
         try:
             results = []
             for threads in (1, 2):
@@ -139,7 +146,7 @@ class OperationContract:
     @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
     @pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
     def test_a_gpu_gives_the_same_bits(self, memory_format):
-        images, drawn = pictures(height=40, width=40).contiguous(memory_format=memory_format), self.drawn()
+        images, drawn = self.pictures().contiguous(memory_format=memory_format), self.drawn()
         there = self.operation.apply(images.cuda(), drawn)
         assert there.is_cuda and there.is_contiguous(memory_format=memory_format)
         assert torch.equal(there.cpu(), self.applied(images, drawn))

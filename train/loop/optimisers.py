@@ -18,11 +18,13 @@ from kdcache.train.config import Amp, Optimiser
 
 @dataclass(frozen=True)
 class Recipe:
-    """Linear warm-up over `warmup` epochs, then cosine to zero, update by update.
+    """How the weights are updated.
 
-    lr, decay: peak learning rate at this batch size and weight decay; of muon those of the 2-D weights, and sgd_lr and
-    sgd_decay those of all others. momentum: of SGD, with Nesterov's. amp: autocast, with scaled losses for fp16.
-    accumulate: batches an update; clip: largest norm of its gradient; ema: decay of the average of the weights.
+    The learning rate rises linearly over `warmup` epochs and then falls to zero along a cosine, update by update.
+    lr: its peak, at this batch size. decay: the weight decay. With muon these two are for the weights of two
+    dimensions, and sgd_lr and sgd_decay are for all others. momentum: of SGD, which is Nesterov's. amp: the type of
+    autocast; with fp16 the losses are scaled. accumulate: the number of batches in an update. clip: the largest norm
+    of an update's gradient. ema: the decay of the average of the weights.
     """
 
     epochs: int
@@ -41,7 +43,7 @@ class Recipe:
 
     @property
     def dtype(self) -> torch.dtype | None:
-        """The type that autocast computes in; None where it is off."""
+        """The type that autocast computes in; None if autocast is off."""
         return autocast_dtype(self.amp)
 
     def rate(self, step: int, steps_per_epoch: int, peak: float | None = None) -> float:
@@ -58,11 +60,11 @@ def autocast_dtype(amp: str | None) -> torch.dtype | None:
 
 
 def require_autocast(device: torch.device, amp: Amp | None) -> None:
-    """InputError where torch cannot run a network in this type on this device."""
+    """InputError if torch cannot run a network in this type on this device."""
     if amp is None:
         return
     try:
-        # Where it cannot, it warns and goes on in float32, or raises.
+        # If it cannot, it raises, or it warns and goes on in float32.
         with warnings.catch_warnings(action="error"), torch.autocast(device.type, autocast_dtype(amp)):
             pass
     except (RuntimeError, UserWarning) as e:
@@ -72,8 +74,8 @@ def require_autocast(device: torch.device, amp: Amp | None) -> None:
 def default_rates(optimiser: Optimiser, defaults: Defaults, batch: int) -> tuple[float, float]:
     """Peak learning rate and weight decay for updates from a batch of this many images.
 
-    SGD's are the dataset's, in proportion to the batch. AdamW's and Muon's go by the square root of the batch, as the
-    size of their steps does not follow that of the gradient (Malladi et al. 2022, arXiv 2205.10287).
+    SGD takes the dataset's rate, in proportion to the batch. AdamW's and Muon's rates grow with the square root of the
+    batch, because the size of their steps does not follow that of the gradient (Malladi et al. 2022, arXiv 2205.10287).
     """
     if optimiser == "sgd":
         return defaults.rate(batch), defaults.decay
@@ -83,7 +85,7 @@ def default_rates(optimiser: Optimiser, defaults: Defaults, batch: int) -> tuple
 
 def _make(parameters: list[nn.Parameter], recipe: Recipe, device: torch.device) -> list[torch.optim.Optimizer]:
     """The recipe's optimisers; every group has its `peak` learning rate."""
-    fused = device.type in ("cpu", "cuda")  # also: takes fp16's scale without waiting for the device
+    fused = device.type in ("cpu", "cuda")  # fused optimisers also take fp16's scale without waiting for the device
 
     def sgd(some: list[nn.Parameter], lr: float, decay: float) -> torch.optim.Optimizer:
         momentum = recipe.momentum
@@ -103,7 +105,7 @@ def _make(parameters: list[nn.Parameter], recipe: Recipe, device: torch.device) 
     matrices = [p for p in parameters if p.ndim == 2]
     others = [p for p in parameters if p.ndim != 2]
     if not matrices:
-        raise InputError("muon is for weights of two dimensions, and this network has none: take sgd or adamw")
+        raise InputError("muon needs weights of two dimensions, and this network has none: take sgd or adamw")
     groups = [{"params": matrices, "peak": recipe.lr}]
     made: list[torch.optim.Optimizer] = [torch.optim.Muon(groups, recipe.lr, weight_decay=recipe.decay)]
     if others:
@@ -127,13 +129,13 @@ class _Together(torch.optim.Optimizer):
 class Updater:
     """Turns losses into new weights: scaling, clipping, learning rates. It never waits for the device.
 
-    (Torch does, in fp16's check for overflow before Muon's step, which is not fused.)
+    (Torch itself waits in one place: with fp16 it checks for overflow before Muon's step, which is not fused.)
     """
 
     def __init__(self, parameters: Iterable[nn.Parameter], recipe: Recipe, device: torch.device) -> None:
         self._parameters, self._recipe = list(parameters), recipe
         self._optimisers = _make(self._parameters, recipe, device)
-        # A single one stays itself, since it may be fused.
+        # A single optimiser is not wrapped, since it may be fused.
         self._all = self._optimisers[0] if len(self._optimisers) == 1 else _Together(self._optimisers)
         self._scaler = torch.amp.GradScaler(device.type, enabled=recipe.amp == "fp16")
         self._fill_momentum()
@@ -141,7 +143,7 @@ class Updater:
     def _fill_momentum(self) -> None:
         """Start fused SGD's momentum from zeros, which gives the same first step as torch's own start.
 
-        Torch gives it memory as it finds it, which the first step fills. One whose gradients overflow fills nothing.
+        Torch's memory is uninitialised until the first step fills it, which a step whose gradients overflow does not.
         """
         for optimiser in self._optimisers:
             if self._scaler.is_enabled() and isinstance(optimiser, torch.optim.SGD) and optimiser.defaults["momentum"]:
@@ -151,7 +153,7 @@ class Updater:
                             optimiser.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
     def backward(self, loss: Tensor, batches: int = 1) -> None:
-        """Add the gradient of this loss, which is one of those whose mean the next update lowers."""
+        """Add the gradient of this loss. The next update lowers the mean of `batches` such losses."""
         self._scaler.scale(loss / batches if batches > 1 else loss).backward()  # type: ignore[no-untyped-call]
 
     def update(self, step: int, steps_per_epoch: int) -> None:

@@ -16,7 +16,7 @@ from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 from kdcache.pipeline.views.render import RENDERER
 from kdcache.train.losses.options import LOSSES
 
-ANEW = "remove it to start the run anew"
+ANEW = "remove it to start the run again"
 
 # The values that settings had before they existed: a run whose config.json lacks one was made with this value.
 _BEFORE: dict[str, Any] = {
@@ -73,7 +73,7 @@ class RunFolder:
         elif resume:
             raise InputError(f"{path} holds no run to resume: leave --resume out to start one")
         elif path.exists() and any(path.iterdir()):
-            raise InputError(f"{path} is not empty and no run: give another --out")
+            raise InputError(f"{path} is not empty and is no run: give another --out")
         else:
             replace_file(file, _json(config))
 

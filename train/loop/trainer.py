@@ -31,7 +31,7 @@ PARTNER = "teacher"  # in the names of its metrics and files
 
 
 class Loader(Protocol):
-    """What the trainer iterates over: an epoch of (images uint8, labels, records), or what is left after `start`."""
+    """What the trainer iterates over: an epoch's (images uint8, labels, records), or what is left after `start`."""
 
     def set_epoch(self, epoch: int) -> None: ...
 
@@ -43,7 +43,7 @@ class Loader(Protocol):
 class Partner(Protocol):
     """A second network that learns beside the student (bdkd's teacher), by the same recipe.
 
-    Its metrics stand in those of an evaluation with `teacher_` before their names. notes: for its weights' files.
+    An evaluation returns its metrics with `teacher_` before their names. notes: what goes into its weights files.
     """
 
     model: Classifier
@@ -75,7 +75,7 @@ class _PartSums:
         self._names, self._batches = tuple(named), self._batches + 1
 
     def means(self, batches: int) -> dict[str, float]:
-        """The parts' means as metrics; none unless all of so many batches were counted (see load_state_dict)."""
+        """The parts' means as metrics; none unless all of these batches were counted (see load_state_dict)."""
         if batches != self._batches:
             return {}
         sums = _of_ranks(self._sums).tolist()
@@ -89,7 +89,7 @@ class _PartSums:
         return {"names": list(self._names), "sums": sums, "batches": self._batches}
 
     def load_state_dict(self, state: dict[str, Any], device: torch.device) -> None:
-        """Go on from this state. It is empty if its version counted no parts; then this epoch gets no means."""
+        """Go on from this state. An older version left it empty, and then this epoch gets no means."""
         self._names = tuple(state.get("names", ()))
         self._batches = state.get("batches", 0)
         self._sums = state["sums"].to(device) if state else torch.zeros((0,))
@@ -102,8 +102,8 @@ def _of_ranks(sums: Tensor) -> Tensor:
 class Training:
     """All that changes while a student learns. learn() takes a batch, update() ends a step of `recipe.accumulate`.
 
-    epoch, batch: how far it has come, from 0. evaluated: the network that is evaluated and filed, which is the average
-    of the weights where the recipe has one.
+    epoch, batch: how far it has come, counted from 0. evaluated: the network that is evaluated and filed; it has the
+    average of the weights if the recipe asks for one.
     """
 
     def __init__(
@@ -161,7 +161,7 @@ class Training:
             self.partner.update(step, self._steps)
 
     def losses(self) -> dict[str, float]:
-        """The mean loss of the epoch's batches, those of its parts where it has several, and that of the partner."""
+        """The epoch's mean loss, the means of its parts if it has several, and the partner's mean loss."""
         loss, of_partner = (total / self._batches for total in _of_ranks(self._sums).tolist())
         partner = {} if self.partner is None else {f"{PARTNER}_loss": of_partner}
         return {"loss": loss, **self._parts.means(self._batches), **partner}
@@ -212,7 +212,7 @@ class Training:
 class _Kept:
     """What is kept of a training: its lines in `history` and, with a folder, its weights, logs and state.
 
-    All ranks take part in what is kept, and the first one writes it. Use with `with`, which closes the logs.
+    All ranks take part in keeping, and the first one writes. Use it in a `with` statement, which closes the logs.
     """
 
     def __init__(
@@ -234,7 +234,7 @@ class _Kept:
         except (KdcacheError, OSError) as e:
             if error is None:
                 raise
-            self._say(f"warning: {e}")  # what ended the training is the error to show
+            self._say(f"warning: {e}")  # the error to show is the one that ended the training
 
     def save(self) -> None:
         """Keep the state from which a run goes on."""
@@ -244,7 +244,7 @@ class _Kept:
                 self._folder.save_state(self.history, state)
 
     def add(self, line: dict[str, Any]) -> None:
-        """Keep what a whole epoch has brought. The state comes last: a kill before it repeats the end of the epoch."""
+        """Keep the results of a whole epoch. The state comes last, so that after a kill the epoch's end is repeated."""
         self.history.append(line)
         self._say(_describe(line, self._training.recipe.epochs))
         if self._folder and self._logs:
@@ -269,12 +269,13 @@ def fit(
     save_every: float = SAVE_EVERY,
     evaluate_every: int = 1,
 ) -> list[dict[str, Any]]:
-    """Train in place, and return a line of metrics for each epoch. With a folder, go on from the state there.
+    """Train `model` in place, and return a line of metrics for each epoch. With a folder, go on from the state there.
 
-    The state is kept after every epoch, within one every so many seconds, and where Ctrl-C or SIGTERM asks to stop:
-    then KeyboardInterrupt, once the step is whole. `notes` go into the weights' files. partner: learns in the same
-    steps. evaluate_every: in epochs, and always after the last one; other lines have no metrics. KdcacheError when a
-    loss is no longer finite.
+    The state is saved after every epoch, every `save_every` seconds within an epoch, and when Ctrl-C or SIGTERM asks
+    to stop. The current step is finished then, and KeyboardInterrupt is raised. notes: what goes into the weights
+    files. partner: a network that learns in the same steps. evaluate_every: the number of epochs between evaluations;
+    the last epoch is always evaluated, and the lines of epochs without an evaluation have no metrics. KdcacheError if
+    a loss is no longer finite.
     """
     training = Training(model, loss, recipe, len(loader), partner)
     wishes = group.Wishes()
@@ -301,9 +302,9 @@ def _evaluated(
     interrupts: Interrupts,
     save: Callable[[], None],
 ) -> dict[str, float]:
-    """The metrics of an epoch whose batches are all learnt. Stopped meanwhile, they are kept and not learnt again."""
+    """The metrics of an epoch whose batches are all learnt. If this is stopped, they are kept, not learnt again."""
     if group.world() > 1:
-        save()  # ranks evaluate together, to the end: torchrun may not wait so long for one that is to stop
+        save()  # ranks evaluate together, to the end, and torchrun may kill one that takes so long to stop
         return evaluate(training.evaluated)
     try:
         with interrupts.at_once():
@@ -321,7 +322,7 @@ def _resume(training: Training, folder: RunFolder, say: Callable[[str], None]) -
     try:
         training.load_state_dict(state["training"])
     except (KeyError, RuntimeError, TypeError, ValueError) as e:
-        raise CorruptError(f"{folder.path / 'state.pt'} is not of this network: {ANEW}") from e
+        raise CorruptError(f"{folder.path / 'state.pt'} belongs to another network: {ANEW}") from e
     within = f" and {training.batch} batches" if training.batch else ""
     say(f"resuming {folder.path} after epoch {training.epoch}{within} of {training.recipe.epochs}")
     history: list[dict[str, Any]] = state["history"]
@@ -357,7 +358,7 @@ def _train_epoch(
             training.seconds = now - began
             stop, keep = wishes(interrupts.asked, now - saved > save_every)
             if stop:
-                break  # which ends the loader's threads and processes
+                break  # this ends the loader's threads and processes
             if keep:
                 save()
                 saved = time.monotonic()
@@ -365,7 +366,7 @@ def _train_epoch(
 
 
 def _stop_together(interrupts: Interrupts, save: Callable[[], None] = lambda: None) -> None:
-    """KeyboardInterrupt where any rank was asked to stop. One that is asked just now stops with the others later."""
+    """KeyboardInterrupt if any rank was asked to stop. One that is asked just now stops with the others later."""
     if group.anyones(interrupts.asked):
         save()
         raise KeyboardInterrupt
@@ -408,7 +409,7 @@ def _restore_random(state: dict[str, Tensor], device: torch.device) -> None:
 
 
 def seeded(seed: int, make: Callable[[], nn.Module]) -> nn.Module:
-    """Make a network whose initial weights depend on the seed alone; dropout draws on from the same generator."""
+    """Make a network whose initial weights depend on the seed alone. Dropout then draws from the same generator."""
     torch.manual_seed(seed)
     return make()
 
@@ -418,7 +419,7 @@ def new_classifier(
 ) -> Classifier:
     """The network `name` with weights drawn from the seed, for images of `size` pixels normalised as the data's.
 
-    InputError, which says `whose` classes they are, where it does not answer for so many.
+    InputError if it does not answer for so many classes. whose: what the error says before their number.
     """
     network = seeded(seed, lambda: build_network(name, classes, size))
     model = Classifier(network, data.mean, data.std).to(device)

@@ -34,12 +34,13 @@ _WORTH_COMPILING = 10_000  # batches in a run
 
 @dataclass(frozen=True, eq=False)
 class TrainPlan:
-    """What one run trains, on which images and how. What comes after it reads from here, and looks up no default.
+    """What one run trains, on which images and how. All later code reads the plan and looks up no default.
 
-    asked: the settings as given, for those that stand for themselves: the seed, the worker processes and so on.
-    evaluation: the images that are reported. validation: the split that chooses the best weights, where the data have
-    one; held_out: bool [N], the training samples that do it instead. image_size: the student's, in pixels. views: how
-    many are used in turn; None means a new one every epoch. batch: samples a batch, on all ranks together.
+    asked: the settings as given; those that need no looking up (the seed, the worker processes) are read from here.
+    evaluation: the images whose figures are reported. validation: the split that chooses the best weights, if the data
+    have one. held_out: bool [N], the training samples that choose them instead. image_size: the student's, in pixels.
+    views: how many views are used in turn; None means a new one every epoch. batch: the number of samples in a batch,
+    on all ranks together.
     """
 
     asked: TrainConfig
@@ -66,7 +67,7 @@ class TrainPlan:
 
     @cached_property
     def labels(self) -> NDArray[np.int64]:
-        """int64 [N, L] the classes of the training samples, as the teacher counts them; read from the cache."""
+        """int64 [N, L]: the classes of the training samples, numbered as the teacher's, read from the cache."""
         return self.feed.labels()
 
     @cached_property
@@ -81,7 +82,7 @@ class TrainPlan:
 
     @property
     def settings(self) -> dict[str, Any]:
-        """The content of config.json: everything that tells this run from others, and where things lie."""
+        """The content of config.json: everything that distinguishes this run from others, and where things lie."""
         asked, recipe, cache = self.asked, self.recipe, self.cache
         return {
             "cache": cache.key, "data": placed(asked.data), "student": self.student, "loss": self.loss.name,
@@ -98,7 +99,7 @@ class TrainPlan:
 
     @property
     def notes(self) -> dict[str, Any]:
-        """The notes in the student's weights files, by which they can be read and evaluated on their own."""
+        """The notes in the student's weights files, with which they can be read and evaluated on their own."""
         data, has = self.data, self.cache.identity.evaluation
         return {
             "student": self.student, "classes": self.classes, "input_size": self.image_size, "mean": list(data.mean),
@@ -126,14 +127,14 @@ class TrainPlan:
 def make_plan(config: TrainConfig, device: torch.device, say: Callable[[str], None]) -> TrainPlan:
     """Look up the cache, the data and every default. A KdcacheError says what does not go together.
 
-    Ranks make it together, and one of each machine downloads what is missing.
+    All ranks make the plan together, and one on each machine downloads what is missing.
     """
     _require_possible(config, device)
     with group.one_first():
         cache = choose_cache(config)
     feed = feed_of(cache)
     if config.online:
-        feed.live()  # or an error
+        feed.live()  # raises an error if there is no live teacher
     record = cache.identity.record
     data, evaluation, validation = _open_splits(config, record.labels == 0, say)
     require_data(cache, data)
@@ -169,7 +170,7 @@ def make_plan(config: TrainConfig, device: torch.device, say: Callable[[str], No
 
 
 def default_out(config: TrainConfig) -> Path:
-    """The folder of a run whose settings name none. It is named after the data, student, loss and seed."""
+    """The folder of a run whose settings name none; its name consists of data, student, loss and seed."""
     data = open_data(config.data, "train", unlabelled=True)
     return _out_of(config, data.name, config.student or defaults_for(data).student)
 
@@ -188,13 +189,13 @@ def _require_possible(config: TrainConfig, device: torch.device) -> None:
     if config.fresh_views and not config.online:
         raise InputError("--fresh-views needs the live teacher: give --online too")
     if config.weights and not config.online:
-        raise InputError("--weights are those of the live teacher: give --online too")
+        raise InputError("--weights are for the live teacher: give --online too")
 
 
 def _open_splits(
     config: TrainConfig, unlabelled: bool, say: Callable[[str], None]
 ) -> tuple[Dataset, Dataset, Dataset | None]:
-    """The train and the eval split, and the validation split where the data have one and none is held out."""
+    """The train and the eval split, and the validation split if the data have one and no samples are held out."""
     with group.one_first():
         data, evaluation = (open_data(config.data, split, unlabelled=unlabelled) for split in ("train", "eval"))
         third = None if unlabelled or config.validation is not None else open_validation(config.data)
@@ -205,7 +206,7 @@ def _open_splits(
 
 
 def _recipe(config: TrainConfig, defaults: Defaults, batch: int, batches: int, device: torch.device) -> Recipe:
-    """How the student learns: rates go by the samples of an update. batches: those of an epoch."""
+    """How the student learns. The rates depend on the samples in an update. batches: their number in an epoch."""
     together = batch * config.accumulate
     lr, decay = default_rates(config.optimiser, defaults, together)
     sgd_lr, sgd_decay = default_rates("sgd", defaults, together) if config.optimiser == "muon" else (None, None)
@@ -229,5 +230,5 @@ def _recipe(config: TrainConfig, defaults: Defaults, batch: int, batches: int, d
 
 
 def _placed_weights(weights: str | None) -> str | None:
-    """The weights as config.json holds them: a file with its whole path."""
+    """The weights as config.json holds them: a file is given by its absolute path."""
     return place_of(weights) if weights and Path(weights).exists() else weights

@@ -14,7 +14,7 @@ from kdcache.cache.store.place import Folder
 
 
 class FolderObjects:
-    """Files below a folder, none of which is reached through a symbolic link. For the methods see Objects."""
+    """Files below a folder, none of which is reached through a symbolic link. Objects describes the methods."""
 
     listable = writable = True
 
@@ -93,7 +93,7 @@ class FolderObjects:
 class SharedFolder(Folder):
     """A cache in the folder of a registry.
 
-    It is not followed through links, and not repaired by people who only use it.
+    No link in it is followed, and people who only use it do not repair it.
     """
 
     writable = False
@@ -106,4 +106,4 @@ class SharedFolder(Folder):
         return self._objects.at(f"{self._prefix}/{file}")
 
     def remedy(self, file: str) -> str:
-        return f"ask who keeps that registry to run kdcache verify {self.where} --repair, then to build it again"
+        return f"ask whoever keeps the registry to run kdcache verify {self.where} --repair, then to build it again"

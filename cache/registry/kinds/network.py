@@ -1,7 +1,7 @@
 """A registry in a bucket or on a web server: its objects, and reading a cache there by way of a local store.
 
-Both are reached over a network, which fails at any time: everything is tried again, with back-off, until `PATIENCE` is
-spent.
+Both are reached over a network, which may fail at any time: so each request is repeated, after longer and longer waits,
+for up to `PATIENCE` seconds.
 """
 
 from __future__ import annotations
@@ -32,11 +32,11 @@ from kdcache.cache.store.place import ZarrChunks
 
 T = TypeVar("T")
 MOST_VIEWS = 100_000
-# Seconds for which one request is tried: once the place has answered, and before.
+# Seconds for which one request is repeated: after the place has answered any request, and before.
 PATIENCE, AT_FIRST = 90.0, 15.0
 _LONGEST_WAIT = 10.0
-_WRONG_AT_MOST = 3  # times that bytes are fetched before they are given up as not those that belong there
-_AT_ONCE = 32  # requests at once that ask what there is
+_WRONG_AT_MOST = 3  # how often wrong bytes are fetched before they count as damaged there
+_AT_ONCE = 32  # simultaneous requests that ask what there is
 # A stalled connection is given up after read_timeout. A whole request may take long, since a chunk may have 2 GB.
 _CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
@@ -46,7 +46,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 class NetworkObjects:
     """Objects in a bucket, or on a web server, which can only be read and cannot be listed. May be pickled.
 
-    For the methods see Objects. Each raises UnreadableError once it was tried for long enough.
+    Objects describes the methods. Each raises UnreadableError when it has been tried for long enough.
     """
 
     def __init__(self, url: str, bucket: bool) -> None:
@@ -54,7 +54,7 @@ class NetworkObjects:
         self._reached = False
 
     def require_there(self) -> None:
-        """Whatever asks for an object finds that out."""
+        """Nothing to do: the first request for an object finds that out."""
 
     def folder(self, path: str) -> None:
         return None
@@ -66,7 +66,7 @@ class NetworkObjects:
         return bytes(self._read(path, limit, None))
 
     def fetch(self, path: str, size: int, sha256: str) -> Content:
-        """The object's bytes; CorruptError where they are of another digest, or more than `size`."""
+        """The object's bytes; CorruptError if their digest is another, or if they are more than `size`."""
         return self._read(path, size, sha256)
 
     def _read(self, path: str, limit: int, sha256: str | None) -> Content:
@@ -76,9 +76,9 @@ class NetworkObjects:
             if sha256 is not None:
                 right = files.sha256(content) == sha256
             else:
-                # In most buckets the tag is the content's MD5. Where it is something else, it does not agree by chance.
+                # In most buckets the tag is the content's MD5. One that is something else does not agree by chance.
                 right = self.url.startswith("https://") or (tag is not None and tag[1] == _md5(content))
-                # Where nothing covers these bytes on their way, two answers must agree.
+                # If nothing protects these bytes on their way, two answers must agree.
                 right = right or content == self._try(path, lambda: self._get(path, limit))[0]
             if right:
                 return content
@@ -87,11 +87,11 @@ class NetworkObjects:
                 raise CorruptError(f"{self.url}/{path} is not what was committed")
 
     def _get(self, path: str, limit: int) -> tuple[memoryview, re.Match[str] | None]:
-        """The object, and its tag where that may be an MD5."""
+        """The object, and its tag if that may be an MD5."""
         found = obstore.get(self._store, path)
         size, tag = found.meta["size"], _MD5.fullmatch(found.meta["e_tag"] or "")
         if size > limit:
-            raise CorruptError(f"{self.url}/{path} has {size} bytes, more than the {limit} that it may have")
+            raise CorruptError(f"{self.url}/{path} has {size} bytes, more than the {limit} allowed")
         content = memoryview(found.bytes())  # no copy
         if len(content) != size:
             raise oe.GenericError(f"{len(content)} of {size} bytes came")
@@ -120,7 +120,7 @@ class NetworkObjects:
             return False
 
     def require_create_only(self, path: str) -> None:
-        # Should the server overwrite it, it does so with the same bytes.
+        # If the server overwrites the object, it does so with the same bytes.
         content = self.read(path, 1 << 20)
 
         def put() -> bool:
@@ -132,8 +132,8 @@ class NetworkObjects:
 
         if not self._try(path, put):
             raise InputError(
-                f"{self.url}: this server overwrites what exists although asked not to (If-None-Match), so that "
-                "nothing could be published safely; use another"
+                f"{self.url}: this server overwrites objects that exist although asked not to (If-None-Match), so that "
+                "nothing can be published safely: use another server"
             )
 
     def replace(self, path: str, data: bytes) -> None:
@@ -144,8 +144,8 @@ class NetworkObjects:
             found = (meta for page in obstore.list(self._store, folder) for meta in page)
             return {meta["path"].removeprefix(f"{folder}/"): meta["size"] for meta in found}
 
-        # Nothing covers a list on its way, and a name that came wrong would count as removed. So two lists in a row
-        # must agree, unless others change the folder all the time.
+        # Nothing protects a list on its way, and a name that arrived wrong would count as removed. So two lists in a
+        # row must agree, unless others change the folder all the time.
         found = self._try(f"{folder}/", listed)
         for _ in range(_WRONG_AT_MOST):
             before, found = found, self._try(f"{folder}/", listed)
@@ -171,17 +171,17 @@ class NetworkObjects:
             self._try(paths[0], lambda: obstore.delete(self._store, paths))
 
     def folders(self, folder: str, holding: str) -> list[str]:
-        # What is created first need not be looked for: a folder exists by its objects.
+        # There is no need to look for the object that is created first: a folder exists only by its objects.
         found = self._try(f"{folder}/", lambda: obstore.list_with_delimiter(self._store, folder))
         return sorted(path.rpartition("/")[2] for path in found["common_prefixes"])
 
     @property
     def _store(self) -> ObjectStore:
         if (first := _process()) != os.getpid():
-            # obstore's threads have not come along: every request would wait for ever.
+            # A forked process lacks obstore's threads, so that every request would wait for ever.
             raise UnreadableError(
-                f"{self.url} cannot be read in a process forked off one (process {first}) that has read over a "
-                "network: start it by spawn, as multiprocessing.get_context('spawn') does"
+                f"{self.url} cannot be read in this process, which was forked from one (process {first}) that has read "
+                "over a network: start it by spawn, as multiprocessing.get_context('spawn') does"
             )
         return _store(self.url)
 
@@ -197,15 +197,15 @@ class NetworkObjects:
                     raise NotFoundError(f"{self.url}: there is no such bucket") from e
                 raise NotFoundError(f"{where} is missing") from None
             except (oe.PermissionDeniedError, oe.UnauthenticatedError) as e:
-                raise UnreadableError(f"{where}: {_reason(e)}: these credentials may not do this") from e
+                raise UnreadableError(f"{where}: {_reason(e)}: the credentials do not allow this") from e
             except (oe.BaseError, ValueError, OSError) as e:
                 if _final(e):
                     raise UnreadableError(f"{self.url}: no credentials were found (see docs/sharing.md)") from e
                 passed = time.monotonic() - started
                 if passed + wait > (PATIENCE if self._reached else AT_FIRST):
                     raise UnreadableError(
-                        f"{where}: {_reason(e)} ({tries} tries in {passed:.0f} s): see to the network, then run the "
-                        "same command again (train: with --resume), it goes on where it was"
+                        f"{where}: {_reason(e)} ({tries} tries in {passed:.0f} s): check the network, then run the "
+                        "same command again (train: with --resume), which goes on where it stopped"
                     ) from e
             else:
                 self._reached = True
@@ -215,7 +215,7 @@ class NetworkObjects:
 
 
 class Remote(ZarrChunks):
-    """A cache below `prefix` of objects over a network. What is there is asked once, when it is first needed.
+    """A cache below `prefix` of objects over a network. It asks once what is there, when that is first needed.
 
     store: keeps chunks. mirror: a local folder that keeps identity and commits, which never change.
     """
@@ -239,11 +239,11 @@ class Remote(ZarrChunks):
 
     @cached_property
     def files(self) -> dict[str, int]:
-        """Sizes by name: those of all files, or, where files cannot be listed, those of the commits found by asking."""
+        """Sizes by name: of all files, or, where files cannot be listed, of the commits that were found by asking."""
         return self._objects.sizes(self._prefix) if self._objects.listable else self._probed()
 
     def _probed(self) -> dict[str, int]:
-        """Ask for each commit that there can be, and for those of views from 0 on until one is missing."""
+        """Ask for each commit that there can be; for those of views from view 0 on, until one is missing."""
         train, evaluation = SplitLayout(self._identity, "train"), SplitLayout(self._identity, "eval")
         fixed = [split.commit_file(name) for split in (train, evaluation) for name in ("labels", "sizes", "prior")]
         fixed += map(evaluation.commit_file, evaluation.shards([0]))
@@ -289,26 +289,24 @@ class Remote(ZarrChunks):
 
     def content(self, file: str, stored: StoredFile, chunk: Chunk) -> Content:
         if not _SHA256.fullmatch(stored.sha256) or not 0 <= stored.size <= chunk.spec.max_file_bytes:
-            raise CorruptError(f"the commit of {self.locate(file)} names {stored.size} bytes, which cannot be")
+            raise CorruptError(f"the commit of {self.locate(file)} names {stored.size} bytes, which is impossible")
         return self._store.get(stored, lambda: self._fetch(file, stored))
 
     def _fetch(self, file: str, stored: StoredFile) -> Content:
         try:
             return self._objects.fetch(f"{self._prefix}/{file}", stored.size, stored.sha256)
         except (NotFoundError, CorruptError) as e:
-            # Another publisher may have taken the place before, and never committed.
+            # Another publisher may have taken the place earlier, and never committed.
             try:
                 return self._objects.fetch(f"{self._prefix}/{other(stored)}", stored.size, stored.sha256)
             except NotFoundError:
                 raise e from None
 
     def remedy(self, file: str) -> str:
-        return (
-            f"it is damaged there, or what is known of it in {self._mirror} is out of date: remove that, then try again"
-        )
+        return f"it is damaged there, or what is known of it here is out of date: remove {self._mirror}, then try again"
 
     def more(self, view: int) -> str:
-        return f"kdcache build with --registry {self._objects.url} --views {view + 1} --push adds it"
+        return f"run kdcache build with --registry {self._objects.url} --views {view + 1} --push to add it"
 
     def size(self) -> int:
         if self._objects.listable:
@@ -318,23 +316,23 @@ class Remote(ZarrChunks):
         return sum(self.files.values()) + sum(stored.size for commit in found for stored in commit.files.values())
 
     def check(self) -> None:
-        """kdcache reads nothing there that neither the key nor a commit covers."""
+        """Nothing to check: the key or a commit covers everything that kdcache reads there."""
 
 
 def other(stored: StoredFile) -> str:
-    """Where a chunk lies whose own place was taken by one that was never committed."""
+    """Where a chunk lies if its own place was taken by bytes that were never committed."""
     return f"other/{stored.sha256}"
 
 
 @cache
 def _process() -> int:
-    """The process that was the first to ask."""
+    """The process that was the first to call this."""
     return os.getpid()
 
 
 @cache
 def _store(url: str) -> ObjectStore:
-    # A bucket's endpoint may be within a building; https is not to be left by a redirection.
+    # A bucket's endpoint within a building may have plain http. No redirection may lead from https to http.
     client = {**_CLIENT, "allow_http": not url.startswith("https://")}
     options: dict[str, Any] = {"client_options": client, "retry_config": {"max_retries": 0}}
     if url.startswith("s3://"):
@@ -346,7 +344,7 @@ def _store(url: str) -> ObjectStore:
 
 
 def _profile() -> dict[str, Any]:
-    """What boto3 knows from ~/.aws and single sign-on, where that is installed and the environment names no keys."""
+    """What boto3 knows from ~/.aws and single sign-on, if it is installed and the environment names no keys."""
     if "AWS_ACCESS_KEY_ID" in os.environ or "AWS_SKIP_SIGNATURE" in os.environ:
         return {}
     try:
@@ -359,12 +357,12 @@ def _profile() -> dict[str, Any]:
 
 
 def _final(e: Exception) -> bool:
-    """Whether trying again is of no use: no credentials were found, so that a cloud machine's own were asked for."""
+    """Whether trying again is useless, because without credentials obstore asked for those of a cloud machine."""
     return "169.254." in str(e)
 
 
 def _reason(e: Exception) -> str:
-    """The first line of an error of obstore's, without what may be a token."""
+    """The first line of one of obstore's errors, without anything that may be a token."""
     lines = [line.strip() for line in str(e).splitlines() if line.strip()]
     return re.sub(r"\?\S+", "?...", lines[0] if lines else type(e).__name__)[:300]
 

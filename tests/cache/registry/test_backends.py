@@ -74,7 +74,7 @@ class Memory:
     def read(self, path, limit):
         data = self._at(path)[0]
         if len(data) > limit:
-            raise CorruptError(f"{self.url}/{path} has {len(data)} bytes, more than the {limit} that it may have")
+            raise CorruptError(f"{self.url}/{path} has {len(data)} bytes, more than the {limit} allowed")
         return data
 
     def fetch(self, path, size, sha256):

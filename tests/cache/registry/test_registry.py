@@ -189,7 +189,8 @@ def test_a_cache_at_an_address_is_pulled_before_it_is_packed(tmp_path, toy, buck
     push(toy.cache.path, bucket, say=quiet)
     (tmp_path / "here").mkdir()
     monkeypatch.chdir(tmp_path / "here")  # nothing may be made in a folder named after the address
-    refused(f"pack {bucket}/caches/{toy.cache.key} --to hdf5", "kdcache pull it first")
+    address = f"{bucket}/caches/{toy.cache.key}"
+    refused(f"pack {address} --to hdf5", f"run kdcache pull {address} first")
     assert not list((tmp_path / "here").iterdir())
 
 
@@ -293,7 +294,7 @@ def test_a_plain_web_server_is_read_without_a_listing(tmp_path, toy, handler, mo
         refused(f"ls --registry {address}", "cannot be listed")
         pulled = pull("toy-v1", address, views=range(2), say=quiet)
         assert pulled.views == 2 and Cache(Path(pulled.where)).views == (0, 1)
-        refused(f"push {toy.cache.path} --registry {address}", "only read from")
+        refused(f"push {toy.cache.path} --registry {address}", "can only be read")
         refused(f"pull {key[:8]} --registry {address}", "cannot be listed")
         info = json.loads(run(f"info {address}/caches/{key} --json").output)
         assert info["views"] == 3 and info["path"] == f"{address}/caches/{key}" and info["bytes"] > 1000

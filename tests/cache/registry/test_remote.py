@@ -204,7 +204,9 @@ def test_a_cache_whose_evaluation_split_alone_is_missing_here_is_completed_from_
 def test_what_is_complete_here_needs_no_registry(tmp_path):
     build_shared(settings(), say=quiet)
     assert build_shared(settings(), "http://127.0.0.1:9/kd", say=quiet).teacher_images == 0
-    refused("build --teacher kd_toy:net --data kd_toy:images --push --registry http://127.0.0.1:9/kd", "only read from")
+    refused(
+        "build --teacher kd_toy:net --data kd_toy:images --push --registry http://127.0.0.1:9/kd", "can only be read"
+    )
     refused("build --teacher kd_toy:net --data kd_toy:images --push", "no registry is named")
 
 
@@ -395,8 +397,8 @@ def test_wrong_bytes_of_a_plain_web_server_are_not_believed(tmp_path, toy, monke
 
 def test_a_server_that_is_not_there_is_one_line(monkeypatch):
     monkeypatch.setattr(network, "AT_FIRST", 0.3)
-    assert "tries" in refused(f"pull {'a' * 64} --registry http://127.0.0.1:9/kd", "see to the network")
+    assert "tries" in refused(f"pull {'a' * 64} --registry http://127.0.0.1:9/kd", "check the network")
     monkeypatch.setenv("AWS_ENDPOINT_URL", "http://127.0.0.1:9")
     network._store.cache_clear()
-    assert "tries" in refused("ls --registry s3://bucket/kd", "see to the network")
+    assert "tries" in refused("ls --registry s3://bucket/kd", "check the network")
     network._store.cache_clear()

@@ -161,7 +161,7 @@ def test_the_prior_is_fixed_by_view_0_and_never_silently_missing(tmp_path):
 
 def test_a_folder_that_is_no_cache_is_left_alone(tmp_path):
     (tmp_path / "notes.txt").write_text("mine")
-    with pytest.raises(e.InputError, match="not empty and no cache"):
+    with pytest.raises(e.InputError, match="not empty and is no cache"):
         Cache.create(tmp_path, identity())
     assert [p.name for p in tmp_path.iterdir()] == ["notes.txt"]
     # A builder that was stopped at once leaves its scratch folder, and must not be in its own way.

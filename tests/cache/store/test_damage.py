@@ -332,8 +332,8 @@ def test_forged_labels_priors_and_sums_are_refused(filled):
     for name, spec, value, message in (
         ("labels", cache.train.layout.labels, 12, "labels holds a class id above 11"),
         ("sizes", cache.train.layout.sizes, 0, "sizes holds sizes below 1"),
-        ("prior", cache.train.layout.prior, 0, "prior holds values that are no probabilities"),
-        ("prior", cache.train.layout.prior, np.nan, "prior holds values that are no probabilities"),
+        ("prior", cache.train.layout.prior, 0, "prior holds values that are not probabilities"),
+        ("prior", cache.train.layout.prior, np.nan, "prior holds values that are not probabilities"),
         ("tail_sums", cache.train.layout.tail_sums, -1, "tail_sums holds values below zero"),
     ):
         file = spec.chunk_file(0)

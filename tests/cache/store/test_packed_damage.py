@@ -60,7 +60,7 @@ def test_a_flipped_bit_is_found_or_harmless(toy, tmp_path, kind):
             assert kind == "hdf5" or file.name == "zarr.json" or file.parent.name == "commits"
             if kind == "hdf5":
                 (problem,) = verify(Cache(path)).problems
-                assert problem.startswith(f"{path} is not what was packed: copy it anew")
+                assert problem.startswith(f"{path} is not what was packed: copy it again")
         file.write_bytes(content)
     assert read and messages and all(str(path) in text and "\n" not in text for text in messages)
 

@@ -196,7 +196,7 @@ def test_a_damaged_cache_is_not_packed(toy, tmp_path):
     about = json.loads(commit.read_bytes())
     about["files"]["views/v00001/gaps/c/1/0"]["rows"] = "0" * 64
     commit.write_text(json.dumps(about))
-    with pytest.raises(e.CorruptError, match="holds other rows than v00001-p0001"):
+    with pytest.raises(e.CorruptError, match="holds other rows than its commit, v00001-p0001"):
         pack_hdf5(Cache(tmp_path / "c"), tmp_path / "c.h5", (0, 1))
     assert not list(tmp_path.glob("*c.h5*"))
 
@@ -237,7 +237,7 @@ def test_unpacking_into_other_records_is_refused(toy, packed, tmp_path):
         unpack_hdf5(Cache(packed), tmp_path / "v")
     (tmp_path / "w").mkdir()
     (tmp_path / "w" / "notes").touch()
-    with pytest.raises(e.InputError, match="not empty and no cache"):
+    with pytest.raises(e.InputError, match="not empty and is no cache"):
         unpack_hdf5(Cache(packed), tmp_path / "w")
 
 

@@ -95,6 +95,6 @@ def test_what_is_wrong_with_the_registry_is_said_before_anything_is_taught(tmp_p
     monkeypatch.setattr(torch.optim, "SGD", None)
     with pytest.raises(InputError, match="no registry is named: give --registry URL"):
         build_and_teach(BuildConfig("resnet8"), publish=True, say=quiet)
-    with pytest.raises(InputError, match="only read from"):
+    with pytest.raises(InputError, match="can only be read"):
         build_and_teach(BuildConfig("resnet8"), "http://127.0.0.1:9/kd", publish=True, say=quiet)
     assert not (tmp_path / "home" / "teachers").exists()

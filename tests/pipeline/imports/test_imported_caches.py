@@ -118,7 +118,7 @@ def test_the_rest_of_the_commands(place, fkd, tmp_path):
     assert verify(cache).passed
     with pytest.raises(KdcacheError, match="was imported, and its teacher is not at hand: give --depth contents"):
         source_of(cache)
-    with pytest.raises(KdcacheError, match="was imported, without the teacher's answers on the evaluation split"):
+    with pytest.raises(KdcacheError, match="was imported without the teacher's answers on the evaluation split"):
         cache.read_evaluation()
     weights = tmp_path / "w.safetensors"
     save_file(build_network("resnet8", len(CLASSES), 32).state_dict(), weights)
@@ -131,7 +131,7 @@ def test_the_rest_of_the_commands(place, fkd, tmp_path):
 def test_it_is_packed_and_shared_like_others(fkd, tmp_path, monkeypatch):
     path, views = fkd[0].path, range(VIEWS)
     packed = pack(path, "hdf5", str(tmp_path / "c.h5"), say=quiet).path
-    with pytest.raises(KdcacheError, match="was imported, and FFCV's loader cannot make its views"):
+    with pytest.raises(KdcacheError, match="was imported, and FFCV's loader cannot make such views"):
         pack(path, "ffcv", str(tmp_path / "c.beton"), say=quiet)
     unpacked = unpack(str(packed), str(tmp_path / "c"), quiet).path
     push(path, str(tmp_path / "shared"), say=quiet)

@@ -54,7 +54,7 @@ def test_a_second_member_teaches_and_computes_nothing_and_verifies(first, member
     built = works(f"{BUILD} --registry {root} --json")
     facts = json.loads(built.stdout)
     assert idle == [] and facts["teacher_images"] == 0 and facts["key"] == only().key == open_registry(root).keys()[0]
-    assert f"that of cache {only().key[:12]} in {root}" in built.stderr and "is taken" in built.stderr
+    assert f"using the one of cache {only().key[:12]} in {root}" in built.stderr
     assert "867 records replayed" in works(f"verify {only().key}").output  # without the registry
     # And so it is for one who has nothing of it here, and for a student with the teacher beside.
     member("c")
@@ -108,7 +108,7 @@ def test_of_several_teachers_one_is_chosen(first, member, root, idle):
     member("b")
     line = told(f"{BUILD} --registry {root}", "several teachers resnet8 on this digits data")
     for one, by in ((weights, key), (theirs, other)):
-        assert f"--weights {one[:12]} of cache {by[:12]} in {root}, published by " in line
+        assert f"--weights {one[:12]} of cache {by[:12]} in {root} (published by " in line
     assert not caches_folder().exists()
     told(f"{BUILD} --registry {root} --weights 0123456", "none begin so")
     del idle[:]
@@ -171,7 +171,7 @@ def test_a_registry_that_cannot_be_listed_is_no_reason_to_teach_in_silence(membe
     member("a")
     with web_server(tmp_path) as address:
         result = run(f"{BUILD} --registry {address}")
-    assert taught and "cannot be listed, so that no teacher is looked for there" in result.output
+    assert taught and "cannot be listed, so no teacher is looked for there" in result.output
 
 
 def test_shown_otherwise_the_same_weights_are_replayed_as_the_cache_was_built(first, member, tmp_path, idle):
@@ -284,7 +284,7 @@ def test_what_is_not_what_its_name_says_is_refused_and_not_kept(first, member, r
         assert content != good
         shared.objects.replace(at, content)
         member("b")
-        advice = "ask who keeps the registry to remove it, then kdcache push publishes it anew"
+        advice = "ask whoever keeps the registry to remove it, then kdcache push publishes it again"
         assert advice in refused(f"verify {key} --registry {root}", f"{root}/{at}")
         assert not weights_file(weights).exists() and not Path("harm").exists()
     # What the line says helps.
@@ -316,7 +316,7 @@ def test_a_hash_that_is_a_path_reads_nothing(tmp_path, root):
     for weights in ("../../etc/passwd", "", "A" * 64, "a" * 63, "a" * 64 + "\n"):
         teacher = usual.model_copy(update={"weights": weights})
         for ask in (open_registry(root).teachers.has, open_registry(root).teachers.read, weights_file):
-            with pytest.raises(e.CorruptError, match="no hash of a teacher's weights"):
+            with pytest.raises(e.CorruptError, match="not the hash of a teacher's weights"):
                 ask(weights)
         with pytest.raises(e.CorruptError):
             weightstore.find_weights(teacher, [], quiet)

@@ -401,6 +401,6 @@ def test_a_state_of_another_kind_is_one_line(tmp_path):
     with pytest.raises(KdcacheError, match=r"state.pt is not what this kdcache writes: remove it to start"):
         run(tmp_path, settings(), True)
     torch.save(state, tmp_path / "state.pt")
-    with pytest.raises(KdcacheError, match=r"state.pt is not of this network: remove it to start"):
+    with pytest.raises(KdcacheError, match=r"state.pt belongs to another network: remove it to start"):
         run(tmp_path, settings(ema=0.9), True)
     assert json.loads((tmp_path / "metrics.jsonl").read_text().splitlines()[0])["epoch"] == 1

@@ -64,12 +64,14 @@ class DIST(ByParts):
 class CMKD(ByParts):
     """alpha CE + beta mean_B [(1 - d) (1 - Pearson(p^T, q^T)) + d (1 - Spearman(t, s))].
 
-    After Niu et al. 2024 (arXiv 2410.06561). The paper's, by its abstract: a Pearson and a Spearman loss between the
-    outputs of teacher and student, whose weights follow each sample's difficulty. Our reading, every constant an
-    option: logits are standardised first; the difficulty is the teacher's entropy at T = 1 over log C, and
-    d = low + (high - low) of that, so that of a teacher that is unsure the order counts more than the values; the
-    ranks are sums over classes of sigmoid((x_j - x_k) / softness), which can be differentiated: O(B C^2) work, in
-    slices of the batch so that memory stays small; eps as in dist.
+    After Niu et al. 2024 (arXiv 2410.06561). The paper says, by its abstract: there is a Pearson and a Spearman loss
+    between the outputs of teacher and student, and their weights follow each sample's difficulty.
+
+    The rest is our reading, and every constant is an option. Logits are standardised first. The difficulty is the
+    teacher's entropy at T = 1 over log C, and d = low + (high - low) * difficulty: where the teacher is unsure, the
+    order of the classes counts more than the values. Ranks are sums over classes of sigmoid((x_j - x_k) / softness),
+    which can be differentiated. That is O(B C^2) work, done in slices of the batch so that memory stays small. eps is
+    as in dist.
     """
 
     name: ClassVar[str] = "cmkd"
@@ -112,9 +114,9 @@ class LogitStd(ByParts):
     """alpha CE + weight tau^2 KL of softmax(t' / tau), softmax(s' / tau); t', s' = (x - mean) / (1e-7 + std) by row.
 
     Logit standardisation, Sun et al. 2024 (arXiv 2403.01427); std is the unbiased one. With base=dkd, DKD's two terms
-    stand in place of KL, with `target` and `others` as their weights (alpha and beta there) and with its warm-up w; as
-    in the authors' code DKD's own settings hold, both terms times `weight`. A row of equal logits has no shape: it
-    counts as zeros and gets no gradient.
+    take the place of KL, with its warm-up w and with `target` and `others` as their weights (DKD's alpha and beta). The
+    presets are DKD's own, and both terms are multiplied by `weight`, as in the authors' code. A row of equal logits has
+    no shape: it counts as zeros and gets no gradient.
     """
 
     name: ClassVar[str] = "logit-std"
@@ -172,7 +174,7 @@ def _pearson(x: Tensor, y: Tensor, dim: int, eps: float) -> Tensor:
     for v in (x, y):
         centred = v - (group.mean(v) if dim == 0 else v.mean(dim, keepdim=True))
         varies, spread = _varies(v, centred, dim)
-        # Scaled first: the square of a small probability would underflow.
+        # The values are scaled first, because the square of a small probability would underflow.
         spread = torch.where(varies, spread, 1.0)
         scaled.append(torch.where(varies, centred, 0.0) / spread)
         squares = _sum(scaled[-1] ** 2, dim, keepdim=True)

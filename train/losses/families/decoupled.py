@@ -64,9 +64,9 @@ class DKD(ByParts):
 class IKL(ByParts):
     """CE + w [alpha H(p^T, q^T) + beta / 4 sum_jk v_j v_k ((t_j - t_k) - (s_j - s_k))^2], w = min(epoch / warmup, 1).
 
-    Improved KL, Cui et al. 2023 (arXiv 2305.13948). With pairs=teacher, v = softmax(t / temperature2) of the sample;
-    with pairs=prior, the mean of that over the training samples of class y (view 0). As sum v = 1, the pair sum is
-    twice the variance of t - s under v: O(C), not O(C^2). There is no T^2, as in the authors' code.
+    Improved KL, Cui et al. 2023 (arXiv 2305.13948). With pairs=teacher, v is the sample's softmax(t / temperature2);
+    with pairs=prior, v is the mean of that over the training samples of class y (view 0). As sum v = 1, the pair sum is
+    twice the variance of t - s under v, which takes O(C) work, not O(C^2). There is no T^2, as in the authors' code.
     """
 
     name: ClassVar[str] = "ikl"
@@ -89,8 +89,8 @@ class IKL(ByParts):
     def prepare(self, records: Records | Iterable[Records]) -> None:
         """Take the class prior [C, C], a row for each label, from the records of view 0, whole or in parts.
 
-        Records of mixed images count for each label by its weight.
-        Under several ranks all have to call this, each with all records or each with its share.
+        Records of mixed images count for each label by its weight. With several ranks all of them must call this, each
+        with all records or each with its share.
         """
         if self.pairs != "prior":
             return
@@ -134,8 +134,9 @@ class GKD(ByParts):
     """alpha CE + T^2 [primary KL of p^T, q^T within the group G + binary KL of (p_G, 1 - p_G)^T, (q_G, 1 - q_G)^T].
 
     Grouped KD, Zhao et al. 2023 (arXiv 2304.04462, for faces; the abstract names the parts, the weights are ours). G
-    is the teacher's most probable classes, as few as hold `mass` of p^T. What is outside G counts by its sum alone,
-    so no tail is modelled: exact where G lies within the top k. Where it does not, G is the k stored classes.
+    is the smallest group of the teacher's most probable classes that holds `mass` of p^T. Only the sum of what is
+    outside G counts, so no tail is modelled. The loss is exact if G lies within the k stored classes; otherwise G is
+    those k classes.
     """
 
     name: ClassVar[str] = "gkd"
@@ -158,7 +159,7 @@ class GKD(ByParts):
         s = scaled.gather(1, ids)
         lse_in = torch.logsumexp(s.masked_fill(~inside, -torch.inf), 1)
         lse_out = torch.logsumexp(scaled.scatter(1, ids, s.masked_fill(inside, -torch.inf)), 1)
-        # Where G is everything there is no outside: its probability is 0 on both sides.
+        # If G holds all classes there is nothing outside: that has probability 0 on both sides.
         lse_out = torch.where(torch.isinf(lse_out), lse_in.detach(), lse_out)
         whole_lse = torch.logsumexp(scaled, 1)
 

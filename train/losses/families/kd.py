@@ -67,7 +67,7 @@ class KD(ByParts):
 class MSE(ByParts):
     """alpha CE + beta mean over B and C of (t - s)^2, both centred by row: Kim et al. 2021 (arXiv 2105.08919).
 
-    They are centred since records hold logits up to a constant, which a softmax does not see.
+    They are centred because records hold logits up to a constant, to which a softmax is blind.
     """
 
     name: ClassVar[str] = "mse"
@@ -112,7 +112,7 @@ class WSLD(ByParts):
 
 @dataclass(frozen=True)
 class _Skewed(ByParts):
-    """What skewed divergences share. From top-k records they build the dense teacher [B, C], its tail as modelled."""
+    """What skewed divergences share. From top-k records they build the dense teacher [B, C] with its tail modelled."""
 
     alpha: float = option(0.0)
     beta: float = option(1.0)
@@ -163,14 +163,16 @@ class SkewRKL(_Skewed):
 class BDKD(ByParts):
     """alpha CE + beta T^2 mean_B [f KL(p^T, q^T) + r KL(q^T, p^T)]; online the teacher learns too, from `of_teacher`.
 
-    After Amara et al. 2022 (arXiv 2212.12965), of which we had the abstract and summaries. The paper's: forward and
-    reverse KL weighted sample by sample, by the gap between the two networks' entropies, the forward one more where
-    the student is over-confident; teacher and student learn together (online), and the teacher's own loss is
-    regularised by the reverse KL. Our reading, every constant an option: f = heavy and r = light where
-    H(q^T) < H(p^T), else the other way round, and these weights have no gradient; the teacher's loss is
-    teacher_alpha CE + regulariser T^2 KL(q^T, p^T), and each network takes the other's answer in the same step as
-    given; the teacher starts from new weights (start=scratch) or from those that the cache was built by (start=taught).
-    Offline, from a cache, the student's side alone is left.
+    After Amara et al. 2022 (arXiv 2212.12965), of which we had the abstract and summaries. They say: forward and
+    reverse KL are weighted sample by sample, by the gap between the two networks' entropies, and the forward one
+    counts more where the student is over-confident. Teacher and student learn together (online), and the reverse KL
+    regularises the teacher's own loss.
+
+    The rest is our reading, and every constant is an option. Where H(q^T) < H(p^T), f = heavy and r = light; elsewhere
+    it is the other way round. These weights have no gradient. The teacher's loss is teacher_alpha CE + regulariser T^2
+    KL(q^T, p^T). Each network takes the other's answer in the same step as given. The teacher starts from new weights
+    (start=scratch) or from those that the cache was built with (start=taught). Offline, from a cache, only the student
+    learns.
     """
 
     name: ClassVar[str] = "bdkd"

@@ -21,7 +21,7 @@ class NKD(ByParts):
     """CE - p_y log q_y + gamma T^2 H(p~^T, q~^T): Yang et al. 2023 (arXiv 2303.13005, eq. 7; first in 2208.10139).
 
     p_y and q_y are at temperature 1. The authors' module leaves CE to its caller; this is the whole loss. With mixed
-    labels y is the heavier label, as the authors have it; with mixed=both, both terms count for each label, by its
+    labels y is the heavier label, as in the authors' code; with mixed=both, both terms count for each label, times its
     weight.
     """
 
@@ -90,13 +90,13 @@ class USKD(ByParts):
 
     Universal self-distillation without a teacher, Yang et al. 2023 (arXiv 2303.13005). w [B, C] is the softmax of a
     linear head on the student's features one stage before the last; y_ls = 0.9 one-hot + 0.1 / C. zeta is Zipf's
-    1 / rank over all classes, with y left out, renormalised, without gradient. With rank=code the ranks are by
-    w_i / (1 - w_y) + log q_i / (1 - log q_y), as in the authors' code, with 1e-6 added to both divisors; with
-    rank=paper q stands in place of log q, as in the paper's text. With mixed labels V is as in tf-nkd, y_ls is the
-    weighted sum, and every label of positive weight is left out of zeta~ and q~.
+    1 / rank over all classes, and zeta~ leaves y out and is renormalised; neither has a gradient. With rank=code
+    classes are ranked by w_i / (1 - w_y) + log q_i / (1 - log q_y), with 1e-6 added to both divisors, as in the
+    authors' code; with rank=paper q takes the place of log q, as in the paper's text. With mixed labels V is as in
+    tf-nkd, y_ls is the weighted sum, and every label of positive weight is left out of zeta~ and q~.
 
     Features [B, F] are the mean over H and W of the output [B, F, H, W] of the stage before the last (kdcache's
-    networks: `stages[-2]`; torchvision's resnets: `layer3`), not detached. How a trainer gives them: see Featured.
+    networks: `stages[-2]`; torchvision's resnets: `layer3`), not detached. Featured says how a trainer gives them.
     """
 
     name: ClassVar[str] = "uskd"
@@ -138,7 +138,7 @@ class USKD(ByParts):
         share = torch.zeros_like(log_q).scatter_add_(1, *batch.columns())  # the weight of each class in the labels
         named = share > 0
         zeta = self._zipf(log_w.detach().exp(), log_q.detach(), named)
-        # Where all classes are named there are no others: any finite q~ will do, since zeta is 0.
+        # If all classes are named there are no others, and any finite q~ will do, since zeta is 0.
         others = logits.masked_fill(named & ~named.all(1, keepdim=True), -torch.inf)
         log_others = logits - torch.logsumexp(others, 1, keepdim=True)
         weak = 0.9 * share + 0.1 / logits.shape[1]
