@@ -169,7 +169,7 @@ class RecordIdentity(Strict):
 
 
 def id_dtype(classes: int) -> str:
-    """The smallest unsigned type that holds every class id and one value more, which marks a hole, by its name."""
+    """The name of the smallest unsigned type that holds every class id and one more value, which marks a hole."""
     return "uint8" if classes < 2**8 else "uint16" if classes < 2**16 else "uint32"
 
 
@@ -242,7 +242,7 @@ def parse(model: type[M], data: bytes, where: str, advice: str) -> M:
     if type(found) is int and found > max(known):
         raise MismatchError(f"{where} has format {found}; this kdcache reads up to format {max(known)}: update kdcache")
     if type(found) is int and found == 0:
-        raise MismatchError(f"{where} has format 0, from before the first release: build the cache anew elsewhere")
+        raise MismatchError(f"{where} has format 0, from before the first release: build the cache again elsewhere")
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as e:

@@ -33,7 +33,7 @@ class VerifyConfig:
     numeric: Annotated[
         Literal["float32", "bf16"] | None, Option("Number type of the teacher's answers [the cache's].")
     ] = None
-    repair: Annotated[bool, Option("Remove what is damaged, for the next build to make anew.")] = False
+    repair: Annotated[bool, Option("Remove what is damaged; the next build makes it again.")] = False
     device: Device = None
     registry: Registry = None
 

@@ -35,7 +35,7 @@ _BATCH = 128
 
 @dataclass
 class Report:
-    """What was looked at, every problem found, and the commits that can be made anew: no problem is a pass."""
+    """What was looked at, every problem found, and the commits that can be rebuilt. Without problems it is a pass."""
 
     views: tuple[int, ...] = ()
     shards: int = 0
@@ -57,7 +57,7 @@ class Report:
         if self.total_variation is not None:
             lines.append(f"largest mean total variation {self.total_variation:.2e}")
         lines += [f"FAILED: {p}" for p in self.problems] or ["passed"]
-        lines += [f"removed {name}: run kdcache build again to make it anew" for name in self.repaired]
+        lines += [f"removed {name}: run kdcache build again to rebuild it" for name in self.repaired]
         return "\n".join(lines)
 
 
@@ -67,12 +67,12 @@ def verify(
     """Look at every commit; with `contents` at every file's digest and values; with a source at the teacher's answers.
 
     A source is the data and a live teacher: `replay` seeded random records of each view that is looked at are asked for
-    again, where all else is sound. repair: remove damaged shards, labels and prior, for the next build to make anew;
+    again, where all else is sound. repair: remove damaged shards, labels and prior, which the next build makes again;
     InputError for a packed file and for a cache that others share.
     """
     if repair and not cache.writable:
         raise InputError(
-            f"--repair is for folders of one's own: copy {cache.where} anew, or remove it and pack it again"
+            f"--repair is for folders of one's own: copy {cache.where} again, or remove it and pack the cache again"
         )
     cache = cache.fresh()
     report = Report(views=cache.views)

@@ -125,7 +125,7 @@ def _plan(config: TeachConfig, say: Callable[[str], None]) -> TeachPlan:
         raise InputError(f"{config.data} has {len(data.class_names)} classes: a teacher is taught two or more")
     path = taught_file(config.teacher, data)
     if path.exists() and not config.force:
-        raise InputError(f"{config.teacher} is taught on {data.name} already ({path}): --force teaches it anew")
+        raise InputError(f"{config.teacher} is taught on {data.name} already ({path}): --force teaches it again")
     defaults = defaults_for(data)
     batch = config.batch_size or min(defaults.train_batch, len(data))
     recipe = Recipe(

@@ -27,11 +27,11 @@ def encode(
 ) -> Records:
     """Records of the logits [B, C] with labels [B], [B, L] or None, on the logits' device.
 
-    k: classes to store; None or C: dense, exact at every temperature. precision: of gaps and tail; uint8 for top-k
-    records and float16 for dense ones unless told. tail_std: store what logit standardisation needs (dense records have
-    it anyway). InputError for k > C, labels out of range, uint8 dense, logits that are not finite, and with tail_std
-    those whose std float16 cannot hold. check: off, the caller sees to labels, logits and std (`require_std`): on a
-    GPU, to look at them here is to wait for them.
+    k: classes to store; None or C: dense, exact at every temperature. precision: of gaps and tail, by default uint8 for
+    top-k records and float16 for dense ones. tail_std: store what logit standardisation needs (dense records have it
+    anyway). check: whether labels, logits and std are checked here, which on a GPU means to wait for them; otherwise
+    the caller checks them (`require_std`). InputError for k > C, labels out of range, uint8 dense, logits that are not
+    finite, and with tail_std those whose std float16 cannot hold.
     """
     z = logits.detach().float()
     count, classes = z.shape
@@ -46,7 +46,7 @@ def encode(
         raise InputError(f"the teacher's logits are not finite (row {row} of the batch)")
     y = z.new_empty((count, 0), dtype=torch.long) if labels is None else labels.long().reshape(count, -1)
     if check and y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
-        raise InputError(f"labels reach from {int(y.min())} to {int(y.max())}, the teacher has {classes} classes")
+        raise InputError(f"labels reach from {int(y.min())} to {int(y.max())}, but the teacher has {classes} classes")
     top = z.amax(1, keepdim=True)
     dtype = getattr(torch, id_dtype(classes))
     target_gap = _float(top - z.gather(1, y), torch.float16)

@@ -6,7 +6,7 @@ is found by subtraction.
 
 Precision uint8 is for top-k records, in steps of 1/8 nat, as chosen by bench/codec.py. A gap is stored as its distance
 to the gap before (gaps are rounded, not distances, so errors do not add up); a distance above 255 steps counts as 255.
-A tail is stored as how far it lies below the most that it can be: all classes left out as probable as the K-th.
+A tail is stored as its distance to the largest possible tail, where all classes left out are as probable as the K-th.
 """
 
 from __future__ import annotations
@@ -105,7 +105,7 @@ class Records:
 
     @property
     def _most(self) -> float:
-        """The tail relative to the K-th class, were all others as probable."""
+        """The tail relative to the K-th class if all classes left out were as probable as that."""
         assert self.classes is not None
         return math.log(self.num_classes - self.classes.shape[1])
 

@@ -201,7 +201,7 @@ class Registry:
         return [self._mirror / name for name in files.names(self._mirror) if KEY.fullmatch(name)]
 
     def forget(self, key: str) -> None:
-        """Remove what was seen here of a cache that was removed, so that it can be made anew."""
+        """Remove what was seen here of a cache that was removed, so that it can be built again."""
         with suppress(FileNotFoundError):
             shutil.rmtree(self._mirror / key)
 

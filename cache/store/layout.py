@@ -16,7 +16,7 @@ import numpy as np
 
 from kdcache.cache.identity import FORMAT, NO_TAIL, STEP, Identity, RecordIdentity, SplitName, Strict, id_dtype
 
-# Blosc never makes data longer than by its header and a few bytes a block.
+# Blosc makes data longer by no more than its header and a few bytes for each block.
 _OVERHEAD = 4096
 _SHARD = re.compile(r"v([0-9]{5,9})-p([0-9]{4,9})")
 
@@ -41,7 +41,7 @@ class ArraySpec:
     def level(self) -> int:
         """Blosc's level, as bench/codec.py found it.
 
-        The best one is for records of few bytes, which are soon done; dense ones get a faster one.
+        Records of few bytes get the best level, since they are soon compressed. Dense ones get a faster level.
         """
         return 9 if np.dtype(self.dtype).kind == "u" else 5
 

@@ -97,7 +97,7 @@ class SplitReader:
             # Removing the commit would repair nothing: one wrong bit in identity.json would take all shards with it.
             raise MismatchError(
                 f"{where} belongs to cache {commit.key[:12]}, and {self._place.locate('identity.json')} is that of "
-                f"{self._key[:12]}: one of the two is damaged or from elsewhere, copy it anew"
+                f"{self._key[:12]}: one of the two is damaged or from elsewhere, copy it again"
             )
         if commit.name != name:
             raise CorruptError(f"{where} is that of {commit.name}; {self._remedy(name)}")
@@ -203,7 +203,7 @@ class SplitReader:
             )
 
     def read(self, view: int, prior: torch.Tensor | None, out: Records | None = None) -> Records:
-        """All records of a view, checked, in memory as they are stored. out: records whose memory is taken."""
+        """All records of a view, checked, in memory as they are stored. out: records whose memory is used again."""
         missing = set(range(self.parts)) - self.committed().get(view, set())
         if missing:
             raise NotFoundError(

@@ -113,7 +113,7 @@ class Copy:
     def arrive(self) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_], NDArray[np.float64] | None]:
         """The records' arrays by name, whether each row's logits are finite, and the sums; waits for them."""
         self.wait()
-        # Pinned memory is for the way only.
+        # Pinned memory is used for the transfer only.
         arrays = {name: t.numpy() if self._event is None else t.numpy().copy() for name, t in self._host.items()}
         return arrays, arrays.pop(_FINITE), arrays.pop(_SUMS, None)
 

@@ -21,7 +21,7 @@ def parse_rgb(text: str, divides: bool = False) -> RGB:
     except ValueError:
         raise ValueError(f"{text!r} is not three numbers such as 0.485,0.456,0.406") from None
     if not all((0 < v if divides else 0 <= v) and v <= 1 for v in (r, g, b)):
-        raise ValueError(f"{text!r}: pixels count from 0 to 1 here" + ", and 0 divides nothing" * divides)
+        raise ValueError(f"{text!r}: pixels go from 0 to 1 here" + ", and nothing can be divided by 0" * divides)
     return r, g, b
 
 
@@ -108,8 +108,8 @@ class BuildConfig:
     views_per_decode: Annotated[
         int,
         Option(
-            "Views cut from an image file each time it is decoded: 4 take about half the time of 1 each, more gain "
-            "little and take memory. Records are the same.",
+            "Views cut from an image file each time it is decoded. With 4, a view takes about half as long as with 1; "
+            "more gain little and need memory. Records are the same.",
             ge=1,
         ),
     ] = VIEWS_PER_DECODE

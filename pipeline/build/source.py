@@ -179,7 +179,7 @@ def _require_shards_fit(identity: Identity) -> None:
     largest = max(spec.chunk_bytes for spec in specs)
     if largest > chunks.MAX_CHUNK_BYTES:
         raise InputError(
-            f"a shard would hold {size(largest)} in one array, the most is {size(chunks.MAX_CHUNK_BYTES)}: "
+            f"a shard would hold {size(largest)} in one array, more than the {size(chunks.MAX_CHUNK_BYTES)} allowed: "
             f"{record.k or record.classes} classes a record are too many, lower --topk"
         )
 
@@ -202,7 +202,7 @@ def _class_map(
         return teacher, np.array(groups, np.int64).reshape(-1), classmap.digest(groups)
     if len(own) not in (0, teacher.classes):
         raise InputError(
-            f"the teacher has {teacher.classes} classes, {data.name} has {len(own)}: "
+            f"the teacher has {teacher.classes} classes, but {data.name} has {len(own)}: "
             "give --class-map auto (by class names) or a file"
         )
     return teacher, own, None

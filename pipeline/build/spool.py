@@ -26,7 +26,8 @@ from kdcache.cache.home import home, list_caches
 from kdcache.cache.store.cache import Cache
 
 SPOOL_SECONDS = 20.0
-# Work that waits to be written is at risk like what the spool has not synced: at most so many jobs wait, so long.
+# Work that waits to be written is as much at risk as what the spool has not synced. So no more jobs than this wait, and
+# none waits longer than this.
 WAITING_JOBS, WAITING_SECONDS = 256, 10.0
 
 
@@ -105,7 +106,7 @@ class Spool:
     def add(self, block: dict[str, NDArray[Any]], sums: NDArray[np.float64] | None) -> None:
         """Append a batch's arrays by name, and its tail sums [T, C]."""
         self._unsynced.append(block)
-        # Summed batch by batch, so that where the spool was cut does not change a bit.
+        # Summed batch by batch, so that the sum has the same bits wherever the spool was cut.
         if sums is not None:
             self.sums = sums if self.sums is None else self.sums + sums
         if time.monotonic() - self._synced_at > SPOOL_SECONDS:

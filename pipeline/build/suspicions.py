@@ -26,7 +26,7 @@ _SUM = 0.01  # by which rounding in 16 bits moves the sum of a softmax, at most
 _STEADY = {"float32": 1e-3, "bf16": 2e-2}  # of the largest gap: what rounding may change between two passes
 _ALIKE = 1e-5
 _FALSE_ALARMS = 1e-3
-_TWICE = 2  # moved classes are answered as the other one so many times as often as rightly
+_TWICE = 2  # moved classes get the other answer at least so many times as often as the right one
 _NAMED = 5
 _FLAT = 3
 
@@ -187,10 +187,10 @@ def moved_classes(labels: NDArray[np.int64], answers: NDArray[np.int64]) -> Move
 
     The permutation is the best one on the first half of each class's images, and is tested on the second half, which it
     has not seen. There the moved classes' images must mostly get the other answer, twice as often as the right one, and
-    so often that fair coins would do it at most once in 1,000 times (a sign test). So at most 1 in 1,000 teachers is
-    stopped by mistake, however weak they are, that do not exchange classes more often than they are right on them:
-    classes that cannot be told apart are a toss-up in the second half, and where many classes are answered as one it is
-    no permutation, because that one would have to be answered as another.
+    so often that fair coins would do it at most once in 1,000 times (a sign test). So of the teachers that exchange
+    classes no more often than they are right on them, at most 1 in 1,000 is stopped by mistake, however weak they are.
+    Classes that cannot be told apart are a toss-up in the second half. If many classes are answered as one, that is no
+    permutation, because that one would have to be answered as another.
     """
     order = np.argsort(labels, kind="stable")
     y, z = labels[order], answers[order]

@@ -223,7 +223,5 @@ class Writer:
         commits = [store.commit(shard_name(view, part)) for part in range(store.parts)]
         for commit in commits:
             if commit.parameters is None:
-                raise CorruptError(
-                    f"{commit.name} of cache {commit.key[:12]} lacks the digest of its view: build it anew"
-                )
+                raise CorruptError(f"{commit.name} of cache {commit.key[:12]} lacks the digest of its view: rebuild it")
         return tuple(commit.parameters for commit in commits if commit.parameters is not None)

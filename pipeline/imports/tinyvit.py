@@ -86,7 +86,7 @@ class TinyViT:
             if rest or len(keys) != count:
                 raise InputError(
                     f"{values} has {values.stat().st_size:,} bytes, and {len(keys):,} keys need "
-                    f"{self._record.itemsize} each: one of the two is cut short, copy both anew"
+                    f"{self._record.itemsize} each: one of the two is cut short, copy both again"
                 )
             packages.append(np.memmap(values, self._record, "r") if count else np.empty(0, self._record))
             if count == 0:

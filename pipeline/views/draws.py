@@ -30,9 +30,9 @@ _STREAMS = (0, *range(2, 14))  # of the operations
 _MAIN, _MAIN_OF_OTHERS = {0: 6}, 4
 
 
-def below(words: NDArray[np.uint64], bound: int) -> NDArray[np.int64]:
-    """Make each word a number from 0 to bound - 1, all as probable; bound is at most 2^31."""
-    return ((words >> np.uint64(32)) * np.uint64(bound) >> np.uint64(32)).astype(np.int64)
+def below(words: NDArray[np.uint64], bound: int | NDArray[np.int64]) -> NDArray[np.int64]:
+    """Make each word a number from 0 to bound - 1, all as probable; bound, one or one a word, is at most 2^31."""
+    return ((words >> np.uint64(32)) * np.asarray(bound, np.uint64) >> np.uint64(32)).astype(np.int64)
 
 
 def chance(words: NDArray[np.uint64], p: float) -> NDArray[np.bool_]:

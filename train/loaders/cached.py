@@ -1,4 +1,4 @@
-"""CachedLoader: batches of (images, labels, records) from a cache, where it meets the pixels.
+"""CachedLoader: batches of (images, labels, records), in which a cache's records meet their pixels.
 
 The records of an epoch are one slab on the device, gathered by index. The next epoch's slab is read ahead in a thread.
 """

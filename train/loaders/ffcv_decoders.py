@@ -38,7 +38,7 @@ _BYTE = np.dtype("u1")
 _seed = njit(checksum_seed)
 
 
-# Kernels apart from the decoders, which FFCV compiles anew for every loader: these are compiled once a machine.
+# These kernels are not decoders, which FFCV compiles again for every loader: they are compiled once on a machine.
 @njit(cache=True, nogil=True, parallel=True)
 def _crop(index, pixels, metadata, content, boxes, flips):  # type: ignore[no-untyped-def]
     """Cut boxes of the images' own size, black beyond the edge, into pixels [B, H, W, 3]."""

@@ -332,7 +332,7 @@ def whole() -> Tensor:
 
 
 def set_ramp(ramp: Tensor, epoch: int, warmup: int) -> None:
-    """Set w in place: a compiled loop would compile anew every epoch for a number, or for another tensor."""
+    """Set w in place: a compiled loop would be compiled again in every epoch for a number, or another tensor."""
     ramp.fill_(min(epoch / warmup, 1.0))
 
 

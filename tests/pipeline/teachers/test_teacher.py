@@ -429,8 +429,8 @@ def test_a_wanted_size_of_pixels_leaves_the_rest_to_the_source():
 @pytest.mark.parametrize(
     ("flags", "problem"),
     [
-        (("--teacher-mean", "124,117,104"), "pixels count from 0 to 1 here"),
-        (("--teacher-std", "0.2,0,0.2"), "0 divides nothing"),
+        (("--teacher-mean", "124,117,104"), "pixels go from 0 to 1 here"),
+        (("--teacher-std", "0.2,0,0.2"), "nothing can be divided by 0"),
         (("--teacher-mean", "0.5,0.5"), "three numbers such as 0.485,0.456,0.406"),
         (("--teacher-size", "0"), "1<=x<=4096"),
     ],

@@ -13,7 +13,7 @@ FILE = "metrics.jsonl"
 
 
 class JsonLines:
-    """Writes the whole file anew for every line, in one step, so that a reader never sees half a line."""
+    """Writes the whole file again for every line, in one step, so that a reader never sees half a line."""
 
     def __init__(self, folder: Path, done: Sequence[dict[str, Any]]) -> None:
         self._file = folder / FILE
