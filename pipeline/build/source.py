@@ -30,7 +30,7 @@ from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.progress import size
 from kdcache.pipeline.teachers.pixels import Wanted
 from kdcache.pipeline.teachers.teacher import Teacher, load_teacher
-from kdcache.pipeline.views.operations.geometry import Crop
+from kdcache.pipeline.views.operations.kinds.geometry import Crop
 from kdcache.pipeline.views.policy import check_policy, parse_policy
 from kdcache.pipeline.views.render import RENDERER
 

@@ -19,8 +19,8 @@ from kdcache.cache.identity import ViewsIdentity
 from kdcache.cache.records.choices import SequenceName
 from kdcache.cache.records.pairs import pair_numbers, partners
 from kdcache.pipeline.views.draws import chance, words
-from kdcache.pipeline.views.operations.geometry import geometry
-from kdcache.pipeline.views.operations.mix import Mix, label_weights
+from kdcache.pipeline.views.operations.kinds.geometry import geometry
+from kdcache.pipeline.views.operations.kinds.mix import Mix, label_weights
 from kdcache.pipeline.views.operations.operation import Drawn, Operation, of_rows
 from kdcache.pipeline.views.policy import Policy, parse_policy
 

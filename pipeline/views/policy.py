@@ -20,11 +20,11 @@ from torch import Tensor
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.process.functions import did_you_mean
-from kdcache.pipeline.views.operations.auto import RandAugment, Trivial
-from kdcache.pipeline.views.operations.colour import Blur, Color, Gray, Solarize, Three
-from kdcache.pipeline.views.operations.erase import Erase
-from kdcache.pipeline.views.operations.geometry import Crop, Flip, Geometry, ResizedCrop, Whole
-from kdcache.pipeline.views.operations.mix import Cutmix, Mix, Mixup
+from kdcache.pipeline.views.operations.kinds.auto import RandAugment, Trivial
+from kdcache.pipeline.views.operations.kinds.colour import Blur, Color, Gray, Solarize, Three
+from kdcache.pipeline.views.operations.kinds.erase import Erase
+from kdcache.pipeline.views.operations.kinds.geometry import Crop, Flip, Geometry, ResizedCrop, Whole
+from kdcache.pipeline.views.operations.kinds.mix import Cutmix, Mix, Mixup
 from kdcache.pipeline.views.operations.operation import STAGES, Drawn, Operation, bounds, of_rows
 
 # In the order in which they are applied: by stage, and within a stage as here. That order is part of what a policy

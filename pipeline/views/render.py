@@ -22,7 +22,7 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.records.choices import Interpolation
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.rank import cores
-from kdcache.pipeline.views.operations.mix import mixed
+from kdcache.pipeline.views.operations.kinds.mix import mixed
 from kdcache.pipeline.views.operations.operation import of_rows
 from kdcache.pipeline.views.parameters import ViewParameters
 from kdcache.pipeline.views.policy import policy_of

@@ -22,7 +22,7 @@ from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.split import require_described
 from kdcache.pipeline.stores import Stored
-from kdcache.pipeline.views.operations.mix import label_weights
+from kdcache.pipeline.views.operations.kinds.mix import label_weights
 from kdcache.pipeline.views.parameters import ViewParameters, draw_as, imported_view
 from kdcache.pipeline.views.render import RENDERER, Renderer, normalised
 from kdcache.train.loaders.order import EpochOrder, Epochs, gathered

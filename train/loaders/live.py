@@ -17,7 +17,7 @@ from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.answers import labels_in
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.views.operations.mix import label_weights
+from kdcache.pipeline.views.operations.kinds.mix import label_weights
 from kdcache.pipeline.views.parameters import TEACHING, ViewParameters, draw, draw_as
 from kdcache.pipeline.views.policy import parse_policy
 from kdcache.pipeline.views.render import Renderer
