@@ -33,10 +33,11 @@ _NONE: Arrays = MappingProxyType({})
 THREADS = 4  # parts or arrays at once: neither hashing nor blosc holds Python's lock
 
 
-class SplitReader:
-    """Reads one split of the cache at a place: N samples in parts; a shard is the records of one view and part.
+class CommitReader:
+    """Reads the commits of one split of the cache at a place, and the rows that they name.
 
-    where: the split's folder, for people. prefix: the same, as the beginning of a file's name in the cache.
+    N samples lie in parts; a shard is the records of one view and part. where: the split's folder, for people. prefix:
+    the same, as the beginning of a file's name in the cache.
     """
 
     def __init__(self, place: Place, split: SplitName, identity: Identity) -> None:
@@ -59,8 +60,6 @@ class SplitReader:
     def carries_tail_sums(self, view: int) -> bool:
         """Whether the commits of a view also name the part's share of the prior."""
         return self.layout.carries_tail_sums(view)
-
-    # Commits
 
     def committed(self) -> dict[int, set[int]]:
         """The committed parts of each view."""
@@ -157,7 +156,9 @@ class SplitReader:
                 raise CorruptError(f"{e} ({name} of {self.where}); {self._remedy(name)}") from e
         return out
 
-    # Labels, sizes and records
+
+class SplitReader(CommitReader):
+    """Reads the labels, the image sizes and the records of one split."""
 
     @cached_property
     def labels(self) -> NDArray[Any]:

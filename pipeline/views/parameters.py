@@ -18,7 +18,7 @@ from kdcache.cache.errors import CorruptError
 from kdcache.cache.identity import ViewsIdentity
 from kdcache.cache.records.choices import SequenceName
 from kdcache.cache.records.pairs import pair_numbers, partners
-from kdcache.pipeline.views.draws import chance, words
+from kdcache.pipeline.views.draws import Samples, chance, words
 from kdcache.pipeline.views.operations.kinds.geometry import geometry
 from kdcache.pipeline.views.operations.kinds.mix import Mix, label_weights
 from kdcache.pipeline.views.operations.operation import Drawn, Operation, of_rows
@@ -33,8 +33,6 @@ _DIGEST = b"kdcache view parameters 1\0"
 _DIGEST_OF_OPERATIONS = b"kdcache view parameters 2\0"
 
 _PIECE = 1 << 16  # samples
-
-Samples = range | NDArray[np.int64]
 
 
 @dataclass(frozen=True, eq=False)

@@ -29,7 +29,7 @@ class Invert:
 
 class TestInvert(OperationContract):
     operation = Invert(0.5)
-    drawn_digest, pixels_digest = "", ""
+    drawn_digest, pixels_digest = "089e4f1fbd8c4c01", "2a81730b4307aba8"
 
 
 class TestInvertInAPolicy(PolicyContract):
