@@ -92,7 +92,11 @@ def step(stream: int, place: int) -> int:
 
 
 def _candidate(stream: int, place: int, number: int) -> int:
-    """2^64 times a continued fraction, whose 64 partial quotients from 1 to 4 are the bits of a hash; made odd."""
+    """2^64 times a continued fraction, whose 64 partial quotients from 1 to 4 are the bits of a hash; made odd.
+
+    Quotients of 1 and 2 alone would spread single numbers a little better, but lie so close together that more pairs
+    of places would move in step.
+    """
     bits = int.from_bytes(hashlib.sha256(f"kdcache spread {stream} {place} {number}".encode()).digest(), "little")
     numerator, denominator = 0, 1
     for i in range(64):
