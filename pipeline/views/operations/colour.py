@@ -115,7 +115,7 @@ class Blur:
     """Smooth with a Gaussian, with probability p. The default is SimCLR's.
 
     The standard deviation is uniform from 0.1 to 2 pixels of an image with a shorter side of 224, and as large a
-    fraction of the shorter side of any other.
+    fraction of the shorter side of any other: an image of 32 pixels hardly changes.
     """
 
     name: ClassVar[str] = "blur"
@@ -199,19 +199,22 @@ def _turn(images: Tensor, steps: NDArray[np.int16]) -> Tensor:
     red, green, blue = (channel.to(torch.int32).flatten(1) for channel in images.unbind(1))
     value = torch.maximum(torch.maximum(red, green), blue)
     chroma = value - torch.minimum(torch.minimum(red, green), blue)
-    # The hue in sextants times the chroma, from -3 to 3: red is 0, green 2 and blue -2.
-    hue = torch.where(value == green, blue - red + 2 * chroma, red - green - 2 * chroma)
-    hue = torch.where(value == red, green - blue, hue).mul_(_SEXTANT)
-    hue.add_(chroma * on_device(steps, images.device).unsqueeze(1))  # now from -6 to 6
-    chroma, value = chroma * _SEXTANT, value * _SEXTANT
+    # The hue in sextants, from -3 to 3: red is 0, green 2 and blue -2. First as if blue had the largest value.
+    hue = (red - green).sub_(chroma, alpha=2)
+    if_green, if_red = (blue - red).add_(chroma, alpha=2).sub_(hue), green - blue
+    hue.addcmul_(if_green, green.eq_(value))
+    hue.addcmul_(if_red.sub_(hue), red.eq_(value)).mul_(_SEXTANT)
+    hue.addcmul_(chroma, on_device(steps, images.device).unsqueeze(1))  # now from -6 to 6
+    chroma.mul_(_SEXTANT)
+    most = value.mul_(_SEXTANT).add_(_SEXTANT // 2)
+    least, rise, circle = most - chroma, most.sub(chroma, alpha=2), 6 * chroma
     result = torch.empty_like(images)
-    for channel, middle in zip(result.unbind(1), (3, 1, -1), strict=True):
-        # A channel lacks the whole chroma up to a sextant away from the hue opposite to it, and nothing from two on.
-        away = hue.add(chroma, alpha=middle).abs_()
-        nearer = torch.minimum(away - 4 * chroma, 8 * chroma - away)  # after a turn of the circle
-        lacks = torch.maximum(2 * chroma - away, nearer).clamp_(min=0)
-        turned = value - torch.minimum(lacks, chroma) + _SEXTANT // 2
-        channel.copy_(turned.bitwise_right_shift_(_SEXTANT.bit_length() - 1).to(torch.uint8).view(channel.shape))
+    for channel, opposite in zip(result.unbind(1), (3, 1, -1), strict=True):
+        # A channel has its least value up to a sextant away from the hue opposite to it, and its largest from two on.
+        away = hue.add(chroma, alpha=opposite).abs_()
+        away = torch.minimum(away, (away - circle).abs_()).add_(rise)
+        turned = torch.minimum(torch.maximum(away, least), most).bitwise_right_shift_(_SEXTANT.bit_length() - 1)
+        channel.copy_(turned.to(torch.uint8).view(channel.shape))
     return result
 
 

@@ -18,12 +18,12 @@ ONE = 1024  # a weight of 1: images are blended in steps of 1/1024
 SMOOTHED = 2**16  # a kernel's weights sum to this
 _GRAY = (19595, 38470, 7471)  # 0.299, 0.587 and 0.114 of 2^16, as Pillow has them
 # Values that are worked on at once: on a CPU what its cache holds, on a GPU what leaves memory for the network.
-_CPU_PIECE, _GPU_PIECE = 2**20, 2**25
+_CPU_PIECE, _GPU_PIECE = 2**19, 2**25
 
 
 def on_device(array: NDArray[Any], device: torch.device, dtype: torch.dtype = torch.int32) -> Tensor:
     """Copy a small array to the device without waiting for it."""
-    return torch.from_numpy(np.ascontiguousarray(array)).to(dtype).to(device, non_blocking=True)
+    return torch.from_numpy(np.array(array)).to(dtype).to(device, non_blocking=True)
 
 
 def on_rows(images: Tensor, rows: NDArray[np.int64], change: Callable[[Tensor, NDArray[np.int64]], Tensor]) -> Tensor:
@@ -116,19 +116,31 @@ def smooth(images: Tensor, kernels: NDArray[Any]) -> Tensor:
     the two passes, and then to the nearest.
     """
     n, channels, height, width = images.shape
-    reach, device = kernels.shape[1] - 1, images.device
+    reach = kernels.shape[1] - 1
     # Lines of memory [m, height, length]: a pixel's neighbours are `step` values and one line away.
     if images.stride(1) == 1:
         planes, step = images.permute(0, 2, 3, 1), channels
     else:
         planes, step = images.reshape(n * channels, height, width, 1), 1
         kernels = np.repeat(kernels, channels, 0)
-    weights = on_device(kernels, device).view(len(kernels), -1, 1, 1).unbind(1)
-    lines = planes.index_select(1, _reflected(height, reach, device)).to(torch.int32).flatten(2)
-    down = _pass(lines, weights, 1, 1).add_(2**8).bitwise_right_shift_(9)  # 15 bits, so that both passes fit 31
-    lines = down.view(-1, height, width, step).index_select(2, _reflected(width, reach, device)).flatten(2)
-    across = _pass(lines, weights, 2, step).add_(2**22).bitwise_right_shift_(23).to(torch.uint8)
-    return _as_images(across.view(n, -1), images)
+    weights = on_device(kernels, images.device).view(len(kernels), -1, 1, 1).unbind(1)
+    down = _pass(_padded(planes, 1, reach).flatten(2), weights, 1, 1)
+    down.add_(2**8).bitwise_right_shift_(9)  # 15 bits, so that the second pass fits 31
+    across = _pass(_padded(down.view(planes.shape), 2, reach).flatten(2), weights, 2, step)
+    return _as_images(across.add_(2**22).bitwise_right_shift_(23).to(torch.uint8).view(n, -1), images)
+
+
+def _padded(values: Tensor, dim: int, reach: int) -> Tensor:
+    """A copy in int32 with `reach` more values at both ends of a dimension, mirrored at the first and the last one."""
+    size = values.shape[dim]
+    shape = list(values.shape)
+    shape[dim] += 2 * reach
+    padded = torch.empty(shape, dtype=torch.int32, device=values.device)
+    padded.narrow(dim, reach, size).copy_(values)
+    for away in range(1, reach + 1):
+        padded.select(dim, reach - away).copy_(values.select(dim, away))
+        padded.select(dim, reach + size - 1 + away).copy_(values.select(dim, size - 1 - away))
+    return padded
 
 
 def _pass(lines: Tensor, weights: tuple[Tensor, ...], dim: int, step: int) -> Tensor:
@@ -136,13 +148,8 @@ def _pass(lines: Tensor, weights: tuple[Tensor, ...], dim: int, step: int) -> Te
     reach = len(weights) - 1
     size = lines.shape[dim] - 2 * reach * step
     summed = lines.narrow(dim, reach * step, size) * weights[0]
+    pair = torch.empty_like(summed)
     for away, weight in enumerate(weights[1:], 1):
         before, after = (lines.narrow(dim, (reach + d) * step, size) for d in (-away, away))
-        summed.addcmul_(before + after, weight)
+        summed.addcmul_(torch.add(before, after, out=pair), weight)
     return summed
-
-
-def _reflected(size: int, reach: int, device: torch.device) -> Tensor:
-    """The places from -reach to size + reach - 1, mirrored at the first and the last pixel."""
-    places = np.abs(np.arange(-reach, size + reach))
-    return on_device(np.minimum(places, 2 * (size - 1) - places), device, torch.int64)
