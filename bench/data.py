@@ -46,7 +46,7 @@ from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.data.split import describe_data
 from kdcache.pipeline.ffcv.pack import pack_ffcv
 from kdcache.pipeline.ffcv.read import FFCVFile
-from kdcache.pipeline.views.policy import ViewParameters, draw
+from kdcache.pipeline.views.parameters import ViewParameters, draw
 from kdcache.pipeline.views.render import RENDERER, Renderer
 from kdcache.train import CachedLoader
 from kdcache.train.bench.bench import machine

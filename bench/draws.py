@@ -26,7 +26,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.pipeline.views.draws import words
-from kdcache.pipeline.views.operations.geometry import Crop, Flip, ResizedCrop, geometry
+from kdcache.pipeline.views.operations.kinds.geometry import Crop, Flip, ResizedCrop, geometry
 from kdcache.train.bench.bench import machine
 
 BEFORE = "4c07a56"  # the last commit that drew all samples at once

@@ -30,7 +30,7 @@ from kdcache.pipeline.build.source import Source, open_source
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.verify import verify
-from kdcache.pipeline.views.policy import ViewParameters, draw
+from kdcache.pipeline.views.parameters import ViewParameters, draw
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train.bench.bench import machine
 from kdcache.train.config import TrainConfig

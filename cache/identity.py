@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import hashlib
 import json
-from typing import Any, Final, Literal, TypeVar
+from typing import Any, Final, Literal, TypeVar, get_args
 
 import pydantic
 from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler, model_serializer, model_validator
 
 from kdcache.cache.errors import CorruptError, MismatchError
-from kdcache.cache.records.choices import Interpolation
+from kdcache.cache.records.choices import Interpolation, SequenceName
 
+# Format 2 is format 1 and views that are mixed or spread. Everything else is written as format 1, for ever.
 FORMAT: Final = 1
+MIXED_FORMAT: Final = 2
 # Far above any real one; a larger file is refused before it is parsed.
 MAX_JSON_BYTES = 1 << 20
 # How uint8 records are coded (records/records.py).
@@ -80,24 +82,49 @@ class ViewsIdentity(Strict):
     """How views are drawn and rendered. How many there are is not part of it: views can be added.
 
     policy: the policy that views are drawn by. Imported caches have `stored`, where boxes and flips lie in the shards,
-    or `foreign`, where the seeds of another project's transforms lie there.
+    or `foreign`, where the seeds of another project's transforms lie there. sequence: whether the numbers of a sample's
+    views are independent, or spread evenly. mixed: whether training views are of two samples each (records/pairs.py).
+    The usual values of both are left out of the JSON, which is then that of format 1.
     """
 
     policy: str
     seed: int = Field(ge=0, lt=2**63)
     renderer: str
+    sequence: SequenceName = "random"
+    mixed: bool = False
 
     @property
     def imported(self) -> bool:
         """Whether another project made them, and its teacher is not at hand."""
         return self.policy in ("stored", "foreign")
 
+    @property
+    def format(self) -> Literal[1, 2]:
+        """The oldest format that has such views."""
+        return MIXED_FORMAT if self.mixed or self.sequence != "random" else FORMAT
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        out: dict[str, Any] = handler(self)
+        if self.sequence == "random":
+            del out["sequence"]
+        if not self.mixed:
+            del out["mixed"]
+        return out
+
+    @model_validator(mode="after")
+    def _is_drawn(self) -> ViewsIdentity:
+        if self.imported and self.format != FORMAT:
+            raise ValueError("imported views are neither mixed nor spread")
+        return self
+
 
 class RecordIdentity(Strict):
     """What is stored for one (view, sample).
 
-    lacks: what is not known of an imported cache: the labels' gaps, or the records of the evaluation split. An empty
-    one is left out of the JSON, so that the keys of other caches stay as they were before there were imports.
+    labels: how many each training record has; where views are mixed, the second one is the partner's. lacks: what is
+    not known of an imported cache: the labels' gaps, or the records of the evaluation split. An empty one is left out
+    of the JSON, so that the keys of other caches stay as they were before there were imports.
     """
 
     classes: int = Field(ge=2, lt=2**32)
@@ -152,7 +179,7 @@ class Identity(Strict):
     class_map: sha256 of the teacher's class for each of the dataset's, or None where they are the same.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[1, 2] = FORMAT
     teacher: TeacherIdentity
     data: DataIdentity
     evaluation: DataIdentity
@@ -168,6 +195,25 @@ class Identity(Strict):
     def split(self, name: SplitName) -> DataIdentity:
         """The split of that name."""
         return self.data if name == "train" else self.evaluation
+
+    @property
+    def sample_labels(self) -> int:
+        """The number of labels that a single sample has."""
+        return self.record.labels // 2 if self.views.mixed else self.record.labels
+
+    def record_of(self, name: SplitName) -> RecordIdentity:
+        """What is stored in that split: the evaluation split is never mixed."""
+        if name == "train" or not self.views.mixed:
+            return self.record
+        return self.record.model_copy(update={"labels": self.sample_labels})
+
+    @model_validator(mode="after")
+    def _is_of_its_format(self) -> Identity:
+        if self.format != self.views.format:
+            raise ValueError(f"such views belong to format {self.views.format}")
+        if self.views.mixed and self.record.labels == 1:
+            raise ValueError("mixed records have two labels or none")
+        return self
 
     def require(self, other: Identity, where: str) -> None:
         """MismatchError with every differing field unless `other` is the same identity."""
@@ -192,8 +238,9 @@ def parse(model: type[M], data: bytes, where: str, advice: str) -> M:
     found = raw.get("format") if isinstance(raw, dict) else None
     if isinstance(found, bool):  # which equals 1
         raise CorruptError(f"{where} is not what kdcache writes: format: {found} is no number; {advice}")
-    if type(found) is int and found > FORMAT:
-        raise MismatchError(f"{where} has format {found}; this kdcache reads up to format {FORMAT}: update kdcache")
+    known = get_args(model.model_fields["format"].annotation) if "format" in model.model_fields else (FORMAT,)
+    if type(found) is int and found > max(known):
+        raise MismatchError(f"{where} has format {found}; this kdcache reads up to format {max(known)}: update kdcache")
     if type(found) is int and found == 0:
         raise MismatchError(f"{where} has format 0, from before the first release: build the cache again elsewhere")
     try:

@@ -37,6 +37,7 @@ def one_line(cache: Cache) -> str:
     parts = [
         f"{cache.key[:12]}  {i.teacher.architecture} on {i.data.name} ({i.data.samples:,})",
         f"{i.views.policy}{f' (seed {i.views.seed})' if i.views.seed else ''}",
+        *(("spread",) if i.views.sequence == "spread" else ()),
         f"{len(cache.views)} views",
         "dense" if i.record.dense else f"top {i.record.k} of {i.record.classes}",
         i.record.precision + (" with tail-std" if i.record.tail_std else ""),
@@ -201,7 +202,7 @@ def fidelity(cache: Cache) -> dict[str, Any]:
     mass: dict[str, dict[str, float]] = {}
     for view in chosen:
         records = cache.read(view)
-        if records.labels.shape[1]:
+        if records.labels.shape[1] and not cache.identity.views.mixed:  # a mixed image has no one answer
             top1[str(view)] = float((records.predictions() == records.labels[:, 0].long()).float().mean())
         if not mass:
             some = records[torch.arange(0, len(records), max(1, len(records) // _SAMPLE))]

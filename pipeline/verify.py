@@ -18,7 +18,7 @@ from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.cache.store.publish import SplitStore
-from kdcache.pipeline.build.answers import teacher_renderer, view_parameters
+from kdcache.pipeline.build.answers import labels_in, teacher_renderer, view_parameters
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import Source, draft_build, open_teacher
 from kdcache.pipeline.data.split import Split, describe_data
@@ -215,7 +215,8 @@ def _answer(source: Source, split: Split, view: int, index: NDArray[np.int64], p
         logits.append(source.teacher.logits(images).cpu())
         progress.advance(min(_BATCH, len(index) - _BATCH * (len(logits) - 1)))
     answered = torch.cat(logits)[: len(index)]
-    return chunks.encode_as(source.identity.record, answered, torch.from_numpy(split.labels[index]))
+    labels = labels_in(split.labels, parameters, range(len(data)))[index]
+    return chunks.encode_as(source.identity.record, answered, torch.from_numpy(labels))
 
 
 def _total_variation(a: Records, b: Records, prior: torch.Tensor | None) -> torch.Tensor:
@@ -256,6 +257,7 @@ def source_of(
         teacher_interpolation=i.teacher.interpolation,
         data=images,
         augment=i.views.policy,
+        sequence=i.views.sequence,
         topk=i.record.k or i.record.classes,
         temperatures=i.record.temperatures or TEMPERATURES,
         precision=i.record.precision,

@@ -12,7 +12,7 @@ PAGE = (ROOT / "docs" / "architecture.md").read_text()
 # Each kind's toy member: the file of tests that adds it to the table, and what it is made of there.
 TOYS = {
     "a loss": ("train/losses/test_contract.py", "Brier"),
-    "a view geometry": ("pipeline/views/test_policy.py", "Corner"),
+    "a view operation": ("pipeline/views/operations/test_toy.py", "Invert"),
     "a dataset kind": ("pipeline/data/test_kinds.py", "Compressed", "CompressedFiles"),
     "a teacher source": ("pipeline/teachers/test_sources.py", "constant"),
     "a store": ("pipeline/test_store_kinds.py", "ToyStore", "_pack_toy"),

@@ -3,6 +3,7 @@
 from typing import Literal
 
 Precision = Literal["uint8", "float16", "float32"]
+SequenceName = Literal["random", "spread"]  # how the numbers of a sample's views follow each other
 Interpolation = Literal["bilinear", "bicubic"]  # how images are resized for the teacher
 
 TEMPERATURES = (1.0, 2.0, 3.0, 4.0)  # at which the tail is stored unless told otherwise

@@ -12,7 +12,7 @@ A tail is stored as its distance to the largest possible tail, where all classes
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, replace
 from typing import Literal, get_args
 
@@ -33,12 +33,13 @@ STD_TAU, STD_FLOOR = 2.0, 1e-7
 class Records:
     """Records of B (view, sample) pairs; indexing with a tensor of B' positions gathers records, a slice shares them.
 
-    classes [B, K] ids by decreasing logit (None: dense, all C classes in order); gaps [B, K-1] z_1 - z_(j),
-    j = 2..K, or dense [B, C]; target_gap [B, L] z_1 - z_y ([B, 0] where an import lacks it); tail [B, T] log of the
-    unstored classes' summed exp((z_c - z_1)/t), labels left out if they have a gap; tail_std [B, 2] the unbiased std of
-    the C logits and the tail at t = 2 std, or None; labels [B, L]; prior [T, C] how the tail is spread (with tail_std a
-    row more, for that), or None. gaps and tail of type uint8 are codes: `decoded_gaps` and `decoded_tail` give the
-    values.
+    classes [B, K] ids by decreasing logit (None: dense, all C classes in order); gaps [B, K-1] z_1 - z_(j), j = 2..K,
+    or dense [B, C]; target_gap [B, L] z_1 - z_y ([B, 0] where an import lacks it); tail [B, T] log of the unstored
+    classes' summed exp((z_c - z_1)/t), labels left out if they have a gap; tail_std [B, 2] the unbiased std of the C
+    logits and the tail at t = 2 std, or None; labels [B, L]; prior [T, C] how the tail is spread (with tail_std a row
+    more, for that), or None. label_weights float32 [B, L]: the labels' shares of a mixed image, or None for images of
+    one label and where nothing has drawn the shares yet. gaps and tail of type uint8 are codes: `decoded_gaps` and
+    `decoded_tail` give the values.
     """
 
     classes: Tensor | None
@@ -50,6 +51,7 @@ class Records:
     temperatures: tuple[float, ...]
     tail_std: Tensor | None = None
     prior: Tensor | None = None
+    label_weights: Tensor | None = None
 
     def __len__(self) -> int:
         return self.gaps.shape[0]
@@ -67,6 +69,13 @@ class Records:
         moved = self._map(lambda t: t.to(device, non_blocking=True))
         return replace(moved, prior=None if self.prior is None else self.prior.to(device))
 
+    def weighed_labels(self) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """Each column of labels int64 [B] with its weights [B]; where there are no weights, the first one alone."""
+        if self.label_weights is None:
+            yield self.labels[:, 0].long(), None
+        else:
+            yield from zip(self.labels.long().unbind(1), self.label_weights.unbind(1), strict=True)
+
     def _map(self, f: Callable[[Tensor], Tensor]) -> Records:
         return replace(
             self,
@@ -76,6 +85,7 @@ class Records:
             tail=f(self.tail),
             tail_std=None if self.tail_std is None else f(self.tail_std),
             labels=f(self.labels),
+            label_weights=None if self.label_weights is None else f(self.label_weights),
         )
 
     def decoded_gaps(self) -> Tensor:

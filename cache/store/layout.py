@@ -110,7 +110,7 @@ class Commit(Strict):
     parameters: digest of the view parameters of the shard's samples. writer: who built it, for people.
     """
 
-    format: Literal[1] = FORMAT
+    format: Literal[1, 2] = FORMAT
     key: str
     name: str
     parameters: str | None
@@ -140,13 +140,13 @@ class SplitLayout:
     """
 
     def __init__(self, identity: Identity, split: SplitName) -> None:
-        data, record = identity.split(split), identity.record
+        data, record = identity.split(split), identity.record_of(split)
         self.split, self.record = split, record
         self.prefix = "" if split == "train" else "eval/"
         self.samples, self.part = data.samples, identity.part
         self.parts = -(-self.samples // self.part)
         ids = id_dtype(record.classes)
-        self.labels = ArraySpec("labels", (self.samples, record.labels), self.part, ids, ("sample", "label"))
+        self.labels = ArraySpec("labels", (self.samples, identity.sample_labels), self.part, ids, ("sample", "label"))
         size = ("sample", "height_and_width")
         self.sizes = ArraySpec("sizes", (self.samples, 2), self.part, "int32", size) if data.files else None
         self.records = record_arrays(record, self.samples, self.part)
@@ -175,7 +175,7 @@ class SplitLayout:
     def chunks(self, name: str) -> list[Chunk]:
         """The chunks that the commit of that name has to name."""
         if name == "labels":
-            return self._in_parts(self.labels) if self.record.labels else []
+            return self._in_parts(self.labels) if self.labels.shape[1] else []
         if name == "sizes":
             return self._in_parts(self.sizes) if self.sizes else []
         if name == "prior":

@@ -128,7 +128,9 @@ class SplitStore(SplitReader):
             file = StoredFile(size=len(content), sha256=files.sha256(content), rows=digest)
             stored[chunk.file] = file
             contents[file.sha256] = content
-        commit = Commit(key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer))
+        commit = Commit(
+            format=self._format, key=self._key, name=name, parameters=parameters, files=stored, writer=dict(writer)
+        )
         contents["commit.json"] = canonical(commit)
         self._publish(name, contents)
         return self.commit(name).files == stored
@@ -203,7 +205,7 @@ class SplitStore(SplitReader):
         self.refresh()
         if not self.has(name):
             commit = parse(Commit, content, str(decided / "commit.json"), advice)
-            if (commit.key, commit.name) != (self._key, name) or not all(
+            if (commit.key, commit.name, commit.format) != (self._key, name, self._format) or not all(
                 _CHUNK.fullmatch(file) and _SHA256.fullmatch(stored.sha256) for file, stored in commit.files.items()
             ):
                 raise CorruptError(f"{decided} holds no commit of {name}; {advice}")

@@ -17,6 +17,7 @@ from numpy.typing import NDArray
 from kdcache.cache.errors import CorruptError, KdcacheError, MismatchError, NotFoundError, UnreadableError
 from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, Identity, SplitName, parse
+from kdcache.cache.records.pairs import partners
 from kdcache.cache.store import chunks
 from kdcache.cache.store.layout import Chunk, Commit, SplitLayout, StoredFile, parse_shard_name, shard_name
 from kdcache.cache.store.place import Place
@@ -32,15 +33,18 @@ _NONE: Arrays = MappingProxyType({})
 THREADS = 4  # parts or arrays at once: neither hashing nor blosc holds Python's lock
 
 
-class SplitReader:
-    """Reads one split of the cache at a place: N samples in parts; a shard is the records of one view and part.
+class CommitReader:
+    """Reads the commits of one split of the cache at a place, and the rows that they name.
 
-    where: the split's folder, for people. prefix: the same, as the beginning of a file's name in the cache.
+    N samples lie in parts; a shard is the records of one view and part. where: the split's folder, for people. prefix:
+    the same, as the beginning of a file's name in the cache.
     """
 
     def __init__(self, place: Place, split: SplitName, identity: Identity) -> None:
-        self._place, self._key, self._record = place, identity.key, identity.record
+        self._place, self._key, self._format = place, identity.key, identity.format
+        self._views = identity.views
         self.layout = SplitLayout(identity, split)
+        self._record = self.layout.record
         self.split, self.prefix = split, self.layout.prefix
         self.samples, self.part, self.parts = self.layout.samples, self.layout.part, self.layout.parts
         self.where = place.locate(self.prefix.rstrip("/")) if self.prefix else place.where
@@ -56,8 +60,6 @@ class SplitReader:
     def carries_tail_sums(self, view: int) -> bool:
         """Whether the commits of a view also name the part's share of the prior."""
         return self.layout.carries_tail_sums(view)
-
-    # Commits
 
     def committed(self) -> dict[int, set[int]]:
         """The committed parts of each view."""
@@ -98,6 +100,10 @@ class SplitReader:
             )
         if commit.name != name:
             raise CorruptError(f"{where} is that of {commit.name}; {self._remedy(name)}")
+        if commit.format != self._format:
+            raise CorruptError(
+                f"{where} has format {commit.format}, its cache has {self._format}; {self._remedy(name)}"
+            )
         return commit
 
     def _commit_where(self, name: str) -> str:
@@ -150,17 +156,26 @@ class SplitReader:
                 raise CorruptError(f"{e} ({name} of {self.where}); {self._remedy(name)}") from e
         return out
 
-    # Labels, sizes and records
+
+class SplitReader(CommitReader):
+    """Reads the labels, the image sizes and the records of one split."""
 
     @cached_property
     def labels(self) -> NDArray[Any]:
-        """[N, L] class ids."""
+        """Class ids [N, L] of the samples, L being the number of labels that a single sample has."""
         parts, spec = self.load("labels"), self.layout.labels
         labels = np.concatenate(parts) if parts else np.empty(spec.shape, spec.dtype)
         if labels.size and int(labels.max()) >= self._record.classes:
             where = self._place.locate(f"{self.prefix}labels")
             raise CorruptError(f"{where} holds a class id above {self._record.classes - 1}; {self._remedy('labels')}")
         return labels
+
+    def labels_in(self, view: int) -> NDArray[Any]:
+        """Class ids [N, L] of the records of a view: where views are mixed, the partner's follow the sample's own."""
+        if self.split == "eval" or not self._views.mixed:
+            return self.labels
+        partner = partners(self._views.seed, view, range(self.samples), self.samples)
+        return np.concatenate([self.labels, self.labels[partner]], 1)
 
     def require_labels(self, labels: NDArray[Any]) -> None:
         """MismatchError unless these are the cache's."""
@@ -208,7 +223,7 @@ class SplitReader:
         del first
         with ThreadPoolExecutor(THREADS, thread_name_prefix="kdcache-read") as threads:
             list(threads.map(lambda part: self.check_shard(view, part, slab), range(1, self.parts)))
-        return chunks.as_records(self._record, slab, self.labels, prior)
+        return chunks.as_records(self._record, slab, self.labels_in(view), prior)
 
     def view_arrays(self, view: int) -> dict[str, NDArray[Any]]:
         """How an imported view was made, by name: boxes [N, 4] and flips [N], or seeds [N]."""

@@ -15,7 +15,7 @@ from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.source import Source
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.views.policy import ViewParameters, draw, evaluation_view
+from kdcache.pipeline.views.parameters import ViewParameters, draw_as, evaluation_view
 from kdcache.pipeline.views.render import Renderer
 
 _FINITE, _SUMS = "_finite", "_sums"
@@ -32,10 +32,18 @@ class Answer(NamedTuple):
 
 def view_parameters(data: Dataset, identity: Identity, view: int, rows: range) -> ViewParameters:
     """The parameters of a view's samples; where `data` is the evaluation split, those of its only view."""
-    sizes = data.sizes[rows.start : rows.stop]
     if data.split == "eval":
-        return evaluation_view(sizes, whole=data.in_memory)
-    return draw(identity.views.policy, identity.views.seed, view, rows, sizes)
+        return evaluation_view(data.sizes[rows.start : rows.stop], whole=data.in_memory)
+    return draw_as(identity.views, view, rows, data.sizes)
+
+
+def labels_in(labels: NDArray[np.int64], drawn: ViewParameters, rows: range) -> NDArray[np.int64]:
+    """Labels [n, L] of the records of some rows: where the view is mixed, the partners' follow the samples' own.
+
+    labels: int64 [N, L'] of all samples. drawn: the parameters of the rows.
+    """
+    own = labels[rows.start : rows.stop]
+    return own if drawn.mixing is None else np.concatenate([own, labels[drawn.mixing.partners]], 1)
 
 
 def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) -> Renderer:
@@ -65,13 +73,13 @@ def answers(
     bounds = [b for b in bounds if min(starts) <= b.start]
     filled = [np.pad(np.arange(b.start, b.stop), (0, batch - len(b)), mode="edge") for b in bounds]
     wanted = [[place for place, start in enumerate(starts) if start <= b.start] for b in bounds]
-    y = torch.from_numpy(labels[rows.start : rows.stop]).to(source.teacher.device)
+    y = [torch.from_numpy(labels_in(labels, drawn, rows)).to(source.teacher.device) for drawn in views]
     for number, place, images in renderer.views(views, list(zip(filled, wanted, strict=True)), rows.start):
         if skip(place):
             continue
         at = bounds[number]
         logits = source.teacher.logits(images)[: len(at)]
-        of = y[at.start - rows.start : at.stop - rows.start]
+        of = y[place][at.start - rows.start : at.stop - rows.start]
         records = chunks.encode_as(source.identity.record, logits, of, check=False)
         yield Answer(place, at, records, logits)
 

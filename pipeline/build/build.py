@@ -29,7 +29,7 @@ from kdcache.pipeline.build.spool import SPOOL_SECONDS, WAITING_SECONDS, clear, 
 from kdcache.pipeline.process import provenance
 from kdcache.pipeline.process.progress import Progress, duration, percent, size
 from kdcache.pipeline.process.rank import this_rank
-from kdcache.pipeline.views.policy import evaluation_view
+from kdcache.pipeline.views.parameters import evaluation_view
 from kdcache.pipeline.views.render import Renderer
 
 _TIMED = 512  # images of the probe, at most

@@ -14,6 +14,7 @@ import torch
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.records.encoding import require_std, tail_distribution
+from kdcache.cache.records.pairs import VIEWS_A_PAIRING
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.cache.store.leases import Leases
@@ -26,7 +27,7 @@ from kdcache.pipeline.data.split import Split
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.teachers.teacher import Teacher
-from kdcache.pipeline.views.policy import ViewParameters
+from kdcache.pipeline.views.parameters import ViewParameters
 from kdcache.pipeline.views.render import Renderer
 
 _POLL_SECONDS = 0.5
@@ -167,12 +168,12 @@ class Builder:
         taken: list[Shard] = []
         most = 1
         for shard in list(self._todo):
-            if taken and (shard.split, shard.rows) != (taken[0].split, taken[0].rows):
+            if taken and not self._together(taken[0], shard):
                 continue
             if not self.leases.take(shard.lease):
                 continue
             if not taken and not shard.split.data.in_memory:
-                alike = sum((s.split, s.rows) == (shard.split, shard.rows) for s in self._todo)
+                alike = sum(self._together(shard, other) for other in self._todo)
                 builders = max(this_rank().world, 1 + len(self.leases.others()))
                 most = min(self.plan.views_per_decode, -(-alike // builders))
             taken.append(shard)
@@ -180,6 +181,11 @@ class Builder:
             if len(taken) == most:
                 break
         return taken
+
+    def _together(self, a: Shard, b: Shard) -> bool:
+        """Whether two shards can be cut from the same decoded images."""
+        paired = not self.plan.identity.views.mixed or a.view // VIEWS_A_PAIRING == b.view // VIEWS_A_PAIRING
+        return paired and (a.split, a.rows) == (b.split, b.rows)
 
     def _waiting(self) -> str:
         """For whom the build waits; empty where nobody holds a lease."""

@@ -4,7 +4,7 @@ from dataclasses import KW_ONLY, dataclass
 from functools import partial
 from typing import Annotated
 
-from kdcache.cache.records.choices import TEMPERATURES, Interpolation, Precision
+from kdcache.cache.records.choices import TEMPERATURES, Interpolation, Precision, SequenceName
 from kdcache.pipeline.commandline.options import Bf16, CacheFolder, Device, FullFingerprint, Option, Seed, Workers
 from kdcache.pipeline.data.defaults import DATA, Augment, Data, Unlabelled, names_function
 
@@ -81,6 +81,10 @@ class BuildConfig:
     ] = None
     data: Data = DATA
     augment: Augment = None
+    sequence: Annotated[
+        SequenceName,
+        Option("spread: the numbers of a sample's views are spread evenly, so that few views cover more."),
+    ] = "random"
     views: Annotated[int | None, Option("How many augmented views [by dataset].", ge=1, le=100_000)] = None
     topk: Annotated[int | None, Option("Classes to store [all up to 200, else 20].", ge=1)] = None
     temperatures: Annotated[

@@ -30,7 +30,8 @@ from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.progress import size
 from kdcache.pipeline.teachers.pixels import Wanted
 from kdcache.pipeline.teachers.teacher import Teacher, load_teacher
-from kdcache.pipeline.views.policy import check_policy
+from kdcache.pipeline.views.operations.kinds.geometry import Crop
+from kdcache.pipeline.views.policy import check_policy, parse_policy
 from kdcache.pipeline.views.render import RENDERER
 
 Say = Callable[[str], None]
@@ -124,14 +125,19 @@ def open_teacher(draft: Draft, say: Say = _quiet) -> Source:
     if teacher.classes < 2:
         raise InputError(f"the teacher has {teacher.classes} classes, at least 2 are needed: is {config.data} right?")
     labels = [to_teacher[split.labels] for split in (data, draft.evaluation)]
-    if not data.in_memory and "crop" in draft.policy.split(","):
+    policy = parse_policy(draft.policy)
+    if not data.in_memory and isinstance(policy.geometry, Crop):
         say(f"note: {draft.policy} keeps each image's own frame; rrc,flip is usual for image files")
+    views = ViewsIdentity(
+        policy=draft.policy, seed=config.seed, renderer=RENDERER, sequence=config.sequence, mixed=policy.mixed
+    )
     identity = Identity(
+        format=views.format,
         teacher=teacher.identity,
         data=describe_data(data, config.full_fingerprint),
         evaluation=describe_data(draft.evaluation, config.full_fingerprint),
-        views=ViewsIdentity(policy=draft.policy, seed=config.seed, renderer=RENDERER),
-        record=_record(config, teacher.classes, labels[0].shape[1]),
+        views=views,
+        record=_record(config, teacher.classes, labels[0].shape[1] * (2 if policy.mixed else 1)),
         class_map=class_map,
         part=config.part,
     )

@@ -26,11 +26,16 @@ def pack_ffcv(
 
     Images in memory are stored as raw pixels. Of image files, JPEG files are stored as they are and all others as raw
     pixels. A file that holds the same already is left as it is. InputError where `out` holds something else, is not
-    named .beton or does not fit on the disk; MismatchError for other data; NotFoundError for a view that is not
-    complete.
+    named .beton or does not fit on the disk, and for mixed views; MismatchError for other data; NotFoundError for a
+    view that is not complete.
     """
     if out.suffix != SUFFIX:
         raise InputError(f"{out}: the name of an FFCV file ends in {SUFFIX}")
+    if cache.identity.views.mixed:
+        raise InputError(
+            f"{cache.where} has mixed views ({cache.identity.views.policy}), and FFCV's loader gives one image at a "
+            "time: train from the cache itself, or pack it --to hdf5"
+        )
     require_described(data, cache.identity, cache.where)
     cache.train.require_sizes(data.sizes)
     chosen = _chosen(cache, views)

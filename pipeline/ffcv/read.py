@@ -21,7 +21,7 @@ from kdcache.cache.records.records import Records
 from kdcache.cache.store.chunks import as_records
 from kdcache.pipeline.ffcv.format import AREA_RENDERER, CRC_BYTES, RAW, Block, PackedView
 from kdcache.pipeline.ffcv.headers import corrupt, read_headers, sizes_of
-from kdcache.pipeline.views.policy import ViewParameters, draw
+from kdcache.pipeline.views.parameters import ViewParameters, draw_as
 from kdcache.pipeline.views.render import RENDERER
 
 _AT_ONCE = 8192  # rows
@@ -101,7 +101,7 @@ class FFCVFile:
         views, part = self.identity.views, self.identity.part
         if views.renderer != RENDERER:
             raise MismatchError(f"{self.path} was rendered by {views.renderer}, this kdcache renders by {RENDERER}")
-        drawn = draw(views.policy, views.seed, view, range(len(self)), self.sizes)
+        drawn = draw_as(views, view, range(len(self)), self.sizes)
         digests = tuple(drawn[at : at + part].digest() for at in range(0, len(self), part))
         if digests != packed.parameters:
             raise MismatchError(

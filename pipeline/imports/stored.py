@@ -19,7 +19,7 @@ from numpy.typing import NDArray
 from kdcache.cache import files
 from kdcache.cache.errors import InputError
 from kdcache.cache.identity import id_dtype
-from kdcache.pipeline.views.policy import ViewParameters
+from kdcache.pipeline.views.parameters import ViewParameters
 
 _SOFTMAX = 2.0**-20  # relative error of a softmax in float32
 

@@ -13,14 +13,13 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from functools import cache
-from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
+from kdcache.cache.records.choices import SequenceName
 from kdcache.pipeline.views import philox
 
-Sequence = Literal["random", "spread"]
 Samples = range | NDArray[np.int64]
 # What the steps of the spread sequence are chosen by. All of it is fixed for ever, since caches depend on the steps.
 _CANDIDATES = 64
@@ -51,7 +50,7 @@ def words(
     view: int,
     samples: Samples,
     count: int,
-    sequence: Sequence = "random",
+    sequence: SequenceName = "random",
     steps: Mapping[int, int] | None = None,
 ) -> NDArray[np.uint64]:
     """Draw `count` random words [n, count] for each of n samples, which may be a range or any samples in any order.

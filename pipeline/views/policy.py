@@ -1,122 +1,177 @@
-"""View parameters: a pure function of (policy, seed, view, sample, image size).
+"""View policies as text: OP[(ARG,...)][,OP...], which stands in the identity of a cache in its canonical form.
 
-The table of policies says how each is drawn; render.py applies the parameters. There is no other image
-randomness in either stage. A new policy is a rule in operations/geometry.py and a line in `POLICIES`.
+The operations are classes in operations/; a new one is a file or a class there and a line in `_ALL`. How a policy's
+parameters are drawn says parameters.py, how they are applied render.py.
 """
 
 from __future__ import annotations
 
-import hashlib
-from collections.abc import Mapping
+import dataclasses
+import math
+import re
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import lru_cache
 from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from torch import Tensor
 
-from kdcache.cache.errors import CorruptError, InputError
-from kdcache.pipeline.views.operations.geometry import Crop, Flip, Geometry, ResizedCrop, Whole, geometry
+from kdcache.cache.errors import InputError
+from kdcache.pipeline.process.functions import did_you_mean
+from kdcache.pipeline.views.operations.kinds.auto import RandAugment, Trivial
+from kdcache.pipeline.views.operations.kinds.colour import Blur, Color, Gray, Solarize, Three
+from kdcache.pipeline.views.operations.kinds.erase import Erase
+from kdcache.pipeline.views.operations.kinds.geometry import Crop, Flip, Geometry, ResizedCrop, Whole
+from kdcache.pipeline.views.operations.kinds.mix import Cutmix, Mix, Mixup
+from kdcache.pipeline.views.operations.operation import STAGES, Drawn, Operation, bounds, of_rows
 
-# Streams are the second word of Philox's key: whatever the seeds, two streams never give the same draw. The views of
-# caches have stream 0, and the orders of training (train/loaders/order.py) have stream 1.
-_VIEWS = 0
-TEACHING = 2**32  # far from the streams that a later kind of view may need
+# In the order in which they are applied: by stage, and within a stage as here. That order is part of what a policy
+# means, so a new operation goes to the end of its stage.
+_ALL: tuple[type[Any], ...] = (
+    Crop, ResizedCrop, Flip,
+    Three, Trivial, RandAugment, Color, Gray, Blur, Solarize,
+    Erase,
+    Mixup, Cutmix,
+)  # fmt: skip
+OPERATIONS: dict[str, type[Any]] = {kind.name: kind for kind in _ALL}
+
+NAMED = {
+    # DeiT III, arXiv 2204.07118: one of gray, solarize and blur, then colour jitter of 0.3.
+    "three-augment": "rrc,flip,three,color(0.3,0.3,0.3,0)",
+    # TinyViT, arXiv 2207.10666: what its stored logits are made with, where mixup and cutmix are off.
+    "tinyvit": "rrc,flip,randaugment(2,9),erase(0.25)",
+    # Apple's reinforced data sets, arXiv 2303.08983: random resized crop, RandAugment, random erasing.
+    "ml-dr": "rrc,flip,randaugment(2,9),erase(0.25)",
+    # "A good teacher is patient and consistent", arXiv 2106.05237: Inception crop, flip and mixup, for long runs.
+    "funmatch": "rrc,flip,mixup(1)",
+}
+_OPERATION = re.compile(r"\s*([^\s,()]+)\s*(?:\(([^()]*)\))?\s*(,|$)")
+_WHOLE = Whole()
+_SHORT = (Crop, ResizedCrop, Flip)  # written without arguments where these are the usual ones, as format 1 did
 
 
 @dataclass(frozen=True)
 class Policy:
-    """How views are drawn: the rule for their boxes, and whether every second view is mirrored."""
+    """How views are made, stage by stage.
 
-    geometry: Geometry
-    flips: bool = False
-
-
-POLICIES = {
-    "none": Policy(Whole()),
-    "flip": Policy(Whole(), flips=True),
-    "crop": Policy(Crop()),
-    "crop,flip": Policy(Crop(), flips=True),
-    "rrc": Policy(ResizedCrop()),
-    "rrc,flip": Policy(ResizedCrop(), flips=True),
-}
-
-
-@dataclass(frozen=True, eq=False)
-class ViewParameters:
-    """How a view of each of n samples is made.
-
-    boxes int32 [n, 4]: top, left, height and width in source pixels; outside of the image is black.
-    flips bool [n]: whether it is mirrored left to right, after the crop.
+    geometry: the rule for boxes. flip: what mirrors views, or None. operations: what changes the pixels of single
+    images, in the order of application. mixes: what mixes pairs of images; of two, each pair gets one.
     """
 
-    boxes: NDArray[np.int32]
-    flips: NDArray[np.bool_]
+    geometry: Geometry = _WHOLE
+    flip: Flip | None = None
+    operations: tuple[Operation, ...] = ()
+    mixes: tuple[Mix, ...] = ()
 
-    def __len__(self) -> int:
-        return len(self.flips)
+    def apply(self, images: Tensor, drawn: Mapping[str, Drawn], rows: NDArray[np.int64]) -> Tensor:
+        """Change uint8 images [B, 3, H, W] by the operations on pixels.
 
-    def __getitem__(self, index: slice | NDArray[np.int64]) -> ViewParameters:
-        return ViewParameters(self.boxes[index], self.flips[index])
+        rows [B]: where in `drawn` the images' parameters are. The images may be overwritten. Images of the evaluation
+        split, for which nothing was drawn, stay as they are.
+        """
+        for operation in self.operations:
+            if (all_rows := drawn.get(operation.name)) is not None:
+                images = operation.apply(images, of_rows(all_rows, rows))
+        return images
 
-    def digest(self) -> str:
-        """The sha256 of the parameters, in hexadecimal. Each commit holds it, and a reader compares it."""
-        h = hashlib.sha256(b"kdcache view parameters 1\0")
-        h.update(np.ascontiguousarray(self.boxes, "<i4").tobytes())
-        h.update(np.ascontiguousarray(self.flips, "u1").tobytes())
-        return h.hexdigest()
+    @property
+    def mixed(self) -> bool:
+        """Whether each view is of two images."""
+        return bool(self.mixes)
 
-
-def check_policy(policy: str) -> str:
-    """The policy's canonical name. InputError for an unknown policy."""
-    name = ",".join(p.strip() for p in policy.split(","))
-    if name not in POLICIES:
-        raise InputError(f"unknown view policy {policy!r}: take one of {'; '.join(POLICIES)}")
-    return name
-
-
-def padding(policy: str, height: int, width: int) -> int:
-    """How many pixels beyond the edge of an image of this size a box may reach; 0 for the policies of imports."""
-    known = POLICIES.get(policy)
-    return known.geometry.margin(height, width) if known else 0
+    def __str__(self) -> str:
+        """The canonical text."""
+        geometry = [] if isinstance(self.geometry, Whole) else [self.geometry]
+        flip = [] if self.flip is None else [self.flip]
+        return ",".join(_text(one) for one in (*geometry, *flip, *self.operations, *self.mixes)) or "none"
 
 
-def resizes(policy: str) -> bool:
-    """Whether views are cut in other sizes than their images have."""
-    known = POLICIES.get(policy)
-    return known is not None and known.geometry.resizes
+@lru_cache(256)
+def parse_policy(text: str) -> Policy:
+    """The policy of a text. InputError for what is unknown, out of range or contradictory."""
+    found: dict[str, Any] = {}
+    for operation in _operations(text, text):
+        if operation.name in found:
+            raise InputError(f"view policy {text!r} names {operation.name} twice")
+        found[operation.name] = operation
+    if "crop" in found and "rrc" in found:
+        raise InputError(f"view policy {text!r} has two crops: take crop for small images, or rrc")
+    ordered = [found[name] for name in OPERATIONS if name in found]
+    of = {stage: tuple(op for op in ordered if op.stage == stage) for stage in STAGES}
+    flip = found.pop("flip", None)
+    boxes = [op for op in of["geometry"] if op is not flip]
+    return Policy(boxes[0] if boxes else _WHOLE, flip, (*of["colour"], *of["erase"]), of["mix"])
 
 
-def draw(
-    policy: str, seed: int, view: int, samples: range, sizes: NDArray[np.int32], stream: int = _VIEWS
-) -> ViewParameters:
-    """Draw the parameters of a view for contiguous samples. sizes int32 [n, 2]: height and width of their images.
-
-    stream: the stream of caches, or TEACHING, so that no cached view is one that the teacher was trained on.
-    """
-    rule = POLICIES[check_policy(policy)]
-    flip = Flip() if rule.flips else None
-    return ViewParameters(*geometry(rule.geometry, flip, seed, stream, view, samples, sizes))
+def policy_of(text: str) -> Policy:
+    """The policy of a cache. Imported caches, whose views are not drawn, have one that does nothing."""
+    return Policy() if text in ("stored", "foreign") else parse_policy(text)
 
 
-def imported_view(stored: Mapping[str, NDArray[Any]], sizes: NDArray[np.int32], where: str) -> ViewParameters:
-    """Read the parameters of an imported view from its arrays. CorruptError for boxes that leave the images."""
-    boxes, flips = stored["boxes"], stored["flips"]
-    corner, extent = boxes[:, :2].astype(np.int64), boxes[:, 2:].astype(np.int64)
-    if (corner < 0).any() or (extent < 1).any() or (corner + extent > sizes).any() or (flips > 1).any():
-        raise CorruptError(f"{where} holds boxes or flips that cannot be: import it again")
-    return ViewParameters(boxes, flips.astype(np.bool_))
+def check_policy(text: str) -> str:
+    """The policy's canonical text. InputError as in `parse_policy`."""
+    return str(parse_policy(text))
 
 
-def evaluation_view(sizes: NDArray[np.int32], whole: bool) -> ViewParameters:
-    """The unaugmented view: the whole image, or for files the central square of 224/256 of the shorter side."""
-    height, width = _height_and_width(sizes)
-    if whole:
-        boxes = np.stack([np.zeros_like(height), np.zeros_like(height), height, width], 1)
-    else:
-        side = np.maximum(1, np.minimum(height, width) * 7 // 8)
-        boxes = np.stack([(height - side) // 2, (width - side) // 2, side, side], 1)
-    return ViewParameters(boxes.astype(np.int32), np.zeros(len(sizes), np.bool_))
+def _operations(text: str, whole: str) -> Iterator[Any]:
+    if text.strip() == "none":
+        return
+    at = 0
+    while True:
+        if (found := _OPERATION.match(text, at)) is None:
+            raise InputError(f"view policy {whole!r} cannot be read from {text[at:]!r} on: write OP(ARG,...),OP,...")
+        name, arguments, comma = found.groups()
+        if name in NAMED and arguments is None:
+            yield from _operations(NAMED[name], whole)
+        elif name in OPERATIONS:
+            yield _made(OPERATIONS[name], arguments, whole)
+        else:
+            hint = did_you_mean(name, [*OPERATIONS, *NAMED])
+            known = "; ".join((" ".join(OPERATIONS), " ".join(NAMED)))
+            raise InputError(
+                f"unknown operation {name!r} in view policy {whole!r}{hint} (known: {known}; or none alone)"
+            )
+        if not comma:
+            return
+        at = found.end()
 
 
-def _height_and_width(sizes: NDArray[np.int32]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
-    return sizes[:, 0].astype(np.int64), sizes[:, 1].astype(np.int64)
+def _made(kind: type[Any], text: str | None, whole: str) -> Any:
+    """The operation with the arguments in the text."""
+    fields = dataclasses.fields(kind)
+    given = [] if text is None or not text.strip() else text.split(",")
+    usage = f"{kind.name}({','.join(field.name for field in fields)})" if fields else f"{kind.name}, without arguments"
+    if len(given) > len(fields):
+        raise InputError(f"{kind.name} in view policy {whole!r} has {len(given)} arguments: write {usage}")
+    values = []
+    for field, typed in zip(fields, given, strict=False):
+        least, most = bounds(field)
+        integer = isinstance(field.default, int)
+        try:
+            value = int(typed) if integer else float(typed)
+        except ValueError:
+            what = "a whole number" if integer else "a number"
+            raise InputError(
+                f"{kind.name} in view policy {whole!r}: {field.name} {typed.strip()!r} is not {what}"
+            ) from None
+        if not least <= value <= most or not math.isfinite(value):
+            raise InputError(
+                f"{kind.name} in view policy {whole!r}: {field.name} {typed.strip()} is not from {least:g} to {most:g}"
+            )
+        values.append(value)
+    return kind(*values)
+
+
+def _text(operation: Any) -> str:
+    fields = dataclasses.fields(operation)
+    values = [getattr(operation, field.name) for field in fields]
+    if not fields or (isinstance(operation, _SHORT) and values == [field.default for field in fields]):
+        return str(operation.name)
+    return f"{operation.name}({','.join(_number(value) for value in values)})"
+
+
+def _number(value: float) -> str:
+    """The shortest text that is read as this number again."""
+    return repr(value).removesuffix(".0")

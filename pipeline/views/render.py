@@ -22,7 +22,11 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.records.choices import Interpolation
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.rank import cores
-from kdcache.pipeline.views.policy import ViewParameters, padding
+from kdcache.pipeline.views.operations.kinds.mix import mixed
+from kdcache.pipeline.views.operations.operation import of_rows
+from kdcache.pipeline.views.parameters import ViewParameters
+from kdcache.pipeline.views.policy import policy_of
+from kdcache.pipeline.views.table import Rows, Table
 from kdcache.pipeline.views.workers import Done, Task, Workers
 
 RENDERER = "torch-uint8-1"
@@ -121,7 +125,8 @@ class Renderer:
     In-memory images are cut on the device in batches, from one padded copy that all renderers of a dataset share.
     Files, and images that are resized from boxes of many sizes, are cut in `workers` processes, which live on from one
     call to the next until `close`. At most two batches of their pixels wait, in each of the views that are cut
-    together, or two tasks of 32 cuts for each worker where that is more.
+    together, or two tasks of 32 cuts for each worker where that is more. The policy's operations on pixels are applied
+    on the device, a batch at a time.
     """
 
     def __init__(
@@ -142,7 +147,9 @@ class Renderer:
             self.size = own
         else:
             raise InputError(f"{data.name} holds image files: an input size in pixels is needed")
-        self._pixels = _pixels(data, padding(policy, *self.size), device) if own == self.size else None
+        self._policy = policy_of(policy)
+        margin = self._policy.geometry.margin(*self.size)
+        self._pixels = _pixels(data, margin, device) if own == self.size else None
         self._idle: Workers | None = None
 
     def close(self) -> None:
@@ -152,46 +159,76 @@ class Renderer:
     def batches(
         self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]], first: int = 0
     ) -> Iterator[Tensor]:
-        """uint8 [B, 3, H, W] for each batch of sample indices; parameters are those of samples first, first+1, ..."""
-        if self._pixels is not None and (parameters.boxes[:, 2:] == self.size).all():
-            boxes = torch.from_numpy(parameters.boxes).to(self.device)
-            flips = torch.from_numpy(parameters.flips).to(self.device)
-            for index in torch.split(order_on(self.device, batches), [len(batch) for batch in batches]):
-                yield self._pixels.crops(index, boxes[index - first], flips[index - first])
-        elif (images := self.data.pixels) is not None and _whole(parameters.boxes, self.data):
-            for batch in batches:
-                pixels = images[torch.from_numpy(batch)].permute(0, 3, 1, 2)
-                resized = tv.resize(pixels, list(self.size), InterpolationMode(self.interpolation), antialias=True)
-                flips = torch.from_numpy(parameters.flips[batch - first]).view(-1, 1, 1, 1)
-                resized = torch.where(flips, resized.flip(3), resized)
-                yield resized.contiguous(memory_format=torch.channels_last).to(self.device)
-        else:
-            yield from (images for *_, images in self._by_workers([parameters], [(b, (0,)) for b in batches], first))
+        """uint8 [B, 3, H, W] for each batch of sample indices; parameters are those of samples first, first+1, ...
+
+        Where views are mixed, a batch may be of any samples: the partners' images are rendered as well.
+        """
+        table = Table(parameters, first)
+        batched = [table.batch(samples) for samples in batches]
+        partners = self._on_device([at.partners for at in batched])
+        for at, theirs, images in zip(batched, partners, self._cut(table, [at.rows for at in batched]), strict=True):
+            yield self._finished(images, table, at, theirs)
 
     def views(
         self, parameters: Sequence[ViewParameters], batches: Sequence[Batch], first: int = 0
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Yield every batch in each of its views: the places of batch and view, and the pixels as `batches` gives them.
 
-        Files are decoded once for all views of a batch, so batch by batch; in-memory images come view by view.
+        Files are decoded once for all views of a batch, so batch by batch; in-memory images come view by view. Of
+        files, views that are mixed have to be of one pairing.
         """
         if not self.data.in_memory:
-            yield from self._by_workers(parameters, batches, first)
+            tables = [Table(drawn, first) for drawn in parameters]
+            batched = [tables[0].batch(samples) for samples, _ in batches]
+            wanted = [(at.rows, places) for at, (_, places) in zip(batched, batches, strict=True)]
+            partners = self._on_device([at.partners for at in batched])
+            for number, place, images in self._by_workers(tables, wanted):
+                yield number, place, self._finished(images, tables[place], batched[number], partners[number])
             return
         for place, drawn in enumerate(parameters):
-            wanted = [number for number, (_, places) in enumerate(batches) if place in places]
-            rendered = self.batches(drawn, [batches[number][0] for number in wanted], first)
-            yield from ((number, place, images) for number, images in zip(wanted, rendered, strict=True))
+            numbers = [number for number, (_, places) in enumerate(batches) if place in places]
+            rendered = self.batches(drawn, [batches[number][0] for number in numbers], first)
+            yield from ((number, place, images) for number, images in zip(numbers, rendered, strict=True))
 
-    def _by_workers(
-        self, parameters: Sequence[ViewParameters], batches: Sequence[Batch], first: int
-    ) -> Iterator[tuple[int, int, Tensor]]:
+    def _cut(self, table: Table, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
+        """The images of rows of the table as geometry has them, uint8 [m, 3, H, W] for each batch of rows."""
+        if self._pixels is not None and (table.boxes[:, 2:] == self.size).all():
+            samples, boxes, flips = (
+                torch.from_numpy(of).to(self.device) for of in (table.samples, table.boxes, table.flips)
+            )
+            for index in torch.split(order_on(self.device, batches), [len(batch) for batch in batches]):
+                yield self._pixels.crops(samples[index], boxes[index], flips[index])
+        elif (images := self.data.pixels) is not None and _whole(table.boxes, self.data):
+            for rows in batches:
+                pixels = images[torch.from_numpy(table.samples[rows])].permute(0, 3, 1, 2)
+                resized = tv.resize(pixels, list(self.size), InterpolationMode(self.interpolation), antialias=True)
+                flips = torch.from_numpy(table.flips[rows]).view(-1, 1, 1, 1)
+                resized = torch.where(flips, resized.flip(3), resized)
+                yield resized.contiguous(memory_format=torch.channels_last).to(self.device)
+        else:
+            yield from (images for *_, images in self._by_workers([table], [(rows, (0,)) for rows in batches]))
+
+    def _finished(self, images: Tensor, table: Table, at: Rows, partners: Tensor | None) -> Tensor:
+        """Apply the operations on pixels, and mix what is to be mixed."""
+        images = self._policy.apply(images, table.drawn, at.rows)
+        if partners is None or table.mixing is None:
+            return images
+        own, theirs = images[: len(partners)], _chosen(images, partners)
+        return mixed(own, theirs, of_rows(table.mixing, at.rows[: len(partners)]))
+
+    def _on_device(self, places: Sequence[NDArray[np.int64] | None]) -> list[Tensor | None]:
+        """Copy the places of all batches to the device at once; None stays None."""
+        there = [of for of in places if of is not None]
+        copied = iter(torch.split(order_on(self.device, there), [len(of) for of in there]))
+        return [None if of is None else next(copied) for of in places]
+
+    def _by_workers(self, tables: Sequence[Table], batches: Sequence[Batch]) -> Iterator[tuple[int, int, Tensor]]:
         tasks: list[Task] = []
         counts = []
-        for samples, places in batches:
+        for rows, places in batches:
             step = max(1, _CUTS // len(places))
-            chosen = [parameters[place] for place in places]
-            new = [_task(samples[i : i + step], chosen, first) for i in range(0, len(samples), step)]
+            chosen = [tables[place] for place in places]
+            new = [_task(rows[i : i + step], chosen) for i in range(0, len(rows), step)]
             tasks += new
             counts.append(len(new))
         workers, ahead = min(self.workers, len(tasks)), 2 * max(counts, default=0)
@@ -221,6 +258,11 @@ def _whole(boxes: NDArray[np.int32], data: Dataset) -> bool:
     return bool((boxes == (0, 0, *data.sizes[0])).all())
 
 
-def _task(samples: NDArray[np.int64], views: Sequence[ViewParameters], first: int) -> Task:
-    drawn = [view[samples - first] for view in views]
-    return Task(samples, np.stack([d.boxes for d in drawn], 1), np.stack([d.flips for d in drawn], 1))
+def _chosen(images: Tensor, places: Tensor) -> Tensor:
+    """Some of the images [B, 3, H, W], in the memory format that they have (channels_last)."""
+    return images.permute(0, 2, 3, 1).index_select(0, places).permute(0, 3, 1, 2)
+
+
+def _task(rows: NDArray[np.int64], tables: Sequence[Table]) -> Task:
+    boxes, flips = ([getattr(table, name)[rows] for table in tables] for name in ("boxes", "flips"))
+    return Task(tables[0].samples[rows], np.stack(boxes, 1), np.stack(flips, 1))

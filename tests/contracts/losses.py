@@ -261,6 +261,24 @@ class LossContract:
         want = value_and_gradient(lambda v: loss(v, y[:, 0], encode(t, y, k, tail_std=True)), s)
         assert max(errors(got, want)) < 1e-6
 
+    @pytest.mark.parametrize("k", [None, 5])
+    def test_two_labels_of_one_class_are_the_single_label(self, mixed, k):
+        loss = mixed.ready()
+        if k and loss.needs.dense:
+            k = None
+        s, t, y, w = mixed_sample()
+        twice = y[:, :1].expand(B, 2).contiguous()
+        got = value_and_gradient(lambda v: loss(v, twice, encode(t, twice, k, tail_std=True), w), s)
+        want = value_and_gradient(lambda v: loss(v, y[:, 0], encode(t, y[:, 0], k, tail_std=True)), s)
+        assert max(errors(got, want)) < 1e-6
+
+    def test_mixed_labels_of_which_some_pairs_have_one_class_equal_the_weighted_form(self, mixed):
+        s, t, y, w = mixed_sample()
+        y[::3, 1] = y[::3, 0]
+        loss, records = mixed.ready(), encode(t, y, None, precision="float32")
+        want = value_and_gradient(lambda v: mixed.reference(v, t.double(), y, w.double()), s.double())
+        assert max(errors(value_and_gradient(lambda v: loss(v, y, records, w), s), want)) < 1e-5
+
     def test_mixed_labels_without_a_meaning_or_without_weights_are_refused(self, case):
         s, t, y, w = mixed_sample()
         loss = case.ready()

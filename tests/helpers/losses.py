@@ -4,6 +4,8 @@ References take s and t, the student's and the teacher's logits [B, C], and y an
 [B, L]. They were written before the product's code, row by row where that is clearer.
 """
 
+import itertools
+
 import torch
 from torch.nn.functional import one_hot
 
@@ -64,6 +66,11 @@ def nkd64(s, t, y, w, gamma, T, both=False):
 
 
 def by_weight(y, w):
+    """The heavier label first; a label that comes again has all of its weight at its first place."""
+    w = w.clone()
+    for i, j, k in itertools.product(range(len(y)), range(y.shape[1]), range(y.shape[1])):
+        if j < k and y[i, j] == y[i, k]:
+            w[i, j], w[i, k] = w[i, j] + w[i, k], 0.0
     order = torch.sort(w, dim=1, descending=True, stable=True).indices
     return y.gather(1, order), w.gather(1, order)
 

@@ -10,7 +10,7 @@ from torch import Tensor
 from kdcache.cache.records.records import Records
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.teachers.teacher import Classifier
-from kdcache.pipeline.views.policy import evaluation_view
+from kdcache.pipeline.views.parameters import evaluation_view
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
 

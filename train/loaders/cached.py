@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections import Counter
 from collections.abc import Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import replace
 
 import numpy as np
 import torch
@@ -21,7 +22,8 @@ from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.split import require_described
 from kdcache.pipeline.stores import Stored
-from kdcache.pipeline.views.policy import ViewParameters, draw, imported_view
+from kdcache.pipeline.views.operations.kinds.mix import label_weights
+from kdcache.pipeline.views.parameters import ViewParameters, draw_as, imported_view
 from kdcache.pipeline.views.render import RENDERER, Renderer, normalised
 from kdcache.train.loaders.order import EpochOrder, Epochs, gathered
 
@@ -40,7 +42,7 @@ def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
     elif views.renderer != RENDERER:
         raise MismatchError(f"{cache.where} was rendered by {views.renderer}, this kdcache renders by {RENDERER}")
     else:
-        drawn = draw(views.policy, views.seed, view, range(len(data)), data.sizes)
+        drawn = draw_as(views, view, range(len(data)), data.sizes)
     for part in range(store.parts):
         rows = store.rows(part)
         if drawn[rows.start : rows.stop].digest() != store.commit(shard_name(view, part)).parameters:
@@ -51,12 +53,27 @@ def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
     return drawn
 
 
+def weighed(records: Records, drawn: ViewParameters, size: tuple[int, int]) -> Records:
+    """Records of a view with the shares that their labels have in mixed images of that height and width."""
+    if drawn.mixing is None or records.labels.shape[1] != 2:
+        return records
+    shares = torch.from_numpy(label_weights(drawn.mixing.drawn, *size))
+    return replace(records, label_weights=shares.to(records.labels.device))
+
+
+def partners_of(drawn: ViewParameters) -> NDArray[np.int64] | None:
+    """The partner of each sample, where the view is mixed."""
+    return None if drawn.mixing is None else drawn.mixing.partners
+
+
 class CachedLoader(Epochs):
     """Iterates over (images, labels, records) of an epoch, in an order that depends on (seed, epoch) alone.
 
-    images: float32 [B, 3, S, S], normalised by the dataset's mean and std, in the view that the records belong
-    to; labels: int64 [B] in the teacher's classes ([B, L] unless L = 1); records: Records of B. batch_size is that of
-    all `world` ranks together; samples that fill no batch are left out of the epoch.
+    images: float32 [B, 3, S, S], normalised by the dataset's mean and std, in the view that the records belong to;
+    labels: int64 [B] in the teacher's classes ([B, L] unless L = 1); records: Records of B. Where views are mixed,
+    labels are [B, 2], records.label_weights [B, 2] has their shares, and a batch holds both images of every pair, so
+    that batch_size has to be even for each rank. batch_size is that of all `world` ranks together; samples that fill no
+    batch are left out of the epoch.
 
     Epoch e takes complete view e mod V. The first iterator reads epoch 0 and each later one the epoch after the last
     that was begun, from its first batch on; set_epoch(e), also as sampler.set_epoch(e), chooses another. `epoch` and
@@ -96,7 +113,9 @@ class CachedLoader(Epochs):
             raise NotFoundError(f"{cache.where} has no complete view: run kdcache build again to finish it")
         if views is not None and views > len(self._views):
             raise NotFoundError(f"{cache.where} has {len(self._views)} complete views, not {views}: build more")
-        self._order = EpochOrder(len(self.data) if samples is None else samples, batch_size, rank, world, seed)
+        self._order = EpochOrder(
+            len(self.data) if samples is None else samples, batch_size, rank, world, seed, cache.identity.views.mixed
+        )
         self._device = torch.device(device)
         self._renderer = renderer_for(cache, self.data, image_size, self._device, workers)
         self._mean, self._std = (
@@ -121,7 +140,7 @@ class CachedLoader(Epochs):
                 spare = None
         records, parameters = self._slabs[now].result()
         self._order.begin(epoch)
-        batches = self._order.batches(epoch)[start:]
+        batches = self._order.batches(epoch, partners_of(parameters))[start:]
         rendered = self._renderer.batches(parameters, batches)
         self._in_use[now] += 1
         try:
@@ -143,7 +162,9 @@ class CachedLoader(Epochs):
         return spare
 
     def _read(self, view: int, spare: Records | None) -> tuple[Records, ViewParameters]:
-        return self.cache.read(view, spare).to(self._device), stored_view(self.cache, self.data, view)
+        drawn = stored_view(self.cache, self.data, view)
+        records = weighed(self.cache.read(view, spare), drawn, self._renderer.size)
+        return records.to(self._device), drawn
 
 
 def renderer_for(

@@ -16,7 +16,8 @@ from kdcache.cache.errors import InputError, MismatchError, NotFoundError, Unser
 from kdcache.cache.records.records import Records
 from kdcache.cache.store.chunks import as_records
 from kdcache.pipeline.ffcv.read import FFCVFile
-from kdcache.pipeline.views.policy import ViewParameters, padding, resizes
+from kdcache.pipeline.views.parameters import ViewParameters
+from kdcache.pipeline.views.policy import policy_of
 from kdcache.pipeline.views.render import normalised, render
 from kdcache.train.loaders.order import EpochOrder, Epochs, labels_of, squeezed
 
@@ -54,6 +55,7 @@ class FFCVLoader(Epochs):
         self._views = file.views[:views]
         if views is not None and views > len(self._views):
             raise NotFoundError(f"{file.path} has {len(self._views)} views, not {views}: pack more")
+        self._policy = policy_of(file.identity.views.policy)
         self._size = _student_size(file, image_size, allow_renderer)
         file.check_pixels()
         self._order = EpochOrder(len(file) if samples is None else samples, batch_size, rank, world, seed)
@@ -96,8 +98,8 @@ class FFCVLoader(Epochs):
             for index, labels, ((pixels, decoded), (rows, whole)) in zip(batches, of_batches, epoch, strict=True):
                 self._require_sound(index, decoded, "image")
                 self._require_sound(index, whole, f"record of view {now}")
-                images = torch.from_numpy(pixels).permute(0, 3, 1, 2)  # channels_last
-                yield self._own(images), labels, self._records(rows, index)
+                images = self._own(torch.from_numpy(pixels).permute(0, 3, 1, 2))  # channels_last
+                yield self._policy.apply(images, parameters.drawn, index), labels, self._records(rows, index)
         finally:
             epoch.close()
 
@@ -153,9 +155,10 @@ def _failed(drawn: Future[ViewParameters]) -> bool:
 def _student_size(file: FFCVFile, image_size: int | None, allow_renderer: bool) -> tuple[int, int]:
     """Height and width of the student's images. MismatchError or InputError where FFCV cannot give them as asked."""
     policy = file.identity.views.policy
+    geometry = policy_of(policy).geometry
     height, width = file.sizes[0].tolist()
     if not file.raw:
-        if padding(policy, height, width):
+        if geometry.margin(height, width):
             raise InputError(
                 f"{file.path} has views of {policy}, which reach beyond the image's edge, and FFCV's resizing does "
                 "not: train from the cache itself, or from one with rrc"
@@ -168,7 +171,7 @@ def _student_size(file: FFCVFile, image_size: int | None, allow_renderer: bool) 
             )
         side = image_size or file.identity.teacher.input_size
         return side, side
-    if resizes(policy) or (image_size is not None and (image_size, image_size) != (height, width)):
+    if geometry.resizes or (image_size is not None and (image_size, image_size) != (height, width)):
         raise InputError(
             f"{file.path} holds raw pixels of {height}x{width}, which are cut and never resized: train from the "
             f"cache itself for {policy} at {image_size or f'{height}x{width}'} pixels"

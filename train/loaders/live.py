@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Iterator, Sequence
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -14,10 +15,13 @@ from kdcache.cache.errors import KdcacheError, NotFoundError
 from kdcache.cache.records.encoding import encode
 from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
+from kdcache.pipeline.build.answers import labels_in
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.views.policy import TEACHING, ViewParameters, draw
+from kdcache.pipeline.views.operations.kinds.mix import label_weights
+from kdcache.pipeline.views.parameters import TEACHING, ViewParameters, draw, draw_as
+from kdcache.pipeline.views.policy import parse_policy
 from kdcache.pipeline.views.render import Renderer
-from kdcache.train.loaders.cached import renderer_for
+from kdcache.train.loaders.cached import partners_of, renderer_for
 from kdcache.train.loaders.order import EpochOrder, Epochs, labels_of, squeezed
 
 
@@ -59,38 +63,47 @@ class OnlineLoader(Epochs):
             raise NotFoundError(f"{cache.where} has no complete view; --fresh-views needs none")
         self._cache, self._data, self._teacher = cache, data, teacher
         self._views = None if fresh_views else cache.views[:views]
-        self._order = EpochOrder(len(data) if samples is None else samples, batch_size, rank, world, seed)
+        mixed = cache.identity.views.mixed
+        self._order = EpochOrder(len(data) if samples is None else samples, batch_size, rank, world, seed, mixed)
         self._student_images = renderer_for(cache, data, image_size, teacher.device, workers)
         self._teacher_images = Renderer(
             data, teacher.input_size, teacher.device, cache.identity.views.policy, workers,
             cache.identity.teacher.interpolation,
         )  # fmt: skip
-        labels = torch.from_numpy(cache.train.labels.astype(np.int64))
-        self._labels = squeezed(labels.to(teacher.device))
 
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """(images uint8 [B, 3, S, S], labels, dense float32 records of the live teacher)."""
-        epoch, views = self._order.next_epoch, self._cache.identity.views
-        parameters = draw(views.policy, views.seed, self._view_of(epoch), range(len(self._data)), self._data.sizes)
+        epoch = self._order.next_epoch
+        view = self._view_of(epoch)
+        parameters = draw_as(self._cache.identity.views, view, range(len(self._data)), self._data.sizes)
         self._order.begin(epoch)
-        batches = self._order.batches(epoch)[start:]
+        batches = self._order.batches(epoch, partners_of(parameters))[start:]
         finite = torch.ones((), dtype=torch.bool, device=self._teacher.device)
-        of_batches = labels_of(self._labels, batches)
-        for labels, (images, seen) in zip(of_batches, self._images(parameters, batches), strict=True):
+        of_batches = self._labels(view, parameters, batches)
+        for (labels, shares), (images, seen) in zip(of_batches, self._images(parameters, batches), strict=True):
             y = labels if labels.numel() else None
             answers = self._teacher.logits(seen)
             finite &= torch.isfinite(answers).all()  # looked at in the end, so that no step waits for the device
-            yield images, labels, encode(answers, y, precision="float32", check=False)
+            records = encode(answers, y, precision="float32", check=False)
+            yield images, labels, replace(records, label_weights=shares)
         if not finite:
             raise KdcacheError("the teacher's logits are not finite: lower --lr where it learns, or check its weights")
 
     def answers(self, view: int) -> Iterator[Records]:
         """The live teacher's records of all training samples in this view, batch by batch. A rank gives its share."""
-        views, mine = self._cache.identity.views, self._order.in_order()
-        parameters = draw(views.policy, views.seed, view, range(len(self._data)), self._data.sizes)
-        labels = labels_of(self._labels, mine)
-        for y, seen in zip(labels, self._teacher_images.batches(parameters, mine), strict=True):
-            yield encode(self._teacher.logits(seen), y if y.numel() else None, precision="float32")
+        mine = self._order.in_order()
+        parameters = draw_as(self._cache.identity.views, view, range(len(self._data)), self._data.sizes)
+        of_batches = self._labels(view, parameters, mine)
+        for (y, shares), seen in zip(of_batches, self._teacher_images.batches(parameters, mine), strict=True):
+            records = encode(self._teacher.logits(seen), y if y.numel() else None, precision="float32")
+            yield replace(records, label_weights=shares)
+
+    def _labels(
+        self, view: int, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[Tensor, Tensor | None]]:
+        """The labels of each batch of a view, and where it is mixed their shares in the student's images."""
+        labels = self._cache.train.labels_in(view).astype(np.int64)
+        return _with_shares(labels, parameters, batches, self._student_images.size, self._teacher.device)
 
     def _images(
         self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
@@ -124,16 +137,41 @@ class PlainLoader(Epochs):
     ) -> None:
         self._data, self._policy, self._seed = data, policy, seed
         self._views = None
-        self._order = EpochOrder(len(data), batch_size, rank, world, seed)
+        self._order = EpochOrder(len(data), batch_size, rank, world, seed, parse_policy(policy).mixed)
         self._renderer = Renderer(data, size, device, policy, workers)
-        self._labels = torch.from_numpy(data.labels[:, 0]).to(device)
 
-    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, None]]:
-        """(images uint8 [B, 3, S, S], labels, None). start: leave out so many batches."""
+    def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records | None]]:
+        """(images uint8 [B, 3, S, S], labels, None). start: leave out so many batches.
+
+        Where views are mixed, records that hold no answers take the place of None: label_weights stands in them.
+        """
         epoch, everything = self._order.next_epoch, range(len(self._data))
-        parameters = draw(self._policy, self._seed, epoch, everything, self._data.sizes, TEACHING)
+        parameters = draw(self._policy, self._seed, epoch, everything, self._data.sizes, stream=TEACHING)
         self._order.begin(epoch)
-        batches = self._order.batches(epoch)[start:]
+        batches = self._order.batches(epoch, partners_of(parameters))[start:]
+        labels = labels_in(self._data.labels, parameters, everything)
+        of_batches = _with_shares(labels, parameters, batches, self._renderer.size, self._renderer.device)
         rendered = self._renderer.batches(parameters, batches)
-        for images, labels in zip(rendered, labels_of(self._labels, batches), strict=True):
-            yield images, labels, None
+        for images, (y, shares) in zip(rendered, of_batches, strict=True):
+            yield images, y, None if shares is None else _unanswered(y, shares, len(self._data.class_names))
+
+
+def _with_shares(
+    labels: NDArray[np.int64],
+    parameters: ViewParameters,
+    batches: Sequence[NDArray[np.int64]],
+    size: tuple[int, int],
+    device: torch.device,
+) -> Iterator[tuple[Tensor, Tensor | None]]:
+    """The labels of each batch, and where the view is mixed their shares in images of that size."""
+    found = labels_of(squeezed(torch.from_numpy(labels).to(device)), batches)
+    if parameters.mixing is None or labels.shape[1] != 2:
+        return ((y, None) for y in found)
+    shares = torch.from_numpy(label_weights(parameters.mixing.drawn, *size)).to(device)
+    return zip(found, labels_of(shares, batches), strict=True)
+
+
+def _unanswered(labels: Tensor, shares: Tensor, classes: int) -> Records:
+    """Records of a batch that no teacher has answered for."""
+    nothing = shares.new_empty((len(labels), 0))
+    return Records(None, nothing, nothing, nothing, labels, classes, (), label_weights=shares)

@@ -20,18 +20,36 @@ _GATHERED = 1 << 22  # bytes: far fewer calls than one a batch, and still in the
 
 
 def epoch_batches(
-    samples: int, batch_size: int, seed: int, epoch: int, rank: int = 0, world: int = 1
+    samples: int,
+    batch_size: int,
+    seed: int,
+    epoch: int,
+    rank: int = 0,
+    world: int = 1,
+    partners: NDArray[np.int64] | None = None,
 ) -> list[NDArray[np.int64]]:
     """This rank's part of each batch of an epoch, int64 [B]: a permutation that depends on (seed, epoch) alone.
 
-    The samples left over by whole batches wait for another epoch's permutation.
+    The samples left over by whole batches wait for another epoch's permutation. partners int64 [N], where views are
+    mixed: each rank's part then holds both samples of every pair, next to each other. Of an odd number of samples the
+    one that is its own partner comes last.
     """
-    words = np.random.Philox(key=np.array([seed, 1], np.uint64), counter=np.array([0, epoch, 0, 0], np.uint64))
-    # Samples by the upper bits of their words, which have the samples in the lower ones: ten times as fast as argsort.
-    low = np.uint64((1 << samples.bit_length()) - 1)
-    order = (np.sort(words.random_raw(samples) & ~low | np.arange(samples, dtype=np.uint64)) & low).astype(np.int64)
+    if partners is None:
+        order = _permutation(samples, seed, epoch)
+    else:
+        first = np.flatnonzero(np.arange(samples) < partners)
+        chosen = first[_permutation(len(first), seed, epoch)]
+        alone = np.flatnonzero(partners == np.arange(samples))
+        order = np.concatenate([np.stack([chosen, partners[chosen]], 1).reshape(-1), alone])
     count = samples // batch_size
     return [np.array_split(b, world)[rank] for b in np.split(order[: count * batch_size], count)]
+
+
+def _permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
+    words = np.random.Philox(key=np.array([seed, 1], np.uint64), counter=np.array([0, epoch, 0, 0], np.uint64))
+    # Numbers by the upper bits of their words, which have the numbers in the lower ones: ten times as fast as argsort.
+    low = np.uint64((1 << count.bit_length()) - 1)
+    return (np.sort(words.random_raw(count) & ~low | np.arange(count, dtype=np.uint64)) & low).astype(np.int64)
 
 
 def gathered(records: Records, batches: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Tensor, Records]]:
@@ -53,15 +71,34 @@ class EpochOrder:
 
     epoch: the one that was begun last, or that set_epoch has chosen since. Each beginning takes the next epoch, unless
     set_epoch has chosen one. samples: how many there are, or the places of the chosen ones, int64 in ascending order.
+    mixed: whether the views are, so that batches are of pairs; InputError where the settings would part these.
     """
 
-    def __init__(self, samples: int | NDArray[np.int64], batch_size: int, rank: int, world: int, seed: int) -> None:
+    def __init__(
+        self,
+        samples: int | NDArray[np.int64],
+        batch_size: int,
+        rank: int,
+        world: int,
+        seed: int,
+        mixed: bool = False,
+    ) -> None:
         self._chosen = None if isinstance(samples, int) else samples
         self._samples = samples if isinstance(samples, int) else len(samples)
         if not 1 <= batch_size <= self._samples:
             raise InputError(f"a batch of {batch_size} does not fit the data's {self._samples} samples")
         if batch_size < world:
             raise InputError(f"a batch of {batch_size} cannot be split over {world} ranks")
+        if mixed and batch_size % (2 * world):
+            raise InputError(
+                f"a batch of {batch_size} would part the pairs of mixed views: take a multiple of {2 * world} for "
+                "--batch-size"
+            )
+        if mixed and self._chosen is not None:
+            raise InputError(
+                "images that are held out would be mixed into those that are learnt from: leave --validation out, or "
+                "give data with a split of their own for it"
+            )
         self._batch_size, self._seed = batch_size, seed
         self._rank, self._world = rank, world
         self._epoch, self._begun = 0, False
@@ -85,9 +122,9 @@ class EpochOrder:
     def __len__(self) -> int:
         return self._samples // self._batch_size
 
-    def batches(self, epoch: int) -> list[NDArray[np.int64]]:
-        """This rank's part of each batch."""
-        found = epoch_batches(self._samples, self._batch_size, self._seed, epoch, self._rank, self._world)
+    def batches(self, epoch: int, partners: NDArray[np.int64] | None = None) -> list[NDArray[np.int64]]:
+        """This rank's part of each batch. partners int64 [N]: of a view that is mixed."""
+        found = epoch_batches(self._samples, self._batch_size, self._seed, epoch, self._rank, self._world, partners)
         return self._places(found)
 
     def in_order(self) -> list[NDArray[np.int64]]:
@@ -133,7 +170,7 @@ class Epochs:
 
 
 def labels_of(labels: Tensor, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
-    """The labels of each batch, from the labels of all samples and on their device."""
+    """The labels of each batch, or other rows, from those of all samples and on their device."""
     order = order_on(labels.device, batches)
     return (labels[index] for index in torch.split(order, [len(batch) for batch in batches]))
 

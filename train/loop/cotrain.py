@@ -40,13 +40,14 @@ class LearningTeacher:
             self._answer = self.model(images).float()
         return self._answer.detach()
 
-    def learn(self, student: Tensor, labels: Tensor, batches: int) -> Tensor:
+    def learn(self, student: Tensor, labels: Tensor, batches: int, weights: Tensor | None = None) -> Tensor:
         """Add the gradients of the last answer's loss, and return that loss.
 
-        student: the student's logits [B, C] of the same batch. batches: how many batches make a step.
+        student: the student's logits [B, C] of the same batch. batches: how many batches make a step. weights [B, L]:
+        those of mixed labels.
         """
         assert self._answer is not None
-        value = self._weighted(self._loss.of_teacher(self._answer, labels, student), len(student))
+        value = self._weighted(self._loss.of_teacher(self._answer, labels, student, weights), len(student))
         self._answer = None
         self._updater.backward(value, batches)
         return value.detach()

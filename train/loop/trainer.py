@@ -49,7 +49,7 @@ class Partner(Protocol):
     model: Classifier
     notes: dict[str, Any]
 
-    def learn(self, student: Tensor, labels: Tensor, batches: int) -> Tensor: ...
+    def learn(self, student: Tensor, labels: Tensor, batches: int, weights: Tensor | None = None) -> Tensor: ...
 
     def update(self, step: int, steps_per_epoch: int) -> None: ...
 
@@ -143,7 +143,8 @@ class Training:
         self._sums[0] += value.detach()
         self._parts.add(parts.named, lambda values: self._weighted(values, len(images)))
         if self.partner is not None:
-            self._sums[1] += self.partner.learn(logits.detach(), labels, together)
+            weights = None if records is None else records.label_weights
+            self._sums[1] += self.partner.learn(logits.detach(), labels, together, weights)
         self.batch += 1
 
     @property

@@ -8,9 +8,9 @@ Shapes: B batch, C classes, L labels a sample, F features. Every loss is called 
     loss(student_logits [B, C], labels [B], records)                    scalar, the mean over the batch
     loss(student_logits [B, C], labels [B, L], records, weights [B, L]) for mixed images (mixup, cutmix)
 
-in float32, and is differentiable in the student only. `loss.parts(...)` takes the same arguments and names the terms of
-that scalar. For mixed labels every term that is a cross-entropy to the labels is the weighted sum; other terms with a
-label say what they take.
+where the weights are by default those that CachedLoader has put into the records, in float32, and is differentiable in
+the student only. `loss.parts(...)` takes the same arguments and names the terms of that scalar. For mixed labels every
+term that is a cross-entropy to the labels is the weighted sum; other terms with a label say what they take.
 
 What a loss needs of a cache and of the student it declares in `needs`. What it wants beyond the records of a batch is a
 protocol that it fulfils: Learnt, Featured, Surveying, Paced, Partnered.
@@ -243,7 +243,12 @@ class ByParts(ABC):
         weights: Tensor | None = None,
         features: Tensor | None = None,
     ) -> Parts:
-        """The named terms of the loss, all []; for the arguments see above. UnservedError where one is missing."""
+        """The named terms of the loss, all []; for the arguments see above. UnservedError where one is missing.
+
+        weights: by default those that the records have.
+        """
+        if weights is None and records is not None:
+            weights = records.label_weights
         return self.terms(Batch(logits.float(), labels, weights, features, records)).mean()
 
     def __call__(

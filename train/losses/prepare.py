@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
+from dataclasses import replace
 from typing import Protocol
 
 import numpy as np
@@ -14,6 +15,7 @@ from kdcache.cache.identity import RecordIdentity
 from kdcache.cache.records.records import STD_TAU, Records
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.views.parameters import shares_as
 from kdcache.train.losses.base import Featured, Loss, Surveying
 from kdcache.train.losses.features import FeatureLoss
 
@@ -99,7 +101,10 @@ def prepared(
     dense, softened = cache.identity.record.dense, loss.needs.temperatures or loss.needs.standardised
 
     def first_view() -> Records:
-        records = cache.read(cache.views[0])
+        records, has = cache.read(cache.views[0]), cache.identity
+        if has.views.mixed and has.record.labels:
+            shares = shares_as(has.views, cache.views[0], has.data.samples, (size, size))
+            records = replace(records, label_weights=torch.from_numpy(shares))
         return records if samples is None else records[torch.from_numpy(samples)]
 
     if isinstance(loss, Surveying) and loss.needs.first_view:

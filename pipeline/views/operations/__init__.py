@@ -1,1 +1,1 @@
-"""The operations that views are made of, one class each."""
+"""What the operations of views have in common; the operations themselves are in kinds/."""

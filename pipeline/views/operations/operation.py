@@ -10,14 +10,15 @@ CPU and a GPU, for one image and for a batch, and for any number of threads.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import field
-from typing import Any, ClassVar, Literal, Protocol
+from dataclasses import Field, field
+from typing import Any, ClassVar, Literal, Protocol, get_args
 
 import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
 Stage = Literal["geometry", "colour", "erase", "mix"]
+STAGES: tuple[Stage, ...] = get_args(Stage)  # in the order in which they are applied
 Drawn = Mapping[str, NDArray[Any]]  # integer arrays [n, ...] by name
 _LEAST, _MOST = "least", "most"
 
@@ -25,6 +26,16 @@ _LEAST, _MOST = "least", "most"
 def argument(default: Any, least: float, most: float) -> Any:
     """A field of an operation's dataclass: its default, and the smallest and the largest value that it may have."""
     return field(default=default, metadata={_LEAST: least, _MOST: most})
+
+
+def of_rows(drawn: Drawn, rows: slice | NDArray[np.int64]) -> Drawn:
+    """What was drawn for some of the samples."""
+    return {name: of[rows] for name, of in drawn.items()}
+
+
+def bounds(of: Field[Any]) -> tuple[float, float]:
+    """The smallest and the largest value of an argument."""
+    return of.metadata[_LEAST], of.metadata[_MOST]
 
 
 class Operation(Protocol):

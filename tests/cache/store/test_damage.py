@@ -196,7 +196,7 @@ def test_json_that_kdcache_does_not_write_is_refused(filled):
             Cache(filled.cache.path).read(1)
         assert str(path) in str(caught.value) and "run kdcache build again" in str(caught.value), name
     path.write_text(text.replace('"format":1', '"format":3'))
-    with pytest.raises(e.MismatchError, match="has format 3; this kdcache reads up to format 1: update kdcache"):
+    with pytest.raises(e.MismatchError, match="has format 3; this kdcache reads up to format 2: update kdcache"):
         Cache(filled.cache.path).read(1)
 
 
@@ -204,7 +204,8 @@ def test_an_identity_that_cannot_be_read_says_what_to_do(filled):
     path = filled.cache.path / "identity.json"
     text = path.read_text()
     for content, kind, message in (
-        (text.replace('"format":1', '"format":2'), e.MismatchError, "format 2; this kdcache reads up to format 1"),
+        (text.replace('"format":1', '"format":3'), e.MismatchError, "format 3; this kdcache reads up to format 2"),
+        (text.replace('"format":1', '"format":2'), e.CorruptError, "such views belong to format 1"),
         (text.replace('"format":1', '"format":0'), e.MismatchError, "format 0, from before the first release: build"),
         (text.replace('"k":4', '"k":4,"k":4'), e.CorruptError, "stands twice"),
         (text.replace("4.0", "NaN"), e.CorruptError, "temperatures"),

@@ -19,7 +19,7 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.pipeline.verify import verify
-from kdcache.pipeline.views.policy import draw
+from kdcache.pipeline.views.parameters import draw
 from kdcache.tests.helpers.building import (
     BATCH,
     PART,

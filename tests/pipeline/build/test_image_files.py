@@ -26,7 +26,7 @@ from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.pipeline.verify import verify
-from kdcache.pipeline.views.policy import draw
+from kdcache.pipeline.views.parameters import draw
 from kdcache.tests.helpers.building import (
     as_json,
     content,

@@ -20,7 +20,7 @@ from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.decode import decode_file
 from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.views import workers
-from kdcache.pipeline.views.policy import draw
+from kdcache.pipeline.views.parameters import draw
 from kdcache.pipeline.views.render import Renderer
 from kdcache.tests.helpers.places import ROOT
 

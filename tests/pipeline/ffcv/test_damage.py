@@ -15,7 +15,7 @@ from kdcache.cache import errors as e
 from kdcache.cache.identity import canonical
 from kdcache.pipeline.ffcv import format, read
 from kdcache.pipeline.ffcv.read import FFCVFile
-from kdcache.pipeline.views.policy import draw
+from kdcache.pipeline.views.parameters import draw_as
 from kdcache.tests.helpers.ffcv import equal, everything, packed_arrays
 
 
@@ -171,6 +171,6 @@ def test_forged_files_with_fitting_digests_are_refused(packed, copy):
 
 def test_other_view_parameters_are_refused(packed, monkeypatch):
     file = FFCVFile(packed[2])
-    monkeypatch.setattr(read, "draw", lambda policy, seed, view, *rest: draw(policy, seed, view + 1, *rest))
+    monkeypatch.setattr(read, "draw_as", lambda views, view, *rest: draw_as(views, view + 1, *rest))
     with pytest.raises(e.MismatchError, match=r"view 0 of .* other view parameters than this kdcache draws"):
         file.parameters(0)

@@ -17,7 +17,7 @@ from kdcache.cache import errors as e
 from kdcache.pipeline.ffcv import format, write
 from kdcache.pipeline.ffcv.pack import pack_ffcv
 from kdcache.pipeline.ffcv.read import FFCVFile
-from kdcache.pipeline.views.policy import draw
+from kdcache.pipeline.views.parameters import draw
 from kdcache.pipeline.views.render import RENDERER
 from kdcache.tests.helpers.caches import same
 from kdcache.tests.helpers.ffcv import packed_arrays, packed_files, quiet

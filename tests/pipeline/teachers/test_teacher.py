@@ -32,7 +32,7 @@ from kdcache.pipeline.teachers.sources.torchvision import pixels_of
 from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, load_teacher
 from kdcache.pipeline.teachers.weights import weights_hash
 from kdcache.pipeline.verify import source_of, verify
-from kdcache.pipeline.views.policy import evaluation_view
+from kdcache.pipeline.views.parameters import evaluation_view
 from kdcache.pipeline.views.render import Renderer, render
 from kdcache.tests.helpers.places import bench_script
 from kdcache.train.config import TrainConfig

@@ -1,212 +1,85 @@
-"""View parameters are a pure function of (policy, seed, view, sample, size), and always the same one."""
+"""Policies are read from text, refused where they are wrong, and written in one way."""
 
-import itertools
-import multiprocessing
-
-import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import given
 from hypothesis import strategies as st
 
-from kdcache.cache import KdcacheError
-from kdcache.pipeline.views.draws import chance
-from kdcache.pipeline.views.policy import (
-    POLICIES,
-    TEACHING,
-    Policy,
-    ViewParameters,
-    check_policy,
-    draw,
-    evaluation_view,
-    padding,
+from kdcache.cache.errors import InputError
+from kdcache.pipeline.views.policy import NAMED, OPERATIONS, check_policy, parse_policy
+
+OLD = ["none", "flip", "crop", "crop,flip", "rrc", "rrc,flip"]
+
+
+@pytest.mark.parametrize("policy", OLD)
+def test_the_policies_of_format_1_are_written_as_they_were(policy):
+    assert check_policy(policy) == policy
+    assert check_policy(policy.replace(",", " , ")) == policy
+
+
+@pytest.mark.parametrize(
+    ("typed", "canonical"),
+    [
+        ("flip,crop", "crop,flip"),
+        ("flip(0.5),rrc(0.08,1)", "rrc,flip"),
+        ("rrc(0.25)", "rrc(0.25,1)"),
+        ("erase, randaugment, flip, rrc", "rrc,flip,randaugment(2,9),erase(0.25)"),
+        ("cutmix,mixup(0.2),crop", "crop,mixup(0.2),cutmix(1)"),
+        ("mixup(1.0)", "mixup(1)"),
+        ("trivial()", "trivial"),
+        ("color(0.4)", "color(0.4,0.3,0.3,0)"),
+        ("funmatch", "rrc,flip,mixup(1)"),
+        ("three-augment,cutmix(1)", "rrc,flip,three,color(0.3,0.3,0.3,0),cutmix(1)"),
+    ],
 )
-from kdcache.tests.contracts.policies import PolicyContract
-
-M = (1 << 64) - 1
-
-
-def philox_block(seed, view, block):
-    """Philox 4x64-10 from the paper (Salmon et al. 2011), one block of four words."""
-    x, key = [block & M, view, 0, 0], [seed, 0]
-    for r in range(10):
-        if r:
-            key = [(key[0] + 0x9E3779B97F4A7C15) & M, (key[1] + 0xBB67AE8584CAA73B) & M]
-        a, b = 0xD2E7470EE14C6C93 * x[0], 0xCA5A826395121157 * x[2]
-        x = [(b >> 64) ^ x[1] ^ key[0], b & M, (a >> 64) ^ x[3] ^ key[1], a & M]
-    return x
+def test_the_order_is_by_stage_and_every_argument_is_written(typed, canonical):
+    assert check_policy(typed) == canonical
+    assert check_policy(canonical) == canonical
 
 
-def sizes_of(n, height=32, width=32):
-    return np.tile(np.array([height, width], np.int32), (n, 1))
-
-
-def equal(a, b):
-    return np.array_equal(a.boxes, b.boxes) and np.array_equal(a.flips, b.flips)
-
-
-@pytest.mark.parametrize(("seed", "view", "sample"), [(0, 0, 0), (7, 3, 12345), (2**62, 99_999, 1_281_166)])
-def test_the_draw_is_philox_as_published(seed, view, sample):
-    """NumPy steps the counter before it draws, so sample i of a one-block policy has block i + 1."""
-    u = [(w >> 11) * 2.0**-53 for w in philox_block(seed, view, sample + 1)]
-    got = draw("crop,flip", seed, view, range(sample, sample + 1), sizes_of(1))
-    assert got.boxes.tolist() == [[int(u[1] * 9) - 4, int(u[2] * 9) - 4, 32, 32]]
-    assert got.flips.tolist() == [u[0] < 0.5]
-
-
-@pytest.mark.parametrize("policy", ["crop,flip", "rrc,flip"])
-def test_a_teacher_is_taught_on_views_that_no_cache_holds(policy):
-    sizes = np.random.default_rng(0).integers(30, 500, (40, 2)).astype(np.int32)
-    cached = {draw(policy, s, v, range(40), sizes).digest() for s in (0, 1, 2**32, 2**63 - 1) for v in range(64)}
-    taught = {draw(policy, s, e, range(40), sizes, TEACHING).digest() for s in (0, 1, 2**32) for e in range(64)}
-    assert len(cached) == 256 and len(taught) == 192 and not cached & taught
-
-
-def test_the_views_of_caches_stay_as_they_are():
-    """Digests that stand in the commits of caches of every release."""
-    sizes = np.random.default_rng(0).integers(30, 500, (40, 2)).astype(np.int32)
-    pinned = {
-        ("crop,flip", 0, 0): "04250ff7d7c31072",
-        ("crop,flip", 7, 63): "56172d1ef91cb643",
-        ("rrc,flip", 0, 1): "fe5ebc74cede2f9d",
-    }
-    for (policy, seed, view), digest in pinned.items():
-        assert draw(policy, seed, view, range(40), sizes).digest().startswith(digest)
-
-
-@settings(max_examples=60, deadline=None)
-@given(
-    st.sampled_from(list(POLICIES)),
-    st.integers(0, 2**62),
-    st.integers(0, 10**6),
-    st.integers(0, 90),
-    st.integers(1, 30),
+@pytest.mark.parametrize(
+    ("typed", "error"),
+    [
+        ("randaug(2,9)", "unknown operation 'randaug'.*did you mean.*randaugment"),
+        ("crop,flop", "unknown operation 'flop'.*did you mean.*flip"),
+        ("crop,rrc", "two crops"),
+        ("flip,flip", "names flip twice"),
+        ("funmatch,mixup(0.2)", "names mixup twice"),
+        ("flip(1.5)", "p 1.5 is not from 0 to 1"),
+        ("flip(nan)", "p nan is not from 0 to 1"),
+        ("randaugment(2.5,9)", "n '2.5' is not a whole number"),
+        ("erase(x)", "p 'x' is not a number"),
+        ("gray(0.1,0.2)", r"gray in .* has 2 arguments: write gray\(p\)"),
+        ("three(1)", "has 1 arguments: write three, without arguments"),
+        ("rrc(1,0.5)", "rrc"),
+        ("rrc(0.08,1", "cannot be read"),
+        ("crop,,flip", "cannot be read"),
+        ("", "cannot be read"),
+        ("crop,", "cannot be read"),
+        ("none,flip", "unknown operation 'none'"),
+        ("mixup(0.33)", "0.33"),
+    ],
 )
-def test_any_range_is_drawn_without_the_others(policy, seed, view, start, count):
-    sizes = np.random.default_rng(seed).integers(1, 500, (120, 2)).astype(np.int32)
-    whole = draw(policy, seed, view, range(120), sizes)
-    stop = min(start + count, 120)
-    assert equal(draw(policy, seed, view, range(start, stop), sizes[start:stop]), whole[start:stop])
+def test_what_is_wrong_is_one_clear_line(typed, error):
+    with pytest.raises(InputError, match=error) as caught:
+        parse_policy(typed)
+    assert "\n" not in str(caught.value)
 
 
-@settings(max_examples=60, deadline=None)
-@given(st.integers(0, 2**62), st.integers(1, 400), st.integers(1, 400))
-def test_random_resized_crops_lie_inside(seed, height, width):
-    boxes = draw("rrc,flip", seed, 0, range(50), sizes_of(50, height, width)).boxes.astype(int)
-    top, left, h, w = boxes.T
-    assert (h >= 1).all() and (w >= 1).all() and (top >= 0).all() and (left >= 0).all()
-    assert (top + h <= height).all() and (left + w <= width).all()
+def test_named_policies_are_policies():
+    for name, text in NAMED.items():
+        assert check_policy(name) == text
 
 
-def test_random_resized_crops_have_the_published_distribution():
-    """Area uniform over 8-100% and aspect log-uniform over 3/4-4/3, less what does not fit."""
-    boxes = draw("rrc", 0, 0, range(20_000), sizes_of(20_000, 400, 400)).boxes.astype(float)
-    area, aspect = boxes[:, 2] * boxes[:, 3] / 400**2, boxes[:, 3] / boxes[:, 2]
-    assert 0.079 < area.min() < 0.09 and area.max() <= 1
-    assert 0.745 < aspect.min() and aspect.max() < 1.345
-    # Below 3/4 of the area every aspect fits, so nothing is lost there.
-    small = area[area < 0.7]
-    quantiles = np.quantile(small, [0.25, 0.5, 0.75])
-    np.testing.assert_allclose(quantiles, 0.08 + 0.62 * np.array([0.25, 0.5, 0.75]), atol=0.015)
-    assert abs(np.log(aspect).mean()) < 0.01
+@given(st.text(max_size=30))
+def test_any_text_is_a_policy_or_refused(text):
+    try:
+        canonical = check_policy(text)
+    except InputError:
+        return
+    assert check_policy(canonical) == canonical
 
 
-def test_crops_and_flips_are_uniform_and_differ_between_views():
-    a, b = (draw("crop,flip", 0, v, range(20_000), sizes_of(20_000)) for v in (0, 1))
-    counts = np.bincount(a.boxes[:, 0] + 4, minlength=9)
-    assert (abs(counts / 20_000 - 1 / 9) < 0.01).all()
-    assert abs(a.flips.mean() - 0.5) < 0.02
-    assert abs(np.corrcoef(a.boxes[:, 1], b.boxes[:, 1])[0, 1]) < 0.03
-    assert not draw("crop", 0, 0, range(100), sizes_of(100)).flips.any()
-
-
-# What version 1 of the parameters has always been: caches in the world depend on it.
-DIGESTS = {
-    "none": "570e9b742487df04",
-    "crop,flip": "412855b1c30f8b8a",
-    "rrc,flip": "b648c36d3f47e8dd",
-}
-
-
-@pytest.mark.parametrize("policy", DIGESTS)
-def test_digests_never_change(policy):
-    sizes = (np.arange(2000, dtype=np.int32).reshape(1000, 2) % 400) + 17
-    assert draw(policy, 5, 2, range(1000), sizes).digest()[:16] == DIGESTS[policy]
-
-
-def test_every_parameter_changes_the_digest():
-    p = draw("crop,flip", 0, 0, range(10), sizes_of(10))
-    for i in range(10):
-        flips = p.flips.copy()
-        flips[i] ^= True
-        boxes = p.boxes.copy()
-        boxes[i, i % 4] += 1
-        assert len({p.digest(), ViewParameters(p.boxes, flips).digest(), ViewParameters(boxes, p.flips).digest()}) == 3
-
-
-def test_a_spawned_process_draws_the_same():
-    arguments = [("rrc,flip", 3, view, range(500), sizes_of(500, 333, 500)) for view in (0, 9)]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        for there, here in zip(pool.starmap(draw, arguments), itertools.starmap(draw, arguments), strict=True):
-            assert equal(there, here)
-
-
-def test_evaluation_views_are_the_whole_or_the_central_square():
-    assert evaluation_view(sizes_of(1), whole=True).boxes.tolist() == [[0, 0, 32, 32]]
-    assert evaluation_view(sizes_of(1, 256, 320), whole=False).boxes.tolist() == [[16, 48, 224, 224]]
-
-
-def test_policies_are_checked_and_padding_follows_them():
-    assert check_policy(" crop, flip") == "crop,flip"
-    assert padding("crop,flip", 32, 40) == 4 and padding("rrc,flip", 32, 32) == 0 and padding("crop", 5, 5) == 1
-    with pytest.raises(KdcacheError, match="unknown view policy 'flip,crop': take one of none; flip; crop"):
-        check_policy("flip,crop")
-
-
-class TestNone(PolicyContract):
-    policy, random = "none", False
-
-
-class TestFlip(PolicyContract):
-    policy = "flip"
-
-
-class TestCrop(PolicyContract):
-    policy = "crop"
-
-
-class TestCropAndFlip(PolicyContract):
-    policy = "crop,flip"
-
-
-class TestResizedCrop(PolicyContract):
-    policy = "rrc"
-
-
-class TestResizedCropAndFlip(PolicyContract):
-    policy = "rrc,flip"
-
-
-class Corner:
-    """A new policy: this rule, and a line in the table. The box is one of the four corners' halves."""
-
-    words, resizes = 3, True
-
-    def margin(self, height, width):
-        return 0
-
-    def boxes(self, words, height, width):
-        h, w = (height + 1) // 2, (width + 1) // 2
-        top, left = (chance(words[:, i], 0.5) for i in (1, 2))
-        return np.stack([top * (height - h), left * (width - w), h, w], 1)
-
-
-class TestToyPolicy(PolicyContract):
-    policy = "corner"
-
-    @pytest.fixture(autouse=True)
-    def _table(self, monkeypatch):
-        monkeypatch.setitem(POLICIES, "corner", Policy(Corner()))
-
-
-def test_every_policy_of_the_table_keeps_to_the_contract():
-    assert {kind.policy for kind in PolicyContract.__subclasses__()} == {*POLICIES, "corner"}
+@given(st.lists(st.sampled_from(sorted(OPERATIONS)), unique=True, max_size=6))
+def test_every_order_of_typing_is_one_policy(names):
+    names = [name for name in names if name != "crop"]
+    assert check_policy(",".join(names) or "none") == check_policy(",".join(reversed(names)) or "none")

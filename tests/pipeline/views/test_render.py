@@ -17,7 +17,7 @@ from kdcache.cache import KdcacheError
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.teachers.teacher import Classifier
-from kdcache.pipeline.views.policy import ViewParameters, draw, evaluation_view
+from kdcache.pipeline.views.parameters import ViewParameters, draw, evaluation_view
 from kdcache.pipeline.views.render import Renderer, render
 from kdcache.train.evaluation.metrics import predict
 

@@ -10,7 +10,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from kdcache.cache import KdcacheError, open_cache
 from kdcache.cache.records.records import Records
 from kdcache.pipeline.data.dataset import open_data
-from kdcache.pipeline.views.policy import draw
+from kdcache.pipeline.views.parameters import draw
 from kdcache.pipeline.views.render import Renderer
 from kdcache.tests.helpers.training import BATCH, teacher_of
 from kdcache.train.evaluation.validation import held_out_part

@@ -89,7 +89,8 @@ class IKL(ByParts):
     def prepare(self, records: Records | Iterable[Records]) -> None:
         """Take the class prior [C, C], a row for each label, from the records of view 0, whole or in parts.
 
-        With several ranks all of them must call this, each with all records or each with its share.
+        Records of mixed images count for each label by its weight. With several ranks all of them must call this, each
+        with all records or each with its share.
         """
         if self.pairs != "prior":
             return
@@ -98,7 +99,8 @@ class IKL(ByParts):
             v = torch.softmax(some.logits().double() / self.temperature2, 1)
             if sums is None:
                 sums = v.new_zeros(v.shape[1], v.shape[1])
-            sums.index_add_(0, some.labels[:, 0].long(), v)
+            for y, share in some.weighed_labels():
+                sums.index_add_(0, y, v if share is None else v * share.double().unsqueeze(1))
         if sums is None:
             raise InputError("ikl:pairs=prior has no records to take its class prior from")
         sums = group.total(sums)

@@ -70,7 +70,7 @@ class TFNKD(ByParts):
     """CE - sg[q_y + V - mean_B q_y] log q_y, V = 1: teacher-free NKD, Yang et al. 2022 (arXiv 2208.10139).
 
     The student's own q_y, shifted to have the mean V, stands for the teacher's. With mixed labels V is each label's
-    weight, and the means are over the batch's heavier and over its lighter labels.
+    weight, and the means are over the batch's heavier and over its lighter labels. Two labels of one class are one.
     """
 
     name: ClassVar[str] = "tf-nkd"
@@ -166,7 +166,11 @@ class USKD(ByParts):
 def _own_target(batch: Batch, log_q: Tensor, power: int) -> Tensor:
     """[B] -sg[q_y^power + V - mean_B q_y^power] log q_y, summed over the labels of positive weight V."""
     y, v = batch.columns()
-    if batch.labels.dim() == 2:  # the heavier label first, so that a mean is over like labels
+    if batch.labels.dim() == 2:
+        # Two labels of one class are one label, which has the weight of both.
+        same = y.unsqueeze(2) == y.unsqueeze(1)
+        v = torch.where(same.tril(-1).any(2), 0.0, (v.unsqueeze(1) * same).sum(2))
+        # The heavier label first, so that a mean is over like labels.
         v, order = torch.sort(v, dim=1, descending=True, stable=True)
         y = y.gather(1, order)
     log_q_y = log_q.gather(1, y)

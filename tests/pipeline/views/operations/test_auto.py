@@ -11,8 +11,17 @@ from scipy.stats import chi2_contingency
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
-from kdcache.pipeline.views.operations.auto import LEVELS, MEMBERS, NARROW, WIDE, RandAugment, Trivial, changed, curves
-from kdcache.pipeline.views.operations.members import ONE, sines
+from kdcache.pipeline.views.operations.kinds.auto import (
+    LEVELS,
+    MEMBERS,
+    NARROW,
+    WIDE,
+    RandAugment,
+    Trivial,
+    changed,
+    curves,
+)
+from kdcache.pipeline.views.operations.kinds.members import ONE, sines
 from kdcache.tests.contracts.operations import OperationContract, pictures, words_of
 
 pytestmark = pytest.mark.usefixtures("one_thread")
@@ -227,7 +236,7 @@ def test_no_change_takes_all_pixels_at_once(monkeypatch):
     operation, images = Trivial(), pictures(64, 12, 12)
     drawn = operation.draw(words_of(operation))
     whole = operation.apply(images.clone(), drawn)
-    monkeypatch.setattr("kdcache.pipeline.views.operations.auto._AT_ONCE", 200)
+    monkeypatch.setattr("kdcache.pipeline.views.operations.kinds.auto._AT_ONCE", 200)
     assert torch.equal(operation.apply(images.clone(), drawn), whole)
 
 

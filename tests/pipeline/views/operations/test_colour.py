@@ -11,7 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms.v2 import functional as tv
 
-from kdcache.pipeline.views.operations.colour import Blur, Color, Gray, Solarize, Three, deviation, kernel
+from kdcache.pipeline.views.operations.kinds.colour import Blur, Color, Gray, Solarize, Three, deviation, kernel
 from kdcache.pipeline.views.operations.pixels import ONE, SMOOTHED, blend, smooth
 from kdcache.tests.contracts.operations import OperationContract, pictures, words_of
 

@@ -9,7 +9,7 @@ from scipy.stats import kstest
 from torchvision.transforms import RandomErasing
 
 from kdcache.pipeline.views.operations.boxes import edges
-from kdcache.pipeline.views.operations.erase import Erase
+from kdcache.pipeline.views.operations.kinds.erase import Erase
 from kdcache.tests.contracts.operations import COUNT, OperationContract, pictures, words_of
 
 LARGE = 1024  # pixels: torchvision's boxes have whole ones, which matter less the more there are

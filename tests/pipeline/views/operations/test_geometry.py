@@ -9,8 +9,8 @@ import pytest
 
 from kdcache.cache import KdcacheError
 from kdcache.pipeline.views.draws import words
-from kdcache.pipeline.views.operations.geometry import Crop, Flip, ResizedCrop, Whole, geometry
-from kdcache.pipeline.views.policy import TEACHING
+from kdcache.pipeline.views.operations.kinds.geometry import Crop, Flip, ResizedCrop, Whole, geometry
+from kdcache.pipeline.views.parameters import TEACHING
 
 RULES = {"none": Whole(), "crop": Crop(), "rrc": ResizedCrop()}
 # Drawn by the release that drew all samples at once.

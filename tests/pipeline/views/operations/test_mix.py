@@ -14,7 +14,7 @@ from torchvision.transforms import v2
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.views.operations import boxes
 from kdcache.pipeline.views.operations.beta import THRESHOLDS
-from kdcache.pipeline.views.operations.mix import Cutmix, Mixup, beta_weights, label_weights, mixed
+from kdcache.pipeline.views.operations.kinds.mix import Cutmix, Mixup, beta_weights, label_weights, mixed
 from kdcache.tests.contracts.operations import COUNT, digest, pictures, words_of
 
 MIXES = [Mixup(0.8), Mixup(0.1), Cutmix(1.0), Cutmix(0.5)]
@@ -196,7 +196,7 @@ def test_memory_formats_gaps_and_pieces_make_no_difference(monkeypatch):
     for own in (images, last[0], gaps[0]):
         for other in (partners, last[1], gaps[1]):
             assert torch.equal(mixed(own, other, drawn), expected)
-    monkeypatch.setattr("kdcache.pipeline.views.operations.mix._CPU_PIECE", 3000)
+    monkeypatch.setattr("kdcache.pipeline.views.operations.kinds.mix._CPU_PIECE", 3000)
     assert torch.equal(mixed(images, partners, drawn), expected)
 
 

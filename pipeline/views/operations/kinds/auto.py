@@ -36,8 +36,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.pipeline.views.draws import below, chance
-from kdcache.pipeline.views.operations import members
-from kdcache.pipeline.views.operations.members import LEVELS
+from kdcache.pipeline.views.operations.kinds import members
+from kdcache.pipeline.views.operations.kinds.members import LEVELS
 from kdcache.pipeline.views.operations.operation import Drawn, Stage, argument
 from kdcache.pipeline.views.operations.pixels import on_device
 

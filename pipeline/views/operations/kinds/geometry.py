@@ -17,7 +17,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.views.draws import Samples, Sequence, chance, fraction, words
+from kdcache.cache.records.choices import SequenceName
+from kdcache.pipeline.views.draws import Samples, chance, fraction, words
 from kdcache.pipeline.views.operations.operation import Stage, argument
 
 _PIECE = 4096  # samples at a time, so that the words and what is made of them stay in the processor's cache
@@ -163,7 +164,7 @@ def geometry(
     view: int,
     samples: Samples,
     sizes: NDArray[np.int32],
-    sequence: Sequence = "random",
+    sequence: SequenceName = "random",
 ) -> tuple[NDArray[np.int32], NDArray[np.bool_]]:
     """Draw the boxes int32 [n, 4] and flips bool [n] of n samples, which may be a range or any samples in any order.
 

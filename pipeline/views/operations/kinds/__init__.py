@@ -1,0 +1,1 @@
+"""The operations themselves, one file for those of a kind."""

@@ -1,0 +1,41 @@
+"""An epoch's batches hold every sample once; where views are mixed, they hold whole pairs."""
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from kdcache.cache.errors import InputError
+from kdcache.cache.records.pairs import partners
+from kdcache.train.loaders.order import EpochOrder, epoch_batches
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.integers(2, 300), st.integers(1, 20), st.integers(1, 3), st.integers(0, 9), st.integers(0, 5))
+def test_a_mixed_epoch_holds_every_sample_once_and_each_pair_in_one_batch(samples, pairs_a_rank, world, seed, epoch):
+    batch = 2 * pairs_a_rank * world
+    if batch > samples:
+        return
+    partner = partners(seed, 4 * epoch, range(samples), samples)
+    ranks = [epoch_batches(samples, batch, seed, epoch, rank, world, partner) for rank in range(world)]
+    taken = np.concatenate([np.concatenate(of_rank) for of_rank in ranks])
+    assert len(taken) == samples // batch * batch and len(set(taken.tolist())) == len(taken)
+    for of_rank in ranks:
+        for part in of_rank:
+            assert len(part) == 2 * pairs_a_rank and set(partner[part].tolist()) == set(part.tolist())
+
+
+def test_whole_mixed_epochs_are_permutations_of_all_samples_and_differ():
+    partner = partners(0, 0, range(64), 64)
+    epochs = [np.concatenate(epoch_batches(64, 8, 3, epoch, partners=partner)) for epoch in range(4)]
+    for order in epochs:
+        assert sorted(order.tolist()) == list(range(64))
+    assert len({tuple(order.tolist()) for order in epochs}) == 4
+
+
+def test_what_would_part_pairs_is_refused():
+    for batch, world in ((5, 1), (6, 2)):
+        with pytest.raises(InputError, match=f"take a multiple of {2 * world} for --batch-size"):
+            EpochOrder(100, batch, 0, world, 0, mixed=True)
+    with pytest.raises(InputError, match=r"held out .* leave --validation out"):
+        EpochOrder(np.arange(50), 10, 0, 1, 0, mixed=True)

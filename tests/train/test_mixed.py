@@ -1,0 +1,116 @@
+"""Caches of strong and mixed views: students learn from them as with the teacher there."""
+
+import numpy as np
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from kdcache.cache import KdcacheError, open_cache
+from kdcache.cache.records.pairs import partners
+from kdcache.pipeline.build.build import build
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.verify import verify
+from kdcache.tests.helpers.training import BATCH, metrics_of, quiet, student, teacher_of
+from kdcache.train.config import TeachConfig, TrainConfig
+from kdcache.train.loaders.cached import CachedLoader
+from kdcache.train.loaders.live import OnlineLoader
+from kdcache.train.losses.options import LOSSES, make_loss
+from kdcache.train.run import train
+from kdcache.train.teach import teach
+
+POLICY = "crop,flip,randaugment(2,9),erase(0.25),mixup(0.2),cutmix(1)"
+
+
+@pytest.fixture(scope="module")
+def mixed(home):
+    for name, precision in (("mixed", "float16"), ("mixed-exact", "float32")):
+        build(BuildConfig("resnet8", augment=POLICY, views=5, precision=precision, out=str(home / name)), quiet)
+    return home
+
+
+def test_such_a_cache_is_of_format_2_and_evaluation_is_not_mixed(mixed):
+    cache = open_cache(mixed / "mixed")
+    assert (cache.identity.format, cache.identity.record.labels, cache.identity.views.mixed) == (2, 2, True)
+    assert cache.train.labels.shape[1] == 1 and cache.read_evaluation().labels.shape[1] == 1
+    assert cache.read_evaluation().target_gap.shape[1] == 1
+    own, n = cache.train.labels[:, 0], cache.train.samples
+    for view in (0, 3, 4):
+        records = cache.read(view)
+        assert records.target_gap.shape == (n, 2) and records.label_weights is None
+        of_partner = own[partners(0, view, range(n), n)]
+        assert np.array_equal(records.labels.numpy(), np.stack([own, of_partner], 1))
+
+
+def test_the_teacher_answers_the_same_again(mixed):
+    report = verify(open_cache(mixed / "mixed-exact"), teacher_of(mixed, augment=POLICY, precision="float32"))
+    assert not report.problems and report.replayed and report.total_variation < 1e-6
+
+
+def test_a_batch_holds_both_of_every_pair_and_the_shares_of_labels(mixed, data):
+    loader = CachedLoader(open_cache(mixed / "mixed"), data, BATCH)
+    images, labels, records = next(iter(loader))
+    assert images.shape[0] == BATCH and labels.shape == records.label_weights.shape == (BATCH, 2)
+    assert torch.allclose(records.label_weights.sum(1), torch.ones(BATCH))
+    swapped = labels.view(-1, 2, 2).flip(1).flip(2).reshape(-1, 2)  # pairs stand next to each other
+    assert torch.equal(labels, swapped)
+
+
+@pytest.mark.parametrize("name", ["nkd", "kd:alpha=0", "ce", "ikl", "bdkd"])
+def test_cached_equals_online_step_by_step(mixed, data, name):
+    """Along one online run, at the same weights: pixels, labels, the loss and its gradient."""
+    teacher = teacher_of(mixed).teacher
+    exact, default = (open_cache(mixed / k) for k in ("mixed-exact", "mixed"))
+    online = OnlineLoader(exact, data, teacher, BATCH)
+    model, loss = student(), make_loss(name, 10)
+    if loss.needs.first_view:
+        loss.prepare(online.answers(0))
+    for epoch in (0, 4):
+        loaders = online, CachedLoader(exact, data, BATCH), CachedLoader(default, data, BATCH)
+        for loader in loaders:
+            loader.set_epoch(epoch)
+        for live, same, stored in zip(*(loader.steps() for loader in loaders), strict=True):
+            assert all(torch.equal(live[i], other[i]) for other in (same, stored) for i in (0, 1))
+            logits = model(live[0])
+            value = loss(logits, live[1], live[2])
+            grad = gradient(model, value)
+            assert torch.equal(loss(logits, *same[1:]), value)
+            other = loss(logits, *stored[1:])
+            assert abs(float((other - value).detach() / value.detach())) < 1e-2
+            assert float(torch.nn.functional.cosine_similarity(gradient(model, other), grad, dim=0)) >= 0.999
+
+
+def gradient(model, loss):
+    grads = torch.autograd.grad(loss, list(model.parameters()), retain_graph=True)
+    return torch.cat([g.reshape(-1) for g in grads]).double()
+
+
+def test_a_whole_run_equals_that_with_the_teacher_there(mixed, tmp_path):
+    config = {"epochs": 2, "batch_size": BATCH, "cache": str(mixed / "mixed-exact")}
+    train(TrainConfig("nkd", out=str(tmp_path / "cached"), **config), quiet)
+    train(TrainConfig("nkd", out=str(tmp_path / "online"), online=True, fresh_views=True, **config), quiet)
+    assert metrics_of(tmp_path / "cached") == metrics_of(tmp_path / "online")
+    cached, online = (load_file(tmp_path / run / "last.safetensors") for run in ("cached", "online"))
+    assert all(torch.equal(cached[name], online[name]) for name in cached)
+
+
+@pytest.mark.parametrize("name", LOSSES)
+def test_every_loss_learns_from_mixed_labels_or_refuses_before_training(mixed, tmp_path, name):
+    config = TrainConfig(name, epochs=1, cache=str(mixed / "mixed"), out=str(tmp_path / "run"))
+    if make_loss(name, 10).needs.mixed:
+        assert np.isfinite(train(config, quiet)["loss"])
+        return
+    with pytest.raises(KdcacheError, match="has no meaning for mixed labels, which this cache holds"):
+        train(config, quiet)
+    assert not (tmp_path / "run").exists()
+
+
+def test_held_out_images_are_not_mixed_into_others(mixed, tmp_path):
+    config = TrainConfig("kd", cache=str(mixed / "mixed"), out=str(tmp_path / "run"), validation=0.2)
+    with pytest.raises(KdcacheError, match="leave --validation out"):
+        train(config, quiet)
+
+
+def test_a_teacher_is_taught_on_mixed_views_of_its_own(home, monkeypatch):
+    monkeypatch.setenv("KDCACHE_HOME", str(home))
+    path, top1 = teach(TeachConfig("resnet20", augment="crop,flip,trivial,cutmix(1)", epochs=2), quiet)
+    assert path.exists() and top1 > 0.2
