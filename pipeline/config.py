@@ -1,4 +1,4 @@
-"""What the commands are asked for that check caches and clean up.
+"""What the commands that check caches and clean up are asked for.
 
 Importing this file costs nothing: the command line makes its options from it.
 """

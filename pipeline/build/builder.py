@@ -125,7 +125,7 @@ class Builder:
 
         Returns how many images the teacher answered for here.
         """
-        # In the stores whose scratch folder the lease is for.
+        # These splits write into the scratch folder that this builder's leases protect.
         splits = {split.name: split for split in self.plan.source.splits(self.cache)}
         self._todo, told = [shard._replace(split=splits[shard.split.name]) for shard in todo], ""
         try:

@@ -73,8 +73,8 @@ def require_logits(logits: Tensor, samples: NDArray[np.int64]) -> list[str]:
     if not finite.all():
         bad = (~finite).nonzero()[:, 0]
         raise InputError(
-            f"the teacher's logits are not finite for {len(bad)} of {len(samples)} training images, sample "
-            f"{samples[int(bad[0])]} for one: are its weights whole, and its inputs scaled as in its training?"
+            f"the teacher's logits are not finite for {len(bad)} of {len(samples)} training images, such as sample "
+            f"{samples[int(bad[0])]}: are its weights whole, and its inputs scaled as in its training?"
         )
     if float(logits.min()) >= 0 and float((logits.sum(1) - 1).abs().max()) <= _SUM:
         raise InputError(
@@ -92,7 +92,7 @@ def require_use(logits: Tensor) -> None:
     widest, most = float(gaps.max()), torch.finfo(torch.float16).max
     if widest > most:
         raise InputError(
-            f"the teacher's logits lie up to {widest:,.0f} apart, and records hold {most:,.0f}: are its weights and "
+            f"the teacher's logits lie up to {widest:,.0f} apart, but records hold {most:,.0f}: are its weights and "
             f"the scale of its inputs right? {_ALLOW}"
         )
     if len(gaps) > 1 and float((gaps - gaps[:1]).abs().max()) <= _ALIKE * max(widest, float(logits.abs().max())):
@@ -239,7 +239,7 @@ def require_order(
     more = f" and so on for {len(moves.pairs) - _NAMED} more classes" if len(moves.pairs) > _NAMED else ""
     raise InputError(
         f"{whose} classes are in another order than the data's: {', '.join(shown)}{more} ({moves.other} of "
-        f"{moves.other + moves.own} that are answered as either): {advice}"
+        f"{moves.other + moves.own} images that are answered as one or the other): {advice}"
     )
 
 
@@ -255,7 +255,7 @@ def require_classes(labels: NDArray[np.int64], answers: NDArray[np.int64], names
     if found.near_chance:
         raise InputError(
             f"among {len(names)} classes the teacher is right on {100 * found.accuracy:.1f}% of {len(labels)} training "
-            f"images, chance is {100 * found.expected:.1f}% and {100 * found.limit:.1f}% would be above it: are its "
+            f"images, where chance is {100 * found.expected:.1f}% and {100 * found.limit:.1f}% is needed: are its "
             f"classes in another order (--class-map), or its weights untrained? {_ALLOW}"
         )
 
@@ -274,7 +274,7 @@ def _notes(logits: Tensor, labels: NDArray[np.int64], ids: NDArray[np.int64]) ->
     if confidence < accuracy / _FLAT:
         notes.append(
             f"the teacher is right on {100 * accuracy:.0f}% of the images and gives its first choice "
-            f"{100 * confidence:.1f}% on the average: cosines and sigmoids, for two, are no logits"
+            f"{100 * confidence:.1f}% on average: cosines and sigmoids, for example, are no logits"
         )
     return notes
 

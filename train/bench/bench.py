@@ -1,4 +1,4 @@
-"""`kdcache bench`: what a teacher costs in every step, in a build, and not at all, on this machine.
+"""`kdcache bench`: what training costs on this machine with the teacher in every step, from a cache, and without one.
 
 What is compared takes turns in one run, so that a noisy machine is noisy to all alike; figures are medians with
 quartiles, ratios those of each round's pairs. The teacher is untrained and a part of the data stands for all of them:

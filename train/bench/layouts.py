@@ -1,4 +1,4 @@
-"""Reading a cache's records in shuffled order, beside two other layouts for a teacher's answers.
+"""Reads a cache's records in shuffled order, and compares that with two other layouts for a teacher's answers.
 
 The other two are written from their descriptions: TinyViT's one file of 4 + 4 K bytes a record, read by one seek a
 record and stacked to batches; FKD's one torch file an image with the top 5 of all its crops, of which an epoch uses

@@ -1,4 +1,4 @@
-"""What is measured: an untrained teacher, and a part of the data that stands for all of them."""
+"""What is measured: an untrained teacher, and a part of the data that stands for all of it."""
 
 from __future__ import annotations
 

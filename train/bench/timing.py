@@ -1,4 +1,4 @@
-"""Times what is compared in turns, so that a noisy machine is noisy to all alike."""
+"""Times things in turns, so that noise on the machine affects all that is compared alike."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How good students are on one split of the data, as often as they are asked about."""
+"""Measures how good students are on one split of the data, any number of times."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a loss takes of a cache and of a student before the first step: whether it is served, and what it is given."""
+"""Prepares a loss before the first step: whether cache and student have what it needs, and what it is given of them."""
 
 from __future__ import annotations
 

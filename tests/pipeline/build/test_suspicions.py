@@ -205,7 +205,7 @@ def test_probabilities_are_refused_and_log_probabilities_are_noted():
 def test_logits_that_are_not_finite_are_refused(value):
     logits = GOOD.clone()
     logits[[5, 7], 3] = value
-    with pytest.raises(InputError, match="not finite for 2 of 40 training images, sample 105 for one"):
+    with pytest.raises(InputError, match="not finite for 2 of 40 training images, such as sample 105"):
         require_logits(logits, SAMPLES)
 
 
@@ -226,7 +226,7 @@ def test_flat_answers_are_noted():
     names = {c: str(c) for c in range(12)}
     assert examine(10 * logits, np.arange(120), labels, names, allow=False) == []
     (note,) = examine(0.5 * logits, np.arange(120), labels, names, allow=False)
-    assert "right on 100% of the images and gives its first choice 13.0% on the average" in note
+    assert "right on 100% of the images and gives its first choice 13.0% on average" in note
 
 
 # ---- a network that does not stay as it is ----
