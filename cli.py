@@ -30,6 +30,7 @@ from kdcache.pipeline.commandline.terminal import confirm, figure, figures, say,
 from kdcache.pipeline.config import GcConfig, VerifyConfig
 from kdcache.pipeline.data.defaults import data_option
 from kdcache.pipeline.imports.config import ImportConfig
+from kdcache.pipeline.sheet.config import ViewsConfig
 from kdcache.train.bench.config import BenchConfig
 from kdcache.train.config import EvalConfig, TeachConfig, TrainConfig
 
@@ -70,6 +71,39 @@ def teach(config: TeachConfig, as_json: Json = False) -> None:
 
     path, top1 = run(config, say)
     show({"weights": str(path), "top1": top1}, as_json, str(path))
+
+
+@main.command(name="views")
+@from_signature
+def views_command(
+    config: ViewsConfig,
+    list_all: Annotated[
+        bool,
+        Option("List all operations and named policies with their arguments, and stop.", flags=("--list",)),
+    ] = False,
+    as_json: Json = False,
+) -> None:
+    """Draw a contact sheet: some samples as evaluation shows them, and in some views that a policy makes of them.
+
+    The pixels are those that a build with the same options shows its teacher.
+
+    \b
+    Example: kdcache views
+             kdcache views three-augment --data imagenet:/data/imagenet
+             kdcache views 'rrc,flip,randaugment(2,9),mixup(0.2)' --data cifar10 --views 16
+             kdcache views --list
+    """
+    from kdcache.pipeline.sheet.listing import known, listing
+    from kdcache.pipeline.sheet.sheet import draw_sheet
+
+    if list_all:
+        found = known()
+        show(found, as_json, listing(found))
+        return
+    if config.policy is not None and "augment" in typed_names():
+        raise click.UsageError("Give POLICY or --augment, not both.")
+    sheet = draw_sheet(config, say)
+    show(sheet.facts, as_json, sheet.text)
 
 
 @main.command()
