@@ -100,7 +100,7 @@ def views_command(
         found = known()
         show(found, as_json, listing(found))
         return
-    if config.policy is not None and "augment" in typed_names():
+    if config.policy is not None and "augment" in typed_names():  # a setting of that name is for what is not typed
         raise click.UsageError("Give POLICY or --augment, not both.")
     sheet = draw_sheet(config, say)
     show(sheet.facts, as_json, sheet.text)

@@ -41,7 +41,7 @@ class Layout:
     def size(self) -> tuple[int, int]:
         """The width and height of the sheet in pixels."""
         right, bottom = self.corner(self.rows, self.columns)
-        return right - _GAP + _MARGIN, bottom - _LINE + _MARGIN
+        return right - _GAP + _MARGIN, bottom - _GAP + _MARGIN
 
     @property
     def across(self) -> int:

@@ -46,41 +46,42 @@ def draw_sheet(config: ViewsConfig, say: Callable[[str], None]) -> Sheet:
 
     InputError for a policy, data or a place that cannot be had, and for a sheet that would be too large.
     """
-    path = _place(config.out)
-    asked = config.policy or config.augment
+    path, asked = _place(config.out), config.policy or config.augment
     policy = parse_policy(asked) if asked else None
     data = open_data(config.data, "train", unlabelled=config.unlabelled)
     if data.note:
         say(data.note)
     policy = policy or parse_policy(defaults_for(data).augment)
-    samples = [i * len(data) // config.samples for i in range(min(config.samples, len(data)))]
-    if config.samples > len(data):
-        samples = list(range(len(data)))
+    count = min(config.samples, len(data))
+    samples = [i * len(data) // count for i in range(count)]
     side = config.size or data.image_size or IMAGENET_SIZE
-    title = (
-        f"{policy}\n{data.name}, {side} pixels, seed {config.seed}"
-        + (", spread" if config.sequence == "spread" else "")
-    )  # fmt: skip
-    layout = Layout(len(samples), 1 + config.views, side, side, title)
+    spread = ", spread views" if config.sequence == "spread" else ""
+    title = f"{policy}\n{data.name}, {side} pixels, seed {config.seed}{spread}"
+    layout = Layout(count, 1 + config.views, side, side, title)
+    _require_small(layout)
+    renderer = Renderer(data, side, torch.device("cpu"), str(policy), 0, config.interpolation)
+    rows = [_row(data, renderer, policy, config, sample) for sample in samples]
+    heads = ["evaluation", *(f"view {view}" for view in range(config.views))]
+    captions = [_captions(data, sample, views, renderer.size) for sample, (_, views) in zip(samples, rows, strict=True)]
+    replace_file(path, sheet_png(layout, np.stack([images for images, _ in rows]), heads, captions))
+    of_samples = [
+        {"sample": sample, "views": [_facts(one, renderer.size) for one in views]}
+        for sample, (_, views) in zip(samples, rows, strict=True)
+    ]
+    facts = {
+        "path": str(path), "policy": str(policy), "data": data.name, "sequence": config.sequence, "seed": config.seed,
+        "size": side, "interpolation": config.interpolation, "scale": layout.scale, "samples": of_samples,
+    }  # fmt: skip
+    return Sheet(path, facts, _told(asked, facts, config.views))
+
+
+def _require_small(layout: Layout) -> None:
+    """InputError for a sheet of more pixels than one can look at."""
     if (pixels := layout.size[0] * layout.size[1]) > _MOST:
         raise InputError(
             f"the sheet would have {pixels // 1_000_000} million pixels, more than {_MOST // 1_000_000} million: "
             "take fewer --samples or --views, or a smaller --size"
         )
-    renderer = Renderer(data, side, torch.device("cpu"), str(policy), workers=0, interpolation=config.interpolation)
-    rows = [_row(data, renderer, policy, config, sample) for sample in samples]
-    heads = ["evaluation", *(f"view {view}" for view in range(config.views))]
-    captions = [_captions(data, sample, views, renderer.size) for sample, (_, views) in zip(samples, rows, strict=True)]
-    replace_file(path, sheet_png(layout, np.stack([images for images, _ in rows]), heads, captions))
-    facts = {
-        "path": str(path), "policy": str(policy), "data": data.name, "sequence": config.sequence, "seed": config.seed,
-        "size": side, "interpolation": config.interpolation,
-        "samples": [
-            {"sample": sample, "views": [_facts(one, sample, renderer.size) for one in views]}
-            for sample, (_, views) in zip(samples, rows, strict=True)
-        ],
-    }  # fmt: skip
-    return Sheet(path, facts, _told(asked, facts, layout))
 
 
 def _place(out: str) -> Path:
@@ -92,8 +93,10 @@ def _place(out: str) -> Path:
         raise InputError(f"--out {out}: the sheet is a PNG file, whose name ends in .png")
     if not path.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {path.parent}")
-    if path.exists() and not path.read_bytes()[: len(_PNG)] == _PNG:
-        raise InputError(f"--out {out} is there already and is no PNG: give another name")
+    if path.exists():
+        with path.open("rb") as file:
+            if file.read(len(_PNG)) != _PNG:
+                raise InputError(f"--out {out} is there already and is no PNG: give another name")
     return path
 
 
@@ -136,7 +139,7 @@ def _shares(mixing: Mixing, size: Size) -> list[float]:
     return shares
 
 
-def _facts(one: ViewParameters, sample: int, size: Size) -> dict[str, Any]:
+def _facts(one: ViewParameters, size: Size) -> dict[str, Any]:
     """The parameters of a view of one sample, as numbers and lists."""
     found = _unmixed(one)
     if (mixing := one.mixing) is not None:
@@ -155,16 +158,17 @@ def _unmixed(one: ViewParameters) -> dict[str, Any]:
     return {"box": one.boxes[0].tolist(), "flip": bool(one.flips[0]), "drawn": drawn}
 
 
-def _told(asked: str | None, facts: dict[str, Any], layout: Layout) -> str:
-    policy = facts["policy"]
-    lines = [f"policy {policy}"]
+def _told(asked: str | None, facts: dict[str, Any], views: int) -> str:
+    """The facts in two lines."""
+    policy, scale = facts["policy"], facts["scale"]
     if asked is None:
-        lines[0] += f", the default for {facts['data']}"
+        policy += f" (the default for {facts['data']})"
     elif asked != policy:
-        lines[0] += f", which is what {asked} stands for"
-    enlarged = f", enlarged {layout.scale} times" if layout.scale > 1 else ""
-    lines.append(
-        f"{facts['path']}: samples {', '.join(str(of['sample']) for of in facts['samples'])} in {layout.columns - 1} "
-        f"views, {layout.width} pixels{enlarged}"
-    )
-    return "\n".join(lines)
+        policy += f" (given as {asked})"
+    many = f"{_count(len(facts['samples']), 'sample')} of {facts['data']} in {_count(views, 'view')}"
+    enlarged = f", enlarged {scale} times" if scale > 1 else ""
+    return f"policy {policy}\n{facts['path']}: {many}, {facts['size']} pixels{enlarged}"
+
+
+def _count(number: int, thing: str) -> str:
+    return f"{number} {thing}" + "s" * (number != 1)
