@@ -78,18 +78,12 @@ def gray(images: Tensor) -> Tensor:
 def blend(images: Tensor, others: Tensor | int, weights: NDArray[Any]) -> Tensor:
     """images * weight + others * (1 - weight), rounded down and kept within 0 to 255, as Pillow and torchvision do.
 
-    images: uint8 [n, 3, H, W], dense. others: integers from 0 to 255 that are of the same shape, or that have one
-    channel [n, 1, H, W], or one value an image [n, 1, 1, 1], or all one number. weights: integers [n] in steps of 1 /
-    ONE, from 0 to 16 * ONE; above ONE they lead away from the others.
+    images: uint8 [n, 3, H, W], dense. others: from 0 to 255, int32 [n, 1, H, W] for all channels, or integers
+    [n, 1, 1, 1] for all pixels, or one number. weights: integers [n] in steps of 1 / ONE, from 0 to 16 * ONE; above
+    ONE they lead away from the others.
     """
     weight = on_device(weights, images.device).unsqueeze(1)
-    if isinstance(others, int):
-        return _as_images(_blend(flat(images), others * (ONE - weight), weight), images)
-    others = others.to(torch.int32)
-    if others.shape == images.shape:
-        aligned = torch.empty_like(images, dtype=torch.int32).copy_(others)
-        return _as_images(_blend(flat(images), flat(aligned).mul_(ONE - weight), weight), images)
-    rest = others.flatten(1) * (ONE - weight)
+    rest = (ONE - weight) * (others if isinstance(others, int) else others.flatten(1).to(torch.int32))
     if rest.shape[1] == 1:
         return _as_images(_blend(flat(images), rest, weight), images)
     result = torch.empty_like(images)
@@ -101,11 +95,6 @@ def blend(images: Tensor, others: Tensor | int, weights: NDArray[Any]) -> Tensor
 def _blend(values: Tensor, rest: Tensor, weight: Tensor) -> Tensor:
     summed = values.to(torch.int32).mul_(weight).add_(rest)
     return summed.bitwise_right_shift_(ONE.bit_length() - 1).clamp_(0, 255).to(torch.uint8)
-
-
-def lookup(images: Tensor, tables: Tensor) -> Tensor:
-    """Replace each value v of dense images by tables[i, v], image i having the table uint8 [n, 256] on its device."""
-    return _as_images(tables.gather(1, flat(images).to(torch.int64)), images)
 
 
 def smooth(images: Tensor, kernels: NDArray[Any]) -> Tensor:
