@@ -16,17 +16,9 @@ from kdcache import __version__
 from kdcache.cache.records.choices import FileStore, StoreName
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.commandline.commands import Main, is_set, is_set_for_all, typed_names
-from kdcache.pipeline.commandline.options import (
-    Argument,
-    CacheFolder,
-    Json,
-    Option,
-    Registry,
-    TypedRegistry,
-    Views,
-)
+from kdcache.pipeline.commandline.options import Argument, CacheFolder, Json, Option, Registry, TypedRegistry, Views
 from kdcache.pipeline.commandline.parameters import from_signature
-from kdcache.pipeline.commandline.terminal import confirm, figure, figures, say, show
+from kdcache.pipeline.commandline.terminal import confirm, figure, of_run, say, show
 from kdcache.pipeline.config import GcConfig, VerifyConfig
 from kdcache.pipeline.data.defaults import data_option
 from kdcache.pipeline.imports.config import ImportConfig
@@ -75,17 +67,9 @@ def teach(config: TeachConfig, as_json: Json = False) -> None:
 
 @main.command(name="views")
 @from_signature
-def views_command(
-    config: ViewsConfig,
-    list_all: Annotated[
-        bool,
-        Option("List all operations and named policies with their arguments, and stop.", flags=("--list",)),
-    ] = False,
-    as_json: Json = False,
-) -> None:
-    """Draw a contact sheet: some samples as evaluation shows them, and in some views that a policy makes of them.
-
-    The pixels are those that a build with the same options shows its teacher.
+def views_command(config: ViewsConfig, as_json: Json = False) -> None:
+    """Show what a policy makes of some samples. The pixels in the PNG file are those that the teacher is shown in a
+    build with the same options.
 
     \b
     Example: kdcache views
@@ -93,17 +77,12 @@ def views_command(
              kdcache views 'rrc,flip,randaugment(2,9),mixup(0.2)' --data cifar10 --views 16
              kdcache views --list
     """
-    from kdcache.pipeline.sheet.listing import known, listing
-    from kdcache.pipeline.sheet.sheet import draw_sheet
+    from kdcache.pipeline.sheet.sheet import views as run
 
-    if list_all:
-        found = known()
-        show(found, as_json, listing(found))
-        return
-    if config.policy is not None and "augment" in typed_names():  # a setting of that name is for what is not typed
+    if config.policy is not None and "augment" in typed_names():  # a setting of that name counts where none is typed
         raise click.UsageError("Give POLICY or --augment, not both.")
-    sheet = draw_sheet(config, say)
-    show(sheet.facts, as_json, sheet.text)
+    found, text = run(config, say)
+    show(found, as_json, text)
 
 
 @main.command()
@@ -206,10 +185,7 @@ def train(config: TrainConfig, loss: tuple[str, ...], seed: tuple[int, ...], as_
         show(result, as_json, table(result))
         sys.exit(1 if any("error" in one for one in result["runs"]) else 0)
     summary = run(config, say, given=given)
-    lines = [f"{summary['run']}: {figures(summary)}"]
-    if best := summary.get("best"):
-        lines.append(f"best on the validation images: epoch {best['epoch']}  {figures(best)}")
-    show(summary, as_json, "\n".join(lines))
+    show(summary, as_json, of_run(summary))
 
 
 @main.command(name="eval")
@@ -373,19 +349,11 @@ def gc(config: GcConfig, as_json: Json = False) -> None:
     from kdcache.cache.care import gc as run
     from kdcache.cache.care import leavings
     from kdcache.pipeline.build import spool
-    from kdcache.pipeline.process.progress import size
+    from kdcache.pipeline.info import removal
 
     found = [*leavings(config.older, config.registry, config.local_store_size), *spool.leavings(config.older)]
     result = run(found, config.delete)
-    lines = []
-    for one in result["found"]:
-        why = one["why"] if one["kept"] is None else f"stays: {one['kept']}"
-        lines.append(f"{size(one['bytes']):>9}  {one['path']}: {why}")
-    if lines and config.delete:
-        lines.append(f"{size(result['freed'])} freed")
-    elif lines:
-        lines.append(f"{size(result['bytes'])} may go: add --delete")
-    show(result, as_json, "\n".join(lines) or "nothing to remove")
+    show(result, as_json, removal(result, config.delete))
 
 
 @main.command()

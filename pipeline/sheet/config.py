@@ -14,6 +14,7 @@ class ViewsConfig:
     """Which views of which samples to show. None means what a build takes where nothing is said.
 
     policy: the view policy, as a bare argument; it counts before `augment`, which is the same as for a build.
+    list_all: show nothing, but list all operations and named policies.
     """
 
     policy: Annotated[str | None, Argument("[POLICY]")] = None
@@ -38,3 +39,6 @@ class ViewsConfig:
         Option("How the teacher's images are resized.", flags=("--interpolation", "--teacher-interpolation")),
     ] = "bilinear"
     out: Annotated[str, Option("The PNG file; another PNG there is replaced.", metavar="FILE", own=True)] = "views.png"
+    list_all: Annotated[
+        bool, Option("List all operations and named policies with their arguments, and stop.", flags=("--list",))
+    ] = False

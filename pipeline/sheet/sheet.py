@@ -20,6 +20,7 @@ from kdcache.cache.records.pairs import VIEWS_A_PAIRING
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import defaults_for
 from kdcache.pipeline.sheet.config import ViewsConfig
+from kdcache.pipeline.sheet.listing import known, listing
 from kdcache.pipeline.sheet.picture import Layout, sheet_png
 from kdcache.pipeline.teachers.pixels import IMAGENET_SIZE
 from kdcache.pipeline.views.operations.kinds.mix import label_weights
@@ -39,6 +40,15 @@ class Sheet:
     path: Path
     facts: dict[str, Any]
     text: str
+
+
+def views(config: ViewsConfig, say: Callable[[str], None]) -> tuple[dict[str, Any], str]:
+    """Do what is asked for: facts for programs, and text for people. InputError as in `draw_sheet`."""
+    if config.list_all:
+        found = known()
+        return found, listing(found)
+    sheet = draw_sheet(config, say)
+    return sheet.facts, sheet.text
 
 
 def draw_sheet(config: ViewsConfig, say: Callable[[str], None]) -> Sheet:
