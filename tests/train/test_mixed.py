@@ -15,7 +15,7 @@ from kdcache.tests.helpers.caches import same
 from kdcache.tests.helpers.training import BATCH, metrics_of, quiet, student, teacher_of
 from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.loaders.cached import CachedLoader
-from kdcache.train.loaders.live import OnlineLoader
+from kdcache.train.loaders.live import OnlineLoader, PlainLoader
 from kdcache.train.losses.options import LOSSES, make_loss
 from kdcache.train.run import train
 from kdcache.train.teach import build_and_teach, teach
@@ -55,6 +55,31 @@ def test_a_batch_holds_both_of_every_pair_and_the_shares_of_labels(mixed, data):
     assert torch.allclose(records.label_weights.sum(1), torch.ones(BATCH))
     swapped = labels.view(-1, 2, 2).flip(1).flip(2).reshape(-1, 2)  # pairs stand next to each other
     assert torch.equal(labels, swapped)
+
+
+def test_an_epoch_goes_on_from_any_batch(mixed, data):
+    """As a run does that was stopped: the cached loader, the online one, and the one that teaches."""
+    cache, teacher = open_cache(mixed / "mixed-exact"), teacher_of(mixed).teacher
+    for make in (
+        lambda: CachedLoader(cache, data, BATCH),
+        lambda: OnlineLoader(cache, data, teacher, BATCH, fresh_views=True),
+        lambda: PlainLoader(data, POLICY, BATCH, 8, seed=3, device=torch.device("cpu")),
+    ):
+        whole, rest = make(), make()
+        for loader in (whole, rest):
+            loader.set_epoch(6)
+        for batch, later in zip(list(whole.steps())[7:], rest.steps(7), strict=True):
+            assert torch.equal(batch[0], later[0]) and torch.equal(batch[1], later[1])
+            assert torch.equal(batch[2].label_weights, later[2].label_weights)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_see_together_what_one_process_sees(mixed, data, world):
+    cache = open_cache(mixed / "mixed")
+    alone = next(CachedLoader(cache, data, BATCH).steps())
+    parts = [next(CachedLoader(cache, data, BATCH, rank, world).steps()) for rank in range(world)]
+    for i in (0, 1):
+        assert torch.equal(torch.cat([part[i] for part in parts]), alone[i])
 
 
 @pytest.mark.parametrize("name", ["nkd", "kd:alpha=0", "ce", "ikl", "bdkd"])
