@@ -28,12 +28,13 @@ from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import pixels_of_data
 from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 from kdcache.pipeline.teachers.weights import taught_file
-from kdcache.pipeline.views.policy import check_policy
+from kdcache.pipeline.views.policy import parse_policy
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
 from kdcache.train.config import TeachConfig
 from kdcache.train.evaluation.metrics import metrics, predict
 from kdcache.train.loaders.live import PlainLoader
+from kdcache.train.loaders.order import usual_batch
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import RunFolder
 from kdcache.train.loop.trainer import fit, new_classifier
@@ -127,15 +128,15 @@ def _plan(config: TeachConfig, say: Callable[[str], None]) -> TeachPlan:
     if path.exists() and not config.force:
         raise InputError(f"{config.teacher} is taught on {data.name} already ({path}): --force teaches it again")
     defaults = defaults_for(data)
-    batch = config.batch_size or min(defaults.train_batch, len(data))
+    policy = parse_policy(config.augment or defaults.augment)
+    batch = config.batch_size or usual_batch(defaults.train_batch, len(data), policy.mixed, group.world())
     recipe = Recipe(
         epochs=config.epochs or defaults.epochs,
         lr=config.lr or defaults.rate(batch),
         decay=defaults.decay if config.weight_decay is None else config.weight_decay,
         amp=config.amp,
     )
-    policy = check_policy(config.augment or defaults.augment)
-    return TeachPlan(config, data, evaluation, policy, batch, pixels_of_data(data).size, recipe, path)
+    return TeachPlan(config, data, evaluation, str(policy), batch, pixels_of_data(data).size, recipe, path)
 
 
 def _open_folder(plan: TeachPlan) -> RunFolder:
@@ -165,6 +166,8 @@ def build_and_teach(
         say(f"data: {DATA}, scikit-learn's 8x8 images, to try things out; --data names your own")
     shared = open_shared(registry, publish)
     draft = draft_build(config, say)
+    if store == "ffcv" and parse_policy(draft.policy).mixed:
+        raise InputError(f"--store ffcv has no place for mixed views ({draft.policy}): take --store zarr or hdf5")
     draft = _with_digits_teacher(draft, shared, say)
     plan = open_plan(draft, shared, say)
     built = build_shared(plan, shared, publish, say, teacher)

@@ -8,6 +8,7 @@ import numpy as np
 import pytest
 import torch
 import torch.nn.functional as F
+from torch._subclasses.fake_tensor import FakeTensorMode
 
 from kdcache.pipeline.views.operations.operation import Operation
 
@@ -157,6 +158,14 @@ class OperationContract:
         there = self.operation.apply(images.cuda(), drawn)
         assert there.is_cuda and there.is_contiguous(memory_format=memory_format)
         assert torch.equal(there.cpu(), self.applied(images, drawn))
+
+    def test_a_gpu_is_never_waited_for(self):
+        """On tensors without values, as if on a GPU: asking for a value fails, and so do tensors left on the CPU."""
+        drawn = self.drawn()
+        with FakeTensorMode():
+            images = torch.empty((COUNT, 3, *self.size), dtype=torch.uint8, device="cuda")
+            there = self.operation.apply(images.contiguous(memory_format=torch.channels_last), drawn)
+            assert there.is_cuda and there.is_contiguous(memory_format=torch.channels_last)
 
     def test_students_of_another_size_see_the_same_view(self):
         coarse = torch.from_numpy(np.random.default_rng(2).integers(0, 256, (COUNT, 3, 4, 4))).float()

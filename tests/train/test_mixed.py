@@ -9,14 +9,16 @@ from kdcache.cache import KdcacheError, open_cache
 from kdcache.cache.records.pairs import partners
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.pack import pack
 from kdcache.pipeline.verify import verify
+from kdcache.tests.helpers.caches import same
 from kdcache.tests.helpers.training import BATCH, metrics_of, quiet, student, teacher_of
 from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.loaders.cached import CachedLoader
-from kdcache.train.loaders.live import OnlineLoader
+from kdcache.train.loaders.live import OnlineLoader, PlainLoader
 from kdcache.train.losses.options import LOSSES, make_loss
 from kdcache.train.run import train
-from kdcache.train.teach import teach
+from kdcache.train.teach import build_and_teach, teach
 
 POLICY = "crop,flip,randaugment(2,9),erase(0.25),mixup(0.2),cutmix(1)"
 
@@ -55,6 +57,31 @@ def test_a_batch_holds_both_of_every_pair_and_the_shares_of_labels(mixed, data):
     assert torch.equal(labels, swapped)
 
 
+def test_an_epoch_goes_on_from_any_batch(mixed, data):
+    """As a run does that was stopped: the cached loader, the online one, and the one that teaches."""
+    cache, teacher = open_cache(mixed / "mixed-exact"), teacher_of(mixed).teacher
+    for make in (
+        lambda: CachedLoader(cache, data, BATCH),
+        lambda: OnlineLoader(cache, data, teacher, BATCH, fresh_views=True),
+        lambda: PlainLoader(data, POLICY, BATCH, 8, seed=3, device=torch.device("cpu")),
+    ):
+        whole, rest = make(), make()
+        for loader in (whole, rest):
+            loader.set_epoch(6)
+        for batch, later in zip(list(whole.steps())[7:], rest.steps(7), strict=True):
+            assert torch.equal(batch[0], later[0]) and torch.equal(batch[1], later[1])
+            assert torch.equal(batch[2].label_weights, later[2].label_weights)
+
+
+@pytest.mark.parametrize("world", [2, 4])
+def test_ranks_see_together_what_one_process_sees(mixed, data, world):
+    cache = open_cache(mixed / "mixed")
+    alone = next(CachedLoader(cache, data, BATCH).steps())
+    parts = [next(CachedLoader(cache, data, BATCH, rank, world).steps()) for rank in range(world)]
+    for i in (0, 1):
+        assert torch.equal(torch.cat([part[i] for part in parts]), alone[i])
+
+
 @pytest.mark.parametrize("name", ["nkd", "kd:alpha=0", "ce", "ikl", "bdkd"])
 def test_cached_equals_online_step_by_step(mixed, data, name):
     """Along one online run, at the same weights: pixels, labels, the loss and its gradient."""
@@ -68,12 +95,12 @@ def test_cached_equals_online_step_by_step(mixed, data, name):
         loaders = online, CachedLoader(exact, data, BATCH), CachedLoader(default, data, BATCH)
         for loader in loaders:
             loader.set_epoch(epoch)
-        for live, same, stored in zip(*(loader.steps() for loader in loaders), strict=True):
-            assert all(torch.equal(live[i], other[i]) for other in (same, stored) for i in (0, 1))
+        for live, exactly, stored in zip(*(loader.steps() for loader in loaders), strict=True):
+            assert all(torch.equal(live[i], other[i]) for other in (exactly, stored) for i in (0, 1))
             logits = model(live[0])
             value = loss(logits, live[1], live[2])
             grad = gradient(model, value)
-            assert torch.equal(loss(logits, *same[1:]), value)
+            assert torch.equal(loss(logits, *exactly[1:]), value)
             other = loss(logits, *stored[1:])
             assert abs(float((other - value).detach() / value.detach())) < 1e-2
             assert float(torch.nn.functional.cosine_similarity(gradient(model, other), grad, dim=0)) >= 0.999
@@ -114,3 +141,16 @@ def test_a_teacher_is_taught_on_mixed_views_of_its_own(home, monkeypatch):
     monkeypatch.setenv("KDCACHE_HOME", str(home))
     path, top1 = teach(TeachConfig("resnet20", augment="crop,flip,trivial,cutmix(1)", epochs=2), quiet)
     assert path.exists() and top1 > 0.2
+
+
+def test_what_ffcv_has_no_place_for_is_refused_before_the_build(mixed, tmp_path, monkeypatch):
+    monkeypatch.setenv("KDCACHE_HOME", str(mixed))
+    config = BuildConfig("resnet8", augment=POLICY, views=1, out=str(tmp_path / "c"))
+    with pytest.raises(KdcacheError, match="--store ffcv has no place for mixed views"):
+        build_and_teach(config, say=quiet, store="ffcv")
+    assert not (tmp_path / "c").exists()
+    with pytest.raises(KdcacheError, match="train from the cache itself, or pack it --to hdf5"):
+        pack(mixed / "mixed", "ffcv", out=str(tmp_path / "c.beton"), say=quiet)
+    packed = pack(mixed / "mixed", "hdf5", out=str(tmp_path / "c.h5"), say=quiet)
+    there, here = open_cache(packed.path).read(4), open_cache(mixed / "mixed").read(4)
+    assert same(there, here) and torch.equal(there.labels, here.labels)

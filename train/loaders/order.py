@@ -45,6 +45,12 @@ def epoch_batches(
     return [np.array_split(b, world)[rank] for b in np.split(order[: count * batch_size], count)]
 
 
+def usual_batch(default: int, samples: int, mixed: bool, world: int) -> int:
+    """The samples a batch, on all ranks together, where a user names no number: whole pairs for each rank if mixed."""
+    batch = min(default, samples)
+    return max(2 * world, batch - batch % (2 * world)) if mixed else batch
+
+
 def _permutation(count: int, seed: int, epoch: int) -> NDArray[np.int64]:
     words = np.random.Philox(key=np.array([seed, 1], np.uint64), counter=np.array([0, epoch, 0, 0], np.uint64))
     # Numbers by the upper bits of their words, which have the numbers in the lower ones: ten times as fast as argsort.

@@ -21,6 +21,7 @@ from kdcache.train.config import DEFAULT_LOSS, TrainConfig
 from kdcache.train.evaluation.otherdata import class_ids
 from kdcache.train.evaluation.validation import held_out_part
 from kdcache.train.loaders.cached import require_data
+from kdcache.train.loaders.order import usual_batch
 from kdcache.train.loop.optimisers import Recipe, default_rates, require_autocast
 from kdcache.train.losses.base import Loss, Partnered
 from kdcache.train.losses.options import described, make_loss, options_of
@@ -147,7 +148,8 @@ def make_plan(config: TrainConfig, device: torch.device, say: Callable[[str], No
     # The live teacher answers for all classes, at any temperature.
     require_served(loss, record.model_copy(update={"k": None}) if config.online else record)
     student = config.student or defaults.student
-    batch = config.batch_size or min(defaults.train_batch, count)
+    mixed = cache.identity.views.mixed
+    batch = config.batch_size or usual_batch(defaults.train_batch, count, mixed, group.world())
     return TrainPlan(
         asked=config,
         device=device,

@@ -70,7 +70,7 @@ def test_whatever_runs_reads_the_plan(tmp_path, source, monkeypatch):
 @pytest.mark.parametrize(
     ("wrong", "words"),
     [
-        ({"augment": "crap"}, "unknown view policy 'crap'"),
+        ({"augment": "crap"}, "unknown operation 'crap' in view policy 'crap': did you mean crop"),
         ({"out": "s3://bucket/c"}, "caches are built in folders"),
         ({"device": "meta"}, "device 'meta' cannot be used here"),
     ],

@@ -100,6 +100,7 @@ def assert_same_epochs(cache, data, path, batch, epochs=3, world=1, **options):
         ("crop", (9, 5), True, {"k": None, "precision": "float32"}),
         ("flip", (8, 8), True, {"k": 3, "precision": "uint8", "tail_std": True}),
         ("none", (1, 1), True, {"k": 1, "temperatures": (2.0,)}),
+        ("crop,flip,three,randaugment(2,9),erase(0.5)", (32, 32), True, {"k": 4}),
     ],
 )
 def test_batches_are_those_of_the_cache(tmp_path, policy, size, labelled, record):

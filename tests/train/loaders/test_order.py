@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.records.pairs import partners
-from kdcache.train.loaders.order import EpochOrder, epoch_batches
+from kdcache.train.loaders.order import EpochOrder, epoch_batches, usual_batch
 
 
 @settings(max_examples=60, deadline=None)
@@ -39,3 +39,8 @@ def test_what_would_part_pairs_is_refused():
             EpochOrder(100, batch, 0, world, 0, mixed=True)
     with pytest.raises(InputError, match=r"held out .* leave --validation out"):
         EpochOrder(np.arange(50), 10, 0, 1, 0, mixed=True)
+
+
+def test_the_usual_batch_holds_whole_pairs_for_each_rank():
+    assert [usual_batch(256, n, mixed=False, world=3) for n in (1000, 101)] == [256, 101]
+    assert [usual_batch(256, n, mixed=True, world=3) for n in (1000, 101, 4)] == [252, 96, 6]

@@ -50,7 +50,7 @@ POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE = range(10, 14)
 
 _SIGNED = np.array([SHEAR_X <= member <= SHARPNESS for member in range(14)])
 _PLAIN = np.array([member in (POSTERIZE, SOLARIZE) for member in range(14)])
-_AT_ONCE = 1 << 18  # pixels that are changed at once: more do not fit into a processor's cache
+_AT_ONCE = 1 << 20  # pixels that are changed at once: a large batch of small images, whose indices take some 10 MB
 
 
 @dataclass(frozen=True)
@@ -83,10 +83,7 @@ class Trivial:
     name: ClassVar[str] = "trivial"
     stage: ClassVar[Stage] = "colour"
     stream: ClassVar[int] = 7
-
-    @property
-    def words(self) -> int:
-        return 2
+    words: ClassVar[int] = 2
 
     def draw(self, words: NDArray[np.uint64]) -> dict[str, NDArray[np.int8]]:
         """member [n] from 0 to 13, and level [n] from -30 to 30."""

@@ -25,7 +25,7 @@ from kdcache.pipeline.views.operations.boxes import SIDE, edges, paste
 from kdcache.pipeline.views.operations.operation import Drawn, Stage, argument
 from kdcache.pipeline.views.operations.pixels import dense, flat, on_device
 
-_CPU_PIECE = 2**18  # values that are blended at once on a CPU, whose cache holds them
+_CPU_PIECE = 2**20  # values that are blended at once on a CPU, whose cache holds them
 WHOLE = 256  # the weight of an image that is not blended
 # The side of a box whose area is the part of the image that a weight leaves: sqrt(1 - weight / 256), in 1/65536.
 _SIDES = np.array([isqrt((WHOLE - weight) << 24) for weight in range(WHOLE + 1)])
