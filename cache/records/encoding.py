@@ -24,14 +24,16 @@ def encode(
     precision: Precision | None = None,
     tail_std: bool = False,
     check: bool = True,
+    known: Tensor | None = None,
 ) -> Records:
     """Records of the logits [B, C] with labels [B], [B, L] or None, on the logits' device.
 
     k: classes to store; None or C: dense, exact at every temperature. precision: of gaps and tail, by default uint8 for
     top-k records and float16 for dense ones. tail_std: store what logit standardisation needs (dense records have it
     anyway). check: whether labels, logits and std are checked here, which on a GPU means to wait for them; otherwise
-    the caller checks them (`require_std`). InputError for k > C, labels out of range, uint8 dense, logits that are not
-    finite, and with tail_std those whose std float16 cannot hold.
+    the caller checks them (`require_std`). known: bool [B, C], the classes among which the stored ones of top-k records
+    are chosen, at least k in each row and with them the labels; None for all. InputError for k > C, labels out of
+    range, uint8 dense, logits that are not finite, and with tail_std those whose std float16 cannot hold.
     """
     z = logits.detach().float()
     count, classes = z.shape
@@ -47,14 +49,15 @@ def encode(
     y = z.new_empty((count, 0), dtype=torch.long) if labels is None else labels.long().reshape(count, -1)
     if check and y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
         raise InputError(f"labels reach from {int(y.min())} to {int(y.max())}, but the teacher has {classes} classes")
-    top = z.amax(1, keepdim=True)
+    of_known = z if known is None else z.masked_fill(~known, -torch.inf)
+    top = of_known.amax(1, keepdim=True)
     dtype = getattr(torch, id_dtype(classes))
     target_gap = _float(top - z.gather(1, y), torch.float16)
     if k == classes:
         gaps = _float(top - z, getattr(torch, precision))
         return Records(None, gaps, target_gap, z.new_empty((count, 0)).half(), y.to(dtype), classes, ())
     # A stable sort, because topk leaves the order of ties open.
-    ordered, ids = torch.sort(z, dim=1, descending=True, stable=True)
+    ordered, ids = torch.sort(of_known, dim=1, descending=True, stable=True)
     ids = ids[:, :k].contiguous()
     gaps = top - ordered[:, 1:k]
     rest = (z - top).scatter(1, ids, -torch.inf).scatter(1, y, -torch.inf)
