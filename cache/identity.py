@@ -234,8 +234,10 @@ class Identity(Strict):
 
     @model_validator(mode="after")
     def _is_of_its_format(self) -> Identity:
-        if self.format != (MIXED_FORMAT if self.members else self.views.format):
-            raise ValueError(f"such a cache does not belong to format {self.format}")
+        if self.members and self.format != MIXED_FORMAT:
+            raise ValueError(f"ensembles belong to format {MIXED_FORMAT}")
+        if not self.members and self.format != self.views.format:
+            raise ValueError(f"such views belong to format {self.views.format}")
         if self.views.mixed and self.record.labels == 1:
             raise ValueError("mixed records have two labels or none")
         return self
