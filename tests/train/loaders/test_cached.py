@@ -182,8 +182,9 @@ def test_other_pixels_are_refused(home, data, monkeypatch):
         CachedLoader(cache, open_data("digits", "train", unlabelled=True), BATCH)
     from kdcache.train.loaders import cached as module
 
-    drawn = module.draw
-    monkeypatch.setattr(module, "draw", lambda policy, seed, *rest: drawn(policy, seed + 1, *rest))
+    drawn = module.draw_as
+    other = cache.identity.views.model_copy(update={"seed": 1})
+    monkeypatch.setattr(module, "draw_as", lambda views, *rest: drawn(other, *rest))
     with pytest.raises(KdcacheError, match=r"view 0, part 0 .* other view parameters"):
         list(CachedLoader(cache, data, BATCH).steps())
 

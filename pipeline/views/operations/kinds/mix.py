@@ -26,6 +26,7 @@ from kdcache.pipeline.views.operations.operation import Drawn, Stage, argument
 from kdcache.pipeline.views.operations.pixels import dense, flat, on_device
 
 _CPU_PIECE = 2**20  # values that are blended at once on a CPU, whose cache holds them
+_AT_ONCE = 1 << 16  # images whose labels are weighed at once
 WHOLE = 256  # the weight of an image that is not blended
 # The side of a box whose area is the part of the image that a weight leaves: sqrt(1 - weight / 256), in 1/65536.
 _SIDES = np.array([isqrt((WHOLE - weight) << 24) for weight in range(WHOLE + 1)])
@@ -120,10 +121,14 @@ def label_weights(drawn: Drawn, height: int, width: int) -> NDArray[np.float32]:
 
     The partner's box counts by its true area in pixels.
     """
-    top, left, bottom, right = edges(drawn["box"], height, width).T
-    own = (height * width - (bottom - top) * (right - left)) * drawn["weight"].astype(np.int64)
     whole = height * width * WHOLE
-    return (np.stack([own, whole - own], 1) / whole).astype(np.float32)
+    parts = np.empty((len(drawn["weight"]), 2), np.float32)
+    for start in range(0, len(parts), _AT_ONCE):
+        piece = slice(start, start + _AT_ONCE)
+        top, left, bottom, right = edges(drawn["box"][piece], height, width).T
+        own = (height * width - (bottom - top) * (right - left)) * drawn["weight"][piece].astype(np.int64)
+        parts[piece, 0], parts[piece, 1] = own / whole, (whole - own) / whole
+    return parts
 
 
 def _blend(own: Tensor, other: Tensor, weights: NDArray[np.uint16], result: Tensor) -> None:
