@@ -29,14 +29,14 @@ class ViewsConfig:
         int | None,
         Option(
             "Size of the teacher's images in pixels [that of images in memory; of files 224].",
-            flags=("--size", "--teacher-size"),
+            flags=("--teacher-size", "--size"),
             ge=1,
             le=4096,
         ),
     ] = None
     interpolation: Annotated[
         Interpolation,
-        Option("How the teacher's images are resized.", flags=("--interpolation", "--teacher-interpolation")),
+        Option("How the teacher's images are resized.", flags=("--teacher-interpolation", "--interpolation")),
     ] = "bilinear"
     out: Annotated[str, Option("The PNG file; another PNG there is replaced.", metavar="FILE", own=True)] = "views.png"
     list_all: Annotated[

@@ -183,8 +183,7 @@ def test_other_pixels_are_refused(home, data, monkeypatch):
     from kdcache.train.loaders import cached as module
 
     drawn = module.draw_as
-    other = cache.identity.views.model_copy(update={"seed": 1})
-    monkeypatch.setattr(module, "draw_as", lambda views, *rest: drawn(other, *rest))
+    monkeypatch.setattr(module, "draw_as", lambda views, view, *rest: drawn(views, view + 1, *rest))
     with pytest.raises(KdcacheError, match=r"view 0, part 0 .* other view parameters"):
         list(CachedLoader(cache, data, BATCH).steps())
 
