@@ -194,7 +194,7 @@ def main() -> None:
         trained = {"runs": runs(a.data, setting, built["key"], a.work)}
     compared = cached_beside_online(a.data, setting, Path(exact["path"]), Path(built["path"]), a.steps)
     result = {
-        "machine": {**machine(), "load": load},
+        "machine": {**machine(), "threads": torch.get_num_threads(), "load": load},
         "command": f"python bench/cifar10.py {'--mixed ' if a.mixed else ''}--teacher-epochs {setting.teacher_epochs} "
         f"--epochs {setting.epochs} --views {setting.views} --steps {a.steps}",
         "data": {"training_images": len(images), "evaluation_images": len(open_data(a.data, "eval"))},
