@@ -7,7 +7,8 @@ digits, on image files and, with --cifar, on a folder that get-cifar10 wrote. Co
 of caches, commits without the part that says who wrote them, the metrics of each epoch, and students' weights.
 
 Teachers are taught by BASE and used by both, so that a change to teaching shows in its own row alone. Exit status 1 if
-anything differs. Mixed and spread views are left out, and said to be, where BASE does not know them. Who changes numerics owes a measurement of what it does to students; who does not owes equal results.
+anything differs. Mixed and spread views are left out where BASE does not know them, which is said. Who changes numerics
+owes a measurement of what it does to students; who does not owes equal results.
 """
 
 from __future__ import annotations
