@@ -22,7 +22,7 @@ from kdcache.pipeline.views.draws import Samples, chance, words
 from kdcache.pipeline.views.operations.kinds.geometry import geometry
 from kdcache.pipeline.views.operations.kinds.mix import Mix, label_weights
 from kdcache.pipeline.views.operations.operation import Drawn, Operation, of_rows
-from kdcache.pipeline.views.policy import Policy, parse_policy
+from kdcache.pipeline.views.policy import Policy, parse_policy, policy_of
 
 # Streams are the second word of Philox's key: whatever the seeds, two streams never give the same draw. The boxes and
 # flips of caches have stream 0, the orders of training (train/loaders/order.py) have stream 1, and every operation has
@@ -122,13 +122,13 @@ def draw(
 
 
 def draw_as(views: ViewsIdentity, view: int, samples: Samples, sizes: NDArray[np.int32]) -> ViewParameters:
-    """Draw the parameters of a cache's view; see `draw`."""
-    return draw(views.policy, views.seed, view, samples, sizes, sequence=views.sequence)
+    """Draw the parameters of a cache's view; see `draw` and, for errors, `policy_of`."""
+    return draw(policy_of(views), views.seed, view, samples, sizes, sequence=views.sequence)
 
 
 def shares_as(views: ViewsIdentity, view: int, total: int, size: tuple[int, int]) -> NDArray[np.float32]:
     """Draw the shares [N, 2] that the labels of a mixed view have in images of that height and width."""
-    policy = parse_policy(views.policy)
+    policy = policy_of(views)
     return label_weights(_mixing(policy, views.seed, view, range(total), total, 0, views.sequence), *size)
 
 

@@ -25,7 +25,7 @@ from kdcache.pipeline.process.rank import cores
 from kdcache.pipeline.views.operations.kinds.mix import mixed
 from kdcache.pipeline.views.operations.operation import of_rows
 from kdcache.pipeline.views.parameters import ViewParameters
-from kdcache.pipeline.views.policy import policy_of
+from kdcache.pipeline.views.policy import Policy, parse_policy
 from kdcache.pipeline.views.table import Rows, Table
 from kdcache.pipeline.views.workers import Done, Task, Workers
 
@@ -134,7 +134,7 @@ class Renderer:
         data: Dataset,
         size: int | None,
         device: torch.device,
-        policy: str = "none",
+        policy: str | Policy = "none",
         workers: int | None = None,
         interpolation: Interpolation = "bilinear",
     ) -> None:
@@ -147,7 +147,7 @@ class Renderer:
             self.size = own
         else:
             raise InputError(f"{data.name} holds image files: an input size in pixels is needed")
-        self._policy = policy_of(policy)
+        self._policy = parse_policy(policy) if isinstance(policy, str) else policy
         margin = self._policy.geometry.margin(*self.size)
         self._pixels = _pixels(data, margin, device) if own == self.size else None
         self._idle: Workers | None = None

@@ -16,7 +16,7 @@ from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.split import describe_data
 from kdcache.pipeline.ffcv.pack import pack_ffcv
 from kdcache.pipeline.ffcv.read import FFCVFile
-from kdcache.pipeline.views.parameters import draw
+from kdcache.pipeline.views.parameters import draw_as
 from kdcache.pipeline.views.render import RENDERER
 from kdcache.tests.helpers.caches import WRITER, Filled, identity, same
 from kdcache.tests.helpers.images import arrays_data
@@ -54,7 +54,7 @@ class Drawn(Filled):
         sums = tail_distribution(z, records).numpy() if store.carries_tail_sums(view) else None
         digest = "of the evaluation split"
         if store.split == "train":
-            drawn = draw(self.views.policy, self.views.seed, view, rows, self.data.sizes)
+            drawn = draw_as(self.views, view, rows, self.data.sizes)
             digest = drawn.digest()
         store.write_shard(view, part, as_arrays(records), digest, WRITER, sums)
 
@@ -76,9 +76,9 @@ def equal(a, b):
     )
 
 
-def packed_arrays(place):
+def packed_arrays(place, labelled=True):
     """A small cache, its images in memory, and the file packed from it in the folder `place`."""
-    data = arrays_data(50, 6, 9)
+    data = arrays_data(50, 6, 9, labelled)
     cache = Drawn(place / "c", data, "crop,flip", part=16).cache
     return cache, data, pack_ffcv(cache, data, place / "x.beton", None, quiet)
 
