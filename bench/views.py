@@ -181,10 +181,13 @@ def files(data: Dataset, place: Path, rounds: int) -> dict[str, Any]:
         return work
 
     count, result = FILES // FILES_BATCH * FILES_BATCH, {}
-    # Worker processes live on, so that only with 0 of them is there a processor time of all the work.
-    for name, workers in ((f"{CORES} worker processes", CORES), ("no worker processes", 0)):
+    # Worker processes live on, so that only without them is there a processor time of all the work. One thread has it
+    # then, since threads that wait for busy cores use time too.
+    for name, workers, threads in ((f"{CORES} worker processes", CORES, CORES), ("this process alone", 0, 1)):
+        torch.set_num_threads(threads)
         found = in_turns({policy: rendering(policy, workers) for policy in OF_FILES}, max(2, rounds // 2))
         result[name] = {"images_per_second": rates(found, count), "time_over_the_first": ratios(found)}
+    torch.set_num_threads(CORES)
     return {"images": FILES, "height_and_width": SHAPE, "side": SIDE, **result}
 
 
