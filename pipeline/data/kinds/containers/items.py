@@ -25,6 +25,10 @@ Places = np.ndarray  # int64 [n], places in a container
 class Source(Protocol):
     """A container of images by their places 0..len-1. Worker processes get it by fork, or pickled."""
 
+    @property
+    def few(self) -> int:
+        """How many images this process may read itself where starting workers would take longer."""
+
     def __len__(self) -> int: ...
 
     def where(self, place: int) -> str:
@@ -110,7 +114,7 @@ class ItemDataset(Described):
         chosen = self.places[drawn_places(len(self), len(self) if full else FINGERPRINTED_FILES)]
         known = {} if full else self.digests
         missing = [place for place in chosen.tolist() if place not in known]
-        read = iter(unless_wrong(in_workers(_Digest(self.source), missing, self.source.where))) if missing else iter(())
+        read = iter(unless_wrong(_each(_Digest(self.source), missing))) if missing else iter(())
         for place in chosen.tolist():
             digest.update(known[place] if place in known else next(read))
         return digest.hexdigest()
@@ -170,6 +174,11 @@ class _Size:
             return str(e)
 
 
+def _each(work: _Digest | _Pixels | _Size, places: Sequence[int], title: str = "read samples") -> Iterator[Any]:
+    source = work.source
+    return in_workers(work, places, source.where, title=title, few=source.few)
+
+
 def unless_wrong(results: Iterator[Any]) -> Iterator[Any]:
     """The results of a pass; InputError for the first that is text, which tells what is wrong."""
     for result in results:
@@ -181,7 +190,7 @@ def unless_wrong(results: Iterator[Any]) -> Iterator[Any]:
 def unreadable_items(source: Source, places: Places, progress: FilesDone | None = None) -> list[str]:
     """Decode every image and list a line for each that cannot be decoded."""
     lines = []
-    for done, line in enumerate(in_workers(_Pixels(source, check=True), places.tolist(), source.where), 1):
+    for done, line in enumerate(_each(_Pixels(source, check=True), places.tolist()), 1):
         if line:
             lines.append(str(line))
         if progress and (done % 256 == 0 or done == len(places)):
@@ -191,7 +200,7 @@ def unreadable_items(source: Source, places: Places, progress: FilesDone | None 
 
 def item_sizes(source: Source) -> np.ndarray:
     """The size of every image, int32 [N, 2]."""
-    results = unless_wrong(in_workers(_Size(source), range(len(source)), source.where, title="read sizes"))
+    results = unless_wrong(_each(_Size(source), range(len(source)), "read sizes"))
     return np.array(list(results), np.int32)
 
 
@@ -199,7 +208,7 @@ def small_pixels(source: Source, places: Places, sizes: np.ndarray) -> torch.Ten
     """The pixels uint8 [n, H, W, 3] of images that are small enough to be held in memory, else None."""
     if not are_small(sizes):
         return None
-    read = unless_wrong(in_workers(_Pixels(source), places.tolist(), source.where, title="decode small images"))
+    read = unless_wrong(_each(_Pixels(source), places.tolist(), "decode small images"))
     found = np.empty((len(places), *sizes[0].tolist(), 3), np.uint8)
     for i, pixels in enumerate(read):
         if pixels.shape != found.shape[1:]:

@@ -29,6 +29,7 @@ from kdcache.pipeline.data.kinds.files import FINGERPRINTED_FILES
 from kdcache.pipeline.data.memory import recall, remember
 
 _TWICE = 8  # samples that are read twice, to see whether they stay the same
+_Found = tuple[int, int, int, bytes]  # label, height, width, digest
 _FORMS = "a PIL image, an image file's bytes, or a tensor uint8 [3, H, W]"
 
 
@@ -42,6 +43,8 @@ class OwnSource:
     dataset: Any
     name: str
     labelled: bool
+    # What a Dataset opens at its first sample, such as an HDF5 file, must not be open when workers are forked.
+    few = 0
 
     def __len__(self) -> int:
         return len(self.dataset)
@@ -138,14 +141,13 @@ def survey(source: OwnSource, home: Path) -> Survey:
     """
     n = _length(source)
     drawn = drawn_places(n, FINGERPRINTED_FILES).tolist()
-    looks = _looks(source, drawn, digests=True)
+    looks = _looks(_Look(source, digests=True, twice=tuple(drawn[:_TWICE])), drawn)
     digests = {place: look[3] for place, look in zip(drawn, looks, strict=True)}
-    _require_same(source, drawn[:_TWICE], digests)
     key = hashlib.sha256(f"kdcache own dataset 1 {n} {source.labelled} {looks}".encode()).hexdigest()
     if known := _recalled(source, home, key, n, digests):
         return known
     if len(drawn) < n:
-        looks = _looks(source, range(n), digests=False)
+        looks = _looks(_Look(source), range(n))
     labels = np.array([look[0] for look in looks] if source.labelled else [], np.int64)
     sizes = np.array([look[1:3] for look in looks], np.int32)
     pixels = small_pixels(source, _all(source), sizes)
@@ -171,34 +173,37 @@ def _all(source: OwnSource) -> np.ndarray:
 
 @dataclass(frozen=True)
 class _Look:
-    """Reads a sample: its label (or -1 without one), height, width, and the digest of its content where asked for."""
+    """Reads a sample: its label (or -1 without one), height, width, and the digest of its content where asked for.
+
+    twice: samples that are read twice, to see whether they stay the same.
+    """
 
     source: OwnSource
-    digests: bool
+    digests: bool = False
+    twice: tuple[int, ...] = ()
 
-    def __call__(self, place: int) -> tuple[int, int, int, bytes] | str:
-        where = self.source.where(place)
+    def __call__(self, place: int) -> _Found | str:
         try:
-            content, label = self.source.read(place)
-            height, width = content_size(content, where)
-            digest = content_digest(content, where) if self.digests else b""
+            found = self._look(place)
+            if place not in self.twice or self._look(place) == found:
+                return found
         except InputError as e:
             return str(e)
+        return (
+            f"{self.source.where(place)}: has other pixels or another label each time it is read: leave out random "
+            "transforms, since kdcache draws and cuts the views itself"
+        )
+
+    def _look(self, place: int) -> _Found:
+        where = self.source.where(place)
+        content, label = self.source.read(place)
+        height, width = content_size(content, where)
+        digest = content_digest(content, where) if self.digests else b""
         return -1 if label is None else label, height, width, digest
 
 
-def _looks(source: OwnSource, places: Sequence[int], digests: bool) -> list[tuple[int, int, int, bytes]]:
-    return list(unless_wrong(in_workers(_Look(source, digests), places, source.where)))
-
-
-def _require_same(source: OwnSource, places: Sequence[int], digests: dict[int, bytes]) -> None:
-    """Read some samples again, by other processes. InputError where one is not what it was."""
-    for place, again in zip(places, _looks(source, places, digests=True), strict=True):
-        if again[3] != digests[place]:
-            raise InputError(
-                f"{source.where(place)}: has other pixels each time it is read: leave out random transforms, since "
-                "kdcache draws and cuts the views itself"
-            )
+def _looks(look: _Look, places: Sequence[int]) -> list[_Found]:
+    return list(unless_wrong(in_workers(look, places, look.source.where)))
 
 
 def _recalled(source: OwnSource, home: Path, key: str, n: int, digests: dict[int, bytes]) -> Survey | None:

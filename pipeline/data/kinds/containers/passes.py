@@ -1,8 +1,4 @@
-"""Goes through the samples of a dataset in worker processes.
-
-This process reads no sample itself: what a user's Dataset opens at its first sample, such as an HDF5 file, must not be
-open when the workers of a build are forked.
-"""
+"""Goes through the samples of a dataset in worker processes."""
 
 from __future__ import annotations
 
@@ -36,12 +32,16 @@ def in_workers(
     title: str = "read samples",
     unit: str = "samples",
     chunk: int = 64,
+    few: int = 0,
 ) -> Iterator[T]:
     """Yield work(place) for each place, in order, computed by worker processes; each gets `chunk` places at once.
 
-    Errors have to be part of what `work` returns. UnreadableError where a worker is killed, which names what it was
-    reading by `where(place)`.
+    Up to `few` places need no workers, and this process does the work. Errors have to be part of what `work` returns.
+    UnreadableError where a worker is killed, which names what it was reading by `where(place)`.
     """
+    if len(places) <= few:
+        yield from map(work, places)
+        return
     tasks = [places[i : i + chunk] for i in range(0, len(places), chunk)]
     workers = min(cores(), len(tasks))
     at = RawArray(ctypes.c_int64, [-1] * (2 * workers))

@@ -35,6 +35,7 @@ from kdcache.pipeline.data.kinds.folders import (
 from kdcache.pipeline.data.labels import classes_of
 from kdcache.pipeline.data.memory import recall, remember
 
+_FEW = 8  # tars that this process indexes itself
 _START = 1 << 16  # bytes of an image that mostly hold its header
 _NAMES = ("classnames.txt", "classes.txt")  # a class a line, in the folder of the first tar
 
@@ -102,6 +103,7 @@ class TarSource:
     offsets: np.ndarray
     lengths: np.ndarray
     names: tuple[str, ...]
+    few = 256
 
     def __eq__(self, other: object) -> bool:
         return isinstance(other, TarSource) and (self.tars, self.states) == (other.tars, other.states)
@@ -227,7 +229,7 @@ def _indexed(tars: tuple[Path, ...]) -> _Index:
     states = _states(tars)
     found: list[TarIndex] = []
     work, numbers = _IndexOne(tars), range(len(tars))
-    for index in in_workers(work, numbers, lambda i: str(tars[i]), title="index tars", unit="tars", chunk=1):
+    for index in in_workers(work, numbers, lambda i: str(tars[i]), title="index tars", unit="tars", chunk=1, few=_FEW):
         if isinstance(index, str):
             raise InputError(index)
         found.append(index)
