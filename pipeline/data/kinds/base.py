@@ -41,6 +41,7 @@ class Kind(ABC):
     """One row of the table of kinds: how a dataset of this kind is opened."""
 
     takes_path: TakesPath = "may"
+    between: str = ""  # what stands between two paths, where PATH may be two
     takes_folders: bool = False  # whether --train-folder and --eval-folder name folders in its PATH
 
     @abstractmethod

@@ -3,7 +3,8 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
+from contextlib import closing
 from dataclasses import dataclass, field, replace
 from typing import Any, Protocol, Self
 
@@ -112,11 +113,12 @@ class ItemDataset(Described):
         digest = self._begun("items", full)
         digest.update(self.sizes.astype("<i4").tobytes())
         chosen = self.places[drawn_places(len(self), len(self) if full else FINGERPRINTED_FILES)]
-        known = {} if full else self.digests
+        known = {} if full else dict(self.digests)
         missing = [place for place in chosen.tolist() if place not in known]
-        read = iter(unless_wrong(_each(_Digest(self.source), missing))) if missing else iter(())
+        read = list(unless_wrong(_each(_Digest(self.source), missing))) if missing else []
+        known |= zip(missing, read, strict=True)
         for place in chosen.tolist():
-            digest.update(known[place] if place in known else next(read))
+            digest.update(known[place])
         return digest.hexdigest()
 
     def _contents(self, places: np.ndarray) -> dict[str, Any]:
@@ -174,17 +176,20 @@ class _Size:
             return str(e)
 
 
-def _each(work: _Digest | _Pixels | _Size, places: Sequence[int], title: str = "read samples") -> Iterator[Any]:
+def _each(
+    work: _Digest | _Pixels | _Size, places: Sequence[int], title: str = "read samples"
+) -> Generator[Any, None, None]:
     source = work.source
     return in_workers(work, places, source.where, title=title, few=source.few)
 
 
-def unless_wrong(results: Iterator[Any]) -> Iterator[Any]:
+def unless_wrong(results: Generator[Any, None, None]) -> Iterator[Any]:
     """The results of a pass; InputError for the first that is text, which tells what is wrong."""
-    for result in results:
-        if isinstance(result, str):
-            raise InputError(f"{result} (kdcache build --list-unreadable with the same --data lists every such sample)")
-        yield result
+    with closing(results):
+        for result in results:
+            if isinstance(result, str):
+                raise InputError(f"{result} (kdcache build --list-unreadable with the same --data lists every one)")
+            yield result
 
 
 def unreadable_items(source: Source, places: Places, progress: FilesDone | None = None) -> list[str]:

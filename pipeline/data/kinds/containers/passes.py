@@ -6,9 +6,7 @@ import ctypes
 import os
 import re
 import signal
-import sys
-from collections.abc import Callable, Iterator, Sequence
-from contextlib import suppress
+from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
 from multiprocessing.sharedctypes import RawArray
 from typing import Any, Generic, TypeVar
@@ -33,11 +31,12 @@ def in_workers(
     unit: str = "samples",
     chunk: int = 64,
     few: int = 0,
-) -> Iterator[T]:
+) -> Generator[T, None, None]:
     """Yield work(place) for each place, in order, computed by worker processes; each gets `chunk` places at once.
 
     Up to `few` places need no workers, and this process does the work. Errors have to be part of what `work` returns.
-    UnreadableError where a worker is killed, which names what it was reading by `where(place)`.
+    UnreadableError where a worker is killed, which names what it was reading by `where(place)`. Who stops before the
+    end closes the generator, so that the workers end.
     """
     if len(places) <= few:
         yield from map(work, places)
@@ -54,20 +53,29 @@ def in_workers(
         worker_init_fn=_begin,
         generator=torch.Generator(),  # draws seeds that nobody needs, and leaves the run's own generator alone
     )
+    reason = None
     try:
         with Progress(title, len(places), unit) as progress:
             for done in loader:
                 yield from done
                 progress.advance(len(done))
     except RuntimeError as e:
-        if (killed := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", str(e))) is None:
+        if (reason := _killed(str(e), at, where)) is None:
             raise
-        pids = {int(pid) for pid in killed[1].split(",")}
-        reading = [place for pid, place in zip(at[::2], at[1::2], strict=True) if pid in pids and place >= 0]
-        what = f"{where(reading[0])}: the worker process that read it" if reading else "a worker process"
-        raise UnreadableError(f"{what} was killed or ended: often memory is short, or its own code crashes") from e
     except OSError as e:
         raise InputError(f"worker processes cannot be started ({e.strerror or e}): is memory short?") from e
+    if reason:  # raised only now, since torch's error would keep the other workers
+        raise UnreadableError(reason)
+
+
+def _killed(error: str, at: ctypes.Array[ctypes.c_int64], where: Callable[[int], str]) -> str | None:
+    """What torch's error means where a worker is gone, and what that one was reading; None for other errors."""
+    if (killed := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", error)) is None:
+        return None
+    pids = {int(pid) for pid in killed[1].split(",")}
+    reading = [place for pid, place in zip(at[::2], at[1::2], strict=True) if pid in pids and place >= 0]
+    what = f"{where(reading[0])}: the worker process that read it" if reading else "a worker process"
+    return f"{what} was killed or ended: often memory is short, or its own code crashes"
 
 
 @dataclass
@@ -97,5 +105,3 @@ def _as_it_is(done: Any) -> Any:
 def _begin(worker: int) -> None:
     torch.set_num_threads(1)
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group, and the parent ends its workers
-    with suppress(OSError):
-        sys.stdin.close()

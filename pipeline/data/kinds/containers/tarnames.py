@@ -11,8 +11,8 @@ from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.kinds.base import Asked
 from kdcache.pipeline.data.kinds.folders import EVALUATION, TEST, TRAIN, VALIDATION, words_of
 
-_RANGE = re.compile(r"\{(\d+)\.\.(\d+)\}")
-_CHOICE = re.compile(r"\{([^{}]*,[^{}]*)\}")
+BETWEEN = "::"  # what stands between the tars of the train split and those of the eval split
+_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
 _MOST = 1_000_000  # tars that a pattern may name
 _EVALS = (VALIDATION, TEST, EVALUATION)  # the first of them that has tars is the eval split
 
@@ -27,7 +27,7 @@ def tars_of(asked: Asked) -> tuple[tuple[Path, ...], tuple[Path, ...] | None, st
 
     InputError for patterns that name no files.
     """
-    patterns = spelled(asked).split("::")
+    patterns = spelled(asked).split(BETWEEN)
     if patterns == [""] or len(patterns) > 2 or not all(patterns):
         raise InputError(f"{asked.name} needs tars: {asked.name}:TRAIN::EVAL, or one pattern for both splits")
     if any(re.match(r"[a-z0-9]+://|pipe:", pattern) for pattern in patterns):
@@ -89,15 +89,13 @@ def expand(pattern: str) -> tuple[Path, ...]:
 def _braces(text: str) -> list[str]:
     """What a shell makes of {000..099} and {a,b}."""
     names = [text]
-    while any(_RANGE.search(name) or _CHOICE.search(name) for name in names[:1]):
-        found = _RANGE.search(names[0]) or _CHOICE.search(names[0])
-        assert found is not None
-        if found.re is _RANGE:
+    while found := _BRACES.search(names[0]):  # what is left of the pattern is the same in all names
+        if found[1]:
             low, high = int(found[1]), int(found[2])
-            if not 0 <= high - low < _MOST // len(names):
-                raise InputError(f"{text}: {found[0]} is no range, or one of more than {_MOST:,} names")
-            parts = [str(i).zfill(len(found[1])) for i in range(low, high + 1)]
+            parts = [str(i).zfill(len(found[1])) for i in range(low, min(high, low + _MOST) + 1)]
         else:
-            parts = found[1].split(",")
+            parts = found[3].split(",")
+        if not parts or len(parts) * len(names) > _MOST:
+            raise InputError(f"{text}: {found[0]} is no range, or the pattern names more than {_MOST:,} tars")
         names = [name.replace(found[0], part, 1) for name in names for part in parts]
     return names

@@ -7,6 +7,7 @@ import json
 import os
 import stat
 from collections.abc import Sequence
+from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,7 +27,7 @@ from kdcache.pipeline.data.kinds.containers.items import (
 )
 from kdcache.pipeline.data.kinds.containers.passes import in_workers
 from kdcache.pipeline.data.kinds.containers.tarindex import TarIndex, index_tar
-from kdcache.pipeline.data.kinds.containers.tarnames import spelled, tars_of
+from kdcache.pipeline.data.kinds.containers.tarnames import BETWEEN, spelled, tars_of
 from kdcache.pipeline.data.kinds.folders import (
     HELD_OUT,
     held_out,
@@ -44,6 +45,7 @@ class Tars(Kind):
     """`wds:TRAIN::EVAL`, or `wds:PATTERN` for tars whose names tell their split, or of which a part is held out."""
 
     takes_path: TakesPath = "must"
+    between: str = BETWEEN
 
     def open(self, asked: Asked) -> ItemDataset:
         train, evaluation, unread = tars_of(asked)
@@ -229,10 +231,13 @@ def _indexed(tars: tuple[Path, ...]) -> _Index:
     states = _states(tars)
     found: list[TarIndex] = []
     work, numbers = _IndexOne(tars), range(len(tars))
-    for index in in_workers(work, numbers, lambda i: str(tars[i]), title="index tars", unit="tars", chunk=1, few=_FEW):
-        if isinstance(index, str):
-            raise InputError(index)
-        found.append(index)
+    with closing(
+        in_workers(work, numbers, lambda i: str(tars[i]), title="index tars", unit="tars", chunk=1, few=_FEW)
+    ) as results:
+        for index in results:
+            if isinstance(index, str):
+                raise InputError(index)
+            found.append(index)
     counts = [len(index.offsets) for index in found]
     if not sum(counts):
         raise InputError(f"{tars[0]}{' and the others' if len(tars) > 1 else ''}: holds no sample with an image")
