@@ -16,20 +16,13 @@ from kdcache import __version__
 from kdcache.cache.records.choices import FileStore, StoreName
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.commandline.commands import Main, is_set, is_set_for_all, typed_names
-from kdcache.pipeline.commandline.options import (
-    Argument,
-    CacheFolder,
-    Json,
-    Option,
-    Registry,
-    TypedRegistry,
-    Views,
-)
+from kdcache.pipeline.commandline.options import Argument, CacheFolder, Json, Option, Registry, TypedRegistry, Views
 from kdcache.pipeline.commandline.parameters import from_signature
-from kdcache.pipeline.commandline.terminal import confirm, figure, figures, say, show
+from kdcache.pipeline.commandline.terminal import confirm, figure, of_run, say, show
 from kdcache.pipeline.config import GcConfig, VerifyConfig
 from kdcache.pipeline.data.defaults import data_option
 from kdcache.pipeline.imports.config import ImportConfig
+from kdcache.pipeline.sheet.config import ViewsConfig
 from kdcache.train.bench.config import BenchConfig
 from kdcache.train.config import EvalConfig, TeachConfig, TrainConfig
 
@@ -70,6 +63,26 @@ def teach(config: TeachConfig, as_json: Json = False) -> None:
 
     path, top1 = run(config, say)
     show({"weights": str(path), "top1": top1}, as_json, str(path))
+
+
+@main.command(name="views")
+@from_signature
+def views_command(config: ViewsConfig, as_json: Json = False) -> None:
+    """Show what a policy makes of some samples. The pixels in the PNG file are those that the teacher is shown in a
+    build with the same options.
+
+    \b
+    Example: kdcache views
+             kdcache views three-augment --data imagenet:/data/imagenet
+             kdcache views 'rrc,flip,randaugment(2,9),mixup(0.2)' --data cifar10 --views 16
+             kdcache views --list
+    """
+    from kdcache.pipeline.sheet.sheet import views as run
+
+    if config.policy is not None and "augment" in typed_names():  # a setting of that name counts where none is typed
+        raise click.UsageError("Give POLICY or --augment, not both.")
+    found, text = run(config, say)
+    show(found, as_json, text)
 
 
 @main.command()
@@ -172,10 +185,7 @@ def train(config: TrainConfig, loss: tuple[str, ...], seed: tuple[int, ...], as_
         show(result, as_json, table(result))
         sys.exit(1 if any("error" in one for one in result["runs"]) else 0)
     summary = run(config, say, given=given)
-    lines = [f"{summary['run']}: {figures(summary)}"]
-    if best := summary.get("best"):
-        lines.append(f"best on the validation images: epoch {best['epoch']}  {figures(best)}")
-    show(summary, as_json, "\n".join(lines))
+    show(summary, as_json, of_run(summary))
 
 
 @main.command(name="eval")
@@ -339,19 +349,11 @@ def gc(config: GcConfig, as_json: Json = False) -> None:
     from kdcache.cache.care import gc as run
     from kdcache.cache.care import leavings
     from kdcache.pipeline.build import spool
-    from kdcache.pipeline.process.progress import size
+    from kdcache.pipeline.info import removal
 
     found = [*leavings(config.older, config.registry, config.local_store_size), *spool.leavings(config.older)]
     result = run(found, config.delete)
-    lines = []
-    for one in result["found"]:
-        why = one["why"] if one["kept"] is None else f"stays: {one['kept']}"
-        lines.append(f"{size(one['bytes']):>9}  {one['path']}: {why}")
-    if lines and config.delete:
-        lines.append(f"{size(result['freed'])} freed")
-    elif lines:
-        lines.append(f"{size(result['bytes'])} may go: add --delete")
-    show(result, as_json, "\n".join(lines) or "nothing to remove")
+    show(result, as_json, removal(result, config.delete))
 
 
 @main.command()

@@ -98,6 +98,17 @@ def removed_line(cache: Cache, registry: Registry | None) -> str:
     return f"{cache.where} ({_shared_line(cache, found)})"
 
 
+def removal(result: dict[str, Any], deleted: bool) -> str:
+    """Lines for gc: what nothing needs any more, why, and how much space that is or was."""
+    lines = []
+    for one in result["found"]:
+        why = one["why"] if one["kept"] is None else f"stays: {one['kept']}"
+        lines.append(f"{size(one['bytes']):>9}  {one['path']}: {why}")
+    if lines:
+        lines.append(f"{size(result['freed'])} freed" if deleted else f"{size(result['bytes'])} may go: add --delete")
+    return "\n".join(lines) or "nothing to remove"
+
+
 def weights_place(cache: Cache, registry: Registry | None = None) -> str | None:
     """Where its teacher's weights are: in the registry; without one, here or in the registry that the cache lies in."""
     weights = cache.identity.teacher.weights

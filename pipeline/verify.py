@@ -25,6 +25,7 @@ from kdcache.pipeline.data.split import Split, describe_data
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.teachers import weightstore
 from kdcache.pipeline.trust import images_of, stored_network
+from kdcache.pipeline.views.policy import policy_of
 
 # Total variation between stored and replayed distributions, by the teacher's numeric type: the mean over records, and
 # that of any one record. A code that rounding tips moves a single record by up to 6%.
@@ -246,6 +247,7 @@ def source_of(
     i = cache.identity
     if i.views.imported:
         raise InputError(f"{cache.where} was imported, and its teacher is not at hand: give --depth contents")
+    policy_of(i.views, cache.where)
     network = teacher or stored_network(i.teacher.network, cache.where, "--teacher")
     images = images_of(i.data.name, data, cache.where, ", or --depth contents to do without them")
     config = BuildConfig(

@@ -16,6 +16,7 @@ from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.source import Source
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.views.parameters import ViewParameters, draw_as, evaluation_view
+from kdcache.pipeline.views.policy import policy_of
 from kdcache.pipeline.views.render import Renderer
 
 _FINITE, _SUMS = "_finite", "_sums"
@@ -50,7 +51,7 @@ def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) 
     """What renders images as the teacher wants them; workers: as in `Renderer`."""
     identity = source.identity
     shown, device = identity.teacher, source.teacher.device
-    return Renderer(data, shown.input_size, device, identity.views.policy, workers, shown.interpolation)
+    return Renderer(data, shown.input_size, device, policy_of(identity.views), workers, shown.interpolation)
 
 
 def answers(

@@ -40,6 +40,10 @@ Weights = Annotated[
     str | None,
     Option("A weights file, a torchvision name, or published weights by their hash.", metavar="FILE|NAME|HASH"),
 ]
+Sequence = Annotated[
+    SequenceName,
+    Option("spread: the numbers of a sample's views are spread evenly, so that few views cover more."),
+]
 ClassMap = Annotated[str | None, Option("Maps the dataset's classes to the teacher's.", metavar="FILE|auto")]
 
 
@@ -81,10 +85,7 @@ class BuildConfig:
     ] = None
     data: Data = DATA
     augment: Augment = None
-    sequence: Annotated[
-        SequenceName,
-        Option("spread: the numbers of a sample's views are spread evenly, so that few views cover more."),
-    ] = "random"
+    sequence: Sequence = "random"
     views: Annotated[int | None, Option("How many augmented views [by dataset].", ge=1, le=100_000)] = None
     topk: Annotated[int | None, Option("Classes to store [all up to 200, else 20].", ge=1)] = None
     temperatures: Annotated[

@@ -47,6 +47,14 @@ def figures(facts: dict[str, Any]) -> str:
     return "  ".join(f"{k} {figure(k, v)}" for k, v in facts.items() if isinstance(v, float))
 
 
+def of_run(summary: dict[str, Any]) -> str:
+    """The summary of a run for people: its figures, and those of its best weights where some were chosen."""
+    lines = [f"{summary['run']}: {figures(summary)}"]
+    if best := summary.get("best"):
+        lines.append(f"best on the validation images: epoch {best['epoch']}  {figures(best)}")
+    return "\n".join(lines)
+
+
 def safe(text: str) -> str:
     """Escape what a terminal would obey and not show, since others have written the names that are printed here."""
     return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)

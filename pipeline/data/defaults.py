@@ -99,5 +99,11 @@ Data = Annotated[
         "module:function."
     ),
 ]
-Augment = Annotated[str | None, Option("crop,flip  rrc,flip  ... [by dataset].", metavar="POLICY")]
+Augment = Annotated[
+    str | None,
+    Option(
+        "Operations such as rrc,flip,randaugment(2,9), or a named policy: kdcache views --list [by dataset].",
+        metavar="POLICY",
+    ),
+]
 Unlabelled = Annotated[bool, Option("Build without labels (L = 0).")]

@@ -40,6 +40,8 @@ class FFCVFile:
         self._headers = read_headers(self.path)
         self.content, notes, self.layout, self.table, self.image_bytes = self._headers
         self.identity, self.key = notes.identity, notes.identity.key
+        if self.identity.views.mixed:
+            raise self.corrupt("it is said to hold mixed views, which are never packed")
         self.views = tuple(v.view for v in notes.views)
         self.mean, self.std = notes.mean, notes.std
         self.train, self.evaluation = _Train(self), _Evaluation(self)

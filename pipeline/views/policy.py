@@ -18,7 +18,8 @@ import numpy as np
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.cache.errors import InputError
+from kdcache.cache.errors import CorruptError, InputError, MismatchError
+from kdcache.cache.identity import ViewsIdentity
 from kdcache.pipeline.process.functions import did_you_mean
 from kdcache.pipeline.views.operations.kinds.auto import RandAugment, Trivial
 from kdcache.pipeline.views.operations.kinds.colour import Blur, Color, Gray, Solarize, Three
@@ -105,9 +106,25 @@ def parse_policy(text: str) -> Policy:
     return Policy(boxes[0] if boxes else _WHOLE, flip, (*of["colour"], *of["erase"]), of["mix"])
 
 
-def policy_of(text: str) -> Policy:
-    """The policy of a cache. Imported caches, whose views are not drawn, have one that does nothing."""
-    return Policy() if text in ("stored", "foreign") else parse_policy(text)
+def policy_of(views: ViewsIdentity, where: str = "the cache") -> Policy:
+    """The policy of a cache's views. Imported caches, whose views are not drawn, have one that does nothing.
+
+    where: the cache, for people. MismatchError for what only another kdcache can draw; CorruptError for what none
+    writes.
+    """
+    if views.imported:
+        return Policy()
+    try:
+        policy = parse_policy(views.policy)
+    except InputError as e:
+        raise MismatchError(f"{where} has views that this kdcache cannot draw ({e}): update kdcache") from None
+    if str(policy) != views.policy:
+        wrong = f"view policy {views.policy!r}, which kdcache spells {str(policy)!r}"
+    elif policy.mixed != views.mixed:
+        wrong = f"view policy {views.policy!r}, but views that are {'' if views.mixed else 'not '}said to be mixed"
+    else:
+        return policy
+    raise CorruptError(f"the identity of {where} has {wrong}: it is damaged or forged, copy the cache again")
 
 
 def check_policy(text: str) -> str:

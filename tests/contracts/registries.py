@@ -15,7 +15,7 @@ from kdcache.cache.registry.backends import open_objects
 from kdcache.cache.registry.objects import Objects
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.share import pull, push
-from kdcache.tests.helpers.caches import Filled, same
+from kdcache.tests.helpers.caches import BOTH, FORMATS, Filled, same
 from kdcache.tests.helpers.registries import about, content, quiet, stored
 
 DATA = bytes(range(256)) * 400
@@ -49,9 +49,9 @@ class ReadingContract:
         return objects
 
     @pytest.fixture
-    def cache(self, tmp_path: Path, behind: Objects) -> Cache:
-        """A cache with two views that was published there, as it was built."""
-        built = Filled(tmp_path / "built", about()).cache
+    def cache(self, request: pytest.FixtureRequest, tmp_path: Path, behind: Objects) -> Cache:
+        """A cache with two views that was published there, as it was built. Its format is 1 but where a test asks."""
+        built = Filled(tmp_path / "built", about(**FORMATS[getattr(request, "param", "format-1")])).cache
         push(built.path, behind.url, name="toy-v1", say=quiet)
         return built
 
@@ -93,6 +93,7 @@ class ReadingContract:
         behind.replace(path, right)
         assert same(open_registry(objects.url).cache(cache.key).read(1), cache.read(1))
 
+    @pytest.mark.parametrize("cache", BOTH, indirect=True)
     def test_what_was_pushed_is_pulled_byte_for_byte(
         self, tmp_path: Path, cache: Cache, behind: Objects, objects: Objects
     ) -> None:

@@ -15,14 +15,19 @@ from kdcache.tests.helpers.ffcv import Drawn, quiet
 from kdcache.tests.helpers.images import arrays_data
 
 VIEWS = 3
+FIRST, SPREAD = ("crop,flip", "random"), ("crop,flip,gray(0.2),erase(0.25)", "spread")
 
 
 @pytest.fixture(scope="module")
-def built(tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, Any]:
-    """A cache folder as it is built, of two parts and three views, and its images. Not to be changed."""
+def built(request: pytest.FixtureRequest, tmp_path_factory: pytest.TempPathFactory) -> tuple[Cache, Any]:
+    """A cache folder as it is built, of two parts and three views, and its images. Not to be changed.
+
+    Its format is 1 but where a test asks for another policy and sequence.
+    """
+    policy, sequence = getattr(request, "param", FIRST)
     data = arrays_data(20, 5, 7)
     place = tmp_path_factory.mktemp("built")
-    return Drawn(place / "c", data, "crop,flip", views=VIEWS, part=12, k=4).cache, data
+    return Drawn(place / "c", data, policy, views=VIEWS, part=12, k=4, sequence=sequence).cache, data
 
 
 class StoreContract:
@@ -49,6 +54,7 @@ class StoreContract:
         assert same(store.read_evaluation(), cache.read_evaluation())
         assert all(same(store.read(view), cache.read(view)) for view in views)
 
+    @pytest.mark.parametrize("built", [FIRST, SPREAD], indirect=True, ids=["format-1", "spread"])
     def test_it_holds_what_was_built(self, built: tuple[Cache, Any], tmp_path: Path) -> None:
         path = self.packed(built, tmp_path)
         store = open_store(str(path))

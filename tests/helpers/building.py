@@ -20,6 +20,14 @@ def images(split):
     noisy = patterns[labels] + rng.normal(0, 60, (len(labels), 10, 10, 3))
     return np.clip(noisy, 0, 255).astype("u1"), labels, tuple("abcdefghijkl")
 
+def first(count):
+    def few(split):
+        pixels, labels, names = images(split)
+        return (pixels[:count], labels[:count], names) if split == "train" else (pixels, labels, names)
+    return few
+
+one, two, three, seven = first(1), first(2), first(3), first(7)
+
 def net(classes, width=8, stride=2, side=3):
     with torch.random.fork_rng():
         torch.manual_seed(5)
@@ -67,6 +75,10 @@ def careless():
 """
 
 
+# What makes a build one of format 2: of images in memory, and of files, whose views are cut together.
+MIXED = {"augment": "crop,flip,gray(0.2),erase(0.25),mixup(0.2),cutmix(1)", "sequence": "spread"}
+MIXED_FILES = {"augment": "rrc,flip,gray(0.2),mixup(0.2),cutmix(1)", "sequence": "spread", "teacher_size": 32}
+
 BATCH = 16
 PART = 64
 PARTS = 3
@@ -96,10 +108,11 @@ def quiet(_):
 
 def of_files(photos, out, **changes):
     """Three views of image files, cut together, in parts of 10, 10 and 4 samples; a part's last batch is short."""
-    return settings(
-        teacher="kd_toy:thousand", data=f"imagefolder:{photos}", augment="rrc,flip", views=3, topk=3, batch_size=4,
-        class_map=str(photos / "map.csv"), part=10, workers=0, out=str(out), **changes,
-    )  # fmt: skip
+    usual = {
+        "teacher": "kd_toy:thousand", "data": f"imagefolder:{photos}", "augment": "rrc,flip", "views": 3, "topk": 3,
+        "batch_size": 4, "class_map": str(photos / "map.csv"), "part": 10, "workers": 0, "out": str(out),
+    }  # fmt: skip
+    return settings(**{**usual, **changes})
 
 
 def content(path):

@@ -9,23 +9,39 @@ from hypothesis import strategies as st
 
 from kdcache.cache import Cache, Identity
 from kdcache.cache.records.encoding import class_prior, tail_distribution
+from kdcache.cache.records.pairs import partners
 from kdcache.cache.store.chunks import as_arrays, encode_as
 
 FIELDS = ("classes", "gaps", "target_gap", "tail", "tail_std", "labels", "prior")
-
-
 WRITER = {"host": "test"}
+# What makes an identity of each format; those of format 2 differ in nothing else.
+FORMATS = {
+    "format-1": {},
+    "mixed": {"mixed": True},
+    "spread": {"sequence": "spread"},
+    "mixed-and-spread": {"mixed": True, "sequence": "spread"},
+}
+# Fixtures that make a cache, for both formats.
+BOTH = ("format-1", "mixed-and-spread")
 
 
-def identity(samples=21, held_out=9, part=8, **record):
+def identity(samples=21, held_out=9, part=8, mixed=False, sequence="random", **record):
+    """`labels` are those of a single sample, so that the records of mixed views have twice as many."""
     usual = {"classes": 12, "k": 4, "temperatures": (1.0, 4.0), "precision": "float16", "labels": 1, "tail_std": False}
     record = {**usual, **record}
+    views = {"policy": "crop,flip", "seed": 0, "renderer": "toy"}
+    if mixed:
+        views |= {"policy": "crop,flip,mixup(0.2),cutmix(1)", "mixed": True}
+        record["labels"] *= 2
+    if sequence != "random":
+        views["sequence"] = sequence
     if record["k"] is None:
         precision = "float16" if record["precision"] == "uint8" else record["precision"]
         record = {**record, "temperatures": (), "precision": precision, "tail_std": False}
     data = {"name": "toy", "fingerprint": "f" * 64, "full_contents": False, "files": True}
     return Identity.model_validate(
         {
+            "format": 2 if mixed or sequence != "random" else 1,
             "teacher": {
                 "architecture": "toy:teacher",
                 "weights": "a" * 64,
@@ -36,7 +52,7 @@ def identity(samples=21, held_out=9, part=8, **record):
             },
             "data": {**data, "split": "train", "samples": samples},
             "evaluation": {**data, "split": "eval", "samples": held_out},
-            "views": {"policy": "crop,flip", "seed": 0, "renderer": "toy"},
+            "views": views,
             "record": record,
             "class_map": None,
             "part": part,
@@ -52,7 +68,7 @@ class Filled:
         r = about.record
         self.labels = {}
         for store in (self.cache.evaluation, self.cache.train):
-            y = self.rng.integers(0, r.classes, (store.samples, r.labels))
+            y = self.rng.integers(0, r.classes, (store.samples, about.sample_labels))
             self.labels[store.split] = torch.from_numpy(y)
             store.write_labels(y.astype(store.layout.labels.dtype), WRITER)
             store.write_sizes(self.sizes(store), WRITER)
@@ -75,14 +91,25 @@ class Filled:
 
     def encode(self, store, view, rows=slice(None)):
         r = self.about.record
-        z, y = self.logits[store.split, view][rows], self.labels[store.split][rows]
+        z, y = self.logits[store.split, view][rows], self.labels_in(store, view)[rows]
         return encode_as(r, z, y), z
+
+    def labels_in(self, store, view):
+        """The labels [N, L] of the records of a view."""
+        own, views = self.labels[store.split], self.about.views
+        if store.split == "eval" or not views.mixed:
+            return own
+        return torch.cat([own, own[partners(views.seed, view, range(store.samples), store.samples)]], 1)
 
     def write(self, store, view, part):
         rows = store.rows(part)
         records, z = self.encode(store, view, slice(rows.start, rows.stop))
         sums = tail_distribution(z, records).numpy() if store.carries_tail_sums(view) else None
-        return store.write_shard(view, part, as_arrays(records), f"digest of {view} {part}", WRITER, sums)
+        return store.write_shard(view, part, as_arrays(records), self.digest(store, view, part), WRITER, sums)
+
+    def digest(self, store, view, part):
+        """What its commit says of a shard's view parameters."""
+        return f"digest of {view} {part}"
 
     def prior(self):
         records, z = self.encode(self.cache.train, 0)
@@ -110,5 +137,11 @@ def shapes(draw):
         temperatures=draw(st.sampled_from([(1.0,), (0.5, 1.0, 20.0)])),
         precision=draw(st.sampled_from(["uint8", "float16", "float32"])),
         tail_std=draw(st.booleans()),
-        labels=draw(st.integers(0, 2)),
+        **draw(
+            st.one_of(
+                st.fixed_dictionaries({"labels": st.integers(0, 2)}),
+                st.fixed_dictionaries({"labels": st.integers(0, 1), "mixed": st.just(True)}),
+            )
+        ),
+        sequence=draw(st.sampled_from(["random", "spread"])),
     )

@@ -116,6 +116,7 @@ LINES = [
     ("info THEIRS", 0, ""),
     ("rm THEIRS --registry registry --yes", 0, ""),
     ("gc", 0, ""),
+    ("views crop --data ours:images --samples 2 --views 2", 0, "views.png"),
 ]
 
 

@@ -19,6 +19,7 @@ from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.pipeline.verify import verify
 from kdcache.pipeline.views.render import _Pixels
 from kdcache.tests.helpers.building import (
+    MIXED,
     PARTS,
     quiet,
     settings,
@@ -41,16 +42,28 @@ def forge(path, change, target=0, source=None):
         store.write_shard(target, part, {n: r[at] for n, r in rows.items()}, about.parameters, about.writer, sums)
 
 
-def test_replay_passes_on_what_was_built(taught, toy):
-    source, _, path = taught
+@pytest.fixture(scope="module", params=["format-1", "mixed-and-spread"])
+def replayed(request, taught, toy_at_hand):
+    """What `taught` gives, and the same with mixed and spread views."""
+    if request.param == "format-1":
+        return taught
+    folder = taught[2].parent
+    configs = [settings(weights=str(folder / f"{epoch}.pt"), **MIXED) for epoch in (4, 5)]
+    sources = [open_source(config, quiet) for config in configs]
+    build(replace(configs[0], out=str(folder / "mixed")), quiet, sources[0])
+    return *sources, folder / "mixed"
+
+
+def test_replay_passes_on_what_was_built(replayed, toy):
+    source, _, path = replayed
     report = verify(Cache(path), source)
     assert report.problems == [] and report.passed
     assert report.total_variation < 1e-6 and report.replayed == 40 + 2 * 150 and report.shards == 1 + 2 * PARTS
 
 
 @pytest.mark.parametrize("how", ["another view", "shifted by one", "swapped pair of samples' order"])
-def test_replay_fails_on_records_that_are_not_in_their_place(taught, tmp_path, how):
-    source, _, good = taught
+def test_replay_fails_on_records_that_are_not_in_their_place(replayed, tmp_path, how):
+    source, _, good = replayed
     path = tmp_path / "c"
     shutil.copytree(good, path)
     if how == "another view":
@@ -64,8 +77,8 @@ def test_replay_fails_on_records_that_are_not_in_their_place(taught, tmp_path, h
     assert "is not what the teacher answers now: mean total variation" in problem and str(path) in problem
 
 
-def test_replay_fails_on_a_neighbouring_checkpoint(taught):
-    source, later, path = taught
+def test_replay_fails_on_a_neighbouring_checkpoint(replayed):
+    source, later, path = replayed
     (problem,) = verify(Cache(path), later).problems
     assert "teacher.weights: the cache has" in problem
     # Even one that claims to be the cache's.
@@ -74,8 +87,8 @@ def test_replay_fails_on_a_neighbouring_checkpoint(taught):
     assert len(problems) == 3 and all("mean total variation" in p for p in problems)
 
 
-def test_replay_fails_on_inverted_flips(taught, monkeypatch):
-    source, _, path = taught
+def test_replay_fails_on_inverted_flips(replayed, monkeypatch):
+    source, _, path = replayed
     crops = _Pixels.crops
     monkeypatch.setattr(_Pixels, "crops", lambda self, index, boxes, flips: crops(self, index, boxes, ~flips))
     assert len(verify(Cache(path), source).problems) == 3
@@ -101,8 +114,8 @@ def test_replay_fails_on_batch_norm_in_training(taught, monkeypatch):
     assert len(problems) == 3 and all("mean total variation" in p for p in problems)
 
 
-def test_replay_fails_on_other_view_parameters(taught, tmp_path):
-    source, _, good = taught
+def test_replay_fails_on_other_view_parameters(replayed, tmp_path):
+    source, _, good = replayed
     path = tmp_path / "c"
     shutil.copytree(good, path)
     commit = path / "commits" / "v00001-p0001.json"

@@ -24,12 +24,17 @@ from kdcache.pipeline.data.split import require_described
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.views.operations.kinds.mix import label_weights
 from kdcache.pipeline.views.parameters import ViewParameters, draw_as, imported_view
+from kdcache.pipeline.views.policy import policy_of
 from kdcache.pipeline.views.render import RENDERER, Renderer, normalised
 from kdcache.train.loaders.order import EpochOrder, Epochs, gathered
 
 
 def require_data(cache: Stored, data: Dataset) -> None:
-    """MismatchError, field by field, unless `data` is the split that the cache was built from."""
+    """MismatchError, field by field, unless `data` is the split that the cache was built from.
+
+    Its views must be such as this kdcache can draw again: see `policy_of`.
+    """
+    policy_of(cache.identity.views, cache.where)
     require_described(data, cache.identity, cache.where)
     (cache.train if data.split == "train" else cache.evaluation).require_sizes(data.sizes)
 
@@ -172,4 +177,4 @@ def renderer_for(
 ) -> Renderer:
     """The renderer of the cache's views for a student, at image_size or by default as CachedLoader says."""
     size = image_size or (None if data.in_memory else cache.identity.teacher.input_size)
-    return Renderer(data, size, device, cache.identity.views.policy, workers)
+    return Renderer(data, size, device, policy_of(cache.identity.views, cache.where), workers)

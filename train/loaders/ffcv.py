@@ -55,7 +55,7 @@ class FFCVLoader(Epochs):
         self._views = file.views[:views]
         if views is not None and views > len(self._views):
             raise NotFoundError(f"{file.path} has {len(self._views)} views, not {views}: pack more")
-        self._policy = policy_of(file.identity.views.policy)
+        self._policy = policy_of(file.identity.views, str(file.path))
         self._size = _student_size(file, image_size, allow_renderer)
         file.check_pixels()
         self._order = EpochOrder(len(file) if samples is None else samples, batch_size, rank, world, seed)
@@ -155,7 +155,7 @@ def _failed(drawn: Future[ViewParameters]) -> bool:
 def _student_size(file: FFCVFile, image_size: int | None, allow_renderer: bool) -> tuple[int, int]:
     """Height and width of the student's images. MismatchError or InputError where FFCV cannot give them as asked."""
     policy = file.identity.views.policy
-    geometry = policy_of(policy).geometry
+    geometry = policy_of(file.identity.views, str(file.path)).geometry
     height, width = file.sizes[0].tolist()
     if not file.raw:
         if geometry.margin(height, width):

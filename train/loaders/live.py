@@ -19,7 +19,7 @@ from kdcache.pipeline.build.answers import labels_in
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.views.operations.kinds.mix import label_weights
 from kdcache.pipeline.views.parameters import TEACHING, ViewParameters, draw, draw_as
-from kdcache.pipeline.views.policy import parse_policy
+from kdcache.pipeline.views.policy import parse_policy, policy_of
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train.loaders.cached import partners_of, renderer_for
 from kdcache.train.loaders.order import EpochOrder, Epochs, labels_of, squeezed
@@ -67,7 +67,7 @@ class OnlineLoader(Epochs):
         self._order = EpochOrder(len(data) if samples is None else samples, batch_size, rank, world, seed, mixed)
         self._student_images = renderer_for(cache, data, image_size, teacher.device, workers)
         self._teacher_images = Renderer(
-            data, teacher.input_size, teacher.device, cache.identity.views.policy, workers,
+            data, teacher.input_size, teacher.device, policy_of(cache.identity.views, cache.where), workers,
             cache.identity.teacher.interpolation,
         )  # fmt: skip
 

@@ -19,7 +19,7 @@ from kdcache.train.config import TrainConfig
 _NAMED = (
     "student", "epochs", "batch_size", "lr", "weight_decay", "warmup", "seed", "views", "image_size", "online",
     "fresh_views", "teacher", "weights", "amp", "sync_bn", "optimiser", "accumulate", "clip", "ema", "compile",
-    "validation", "save_every", "evaluate_every",
+    "validation", "save_every", "evaluate_every", "student_weights",
 )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def _same(config: TrainConfig, name: str, before: dict[str, Any], had: dict[str,
         return str(had.get("cache")).startswith(value) or place_of(value) == before["cache"]
     if name == "data":
         return bool(placed(value) == before["data"])
-    if name == "weights":
+    if name in ("weights", "student_weights"):
         return before[name] in (value, place_of(value))
     if name == "loss":
         return bool(value.partition(":")[0] == had["loss"])

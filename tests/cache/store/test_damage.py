@@ -80,9 +80,10 @@ def read_all(path):
 
 
 @pytest.mark.timeout(120)
-@pytest.mark.parametrize("k", [None, 4])
-def test_no_damage_is_read(tmp_path, k):
-    good = Filled(tmp_path / "good", identity(part=16, k=k, temperatures=(1.0, 4.0) if k else ())).cache.path
+@pytest.mark.parametrize(("k", "mixed"), [(None, False), (4, False), (4, True)])
+def test_no_damage_is_read(tmp_path, k, mixed):
+    about = identity(part=16, k=k, temperatures=(1.0, 4.0) if k else (), mixed=mixed)
+    good = Filled(tmp_path / "good", about).cache.path
     want = read_all(good)
     rng = random.Random(3)
     files = committed_files(good)
@@ -174,14 +175,14 @@ def _feed(pipe):
 def test_json_that_kdcache_does_not_write_is_refused(filled):
     path = filled.cache.path / "commits" / "v00001-p0000.json"
     good = json.loads(path.read_bytes())
-    text = path.read_text()
+    text, own = path.read_text(), f'"format":{filled.about.format}'
     cases = {
         "unknown": (json.dumps({**good, "more": 1}), "more: Extra"),
         "missing": (json.dumps({k: v for k, v in good.items() if k != "files"}), "files: Field required"),
-        "twice": (text[:-1] + ',"format":1}', "stands twice"),
+        "twice": (text[:-1] + f",{own}}}", "stands twice"),
         "NaN": (text.replace('"size":', '"size":NaN,"s":', 1), "v00001-p0000.json"),
-        "type": (text.replace('"format":1', '"format":"0"'), "format"),
-        "bool": (text.replace('"format":1', '"format":true'), "format"),
+        "type": (text.replace(own, '"format":"0"'), "format"),
+        "bool": (text.replace(own, '"format":true'), "format"),
         "list": ("[1]", "the whole"),
         "deep": ("[" * 100_000, "JSON"),
         "digits": ('{"format":' + "9" * 5000 + "}", "JSON"),
@@ -195,18 +196,19 @@ def test_json_that_kdcache_does_not_write_is_refused(filled):
         with pytest.raises(e.CorruptError, match=message) as caught:
             Cache(filled.cache.path).read(1)
         assert str(path) in str(caught.value) and "run kdcache build again" in str(caught.value), name
-    path.write_text(text.replace('"format":1', '"format":3'))
+    path.write_text(text.replace(own, '"format":3'))
     with pytest.raises(e.MismatchError, match="has format 3; this kdcache reads up to format 2: update kdcache"):
         Cache(filled.cache.path).read(1)
 
 
 def test_an_identity_that_cannot_be_read_says_what_to_do(filled):
     path = filled.cache.path / "identity.json"
-    text = path.read_text()
+    text, own = path.read_text(), f'"format":{filled.about.format}'
+    other = own.translate({ord("1"): "2", ord("2"): "1"})
     for content, kind, message in (
-        (text.replace('"format":1', '"format":3'), e.MismatchError, "format 3; this kdcache reads up to format 2"),
-        (text.replace('"format":1', '"format":2'), e.CorruptError, "such views belong to format 1"),
-        (text.replace('"format":1', '"format":0'), e.MismatchError, "format 0, from before the first release: build"),
+        (text.replace(own, '"format":3'), e.MismatchError, "format 3; this kdcache reads up to format 2"),
+        (text.replace(own, other), e.CorruptError, f"such views belong to format {filled.about.format}"),
+        (text.replace(own, '"format":0'), e.MismatchError, "format 0, from before the first release: build"),
         (text.replace('"k":4', '"k":4,"k":4'), e.CorruptError, "stands twice"),
         (text.replace("4.0", "NaN"), e.CorruptError, "temperatures"),
         (text.replace("4.0", "1e999"), e.CorruptError, "temperatures"),

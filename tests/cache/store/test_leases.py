@@ -271,6 +271,7 @@ def stored(sha256):
     [
         (lambda about: about.update(name="v00000-p0000"), "holds no commit of v00000-p0001"),
         (lambda about: about.update(key="0" * 64), "holds no commit of"),
+        (lambda about: about.update(format=2), "holds no commit of"),  # that of the cache is 1
         (lambda about: about["files"].update({"../../escaped": stored("0" * 64)}), "holds no commit of"),
         (lambda about: about["files"].update({"toy/c/7/0": stored("../../../../toy")}), "holds no commit of"),
         (lambda about: about["files"].update({"toy/c/7/0": stored("0" * 64)}), "does not hold the bytes"),

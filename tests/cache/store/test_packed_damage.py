@@ -18,7 +18,7 @@ from kdcache.cache import errors as e
 from kdcache.cache import packing as packing
 from kdcache.cache.store.layout import ArraySpec
 from kdcache.pipeline.verify import verify
-from kdcache.tests.helpers.caches import same
+from kdcache.tests.helpers.caches import BOTH, same
 from kdcache.tests.helpers.stores import read_all, tree
 
 BLOCK = 512
@@ -39,15 +39,19 @@ def flip(path, rng):
     return file, content
 
 
-@pytest.mark.parametrize("kind", ["folder", "hdf5"])
-def test_a_flipped_bit_is_found_or_harmless(toy, tmp_path, kind):
+@pytest.mark.parametrize(
+    ("toy", "kind", "flips"),
+    [("format-1", "folder", 40), ("format-1", "hdf5", 100), (BOTH[1], "hdf5", 40)],
+    indirect=["toy"],
+)
+def test_a_flipped_bit_is_found_or_harmless(toy, tmp_path, kind, flips):
     if kind == "hdf5":
         path = Path(shutil.copy(toy[1], tmp_path / "c.h5"))
     else:
         path = Path(shutil.copytree(toy[0].cache.path, tmp_path / "c"))
     want, rng = read_all(Cache(path)), random.Random(4)
     read, messages = 0, []
-    for _ in range(100 if kind == "hdf5" else 40):
+    for _ in range(flips):
         file, content = flip(path, rng)
         try:
             found = read_all(Cache(path))
@@ -145,6 +149,7 @@ def test_an_index_that_lies_is_refused(packed, place, message):
     assert str(packed) in str(caught.value) and "pack" in str(caught.value)
 
 
+@pytest.mark.parametrize("toy", BOTH, indirect=True)
 def test_the_rows_of_another_part_view_or_split_are_refused(packed):
     names = ["views/v00000/gaps/c/0/0", "views/v00001/gaps/c/1/0", "eval/views/v00000/gaps/c/0/0"]
     original = packed.read_bytes()

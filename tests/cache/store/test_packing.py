@@ -17,7 +17,7 @@ from kdcache.cache import packing as packing
 from kdcache.cache.packing import pack_hdf5, unpack_hdf5
 from kdcache.cache.store import chunks
 from kdcache.pipeline.verify import verify
-from kdcache.tests.helpers.caches import WRITER, Filled, identity, same
+from kdcache.tests.helpers.caches import BOTH, WRITER, Filled, identity, same
 from kdcache.tests.helpers.stores import read_all, tree, unpacked
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync")
@@ -60,7 +60,7 @@ def child(n):
     os._exit(0)
 
 killed = 0
-for n in range(1, 1000, 4):
+for n in range(1, 1000, int(sys.argv[3])):
     pid = os.fork()
     if not pid:
         child(n)
@@ -89,15 +89,19 @@ print(killed)
 """
 
 
-@pytest.mark.parametrize("what", ["pack", "unpack"])
-def test_killed_at_any_step_nothing_half_made_is_seen_and_the_next_run_ends_it(toy, tmp_path, what):
+@pytest.mark.parametrize(
+    ("toy", "what", "step"),
+    [("format-1", "pack", 4), ("format-1", "unpack", 4), (BOTH[1], "unpack", 29)],
+    indirect=["toy"],
+)
+def test_killed_at_any_step_nothing_half_made_is_seen_and_the_next_run_ends_it(toy, tmp_path, what, step):
     written, file = toy
     shutil.copytree(written.cache.path, tmp_path / "c")
     shutil.copy(file, tmp_path / "c.h5")
-    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", KILLED, str(tmp_path), what]
+    command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", KILLED, str(tmp_path), what, str(step)]
     done = subprocess.run(command, capture_output=True, text=True, timeout=200)
     assert done.returncode == 0, done.stderr
-    assert int(done.stdout) > (8 if what == "pack" else 4)
+    assert int(done.stdout) > (8 if what == "pack" else 4) * 4 / step
     if what == "pack":
         assert (tmp_path / "out.h5").read_bytes() == file.read_bytes()
         assert sorted(p.name for p in tmp_path.iterdir()) == ["c", "c.h5", "out.h5"]

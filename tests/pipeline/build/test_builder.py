@@ -21,6 +21,7 @@ from kdcache.pipeline.info import describe, facts, one_line
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.pipeline.verify import verify
 from kdcache.tests.helpers.building import (
+    MIXED,
     as_json,
     content,
     ended_well,
@@ -49,7 +50,8 @@ def test_a_build_that_was_overtaken_computes_nothing_again(tmp_path, reference, 
 
 
 @pytest.mark.timeout(200)
-def test_builders_share_the_work_though_one_is_killed_and_one_stopped(toy, tmp_path):
+@pytest.mark.parametrize(("changes", "rounds"), [({}, 3), (MIXED, 2)], ids=["format-1", "mixed-and-spread"])
+def test_builders_share_the_work_though_one_is_killed_and_one_stopped(toy, tmp_path, changes, rounds):
     """Four at once; in the later rounds one dies and one is stopped until others have taken over, then goes on."""
     script = """
 from kdcache.cache.store import chunks, leases
@@ -60,7 +62,7 @@ def slow(*args):
     return answer(*args)
 Teacher.logits = slow
 folder, rng = Path(sys.argv[2]), random.Random(1)
-for i in range(3):
+for i in range(int(sys.argv[3])):
     place = folder / str(i)
     place.mkdir()
     moments = rng.randrange(20, 90), rng.randrange(20, 90)
@@ -75,11 +77,11 @@ for i in range(3):
     print(json.dumps(codes))
 """
     env = {"KDCACHE_HOME": tmp_path / "home"}
-    with start_build(toy, script, as_json(settings(views=3)), tmp_path, **env) as process:
+    with start_build(toy, script, as_json(settings(views=3, **changes)), tmp_path, rounds, **env) as process:
         codes = [json.loads(line) for line in ended_well(process).splitlines()]
-    assert codes == [[0, 0, 0, 0], *2 * [[-signal.SIGKILL, 0, 0, 0]]]
+    assert codes == [[0, 0, 0, 0], *(rounds - 1) * [[-signal.SIGKILL, 0, 0, 0]]]
     want = content(tmp_path / "0" / "cache")
-    for i in range(3):
+    for i in range(rounds):
         computed = [json.loads(p.read_text()) for p in (tmp_path / str(i)).glob("[0-3]")]
         assert len(computed) == (4 if i == 0 else 3)
         assert (sum(computed) == 40 + 3 * 150) if i == 0 else sum(computed) <= 2 * (40 + 3 * 150)

@@ -28,6 +28,7 @@ from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.pipeline.verify import verify
 from kdcache.pipeline.views.parameters import draw
 from kdcache.tests.helpers.building import (
+    MIXED_FILES,
     as_json,
     content,
     equal,
@@ -158,10 +159,10 @@ def test_answers_go_on_from_any_state_of_the_spool(files_source, whole_answers, 
         assert equal(records, same) and logits.equal(z)
 
 
-@pytest.fixture(scope="module")
-def files_source(toy, photos):
+@pytest.fixture(scope="module", params=[{}, MIXED_FILES], ids=["format-1", "mixed-and-spread"])
+def files_source(request, toy, photos):
     """The source of `of_files`, the parameters of its views' first part, and a renderer."""
-    source = open_source(of_files(photos, "unused"), quiet)
+    source = open_source(of_files(photos, "unused", **request.param), quiet)
     views = [view_parameters(source.train, source.identity, view, range(10)) for view in range(3)]
     return source, views, teacher_renderer(source.train, source, 0)
 

@@ -19,6 +19,7 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.tests.helpers.building import (
     BATCH,
+    MIXED,
     PART,
     PARTS,
     as_json,
@@ -49,8 +50,12 @@ def images_left(path, home, views):
 
 
 @pytest.mark.timeout(280)
-def test_killed_at_any_moment_and_resumed_equals_uninterrupted(toy, tmp_path):
-    """SIGKILL at chosen steps and, in the last rounds, at random times; then at a second one; then to the end."""
+@pytest.mark.parametrize(("changes", "every"), [({}, 1), (MIXED, 8)], ids=["format-1", "mixed-and-spread"])
+def test_killed_at_any_moment_and_resumed_equals_uninterrupted(toy, tmp_path, changes, every):
+    """SIGKILL at chosen steps and, in the last rounds, at random times; then at a second one; then to the end.
+
+    every: of these moments, only so many are tried.
+    """
     script = """
 folder, rng = Path(sys.argv[2]), random.Random(4)
 assert ended(in_child(lambda: run(folder / "whole"))) == 0
@@ -61,7 +66,7 @@ def count():
 assert ended(in_child(count)) == 0
 events = int((folder / "events").read_text())
 first = sorted({0, 3, 6, 9, events - 1, events - 3, *(rng.randrange(events) for _ in range(int(sys.argv[3])))})
-for n in [*first, -1, -2, -3]:
+for n in [*first, -1, -2, -3][:: int(sys.argv[4])]:
     place = folder / str(n)
     os.environ["KDCACHE_HOME"] = str(place / "home")
     for attempt in (0, 1):
@@ -88,9 +93,9 @@ for n in [*first, -1, -2, -3]:
     print(n)
 """
     env = {"KDCACHE_HOME": tmp_path / "home"}
-    killed = ended_well(start_build(toy, script, as_json(settings()), tmp_path, 10, **env)).split()
+    killed = ended_well(start_build(toy, script, as_json(settings(**changes)), tmp_path, 10, every, **env)).split()
     want = content(tmp_path / "whole")
-    assert content(tmp_path / "counted") == want and len(killed) > 15
+    assert content(tmp_path / "counted") == want and len(killed) > 15 // every
     saved = 0
     for n in killed:
         place = tmp_path / n
@@ -104,7 +109,7 @@ for n in [*first, -1, -2, -3]:
             early = Cache(place / "cache-killed")
             for view in early.views:
                 assert equal(early.train.read(view, None), replace(Cache(place / "cache").read(view), prior=None))
-    assert saved > 340
+    assert saved > 340 // every
 
 
 def test_a_shard_is_not_gone_on_with_by_a_teacher_that_is_compiled(tmp_path, source, monkeypatch):

@@ -23,6 +23,8 @@ SAME_MEANING = {
     "data",
     "epochs",
     "seed",
+    "teacher-size",
+    "teacher-interpolation",
     "amp",
     "views",
     "unlabelled",
@@ -33,9 +35,10 @@ SAME_MEANING = {
 }
 # Those that mean something else in these commands, which no setting for all commands reaches.
 OWN = {
-    *((command, "out") for command in ("build", "pack", "unpack", "train", "import", "pull", "demo", "bench")),
-    *((command, "views") for command in ("pack", "push", "pull")),
+    *((c, "out") for c in ("views", "build", "pack", "unpack", "train", "import", "pull", "demo", "bench")),
+    *((command, "views") for command in ("views", "pack", "push", "pull")),
     *((command, "name") for command in ("push", "rm")),
+    ("views", "samples"),
     ("build", "batch-size"),
     ("eval", "cache"),
     ("eval", "data"),
@@ -150,7 +153,7 @@ def test_a_setting_for_all_commands_reaches_those_of_its_meaning(name: str) -> N
         ('amp = "bf16"', "amp", {"teach", "build", "train", "bench"}),
         ('amp = "int8"', "amp", {"teach", "build", "train", "bench"}),  # of none: refused where it is used
         ("seed = [0, 1]", "seed", {"train"}),
-        ("seed = 1", "seed", {"teach", "build", "train"}),
+        ("seed = 1", "seed", {"teach", "views", "build", "train"}),
         ('loss = ["ce", "nkd"]', "loss", {"train"}),
         ('loss = "dkd:beta=2,warmup=5"', "loss", {"train", "bench"}),
         ('optimizer = "adamw"', "optimiser", {"train"}),

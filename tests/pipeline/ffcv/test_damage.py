@@ -174,3 +174,17 @@ def test_other_view_parameters_are_refused(packed, monkeypatch):
     monkeypatch.setattr(read, "draw_as", lambda views, view, *rest: draw_as(views, view + 1, *rest))
     with pytest.raises(e.MismatchError, match=r"view 0 of .* other view parameters than this kdcache draws"):
         file.parameters(0)
+
+
+def test_a_file_that_claims_to_hold_mixed_views_is_refused(tmp_path):
+    """Its loader would give images that nothing is mixed into."""
+    path = packed_arrays(tmp_path, labelled=False)[2]
+
+    def mixed(notes):
+        about = notes["identity"]
+        about["format"], about["views"]["mixed"] = 2, True
+        about["teacher"]["weights"] = "a" * (64 - len('"mixed":true,'))
+
+    forge(path, change_notes=mixed)
+    with pytest.raises(e.CorruptError, match="said to hold mixed views, which are never packed; remove it"):
+        FFCVFile(path)
