@@ -216,7 +216,9 @@ def _places(key: str) -> list[str]:
 
 
 def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
-    return one.keys() == other.keys() and all(torch.equal(tensor, other[name]) for name, tensor in one.items())
+    return one.keys() == other.keys() and all(
+        tensor.dtype == other[name].dtype and torch.equal(tensor, other[name]) for name, tensor in one.items()
+    )
 
 
 def _flatten(value: object, place: str, depth: int, tensors: State, boxes: set[str]) -> None:
@@ -251,7 +253,9 @@ def _loaded(path: Path) -> object:
 
 
 def _command(code: str, path: Path) -> str:
-    return f"python -c {shlex.quote(code.format(str(path), str(path.with_name(f'{path.stem}-tensors.pth'))))}"
+    code = code.format(str(path), str(path.with_name(f"{path.stem}-tensors.pth")))
+    # The code has single quotes, which shlex would make hard to read.
+    return f"python -c {shlex.quote(code)}" if set(code) & set('"$`\\!') else f'python -c "{code}"'
 
 
 def _read_safetensors(path: Path) -> tuple[State, str | None]:

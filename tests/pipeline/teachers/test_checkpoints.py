@@ -275,7 +275,9 @@ def _here(tmp_path, monkeypatch):
 
 def test_what_does_not_fit_is_said_of_the_likely_place(data, network):
     torch.save(timms(network), "a.pth.tar")
-    with pytest.raises(InputError, match=r"^the weights in a.pth.tar and resnet14 do not fit: 30 missing \(stages.0.1"):
+    with pytest.raises(
+        InputError, match=r"^the weights in a.pth.tar#state_dict and resnet14 do not fit: 30 missing \(stages.0.1"
+    ):
         load_teacher("resnet14", data, CPU, weights="a.pth.tar")
     torch.save({"epoch": 3}, "b.pth")
     with pytest.raises(InputError, match=r"^b.pth holds no tensors$"):
