@@ -39,14 +39,16 @@ from files import make_folder
 from pixels import images
 
 from kdcache.cache import Cache, Identity
-from kdcache.cache.identity import id_dtype
+from kdcache.cache.identity import ViewsIdentity, id_dtype
 from kdcache.cache.store.chunks import as_arrays, encode_as
+from kdcache.pipeline.build.answers import labels_in, view_parameters
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.data.split import describe_data
 from kdcache.pipeline.ffcv.pack import pack_ffcv
 from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.views.parameters import ViewParameters, draw
+from kdcache.pipeline.views.policy import check_policy, parse_policy
 from kdcache.pipeline.views.render import RENDERER, Renderer
 from kdcache.train import CachedLoader
 from kdcache.train.bench.bench import machine
@@ -179,7 +181,14 @@ def pixels(count: int, split: str, side: int = SIDE, classes: int = CLASSES) -> 
     )
 
 
-def filled(path: Path, data: ArrayDataset, classes: int = CLASSES, views: int = VIEWS, name: str = "noise") -> Cache:
+def filled(
+    path: Path,
+    data: ArrayDataset,
+    classes: int = CLASSES,
+    views: int = VIEWS,
+    name: str = "noise",
+    policy: str = "crop,flip",
+) -> Cache:
     """A cache of random logits for these images."""
     side = int(data.sizes[0, 0])
     data, evaluation = (replace(split, name=name) for split in (data, pixels(100, "eval", side, classes)))
@@ -187,18 +196,21 @@ def filled(path: Path, data: ArrayDataset, classes: int = CLASSES, views: int = 
         "architecture": "none", "weights": "0" * 64, "mean": (0.5,) * 3, "std": (0.25,) * 3, "input_size": side,
         "numeric": "float32",
     }  # fmt: skip
+    mixed = parse_policy(policy).mixed
+    shown = ViewsIdentity(policy=check_policy(policy), seed=0, renderer=RENDERER, mixed=mixed)
     identity = Identity.model_validate(
         {
             "teacher": teacher,
             "data": describe_data(data, False).model_dump(),
             "evaluation": describe_data(evaluation, False).model_dump(),
-            "views": {"policy": "crop,flip", "seed": 0, "renderer": RENDERER},
+            "format": shown.format,
+            "views": shown.model_dump(),
             "record": {
                 "classes": classes,
                 "k": None,
                 "temperatures": (),
                 "precision": "float16",
-                "labels": 1,
+                "labels": 1 + mixed,
                 "tail_std": False,
             },
             "class_map": None,
@@ -211,8 +223,9 @@ def filled(path: Path, data: ArrayDataset, classes: int = CLASSES, views: int = 
         store.write_labels(split.labels.astype(id_dtype(classes)), {})
         for view in range(count):
             logits = torch.randn(len(split), classes, generator=generator)
-            records = encode_as(identity.record, logits, torch.from_numpy(split.labels))
-            drawn = draw("crop,flip", 0, view, range(len(split)), split.sizes)
+            drawn = view_parameters(split, identity, view, range(len(split)))
+            labels = labels_in(split.labels, drawn, range(len(split)))
+            records = encode_as(identity.record_of(store.split), logits, torch.from_numpy(labels))
             store.write_shard(view, 0, as_arrays(records), drawn.digest(), {})
     return cache
 

@@ -7,7 +7,8 @@ digits, on image files and, with --cifar, on a folder that get-cifar10 wrote. Co
 of caches, commits without the part that says who wrote them, the metrics of each epoch, and students' weights.
 
 Teachers are taught by BASE and used by both, so that a change to teaching shows in its own row alone. Exit status 1 if
-anything differs. Who changes numerics owes a measurement of what it does to students; who does not owes equal results.
+anything differs. Mixed and spread views are left out where BASE does not know them, which is said. Who changes numerics
+owes a measurement of what it does to students; who does not owes equal results.
 """
 
 from __future__ import annotations
@@ -32,6 +33,22 @@ from kdcache.train.bench.bench import machine
 
 ROOT = Path(__file__).parent.parent
 TEACHER = "resnet8"
+# Caches that came later, each with the options of a training from it.
+LATER = {
+    "mixed": (
+        "--views 5 --topk 3 --augment crop,flip,randaugment(2,9),erase(0.25),mixup(0.2),cutmix(1)",
+        "--loss nkd:gamma=1.5,temperature=1",
+    ),
+    "spread": (
+        "--views 3 --sequence spread --augment rrc,flip,three,color(0.3,0.3,0.3,0)",
+        "--loss kd:alpha=0.5,beta=1,temperature=4",
+    ),
+    "both": (
+        "--views 2 --sequence spread --augment flip,trivial,gray(0.2),blur(0.5),solarize(0.2),mixup(0.8)",
+        "--loss ce --online --fresh-views",
+    ),
+}
+_UNKNOWN = ("unknown view policy", "unknown operation", "No such option")
 _TIMES = {"seconds", "images_per_second", "cache_path"}  # of metrics and settings: nothing that is computed
 
 
@@ -52,13 +69,25 @@ class Version:
 
     def run(self, line: str) -> str:
         """Run one kdcache command; what it printed. Its errors stop everything."""
-        kept = {k: v for k, v in os.environ.items() if not k.startswith("KDCACHE_")}
-        env = {**kept, "KDCACHE_HOME": str(self.home), "PYTHONPATH": str(self.place / "path")}
-        command = [sys.executable, "-m", "kdcache.cli", *line.split()]
-        done = subprocess.run(command, cwd=self.place, env=env, capture_output=True, text=True)
+        done = self._try(line)
         if done.returncode:
             sys.exit(f"{self.place.name}: kdcache {line}\n{done.stderr[-2000:]}")
         return done.stdout
+
+    def knows(self, line: str) -> bool:
+        """Whether this version knows the view policies and options of a command, which is run to find out."""
+        done = self._try(line)
+        if done.returncode == 2 and any(words in done.stderr for words in _UNKNOWN):
+            return False
+        if done.returncode:
+            sys.exit(f"{self.place.name}: kdcache {line}\n{done.stderr[-2000:]}")
+        return True
+
+    def _try(self, line: str) -> subprocess.CompletedProcess[str]:
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("KDCACHE_")}
+        env = {**kept, "KDCACHE_HOME": str(self.home), "PYTHONPATH": str(self.place / "path")}
+        command = [sys.executable, "-m", "kdcache.cli", *line.split()]
+        return subprocess.run(command, cwd=self.place, env=env, capture_output=True, text=True)
 
     def teach(self, data: str, epochs: int) -> Path:
         """The file of a taught teacher."""
@@ -80,7 +109,7 @@ def image_files(top: Path) -> str:
 
 def work(version: Version, data: str, teacher: Path, name: str, size: str) -> dict[str, str]:
     """Do the main jobs on a dataset; everything that came of it by name."""
-    given = f"--teacher {TEACHER} --weights {teacher} --data {data} --allow-low-accuracy --json"
+    given = _given(data, teacher)
     caches = {
         "dense": "--views 3",
         "float32": "--views 1 --precision float32 --augment crop,flip --seed 5",
@@ -109,6 +138,25 @@ def work(version: Version, data: str, teacher: Path, name: str, size: str) -> di
         version.run(f"{train} {options} --out {name}-{run}")
         found |= run_facts(version.place / f"{name}-{run}", f"{name}/{run}")
     return found
+
+
+def later_work(version: Version, data: str, teacher: Path, name: str, size: str, kinds: list[str]) -> dict[str, str]:
+    """Build and train as in LATER; everything that came of it by name."""
+    found: dict[str, str] = {}
+    for kind in kinds:
+        options, run = LATER[kind]
+        built = json.loads(version.run(f"build {_given(data, teacher)} {options} --out {name}-{kind}"))
+        found[f"{name}/{kind}/key"] = built["key"]
+        found |= cache_facts(version.place / f"{name}-{kind}", f"{name}/{kind}")
+        weights = f"--weights {teacher}" if "--online" in run else ""
+        train = f"train --data {data} --student {TEACHER} --epochs 2 {size} --json {run} {weights}"
+        version.run(f"{train} --cache {name}-{kind} --out {name}-{kind}-run")
+        found |= run_facts(version.place / f"{name}-{kind}-run", f"{name}/{kind}-run")
+    return found
+
+
+def _given(data: str, teacher: Path) -> str:
+    return f"--teacher {TEACHER} --weights {teacher} --data {data} --allow-low-accuracy --json"
 
 
 def cache_facts(cache: Path, name: str) -> dict[str, str]:
@@ -155,6 +203,11 @@ def scenarios(base: Version, new: Version, cifar: Path | None, work_place: Path)
         yield {v.place.name: tensors(file, f"{name}/teach") for v, file in taught.items()}
         print(f"{name}: build, train, share", flush=True)
         yield {v.place.name: work(v, spec, taught[base], name, size) for v in (base, new)}
+        given = _given(spec, taught[base])
+        kinds = [kind for kind, (o, _) in LATER.items() if base.knows(f"build {given} {o} --out {name}-{kind}")]
+        if unknown := sorted(LATER.keys() - kinds):
+            print(f"{name}: BASE does not know {', '.join(unknown)}", flush=True)
+        yield {v.place.name: later_work(v, spec, taught[base], name, size, kinds) for v in (base, new)}
 
 
 def main() -> None:

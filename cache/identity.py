@@ -33,7 +33,7 @@ class Strict(BaseModel):
 
     def differences(self, other: Strict, mine: str = "the cache has", theirs: str = "asked for") -> list[str]:
         """List the fields in which the two differ, one line each."""
-        a, b = _flat(self.model_dump(mode="json")), _flat(other.model_dump(mode="json"))
+        a, b = _flat(self), _flat(other)
         names = dict.fromkeys([*a, *b])
         return [f"{n}: {mine} {a.get(n)}, {theirs} {b.get(n)}" for n in names if a.get(n) != b.get(n)]
 
@@ -295,9 +295,10 @@ def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
 
 
 def _flat(value: Any, prefix: str = "") -> dict[str, Any]:
-    if not isinstance(value, dict):
-        return {prefix: value}
+    """All fields by their names, also those that the JSON leaves out; tuples are lists, as there."""
+    if not isinstance(value, BaseModel):
+        return {prefix: list(value) if isinstance(value, tuple) else value}
     out: dict[str, Any] = {}
-    for name, v in value.items():
-        out.update(_flat(v, f"{prefix}.{name}" if prefix else name))
+    for name in type(value).model_fields:
+        out.update(_flat(getattr(value, name), f"{prefix}.{name}" if prefix else name))
     return out

@@ -27,6 +27,7 @@ from kdcache.pipeline.data.defaults import DATA
 from kdcache.pipeline.process.progress import Progress, duration, size
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.teachers import weightstore
+from kdcache.pipeline.teachers.networks import canonical_name
 
 Say = Callable[[str], None]
 _THREADS = 8  # for reading identities, which may be far away
@@ -269,7 +270,7 @@ def _caches_of(draft: Draft, shared: Registry | None, say: Say) -> list[Cache]:
     found: dict[str, Cache] = {}
     for cache in caches:
         data, teacher = cache.identity.data, cache.identity.teacher
-        if cache.identity.without_teacher or teacher.network != config.teacher:
+        if cache.identity.without_teacher or teacher.network != canonical_name(config.teacher):
             continue
         unlabelled = cache.identity.record.labels == 0
         if unlabelled != config.unlabelled and config.data != DATA:  # digits' teacher is taught with labels in any case

@@ -8,11 +8,12 @@ from __future__ import annotations
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.dataset import KINDS, is_function
+from kdcache.pipeline.process.functions import names_code
 
 
 def stored_network(name: str, where: object, flag: str) -> str:
     """Return the network's name, which was read from `where`. InputError names the flag to give for a function."""
-    if ":" in name:
+    if names_code(name):
         raise _refused("network", name, where, flag)
     return name
 

@@ -42,6 +42,7 @@ Epochs = Annotated[int | None, Option("[by dataset]", ge=1)]
 Rate = Annotated[float | None, Option("Peak learning rate [by dataset].", gt=0)]
 Decay = Annotated[float | None, Option("[by dataset]", ge=0)]
 Student = Annotated[str | None, Option("A network's name [by dataset].", metavar="NAME", is_code=names_function)]
+StudentWeights = Annotated[str | None, Option("A checkpoint for the student to start from.", metavar="FILE[#PLACE]")]
 ImageSize = Annotated[int | None, Option("The student's input size in pixels.", ge=8)]
 
 
@@ -122,6 +123,7 @@ class TrainConfig:
     local_store_size: StoreSize = None
     data: Data = DATA
     student: Student = None
+    student_weights: StudentWeights = None
     epochs: Epochs = None
     out: Annotated[
         str | None, Option("The run's folder, or that of several runs [runs/...].", metavar="DIR", own=True)

@@ -13,6 +13,7 @@ import torch
 
 from kdcache import __version__
 from kdcache.cache.errors import KdcacheError, NotFoundError, UnreadableError
+from kdcache.pipeline.teachers.sources.files import start_from
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train import group
 from kdcache.train.config import TrainConfig
@@ -22,7 +23,7 @@ from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.ffcv import FFCVLoader
 from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loop.cotrain import LearningTeacher
-from kdcache.train.loop.runfolder import RunFolder, best_of, config_of
+from kdcache.train.loop.runfolder import RunFolder, best_of, config_of, goes_on
 from kdcache.train.loop.trainer import PARTNER, fit, new_classifier
 from kdcache.train.losses.prepare import prepared
 from kdcache.train.plan.plan import TrainPlan, default_out, make_plan
@@ -72,6 +73,8 @@ def _train(
     model = new_classifier(
         plan.student, plan.classes, plan.image_size, plan.data, device, config.seed, whose="the teacher for"
     )
+    if config.student_weights and not group.from_first(lambda: goes_on(plan.out, config.resume)):
+        say(start_from(model.network, plan.student, config.student_weights, plan.image_size))
     if config.sync_bn:  # in place
         for one in (model, partner.model) if partner else (model,):
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(one)  # type: ignore[no-untyped-call]

@@ -21,10 +21,11 @@ from kdcache.pipeline.build.source import Draft, draft_build, require_topk
 from kdcache.pipeline.data.dataset import Dataset, list_unreadable, open_data
 from kdcache.pipeline.data.defaults import DATA, defaults_for
 from kdcache.pipeline.pack import PackResult, pack
+from kdcache.pipeline.process.functions import names_code
 from kdcache.pipeline.process.progress import percent
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.share import build_shared, find_taught, open_plan, open_shared
-from kdcache.pipeline.teachers.networks import build_network
+from kdcache.pipeline.teachers.networks import build_network, built_for
 from kdcache.pipeline.teachers.pixels import pixels_of_data
 from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 from kdcache.pipeline.teachers.weights import taught_file
@@ -136,7 +137,7 @@ def _plan(config: TeachConfig, say: Callable[[str], None]) -> TeachPlan:
         decay=defaults.decay if config.weight_decay is None else config.weight_decay,
         amp=config.amp,
     )
-    return TeachPlan(config, data, evaluation, str(policy), batch, pixels_of_data(data).size, recipe, path)
+    return TeachPlan(config, data, evaluation, str(policy), batch, _size_of(config.teacher, data), recipe, path)
 
 
 def _open_folder(plan: TeachPlan) -> RunFolder:
@@ -183,18 +184,23 @@ def _with_digits_teacher(draft: Draft, shared: Registry | None, say: Callable[[s
     Other data, and teachers whose weights are named or come with a function, stay as they are.
     """
     config = draft.config
-    if config.data != DATA or ":" in config.teacher or config.weights is not None:
+    if config.data != DATA or names_code(config.teacher) or config.weights is not None:
         return draft
     data = open_data(DATA, "train") if config.unlabelled else draft.train  # it is taught with labels in any case
     weights = taught_file(config.teacher, data)
     if not weights.exists():
         require_topk(config, len(data.class_names))
-        build_network(config.teacher, len(data.class_names), pixels_of_data(data).size)  # a known name?
+        build_network(config.teacher, len(data.class_names), _size_of(config.teacher, data))  # a known name?
         if found := find_taught(draft, shared, say):
             weights = found
         else:
             _teach_once(draft, weights, say)
     return draft.with_weights(weights)
+
+
+def _size_of(teacher: str, data: Dataset) -> int:
+    """The size of the images that a teacher of that name is taught with, in pixels."""
+    return built_for(teacher) or pixels_of_data(data).size
 
 
 def _teach_once(draft: Draft, taught: Path, say: Callable[[str], None]) -> None:

@@ -12,6 +12,11 @@ from typing import Any
 from kdcache.cache.errors import InputError, KdcacheError, kind_and_message
 
 
+def names_code(network: str) -> bool:
+    """Whether a network's name is a `module:function`. What follows the colon in timm/NAME:KEY=VALUE are arguments."""
+    return ":" in network and not network.startswith("timm/")
+
+
 def import_function(name: str, what: str, otherwise: str = "") -> Callable[..., Any]:
     """The function that `name`, written as module:function, stands for.
 

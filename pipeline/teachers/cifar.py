@@ -8,7 +8,8 @@ take images of any height and width from 8 pixels on, because all of them end in
   zero padding (option A). resnet8x4 and resnet32x4 have widths 32, 64, 128, 256 in place of 16, 16, 32, 64.
 * wrn_D_K, D = 6n + 4: Zagoruyko & Komodakis 2016, "Wide Residual Networks": pre-activation blocks, widths 16K, 32K,
   64K, no dropout.
-* vgg8, vgg13: Simonyan & Zisserman 2015, with batch norm, and one linear layer in place of three.
+* vgg8, vgg11_cifar, vgg13, vgg16_cifar, vgg19_cifar: Simonyan & Zisserman 2015, with batch norm, and one linear layer
+  in place of three. vgg11, vgg16 and vgg19 alone are torchvision's.
 * mobilenet_v2_cifar: Sandler et al. 2018, width 0.5, an image reduced 16-fold rather than 32-fold.
 * shufflenet_v1_cifar (3 groups) and shufflenet_v2_cifar (1x): Zhang et al. 2018, Ma et al. 2018, with a 1x1 stem of
   stride 1.
@@ -205,8 +206,8 @@ def _wrn(depth: int, widen: int, classes: int) -> nn.Module:
     return network
 
 
-def _vgg(repeat: int, classes: int) -> nn.Module:
-    plan = [(width, repeat, 1) for width in (64, 128, 256, 512, 512)]
+def _vgg(repeats: Sequence[int], classes: int) -> nn.Module:
+    plan = [(width, repeat, 1) for width, repeat in zip((64, 128, 256, 512, 512), repeats, strict=True)]
     stages = _stages(3, plan, lambda cin, cout, stride: _conv_bn(cin, cout, 3, stride, bias=True))
     pools = [*(nn.MaxPool2d(2) for _ in range(3)), _PoolLargeMaps(), nn.Identity()]
     pooled = [nn.Sequential(stage, pool) for stage, pool in zip(stages, pools, strict=True)]
@@ -235,8 +236,11 @@ CIFAR: dict[str, Callable[[int], nn.Module]] = {
     **{f"resnet{d}": partial(_resnet, d, (16, 16, 32, 64)) for d in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{d}x4": partial(_resnet, d, (32, 64, 128, 256)) for d in (8, 32)},
     **{f"wrn_{d}_{k}": partial(_wrn, d, k) for d in (16, 40) for k in (1, 2)},
-    "vgg8": partial(_vgg, 1),
-    "vgg13": partial(_vgg, 2),
+    "vgg8": partial(_vgg, (1, 1, 1, 1, 1)),
+    "vgg11_cifar": partial(_vgg, (1, 1, 2, 2, 2)),
+    "vgg13": partial(_vgg, (2, 2, 2, 2, 2)),
+    "vgg16_cifar": partial(_vgg, (2, 2, 3, 3, 3)),
+    "vgg19_cifar": partial(_vgg, (2, 2, 4, 4, 4)),
     "mobilenet_v2_cifar": _mobilenet_v2,
     "shufflenet_v1_cifar": _shufflenet_v1,
     "shufflenet_v2_cifar": _shufflenet_v2,

@@ -4,7 +4,8 @@ Every network takes images [B, 3, H, W] and gives logits [B, classes]. A name is
 
 - a CIFAR network of the distillation literature (cifar.py)
 - a torchvision model; where the CIFAR network has the name (vgg13), torchvision's is `torchvision/NAME`
-- `timm/NAME`, perhaps with the tag of its pretrained weights: `timm/NAME.TAG`
+- `timm/NAME`, perhaps with the tag of its pretrained weights and with arguments of its builder:
+  `timm/NAME.TAG:KEY=VALUE,...`, as in `timm/vit_tiny_patch16_224:img_size=96`
 - `module:function`, the module found on the Python path or in the current directory
 
 Weights are drawn from torch's global generator, so the caller seeds.
@@ -12,6 +13,8 @@ Weights are drawn from torch's global generator, so the caller seeds.
 
 import importlib
 import inspect
+import math
+import re
 from collections import OrderedDict
 from collections.abc import Callable, Mapping
 from functools import cache
@@ -22,10 +25,17 @@ from torch import Tensor, nn
 from torchvision import models
 
 from kdcache.cache.errors import InputError, kind_and_message
-from kdcache.pipeline.process.functions import call_function, did_you_mean, import_function
+from kdcache.pipeline.process.functions import call_function, did_you_mean, import_function, names_code
 from kdcache.pipeline.teachers.cifar import CIFAR, SMALLEST_IMAGE
+from kdcache.pipeline.teachers.zoos import ALIASES
 
 SMALL_STEM_UP_TO = 64  # torchvision's ResNets reduce 32-fold: 64 px would end as 2x2
+_LARGEST_IMAGE = 4096
+_HUBS = ("timm/hf-hub", "timm/hf_hub", "timm/local-dir")  # what follows their colon are places, where timm would look
+# Arguments of timm's builder that kdcache gives itself, or by which it would read other files or be no classifier.
+_OURS = re.compile(
+    r"num_classes|in_chans|features_only|out_indices|cache_dir|checkpoint_path|model_\w+|(pretrained|feature)\w*"
+)
 
 
 def build_network(name: str, classes: int, image_size: int) -> nn.Module:
@@ -36,8 +46,8 @@ def build_network(name: str, classes: int, image_size: int) -> nn.Module:
     function without parameters decides its own number of classes.
     """
     if name.startswith("timm/"):
-        return _from_timm(name, classes)
-    if ":" in name:
+        return build_timm(name, num_classes=classes)
+    if names_code(name):
         return _from_function(name, classes)
     if name in CIFAR:
         if image_size < SMALLEST_IMAGE:
@@ -46,8 +56,9 @@ def build_network(name: str, classes: int, image_size: int) -> nn.Module:
     plain = name.removeprefix("torchvision/")
     if plain in _torchvision_names():
         return _from_torchvision(plain, classes, image_size)
+    hint = f": here it is {ALIASES[name]}" if name in ALIASES else did_you_mean(plain, {*CIFAR, *_torchvision_names()})
     raise InputError(
-        f"unknown network {name!r}{did_you_mean(plain, {*CIFAR, *_torchvision_names()})} "
+        f"unknown network {name!r}{hint} "
         "(kdcache knows torchvision's names, the CIFAR networks, timm/NAME and module:function)"
     )
 
@@ -59,6 +70,12 @@ def outline(name: str, classes: int, image_size: int) -> nn.Module:
             return build_network(name, classes, image_size)
     except Exception:  # some need the values of tensors, which meta has not; a real error comes again
         return build_network(name, classes, image_size)
+
+
+def head_of(name: str, size: int) -> list[str]:
+    """The names of the tensors whose shapes change with the number of classes."""
+    two, three = (outline(name, classes, size).state_dict() for classes in (2, 3))
+    return [key for key in two if two[key].shape != three[key].shape]
 
 
 def load_fitting(network: nn.Module, state: Mapping[str, Tensor], what: str) -> None:
@@ -134,21 +151,80 @@ def _from_torchvision(name: str, classes: int, image_size: int) -> nn.Module:
     return network
 
 
-def _from_timm(name: str, classes: int) -> nn.Module:
+def canonical_name(name: str) -> str:
+    """The one spelling of a network's name, as identities have it: timm's arguments sorted, each value in one form."""
+    plain, arguments = split_arguments(name)
+    said = (f"{k}={str(v).lower() if isinstance(v, bool) else v}" for k, v in sorted(arguments.items()))
+    return f"{plain}:{','.join(said)}" if arguments else plain
+
+
+def built_for(name: str) -> int | None:
+    """The image size that a network's name asks for: img_size of timm's arguments, or None."""
+    size = split_arguments(name)[1].get("img_size")
+    return None if size is None else int(size)
+
+
+def split_arguments(name: str) -> tuple[str, dict[str, Any]]:
+    """Split the arguments from timm/NAME:KEY=VALUE,...; other names have none.
+
+    Values are numbers, true, false and words. InputError for what is none of them, and for arguments that kdcache
+    gives itself.
+    """
+    plain, colon, text = name.partition(":")
+    if not colon or names_code(name) or plain in _HUBS:
+        return name, {}
+    arguments: dict[str, Any] = {}
+    for item in text.split(","):
+        key, _, value = item.partition("=")
+        if not key.isidentifier() or not re.fullmatch(r"[\w.+-]+", value):
+            raise InputError(f"network {name!r}: {item!r} is no argument such as img_size=96")
+        if _OURS.fullmatch(key):
+            raise InputError(f"network {name!r}: {key} is not for a name to say: kdcache gives it, or cannot use it")
+        if key in arguments:
+            raise InputError(f"network {name!r}: {key} is given twice")
+        arguments[key] = _value_of(value)
+    size = arguments.get("img_size", 1)
+    if type(size) is not int or not 1 <= size <= _LARGEST_IMAGE:
+        raise InputError(
+            f"network {name!r}: img_size is a number of pixels from 1 to {_LARGEST_IMAGE}, as in img_size=96"
+        )
+    return plain, arguments
+
+
+def _value_of(text: str) -> bool | int | float | str:
+    if text.lower() in ("true", "false"):
+        return text.lower() == "true"
+    if re.fullmatch(r"[+-]?\d+", text):
+        return int(text)
+    try:
+        number = float(text)
+    except ValueError:
+        return text
+    return number if math.isfinite(number) else text
+
+
+def build_timm(name: str, **options: Any) -> nn.Module:
+    """Build timm/NAME with these options and those in its name. InputError for arguments that it does not take."""
     timm, plain = import_timm(name)
-    network: nn.Module = timm.create_model(plain, pretrained=False, num_classes=classes)
+    arguments = split_arguments(name)[1]
+    try:
+        network: nn.Module = timm.create_model(plain, **{**options, **arguments})
+    except Exception as e:  # timm's networks raise whatever they come upon
+        if arguments and not options.get("pretrained"):
+            raise InputError(f"network {name!r} cannot be built: {kind_and_message(e)}") from e
+        raise
     return network
 
 
 def import_timm(name: str) -> tuple[Any, str]:
-    """Import timm; also its own name for `timm/NAME`, perhaps with .TAG. InputError where either is missing."""
+    """Import timm; also its own name for `timm/NAME`, perhaps with .TAG, without arguments. InputError for neither."""
     try:
         timm: Any = importlib.import_module("timm")
     except ImportError as error:
         if isinstance(error, ModuleNotFoundError) and error.name == "timm":
             raise InputError(f"network {name!r} needs timm: pip install timm") from error
         raise InputError(f"network {name!r}: timm cannot be imported: {kind_and_message(error)}") from error
-    plain = name.removeprefix("timm/")
+    plain = split_arguments(name)[0].removeprefix("timm/")
     if not timm.is_model(plain):  # also keeps out hf-hub: names, which would go to the network
         hint = did_you_mean(plain, timm.list_models(), prefix="timm/")
         raise InputError(f"unknown network {name!r}{hint} (timm has no such model)")

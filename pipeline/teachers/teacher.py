@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from kdcache.cache.errors import InputError, NotFoundError, first_sentence
 from kdcache.cache.identity import TeacherIdentity
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.teachers.networks import SMALL_STEM_UP_TO, is_torchvision, outline, small_stem
+from kdcache.pipeline.teachers.networks import SMALL_STEM_UP_TO, canonical_name, is_torchvision, outline, small_stem
 from kdcache.pipeline.teachers.pixels import RGB, Asked, Found, Wanted, pixels_of_data
 from kdcache.pipeline.teachers.sources import files, functions, timm, torchvision
 from kdcache.pipeline.teachers.weights import weights_hash, write_weights
@@ -134,6 +134,7 @@ def load_teacher(
 
     NotFoundError where there is none; InputError where weights do not fit, or cannot be fetched.
     """
+    name = canonical_name(name)
     found = _find(Asked(name, data, weights, wanted))
     pixels = wanted.over(found.pixels)
     model = Classifier(found.network, pixels.mean, pixels.std).eval().to(device)

@@ -1,11 +1,9 @@
-"""Files of weights: their hash, how they are read without running code from them, and how kdcache writes them."""
+"""Files of weights as kdcache writes them, with notes on the network; and the hash of a network's weights."""
 
 from __future__ import annotations
 
 import hashlib
 import json
-import re
-import warnings
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,15 +11,16 @@ from typing import Any
 import pydantic
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
-from kdcache.cache.errors import InputError, first_sentence
+from kdcache.cache.errors import InputError
 from kdcache.cache.files import replace_file
 from kdcache.cache.home import teachers_folder
 from kdcache.cache.records.choices import Interpolation
 from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.teachers.checkpoints import Checkpoint, open_checkpoint
+from kdcache.pipeline.teachers.networks import canonical_name
 from kdcache.pipeline.teachers.pixels import RGB
 
 
@@ -38,7 +37,7 @@ def weights_hash(state: dict[str, Tensor]) -> str:
 def taught_file(name: str, data: Dataset) -> Path:
     """Where `kdcache teach` files a teacher for this dataset."""
     folder = f"{data.name.replace(':', '-')}-{data.fingerprint()[:12]}"
-    return teachers_folder() / folder / f"{name.replace('/', '-').replace(':', '-')}.safetensors"
+    return teachers_folder() / folder / f"{canonical_name(name).replace('/', '-').replace(':', '-')}.safetensors"
 
 
 def write_weights(path: Path, state: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
@@ -67,45 +66,18 @@ class _Notes(BaseModel):
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors by name and kdcache's notes (empty for a foreign file), without running code from the file."""
-    if not path.is_file():
-        raise InputError(f"{path} is a folder, not a weights file" if path.is_dir() else f"no weights file at {path}")
-    if path.suffix == ".safetensors":
-        return _read_safetensors(path)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")  # pickle's protocol and the like, before the error that counts
-            state = torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
-        raise
-    except Exception as e:  # bytes that are no pickle raise whatever comes first: KeyError, EOFError, ...
-        if code := re.search(r"GLOBAL (\S+)", str(e)):
-            raise InputError(
-                f"{path} holds {code[1]} besides tensors, which could be any code: nothing of it was run. "
-                "Save its state_dict() alone, best as .safetensors"
-            ) from e
-        raise InputError(
-            f"{path} is damaged, or neither a state dict of tensors nor .safetensors ({first_sentence(e)})"
-        ) from e
-    for wrapper in ("state_dict", "model"):
-        if isinstance(state, dict) and isinstance(state.get(wrapper), dict):
-            state = state[wrapper]
-    if not isinstance(state, dict) or not all(isinstance(v, Tensor) for v in state.values()):
-        raise InputError(f"{path} is not a state dict of tensors")
-    return {str(k).removeprefix("module."): v for k, v in state.items()}, {}
+    checkpoint = open_checkpoint(path)
+    notes = notes_of(checkpoint)
+    return (checkpoint.tensors if notes else checkpoint.unwrapped().state), notes
 
 
-def _read_safetensors(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
+def notes_of(checkpoint: Checkpoint) -> dict[str, Any]:
+    """kdcache's notes in a checkpoint; empty for a foreign file. InputError for notes that kdcache does not write."""
+    if checkpoint.notes is None:
+        return {}
     try:
-        with safe_open(path, "pt") as f:
-            text = (f.metadata() or {}).get("kdcache")
-            state = {k: f.get_tensor(k) for k in f.keys()}  # noqa: SIM118
-    except SafetensorError as e:
-        raise InputError(f"{path} is damaged, or no safetensors file: {e}") from e
-    if text is None:
-        return state, {}
-    try:
-        return state, _Notes.model_validate_json(text).model_dump(exclude_none=True)
+        return _Notes.model_validate_json(checkpoint.notes).model_dump(exclude_none=True)
     except pydantic.ValidationError as e:
         first = e.errors()[0]
         where = ".".join(map(str, first["loc"])) or "the whole"
-        raise InputError(f"{path}: its notes are not what kdcache writes: {where}: {first['msg']}") from e
+        raise InputError(f"{checkpoint.path}: its notes are not what kdcache writes: {where}: {first['msg']}") from e

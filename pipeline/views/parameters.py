@@ -33,6 +33,7 @@ _DIGEST = b"kdcache view parameters 1\0"
 _DIGEST_OF_OPERATIONS = b"kdcache view parameters 2\0"
 
 _PIECE = 1 << 16  # samples
+_SCATTERED = 10  # samples that follow each other are drawn that many times as fast as scattered ones
 
 
 @dataclass(frozen=True, eq=False)
@@ -171,23 +172,36 @@ def _drawn(
     op: Operation | Mix, seed: int, stream: int, view: int, samples: Samples, sequence: SequenceName
 ) -> dict[str, NDArray[Any]]:
     """What an operation draws for the samples, piece by piece, so that the random words take little memory."""
-    pieces = [
-        op.draw(words(seed, stream + op.stream, view, samples[at : at + _PIECE], op.words, sequence))
-        for at in range(0, max(1, len(samples)), _PIECE)
-    ]
-    return {name: np.concatenate([piece[name] for piece in pieces]) for name in pieces[0]}
+    found: dict[str, NDArray[Any]] = {}
+    for at in range(0, max(1, len(samples)), _PIECE):
+        piece = slice(at, at + _PIECE)
+        drawn = op.draw(words(seed, stream + op.stream, view, samples[piece], op.words, sequence))
+        for name, rows in drawn.items():
+            if name not in found:
+                found[name] = np.empty((len(samples), *rows.shape[1:]), rows.dtype)
+            found[name][piece] = rows
+    return found
 
 
 def _mixing(
     policy: Policy, seed: int, view: int, samples: Samples, total: int, stream: int, sequence: SequenceName
 ) -> Drawn:
     """Draw by the number of the pair, so that both of a pair get the same."""
-    pairs = pair_numbers(seed, view, samples, total)
+    numbers = pair_numbers(seed, view, samples, total)
+    everyone = range(total - total // 2)
+    if len(everyone) <= _SCATTERED * len(numbers):
+        return of_rows(_of_pairs(policy, seed, view, everyone, stream, sequence), numbers)
+    return _of_pairs(policy, seed, view, numbers, stream, sequence)
+
+
+def _of_pairs(policy: Policy, seed: int, view: int, pairs: Samples, stream: int, sequence: SequenceName) -> Drawn:
     found = [_drawn(mix, seed, stream, view, pairs, sequence) for mix in policy.mixes]
     if len(found) == 1:
         return found[0]
-    first = chance(words(seed, stream + _CHOICE, view, pairs, 1, sequence)[:, 0], 0.5)
-    return {
-        name: np.where(first.reshape(-1, *[1] * (rows.ndim - 1)), rows, found[1][name])
-        for name, rows in found[0].items()
-    }
+    result, other = found
+    for at in range(0, len(pairs), _PIECE):
+        piece = slice(at, at + _PIECE)
+        second = ~chance(words(seed, stream + _CHOICE, view, pairs[piece], 1, sequence)[:, 0], 0.5)
+        for name, rows in result.items():
+            rows[piece][second] = other[name][piece][second]
+    return result

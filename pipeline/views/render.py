@@ -126,7 +126,7 @@ class Renderer:
     Files, and images that are resized from boxes of many sizes, are cut in `workers` processes, which live on from one
     call to the next until `close`. At most two batches of their pixels wait, in each of the views that are cut
     together, or two tasks of 32 cuts for each worker where that is more. The policy's operations on pixels are applied
-    on the device, a batch at a time.
+    on the device, a batch at a time; on a CPU by the workers, where there are any.
     """
 
     def __init__(
@@ -167,7 +167,7 @@ class Renderer:
         batched = [table.batch(samples) for samples in batches]
         partners = self._on_device([at.partners for at in batched])
         for at, theirs, images in zip(batched, partners, self._cut(table, [at.rows for at in batched]), strict=True):
-            yield self._finished(images, table, at, theirs)
+            yield self._mixed(images, table, at, theirs)
 
     def views(
         self, parameters: Sequence[ViewParameters], batches: Sequence[Batch], first: int = 0
@@ -183,7 +183,7 @@ class Renderer:
             wanted = [(at.rows, places) for at, (_, places) in zip(batched, batches, strict=True)]
             partners = self._on_device([at.partners for at in batched])
             for number, place, images in self._by_workers(tables, wanted):
-                yield number, place, self._finished(images, tables[place], batched[number], partners[number])
+                yield number, place, self._mixed(images, tables[place], batched[number], partners[number])
             return
         for place, drawn in enumerate(parameters):
             numbers = [number for number, (_, places) in enumerate(batches) if place in places]
@@ -191,26 +191,28 @@ class Renderer:
             yield from ((number, place, images) for number, images in zip(numbers, rendered, strict=True))
 
     def _cut(self, table: Table, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
-        """The images of rows of the table as geometry has them, uint8 [m, 3, H, W] for each batch of rows."""
+        """The images of rows of the table before they are mixed, uint8 [m, 3, H, W] for each batch of rows."""
         if self._pixels is not None and (table.boxes[:, 2:] == self.size).all():
             samples, boxes, flips = (
                 torch.from_numpy(of).to(self.device) for of in (table.samples, table.boxes, table.flips)
             )
-            for index in torch.split(order_on(self.device, batches), [len(batch) for batch in batches]):
-                yield self._pixels.crops(samples[index], boxes[index], flips[index])
-        elif (images := self.data.pixels) is not None and _whole(table.boxes, self.data):
+            order = torch.split(order_on(self.device, batches), [len(batch) for batch in batches])
+            for rows, index in zip(batches, order, strict=True):
+                images = self._pixels.crops(samples[index], boxes[index], flips[index])
+                yield self._policy.apply(images, table.drawn, rows)
+        elif (whole := self.data.pixels) is not None and _whole(table.boxes, self.data):
             for rows in batches:
-                pixels = images[torch.from_numpy(table.samples[rows])].permute(0, 3, 1, 2)
+                pixels = whole[torch.from_numpy(table.samples[rows])].permute(0, 3, 1, 2)
                 resized = tv.resize(pixels, list(self.size), InterpolationMode(self.interpolation), antialias=True)
                 flips = torch.from_numpy(table.flips[rows]).view(-1, 1, 1, 1)
                 resized = torch.where(flips, resized.flip(3), resized)
-                yield resized.contiguous(memory_format=torch.channels_last).to(self.device)
+                images = resized.contiguous(memory_format=torch.channels_last).to(self.device)
+                yield self._policy.apply(images, table.drawn, rows)
         else:
             yield from (images for *_, images in self._by_workers([table], [(rows, (0,)) for rows in batches]))
 
-    def _finished(self, images: Tensor, table: Table, at: Rows, partners: Tensor | None) -> Tensor:
-        """Apply the operations on pixels, and mix what is to be mixed."""
-        images = self._policy.apply(images, table.drawn, at.rows)
+    def _mixed(self, images: Tensor, table: Table, at: Rows, partners: Tensor | None) -> Tensor:
+        """Mix what is to be mixed."""
         if partners is None or table.mixing is None:
             return images
         own, theirs = images[: len(partners)], _chosen(images, partners)
@@ -223,26 +225,33 @@ class Renderer:
         return [None if of is None else next(copied) for of in places]
 
     def _by_workers(self, tables: Sequence[Table], batches: Sequence[Batch]) -> Iterator[tuple[int, int, Tensor]]:
+        """Batches of rows before they are mixed.
+
+        On a CPU the workers change pixels too: threads of this process would wait for cores that the workers have.
+        """
+        there = self.device.type == "cpu"
         tasks: list[Task] = []
         counts = []
         for rows, places in batches:
             step = max(1, _CUTS // len(places))
             chosen = [tables[place] for place in places]
-            new = [_task(rows[i : i + step], chosen) for i in range(0, len(rows), step)]
+            new = [_task(rows[i : i + step], chosen, there) for i in range(0, len(rows), step)]
             tasks += new
             counts.append(len(new))
         workers, ahead = min(self.workers, len(tasks)), 2 * max(counts, default=0)
         if (loader := self._idle) is None or not loader.serves(workers, ahead):
             cut = partial(render, size=self.size, interpolation=self.interpolation)
-            loader = Workers(self.data, cut, self.size, workers, ahead, self.device.type == "cuda")
+            pin = self.device.type == "cuda"
+            loader = Workers(self.data, cut, self._policy.apply, self.size, workers, ahead, pin)
         # No other call may have it before this one is through.
         self._idle = None
         done = loader.run(tasks, 2 * max(counts, default=0))
-        for number, (_, places) in enumerate(batches):
+        for number, (rows, places) in enumerate(batches):
             cuts = [self._ready(loader.next(done)) for _ in range(counts[number])]
             pixels = cuts[0] if len(cuts) == 1 else torch.cat(cuts)
             for j, place in enumerate(places):
-                yield number, place, pixels[:, j].permute(0, 3, 1, 2)
+                images = pixels[:, j].permute(0, 3, 1, 2)
+                yield number, place, images if there else self._policy.apply(images, tables[place].drawn, rows)
         self._idle = loader
 
     def _ready(self, pixels: Done) -> Tensor:
@@ -260,9 +269,21 @@ def _whole(boxes: NDArray[np.int32], data: Dataset) -> bool:
 
 def _chosen(images: Tensor, places: Tensor) -> Tensor:
     """Some of the images [B, 3, H, W], in the memory format that they have (channels_last)."""
-    return images.permute(0, 2, 3, 1).index_select(0, places).permute(0, 3, 1, 2)
+    pixels = images.permute(0, 2, 3, 1)
+    if images.device.type == "cpu":  # NumPy needs no other threads, which would wait for cores where workers are busy
+        chosen = torch.from_numpy(pixels.numpy()[places.numpy()])
+    else:
+        chosen = pixels.index_select(0, places)
+    return chosen.permute(0, 3, 1, 2)
 
 
-def _task(rows: NDArray[np.int64], tables: Sequence[Table]) -> Task:
+def _task(rows: NDArray[np.int64], tables: Sequence[Table], with_operations: bool) -> Task:
     boxes, flips = ([getattr(table, name)[rows] for table in tables] for name in ("boxes", "flips"))
-    return Task(tables[0].samples[rows], np.stack(boxes, 1), np.stack(flips, 1))
+    drawn = {
+        name: {what: np.stack([table.drawn[name][what][rows] for table in tables], 1) for what in arrays}
+        for name, arrays in (tables[0].drawn.items() if with_operations else ())
+    }
+    cuts = {
+        name: {what: of.reshape(-1, *of.shape[2:]) for what, of in arrays.items()} for name, arrays in drawn.items()
+    }
+    return Task(tables[0].samples[rows], np.stack(boxes, 1), np.stack(flips, 1), cuts)

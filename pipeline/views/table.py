@@ -47,16 +47,20 @@ class Table:
             self.boxes = np.concatenate([self.boxes, theirs.boxes])
             self.flips = np.concatenate([self.flips, theirs.flips])
             self.drawn = {name: _joined(rows, theirs.drawn[name]) for name, rows in self.drawn.items()}
+        self._places = np.full(len(self.samples), -1)  # of rows in a batch, while it is put together
 
     def batch(self, samples: NDArray[np.int64]) -> Rows:
         """The rows that a batch of samples is rendered from. A batch that holds both of each pair needs no others."""
         own = samples - self._first
         if self._partner_rows is None:
             return Rows(own)
-        wanted = self._partner_rows[own]
-        rows = np.concatenate([own, np.setdiff1d(wanted, own)])
-        order = np.argsort(rows, kind="stable")
-        return Rows(rows, order[np.searchsorted(rows, wanted, sorter=order)])
+        wanted, at = self._partner_rows[own], self._places
+        at[own] = np.arange(len(own))
+        others = np.unique(wanted[at[wanted] < 0])
+        at[others] = np.arange(len(own), len(own) + len(others))
+        rows, partners = np.concatenate([own, others]), at[wanted]
+        at[rows] = -1
+        return Rows(rows, partners)
 
 
 def _joined(a: Drawn, b: Mapping[str, NDArray[np.int64]]) -> Drawn:

@@ -1,4 +1,4 @@
-"""Worker processes that decode images and cut views from them.
+"""Worker processes that decode images, cut views from them and change these by operations.
 
 They get tasks, each of a few samples in several views, and give back pixels, through shared memory where there is
 enough of it.
@@ -12,9 +12,9 @@ import re
 import signal
 import sys
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
 from weakref import WeakSet
@@ -29,21 +29,26 @@ from torch.utils.data import Dataset as TorchDataset
 from kdcache.cache.errors import EXPLANATIONS, InputError, KdcacheError, UnreadableError
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.rank import this_rank
+from kdcache.pipeline.views.operations.operation import Drawn
 
 SHARED_MEMORY = "/dev/shm"
 Cut = Callable[[Tensor, Sequence[int], bool], Tensor]  # an image, a box and whether to flip it; uint8 [3, *size]
+# Images uint8 [b, 3, *size], what operations drew for them, and the rows there: changed images.
+Change = Callable[[Tensor, Mapping[str, Drawn], NDArray[np.int64]], Tensor]
 
 
 @dataclass
 class Task:
     """Samples [b], and their boxes [b, n, 4] and flips [b, n] in n views.
 
+    drawn: what operations drew for the b * n cuts; empty where nothing is to be changed here.
     shared: whether the pixels come back in shared memory, or else through a pipe.
     """
 
     samples: NDArray[np.int64]
     boxes: NDArray[np.int32]
     flips: NDArray[np.bool_]
+    drawn: Mapping[str, Drawn] = field(default_factory=dict)
     shared: bool = True
 
 
@@ -60,6 +65,7 @@ class _Cutter(TorchDataset[Done]):
 
     data: Dataset
     cut: Cut
+    change: Change
     size: tuple[int, int]
     at: ctypes.Array[ctypes.c_int64]
 
@@ -94,8 +100,16 @@ class _Cutter(TorchDataset[Done]):
         if task.shared:
             with suppress(RuntimeError):  # others have taken the shared memory meanwhile
                 stacked: Tensor = default_collate(cuts)  # a worker stacks straight into shared memory
-                return stacked.view(shape)
-        return torch.stack(cuts).view(shape).numpy()
+                return self._changed(stacked, task).view(shape)
+        return self._changed(torch.stack(cuts), task).view(shape).numpy()
+
+    def _changed(self, cuts: Tensor, task: Task) -> Tensor:
+        """The cuts [b * n, *size, 3] after the operations, in the same memory."""
+        if task.drawn:
+            changed = self.change(cuts.permute(0, 3, 1, 2), task.drawn, np.arange(len(cuts))).permute(0, 2, 3, 1)
+            if changed.data_ptr() != cuts.data_ptr():
+                cuts.copy_(changed)
+        return cuts
 
 
 class Workers:
@@ -105,9 +119,11 @@ class Workers:
     whether the pixels come in pinned memory.
     """
 
-    def __init__(self, data: Dataset, cut: Cut, size: tuple[int, int], workers: int, ahead: int, pin: bool) -> None:
+    def __init__(
+        self, data: Dataset, cut: Cut, change: Change, size: tuple[int, int], workers: int, ahead: int, pin: bool
+    ) -> None:
         self._workers, self._tasks = workers, list[Task]()
-        self._cutter = _Cutter(data, cut, size, RawArray(ctypes.c_int64, [-1] * (2 * workers)))
+        self._cutter = _Cutter(data, cut, change, size, RawArray(ctypes.c_int64, [-1] * (2 * workers)))
         self._cut_bytes = 3 * size[0] * size[1]
         self._each = max(2, -(-ahead // workers)) if workers else None  # tasks that a worker has under way or done
         self._loader: DataLoader[Done] = DataLoader(

@@ -9,7 +9,7 @@ import pytest
 from kdcache.cache import Identity
 from kdcache.cache import errors as e
 from kdcache.cache.identity import canonical, parse
-from kdcache.tests.helpers.caches import identity
+from kdcache.tests.helpers.caches import FORMATS, identity
 
 
 def flat(value, at=()):
@@ -63,3 +63,20 @@ def test_every_field_counts_and_is_named_where_it_differs():
     assert about.differences(identity()) == []
     dense = identity(k=None, temperatures=())
     assert [line.split(":")[0] for line in about.differences(dense)] == ["record.k", "record.temperatures"]
+
+
+@pytest.mark.parametrize("kind", list(FORMATS))
+def test_every_field_of_format_2_counts_and_usual_values_are_named(kind):
+    """The usual values of `mixed` and `sequence` are not in the JSON, and yet are what was asked for."""
+    about, plain = identity(**FORMATS[kind]), identity()
+    raw = json.loads(canonical(about))
+    assert ("mixed" in raw["views"]) == about.views.mixed
+    assert ("sequence" in raw["views"]) == (about.views.sequence != "random")
+    assert parse(Identity, canonical(about), "here", "do this") == about
+    assert len({identity(**changes).key for changes in FORMATS.values()}) == len(FORMATS)
+    differences = dict(line.split(": ", 1) for line in about.differences(plain))
+    if about.views.mixed:
+        assert differences["views.mixed"] == "the cache has True, asked for False"
+    if about.views.sequence != "random":
+        assert differences["views.sequence"] == "the cache has spread, asked for random"
+    assert ("format" in differences) == (about.format == 2)

@@ -105,7 +105,11 @@ class Filled:
         rows = store.rows(part)
         records, z = self.encode(store, view, slice(rows.start, rows.stop))
         sums = tail_distribution(z, records).numpy() if store.carries_tail_sums(view) else None
-        return store.write_shard(view, part, as_arrays(records), f"digest of {view} {part}", WRITER, sums)
+        return store.write_shard(view, part, as_arrays(records), self.digest(store, view, part), WRITER, sums)
+
+    def digest(self, store, view, part):
+        """What its commit says of a shard's view parameters."""
+        return f"digest of {view} {part}"
 
     def prior(self):
         records, z = self.encode(self.cache.train, 0)

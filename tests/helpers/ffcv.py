@@ -10,15 +10,13 @@ import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.cache.records.encoding import tail_distribution
-from kdcache.cache.store.chunks import as_arrays
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.split import describe_data
 from kdcache.pipeline.ffcv.pack import pack_ffcv
 from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.views.parameters import draw_as
 from kdcache.pipeline.views.render import RENDERER
-from kdcache.tests.helpers.caches import WRITER, Filled, identity, same
+from kdcache.tests.helpers.caches import Filled, identity, same
 from kdcache.tests.helpers.images import arrays_data
 
 # `make` installs FFCV where it can. There a missing one is a failure, elsewhere these tests are out of reach, as
@@ -48,15 +46,10 @@ class Drawn(Filled):
     def sizes(self, store):
         return self.data.sizes if store.split == "train" else super().sizes(store)
 
-    def write(self, store, view, part):
-        rows = store.rows(part)
-        records, z = self.encode(store, view, slice(rows.start, rows.stop))
-        sums = tail_distribution(z, records).numpy() if store.carries_tail_sums(view) else None
-        digest = "of the evaluation split"
-        if store.split == "train":
-            drawn = draw_as(self.views, view, rows, self.data.sizes)
-            digest = drawn.digest()
-        store.write_shard(view, part, as_arrays(records), digest, WRITER, sums)
+    def digest(self, store, view, part):
+        if store.split == "eval":
+            return "of the evaluation split"
+        return draw_as(self.views, view, store.rows(part), self.data.sizes).digest()
 
 
 def everything(path):

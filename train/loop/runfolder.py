@@ -22,7 +22,7 @@ ANEW = "remove it to start the run again"
 _BEFORE: dict[str, Any] = {
     "accumulate": 1, "amp": None, "clip": None, "compile": False, "ema": None, "fresh_views": False,
     "optimiser": "sgd", "renderer": RENDERER, "sgd_lr": None, "sgd_weight_decay": None, "stream": "views",
-    "sync_bn": False, "validation": None,
+    "student_weights": None, "sync_bn": False, "validation": None,
 }  # fmt: skip
 # What may differ when a run is resumed: where things lie (the cache's key says what it and the data are), how many
 # ranks share a batch, and how often the student is evaluated and the state is kept.
@@ -50,6 +50,11 @@ def read_config(path: Path) -> dict[str, Any]:
     if not isinstance(config, dict):
         raise CorruptError(f"{file} is not what kdcache writes: give another --out")
     return config
+
+
+def goes_on(path: Path, resume: bool) -> bool:
+    """Whether a run that is resumed has a state to go on with, so that what it started from is not needed again."""
+    return resume and (path / "state.pt").exists()
 
 
 class RunFolder:

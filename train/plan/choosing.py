@@ -15,6 +15,7 @@ from kdcache.pipeline.ensembles.config import MixConfig
 from kdcache.pipeline.ensembles.mix import mix
 from kdcache.pipeline.info import one_line
 from kdcache.pipeline.stores import Stored, open_store
+from kdcache.pipeline.teachers.networks import canonical_name
 from kdcache.train.config import TrainConfig
 
 _EXAMPLE = "resnet34"  # a teacher to name in a message, where the user has named none
@@ -42,19 +43,19 @@ def choose_cache(config: TrainConfig) -> Stored:
 
     NotFoundError where there is none; InputError where several match; MismatchError for another teacher's.
     """
-    where = config.cache
+    where, teacher = config.cache, canonical_name(config.teacher) if config.teacher else None
     if where is None:
         try:
-            return find_cache(config.data, config.teacher)
+            return find_cache(config.data, teacher)
         except NotFoundError:
             shared = open_registry(config.registry, config.local_store_size) if config.registry else None
             if shared is None or not shared.objects.listable:
                 raise
-            return find_cache(config.data, config.teacher, shared)
+            return find_cache(config.data, teacher, shared)
     cache = open_store(where, config.registry, config.local_store_size)
     built_by = cache.identity.teacher.network
-    if config.teacher and config.teacher != built_by:
-        raise MismatchError(f"{cache.where} was built by {built_by}, not by {config.teacher}")
+    if teacher and teacher != built_by:
+        raise MismatchError(f"{cache.where} was built by {built_by}, not by {teacher}")
     return cache
 
 

@@ -16,6 +16,8 @@ from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.dataset import Dataset, open_data, open_validation
 from kdcache.pipeline.data.defaults import Defaults, defaults_for
 from kdcache.pipeline.stores import Stored
+from kdcache.pipeline.teachers.checkpoints import split_place
+from kdcache.pipeline.teachers.networks import built_for, canonical_name
 from kdcache.train import group
 from kdcache.train.config import DEFAULT_LOSS, TrainConfig
 from kdcache.train.evaluation.otherdata import class_ids
@@ -96,6 +98,7 @@ class TrainPlan:
             "cache_path": place_of(cache.where), "ranks": group.world(), "sync_bn": asked.sync_bn,
             "validation": asked.validation, "teacher": asked.teacher, "save_every": asked.save_every,
             "weights": _placed_weights(asked.weights), "evaluate_every": asked.evaluate_every,
+            "student_weights": _placed_weights(asked.student_weights),
         }  # fmt: skip
 
     @property
@@ -147,7 +150,7 @@ def make_plan(config: TrainConfig, device: torch.device, say: Callable[[str], No
     loss = make_loss(spec, record.classes)
     # The live teacher answers for all classes, at any temperature.
     require_served(loss, record.model_copy(update={"k": None}) if config.online else record)
-    student = config.student or defaults.student
+    student = canonical_name(config.student or defaults.student)
     mixed = cache.identity.views.mixed
     batch = config.batch_size or usual_batch(defaults.train_batch, count, mixed, group.world())
     return TrainPlan(
@@ -162,7 +165,7 @@ def make_plan(config: TrainConfig, device: torch.device, say: Callable[[str], No
         loss=loss,
         loss_spec=spec,
         student=student,
-        image_size=config.image_size or data.image_size or cache.identity.teacher.input_size,
+        image_size=config.image_size or built_for(student) or data.image_size or cache.identity.teacher.input_size,
         # The number is fixed now, since a cache may have more views by the time the run is resumed.
         views=None if config.fresh_views else config.views or len(cache.views) or None,
         batch=batch,
@@ -233,4 +236,4 @@ def _recipe(config: TrainConfig, defaults: Defaults, batch: int, batches: int, d
 
 def _placed_weights(weights: str | None) -> str | None:
     """The weights as config.json holds them: a file is given by its absolute path."""
-    return place_of(weights) if weights and Path(weights).exists() else weights
+    return place_of(weights) if weights and split_place(weights)[0].exists() else weights

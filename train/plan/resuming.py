@@ -10,7 +10,7 @@ from typing import Any
 import pydantic
 
 from kdcache.cache.errors import CorruptError
-from kdcache.pipeline.data.dataset import is_function
+from kdcache.pipeline.data.dataset import KINDS, is_function
 from kdcache.pipeline.trust import stored_data, stored_network
 from kdcache.pipeline.views.render import RENDERER
 from kdcache.train.config import TrainConfig
@@ -19,7 +19,7 @@ from kdcache.train.config import TrainConfig
 _NAMED = (
     "student", "epochs", "batch_size", "lr", "weight_decay", "warmup", "seed", "views", "image_size", "online",
     "fresh_views", "teacher", "weights", "amp", "sync_bn", "optimiser", "accumulate", "clip", "ema", "compile",
-    "validation", "save_every", "evaluate_every",
+    "validation", "save_every", "evaluate_every", "student_weights",
 )  # fmt: skip
 
 
@@ -73,7 +73,7 @@ def _same(config: TrainConfig, name: str, before: dict[str, Any], had: dict[str,
         return str(had.get("cache")).startswith(value) or place_of(value) == before["cache"]
     if name == "data":
         return bool(placed(value) == before["data"])
-    if name == "weights":
+    if name in ("weights", "student_weights"):
         return before[name] in (value, place_of(value))
     if name == "loss":
         return bool(value.partition(":")[0] == had["loss"])
@@ -89,7 +89,10 @@ def _spec(name: str, options: dict[str, Any]) -> str:
 def placed(data: str) -> str:
     """The dataset's spec with an absolute path, so that it holds in any working directory."""
     name, _, path = data.partition(":")
-    return f"{name}:{place_of(path)}" if path and not is_function(data) else data
+    if not path or is_function(data):
+        return data
+    between = KINDS[name].between if name in KINDS else ""
+    return f"{name}:{between.join(map(place_of, path.split(between))) if between else place_of(path)}"
 
 
 def place_of(path: str) -> str:

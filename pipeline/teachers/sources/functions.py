@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from kdcache.pipeline.process.functions import names_code
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.pixels import FLAGS, Asked, Found, pixels_of_data
 from kdcache.pipeline.teachers.sources import timm
@@ -9,11 +10,10 @@ from kdcache.pipeline.teachers.sources import timm
 
 def find(asked: Asked) -> Found | None:
     """The network that the function returns. Nobody knows the names of its classes."""
-    if asked.weights is not None or ":" not in asked.name:
+    if asked.weights is not None or not names_code(asked.name):
         return None
     pixels, origin = pixels_of_data(asked.data), f"from the data; {FLAGS} say otherwise"
     network = build_network(asked.name, len(asked.data.class_names), asked.wanted.size or pixels.size)
-    cfg = getattr(network, "pretrained_cfg", None)
-    if isinstance(cfg, dict) and cfg.get("input_size"):  # a network of timm's
-        pixels, origin = timm.pixels_of(cfg, asked.name), "from its pretrained_cfg"
+    if (said := timm.said_by(network, asked.name)) is not None:
+        pixels, origin = said
     return Found(network, pixels, None, "", origin)

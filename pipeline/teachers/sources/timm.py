@@ -12,7 +12,7 @@ from torchvision.models import ResNet18_Weights
 
 from kdcache.cache.errors import InputError, first_sentence
 from kdcache.pipeline.data.imagefiles import IMAGENET_MEAN, IMAGENET_STD
-from kdcache.pipeline.teachers.networks import import_timm, load_fitting
+from kdcache.pipeline.teachers.networks import build_timm, built_for, import_timm, load_fitting, split_arguments
 from kdcache.pipeline.teachers.pixels import (
     FLAGS,
     IMAGENET_SIZE,
@@ -36,14 +36,14 @@ def find(asked: Asked) -> Found | None:
         raise InputError(
             f"{asked.weights} are torchvision's weights, and timm's are part of the teacher's name: {tags}"
         )
-    if "." not in asked.name and asked.data.name != "imagenet":
+    if "." not in split_arguments(asked.name)[0] and asked.data.name != "imagenet":
         return None
     return from_timm(asked.name, asked.wanted)
 
 
 def weights_of(name: str) -> str:
     """The names of a network's pretrained weights with a classifier, for an error; '' where there are none."""
-    timm, plain = import_timm(name.split(".")[0])
+    timm, plain = import_timm(split_arguments(name)[0].split(".")[0])
     tagged = timm.list_models(f"{plain}.*", pretrained=True)
     return ", ".join(f"timm/{one}" for one in tagged if timm.get_pretrained_cfg(one).num_classes)
 
@@ -62,7 +62,7 @@ def from_timm(name: str, wanted: Wanted) -> Found:
     size = wanted.size or pixels_of(cfg.to_dict(), name).size
     try:
         with fetching():
-            network: nn.Module = timm.create_model(plain, pretrained=True, **_resized(cfg, size))
+            network = build_timm(name, pretrained=True, **_resized(cfg, size))
     except OSError as e:
         file = f"{cfg.hf_hub_filename or 'model.safetensors'} from {place}" if cfg.hf_hub_id else place
         raise InputError(
@@ -90,7 +90,15 @@ def pixels_of(cfg: Mapping[str, Any], name: str) -> Pixels:
             f"{name} takes images [{channels}, {height}, {width}], and only square images in colour can be shown"
         )
     interpolation = interpolation_of(str(cfg.get("interpolation") or "bicubic"))
-    return Pixels(height, (r, g, b), (red, green, blue), interpolation)
+    return Pixels(built_for(name) or height, (r, g, b), (red, green, blue), interpolation)
+
+
+def said_by(network: nn.Module, name: str) -> tuple[Pixels, str] | None:
+    """How a network of one's own wants its images, and what says so; None unless it has a pretrained_cfg as timm's."""
+    cfg = getattr(network, "pretrained_cfg", None)
+    if not isinstance(cfg, dict) or not cfg.get("input_size"):
+        return None
+    return pixels_of(cfg, name), "from its pretrained_cfg"
 
 
 def config_of(name: str, path: Path) -> tuple[dict[str, Any], tuple[str, ...] | None, str]:
@@ -125,11 +133,11 @@ def from_state(name: str, classes: int, state: dict[str, Tensor], size: int, wha
     """
     timm, plain = import_timm(name)
     options = {"num_classes": classes, **_resized(timm.get_pretrained_cfg(plain), size)}
-    network: nn.Module = timm.create_model(plain, pretrained=False, **options)
+    network = build_timm(name, pretrained=False, **options)
     try:
         load_fitting(network, state, what)
     except InputError:
-        found = _translated(plain, network, state, options)
+        found = _translated(name, network, state, options)
         if found is None:
             raise
         return found
@@ -137,15 +145,15 @@ def from_state(name: str, classes: int, state: dict[str, Tensor], size: int, wha
 
 
 def _translated(
-    plain: str, network: nn.Module, state: dict[str, Tensor], options: Mapping[str, Any]
+    name: str, network: nn.Module, state: dict[str, Tensor], options: Mapping[str, Any]
 ) -> nn.Module | None:
     """The network with a state dict by its authors' or an earlier release's names; None if timm cannot translate it."""
-    timm, own = import_timm(f"timm/{plain}")[0], network.state_dict()
+    own = network.state_dict()
     if any(own[key].shape != state[key].shape for key in own.keys() & state.keys()):
         return None  # timm would resize position tables without a word
     overlay = {"state_dict": state, "num_classes": options["num_classes"], "custom_load": False, "source": None}
     try:
-        found: nn.Module = timm.create_model(plain, pretrained=True, pretrained_cfg_overlay=overlay, **options)
+        found = build_timm(name, pretrained=True, pretrained_cfg_overlay=overlay, **options)
     except Exception:  # anything may come for another kind of file; the caller tells what does not fit
         return None
     found.pretrained_cfg.pop("state_dict", None)  # type: ignore[operator, union-attr]

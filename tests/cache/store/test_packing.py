@@ -91,7 +91,7 @@ print(killed)
 
 @pytest.mark.parametrize(
     ("toy", "what", "step"),
-    [("format-1", "pack", 4), ("format-1", "unpack", 4), (BOTH[1], "unpack", 13)],
+    [("format-1", "pack", 4), ("format-1", "unpack", 4), (BOTH[1], "unpack", 29)],
     indirect=["toy"],
 )
 def test_killed_at_any_step_nothing_half_made_is_seen_and_the_next_run_ends_it(toy, tmp_path, what, step):

@@ -26,7 +26,10 @@ COUNTS = {
     "wrn_40_1": 569_780,
     "wrn_40_2": 2_255_156,
     "vgg8": 3_965_028,
+    "vgg11_cifar": 9_277_284,
     "vgg13": 9_462_180,
+    "vgg16_cifar": 14_774_436,
+    "vgg19_cifar": 20_086_692,
     "mobilenet_v2_cifar": 812_836,
     "shufflenet_v1_cifar": 949_258,
     "shufflenet_v2_cifar": 1_355_528,
@@ -62,9 +65,9 @@ def wrn(depth: int, widen: int, classes: int) -> int:
     return total + 2 * cin + (cin + 1) * classes
 
 
-def vgg(repeat: int, classes: int) -> int:
+def vgg(repeats: tuple[int, ...], classes: int) -> int:
     total, cin = 0, 3
-    for w in (64, 128, 256, 512, 512):
+    for w, repeat in zip((64, 128, 256, 512, 512), repeats, strict=True):
         total += conv(cin, w) + (repeat - 1) * conv(w, w) + repeat * 3 * w  # bias, norm
         cin = w
     return total + (cin + 1) * classes
@@ -109,8 +112,11 @@ ARITHMETIC: dict[str, Callable[[int], int]] = {
     **{f"resnet{d}": partial(resnet, d, NARROW) for d in (8, 14, 20, 32, 44, 56, 110)},
     **{f"resnet{d}x4": partial(resnet, d, WIDE) for d in (8, 32)},
     **{f"wrn_{d}_{k}": partial(wrn, d, k) for d in (16, 40) for k in (1, 2)},
-    "vgg8": partial(vgg, 1),
-    "vgg13": partial(vgg, 2),
+    "vgg8": partial(vgg, (1, 1, 1, 1, 1)),
+    "vgg11_cifar": partial(vgg, (1, 1, 2, 2, 2)),
+    "vgg13": partial(vgg, (2, 2, 2, 2, 2)),
+    "vgg16_cifar": partial(vgg, (2, 2, 3, 3, 3)),
+    "vgg19_cifar": partial(vgg, (2, 2, 4, 4, 4)),
     "mobilenet_v2_cifar": mobilenet_v2,
     "shufflenet_v1_cifar": shufflenet_v1,
     "shufflenet_v2_cifar": shufflenet_v2,

@@ -17,8 +17,12 @@ from kdcache.cache import KdcacheError
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.views.operations.kinds.mix import mixed
+from kdcache.pipeline.views.operations.operation import of_rows
 from kdcache.pipeline.views.parameters import ViewParameters, draw, evaluation_view
+from kdcache.pipeline.views.policy import parse_policy
 from kdcache.pipeline.views.render import Renderer, render
+from kdcache.pipeline.views.table import Table
 from kdcache.train.evaluation.metrics import predict
 
 CPU = torch.device("cpu")
@@ -137,6 +141,47 @@ def test_files_render_alike_with_any_number_of_workers_and_threads(folder, tmp_p
         assert torch.equal(rendered[0][i], want)
     for other in rendered[1:]:
         assert torch.equal(rendered[0], other)
+
+
+STRONG = "rrc,flip,randaugment(2,9),erase(0.5),mixup(0.8),cutmix(1)"
+
+
+@pytest.mark.parametrize("workers", [0, 2])
+def test_files_in_strong_and_mixed_views_are_what_their_steps_give_one_by_one(folder, tmp_path, workers):
+    data, policy = open_data(f"imagefolder:{folder}", "train", home=tmp_path), parse_policy(STRONG)
+    drawn = [draw(policy, 3, view, range(len(data)), data.sizes) for view in (4, 5)]
+    batches = [np.array([3, 17, 4, 3]), np.arange(7)]
+    renderer = Renderer(data, 40, CPU, STRONG, workers)
+    cut = list(renderer.views(drawn, [(batch, (0, 1)) for batch in batches]))
+    assert [(number, place) for number, place, _ in cut] == [(0, 0), (0, 1), (1, 0), (1, 1)]
+    for number, place, got in cut:
+        assert torch.equal(got, next(iter(renderer.batches(drawn[place], [batches[number]]))))
+        assert torch.equal(got, one_by_one(data, policy, drawn[place], batches[number]))
+
+
+def one_by_one(data, policy, parameters, batch):
+    def single(i):
+        pixels = render(data.decode(i), parameters.boxes[i], bool(parameters.flips[i]), (40, 40))
+        return policy.apply(pixels[None].clone(), parameters.drawn, np.array([i]))
+
+    def pair(i):
+        drawn = of_rows(parameters.mixing.drawn, slice(i, i + 1))
+        return mixed(single(i), single(int(parameters.mixing.partners[i])), drawn)
+
+    return torch.cat([pair(int(i)) for i in batch])
+
+
+@pytest.mark.parametrize("total", [12, 13])
+def test_a_batch_needs_the_partners_that_it_lacks_once(total):
+    sizes = np.full((total, 2), 32, np.int32)
+    parameters = draw("flip,mixup(0.8)", 0, 0, range(total), sizes)
+    theirs, table = parameters.mixing.partners, Table(parameters, 0)
+    for batch in (np.arange(total), np.array([5, 2, 5, 9]), np.array([0, theirs[0]]), np.array([1])):
+        at = table.batch(batch)
+        assert np.array_equal(at.rows[: len(batch)], batch)
+        assert np.array_equal(table.samples[at.rows][at.partners], theirs[batch])
+        lacking = at.rows[len(batch) :]
+        assert len(np.unique(lacking)) == len(lacking) and not np.isin(lacking, batch).any()
 
 
 def test_parameters_may_begin_at_a_later_sample(folder, tmp_path):

@@ -25,7 +25,8 @@ from kdcache.pipeline.views.operations.boxes import SIDE, edges, paste
 from kdcache.pipeline.views.operations.operation import Drawn, Stage, argument
 from kdcache.pipeline.views.operations.pixels import dense, flat, on_device
 
-_CPU_PIECE = 2**20  # values that are blended at once on a CPU, whose cache holds them
+_CPU_PIECE = 2**18  # values that are blended at once on a CPU, whose cache holds them
+_AT_ONCE = 1 << 16  # images whose labels are weighed at once
 WHOLE = 256  # the weight of an image that is not blended
 # The side of a box whose area is the part of the image that a weight leaves: sqrt(1 - weight / 256), in 1/65536.
 _SIDES = np.array([isqrt((WHOLE - weight) << 24) for weight in range(WHOLE + 1)])
@@ -105,12 +106,17 @@ def mixed(images: Tensor, partners: Tensor, drawn: Drawn) -> Tensor:
     The images stay as they are. The result has their memory format.
     """
     images = dense(images)
-    if (drawn["weight"] < WHOLE).any():  # known on the host, so that a GPU need not be waited for
-        result = torch.empty_like(images)
-        layout = torch.channels_last if images.stride(1) == 1 else torch.contiguous_format
-        _blend(flat(images), flat(partners.contiguous(memory_format=layout)), drawn["weight"], flat(result))
+    layout = torch.channels_last if images.stride(1) == 1 else torch.contiguous_format
+    result, partners = torch.empty_like(images), partners.contiguous(memory_format=layout)
+    rows = np.flatnonzero(drawn["weight"] < WHOLE)  # known on the host, so that a GPU need not be waited for
+    if images.device.type == "cpu":
+        # By NumPy: threads of torch wait for each other, for long where others are at work on the same cores.
+        flat(result).numpy()[:] = flat(images).numpy()
+        _blend_rows(flat(result).numpy(), flat(partners).numpy(), drawn["weight"], rows)
     else:
-        result = images.clone()
+        result.copy_(images)
+        if len(rows):
+            _blend(flat(result), flat(partners), drawn["weight"])
     paste(result, drawn["box"], partners)
     return result
 
@@ -120,27 +126,42 @@ def label_weights(drawn: Drawn, height: int, width: int) -> NDArray[np.float32]:
 
     The partner's box counts by its true area in pixels.
     """
-    top, left, bottom, right = edges(drawn["box"], height, width).T
-    own = (height * width - (bottom - top) * (right - left)) * drawn["weight"].astype(np.int64)
     whole = height * width * WHOLE
-    return (np.stack([own, whole - own], 1) / whole).astype(np.float32)
+    parts = np.empty((len(drawn["weight"]), 2), np.float32)
+    for start in range(0, len(parts), _AT_ONCE):
+        piece = slice(start, start + _AT_ONCE)
+        top, left, bottom, right = edges(drawn["box"][piece], height, width).T
+        own = (height * width - (bottom - top) * (right - left)) * drawn["weight"][piece].astype(np.int64)
+        parts[piece, 0], parts[piece, 1] = own / whole, (whole - own) / whole
+    return parts
 
 
-def _blend(own: Tensor, other: Tensor, weights: NDArray[np.uint16], result: Tensor) -> None:
-    """Make rows [n, pixels] of the result (own * w + other * (256 - w) + 128) >> 8.
+def _blend(values: Tensor, other: Tensor, weights: NDArray[np.uint16]) -> None:
+    """Make values [n, pixels] (values * w + other * (256 - w) + 128) >> 8.
 
     Sums reach 65,408, so that int16 holds them modulo 2^16; the shift leaves the right eight bits in the lower byte.
     """
-    weight = on_device(weights.astype(np.int16), own.device, torch.int16).unsqueeze(1)
-    rest = WHOLE - weight
-    each = max(1, (_CPU_PIECE if own.device.type == "cpu" else own.numel()) // own.shape[1])
-    first, second = torch.empty((2, each, own.shape[1]), dtype=torch.int16, device=own.device)
-    for start in range(0, len(own), each):
-        rows = slice(start, min(start + each, len(own)))
-        a, b = (sums[: rows.stop - start] for sums in (first, second))
-        a.copy_(own[rows]).mul_(weight[rows])
-        b.copy_(other[rows]).mul_(rest[rows])
-        result[rows] = a.add_(b).add_(WHOLE // 2).bitwise_right_shift_(8)
+    weight = on_device(weights.astype(np.int16), values.device, torch.int16).unsqueeze(1)
+    summed = (values * weight).add_(other * (WHOLE - weight))
+    values.copy_(summed.add_(WHOLE // 2).bitwise_right_shift_(8))
+
+
+def _blend_rows(
+    values: NDArray[np.uint8], other: NDArray[np.uint8], weights: NDArray[np.uint16], rows: NDArray[np.int64]
+) -> None:
+    """The same on a CPU, for some rows."""
+    each = max(1, _CPU_PIECE // values.shape[1])
+    first, second = np.empty((2, each, values.shape[1]), np.uint16)
+    for start in range(0, len(rows), each):
+        some = rows[start : start + each]
+        a, b, weight = first[: len(some)], second[: len(some)], weights[some, None]
+        a[:], b[:] = values[some], other[some]
+        a *= weight
+        b *= np.uint16(WHOLE) - weight
+        a += b
+        a += np.uint16(WHOLE // 2)
+        a >>= np.uint16(8)
+        values[some] = a
 
 
 @lru_cache
