@@ -11,9 +11,13 @@
     imagefolder:PATH        PATH/train/CLASS/* and PATH/val, PATH/test or PATH/eval (the first that exists); or
                             PATH/CLASS/* alone, where every tenth image of each class is the eval split
         ...?train=A&eval=B  for folders of the splits that have other names (see with_folders)
-    module:function         function(split) gives an ArrayDataset, a FileDataset or another Described, or
-                            (images uint8 [N, H, W, 3], labels int [N]), or these two and the class names;
-                            modules in the current directory are found too
+    files:TABLE             a .csv, .tsv or .jsonl with the columns path, label and perhaps split; paths are relative to
+                            it. Without splits, every tenth image of each class is the eval split
+    wds:TRAIN::EVAL         WebDataset tars. A pattern is a file, a folder, {000..099}, or has * and ?. With one pattern
+                            the tars' names tell their splits, or every tenth image of each class is the eval split
+    module:function         function(split) gives a map-style torch Dataset of (image, label), (images uint8
+                            [N, H, W, 3], labels int [N]), (paths, labels), or the last two with class names, or a
+                            Described; modules in the current directory are found too
 
 The folders of splits may also be called Training, Testing, valid, validation and so on, in any case. Images count at
 any depth below a class folder; class ids go by the train split's folder names in byte order. An image folder
@@ -39,8 +43,11 @@ from kdcache.pipeline.data.imagefiles import FilesDone, Triple
 from kdcache.pipeline.data.kinds import named
 from kdcache.pipeline.data.kinds.arrays import InMemory
 from kdcache.pipeline.data.kinds.base import Asked, Kind
+from kdcache.pipeline.data.kinds.containers.tars import Tars
 from kdcache.pipeline.data.kinds.folders import EVALUATION, TEST, VALIDATION, ClassFolders, Layout
 from kdcache.pipeline.data.kinds.functions import UserFunction
+from kdcache.pipeline.data.kinds.tables import Table
+from kdcache.pipeline.process.functions import did_you_mean
 
 
 @runtime_checkable
@@ -138,7 +145,11 @@ KINDS: dict[str, Kind] = {
     "fashion-mnist": InMemory(named.fashion_mnist),
     "imagenet": ClassFolders(Layout((VALIDATION,), split_folders=True)),
     "imagefolder": ClassFolders(Layout((VALIDATION, TEST, EVALUATION), split_folders=False)),
+    "files": Table(),
+    "wds": Tars(),
 }
+# Kinds that are to come, and what to do until then. Their names are no modules'.
+_LATER = {"hf": "Hugging Face data sets are not read yet, and will need an extra: save the images with files:TABLE"}
 
 
 def open_data(spec: str, split: str, *, unlabelled: bool = False, home: Path | None = None) -> Dataset:
@@ -176,7 +187,7 @@ def list_unreadable(
 def is_function(spec: str) -> bool:
     """Whether open_data would import a module for this spec."""
     asked = _asked(spec, "train", False, None)
-    return asked.path is not None and asked.name not in KINDS
+    return asked.name not in KINDS and asked.name not in _LATER and bool(_FUNCTION.fullmatch(spec))
 
 
 def with_folders(spec: str, train: str | None, evaluation: str | None) -> str:
@@ -191,6 +202,7 @@ def with_folders(spec: str, train: str | None, evaluation: str | None) -> str:
     return f"{spec}?{urlencode(given)}"
 
 
+_FUNCTION = re.compile(r"[^\W\d]\w*(\.[^\W\d]\w*)*:[^\W\d]\w*")  # module:function; what is a path or a pattern is none
 _FOLDERS = re.compile(r"\?((?:train|eval)=[^?&]*(?:&eval=[^?&]*)?)$")  # what with_folders adds
 
 
@@ -213,7 +225,15 @@ def _kind(asked: Asked) -> Kind:
         raise InputError(f"unknown dataset {asked.spec!r}: {asked.name} takes no path")
     if kind:
         return kind
+    if asked.name in _LATER:
+        raise InputError(f"{asked.spec}: {_LATER[asked.name]}")
+    near = did_you_mean(asked.name, KINDS)
+    if is_function(asked.spec):
+        return UserFunction(f"{known}{near}")
     if asked.name and asked.path:
-        return UserFunction(known)
+        raise InputError(
+            f"unknown dataset {asked.spec!r}: there is no such kind{near or ''}, and kdcache cannot import "
+            f"{asked.name!r}: what follows is not the name of a function; known are {known}"
+        )
     hint = f"; a folder of images is imagefolder:{asked.spec}" if Path(asked.spec).is_dir() else ""
-    raise InputError(f"unknown dataset {asked.spec!r}: known are {known}{hint}")
+    raise InputError(f"unknown dataset {asked.spec!r}: known are {known}{near}{hint}")

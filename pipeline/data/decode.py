@@ -1,7 +1,8 @@
-"""Reads the size and the pixels of one image file, whose bytes may be damaged or hostile.
+"""Reads the size and the pixels of one image, whose bytes may be damaged or hostile: of a file, or held in memory.
 
-No file may crash the process. torchvision decodes JPEG, WebP and GIF. PIL decodes PNG, because libpng leaves a damaged
+No image may crash the process. torchvision decodes JPEG, WebP and GIF. PIL decodes PNG, because libpng leaves a damaged
 file by a long jump, which torchvision's decoder does not survive. Both give the same pixels, since PNG is lossless.
+Transparency and EXIF orientation are not looked at: pixels are taken as they are stored.
 """
 
 import io
@@ -16,6 +17,7 @@ from typing import BinaryIO
 
 import numpy as np
 import torch
+from PIL import Image
 from PIL.GifImagePlugin import GifImageFile
 from PIL.ImageFile import ImageFile
 from PIL.JpegImagePlugin import JpegImageFile
@@ -28,6 +30,7 @@ from kdcache.cache.errors import InputError, machine_error
 MAX_PIXELS = 178_956_970  # PIL's own bound, beyond which it takes an image for a decompression bomb
 MAX_BYTES = 1 << 30  # the size of the largest file that is read
 _DEFLATE = 1032  # the most bytes of pixels that one byte of compressed data in a PNG can stand for
+_MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")  # PIL's, of 8 bits at most
 _UNKNOWN = "not a JPEG, PNG, WebP or GIF image"
 _KINDS: tuple[tuple[re.Pattern[bytes], type[ImageFile]], ...] = (
     (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
@@ -58,28 +61,76 @@ def decode_file(path: Path, size: np.ndarray | None = None) -> torch.Tensor:
     """
     try:
         with _opened(path) as f:
-            content = f.read()
-        image = _header(io.BytesIO(content))
-        _require_size((image.height, image.width), size)
-        if isinstance(image, PngImageFile):
-            return _png(image, content)
-        if getattr(image, "is_animated", False):
-            raise _RefusedError("holds several images: convert it to a single one")
-        # Decoding takes memory for all pixels at once, so a JPEG that has less than a bit for each block of 8 x 8
-        # pixels, and so cannot be whole, is refused before.
-        if isinstance(image, JpegImageFile) and image.height * image.width > 512 * len(content):
-            raise _RefusedError("cannot be decoded: its data end before its last row")
-        # The operator is called directly, since torchvision.io.decode_image warns for every image since 0.29.
-        data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
-        pixels: torch.Tensor = torch.ops.image.decode_image(data, ImageReadMode.RGB.value)
-        if pixels.ndim != 3:
-            raise _RefusedError("holds several images: convert it to a single one")
-        _require_size((pixels.shape[1], pixels.shape[2]), size)
-        return pixels
+            return _decoded(f.read(), size)
     except Exception as e:  # a decoder may raise anything for bytes that are no image
         if machine_error(e):
             raise
         raise InputError(f"{path}: {_reason(e)}") from e
+
+
+def decode_bytes(content: bytes, where: str, size: np.ndarray | None = None) -> torch.Tensor:
+    """Decode the pixels uint8 [3, H, W] of an image file's content, which messages call `where`, like decode_file."""
+    try:
+        return _decoded(content, size)
+    except Exception as e:  # a decoder may raise anything for bytes that are no image
+        if machine_error(e):
+            raise
+        raise InputError(f"{where}: {_reason(e)}") from e
+
+
+def size_of_bytes(content: bytes, where: str) -> tuple[int, int]:
+    """Read height and width in pixels from the first bytes of an image file, which must hold its header."""
+    try:
+        image = _header(io.BytesIO(content))
+        return image.height, image.width
+    except Exception as e:  # a parser may raise anything for bytes that are no image
+        raise InputError(f"{where}: {_reason(e)}") from e
+
+
+def size_of_image(image: Image.Image, where: str) -> tuple[int, int]:
+    """Height and width of a PIL image. InputError, which calls it `where`, for one whose pixels are not taken."""
+    problem = None
+    if image.mode not in _MODES:
+        problem = "has more than 8 bits a channel: convert it to 8" if image.mode[0] in "IF" else "convert it to RGB"
+    elif getattr(image, "is_animated", False):
+        problem = "holds several images: convert it to a single one"
+    elif not 0 < image.width * image.height <= MAX_PIXELS:
+        problem = f"has {image.width} x {image.height} pixels, the most is {MAX_PIXELS:,}"
+    if problem:
+        raise InputError(f"{where}: a PIL image of mode {image.mode}: {problem}")
+    return image.height, image.width
+
+
+def pixels_of_image(image: Image.Image, where: str, size: np.ndarray | None = None) -> torch.Tensor:
+    """The pixels uint8 [3, H, W] of a PIL image, which may be read from its file only now. InputError as above."""
+    found = size_of_image(image, where)
+    try:
+        _require_size(found, size)
+        return _as_rgb(image)
+    except Exception as e:  # PIL may raise anything for a file that is no image
+        if machine_error(e):
+            raise
+        raise InputError(f"{where}: {_reason(e)}") from e
+
+
+def _decoded(content: bytes, size: np.ndarray | None) -> torch.Tensor:
+    image = _header(io.BytesIO(content))
+    _require_size((image.height, image.width), size)
+    if isinstance(image, PngImageFile):
+        return _png(image, content)
+    if getattr(image, "is_animated", False):
+        raise _RefusedError("holds several images: convert it to a single one")
+    # Decoding takes memory for all pixels at once, so a JPEG that has less than a bit for each block of 8 x 8
+    # pixels, and so cannot be whole, is refused before.
+    if isinstance(image, JpegImageFile) and image.height * image.width > 512 * len(content):
+        raise _RefusedError("cannot be decoded: its data end before its last row")
+    # The operator is called directly, since torchvision.io.decode_image warns for every image since 0.29.
+    data = torch.frombuffer(bytearray(content), dtype=torch.uint8)
+    pixels: torch.Tensor = torch.ops.image.decode_image(data, ImageReadMode.RGB.value)
+    if pixels.ndim != 3:
+        raise _RefusedError("holds several images: convert it to a single one")
+    _require_size((pixels.shape[1], pixels.shape[2]), size)
+    return pixels
 
 
 @contextmanager
@@ -126,9 +177,20 @@ def _png(image: PngImageFile, content: bytes) -> torch.Tensor:
     # A byte may hold eight pixels. PIL would take at least a byte of memory for each, however short the file is.
     if _checked_bytes(content) * _DEFLATE < image.height * -(-image.width // 8):
         raise _RefusedError("cannot be decoded: its data end before its last row")
-    image.info.pop("transparency", None)  # else the conversion would warn of it
-    converted = image if image.mode == "RGB" else image.convert("RGB")
-    return torch.from_numpy(np.array(converted)).permute(2, 0, 1)
+    return _as_rgb(image)
+
+
+def _as_rgb(image: Image.Image) -> torch.Tensor:
+    if image.mode != "RGB":
+        image = image.convert("RGB") if "transparency" not in image.info else _opaque(image).convert("RGB")
+    return torch.from_numpy(np.array(image)).permute(2, 0, 1)
+
+
+def _opaque(image: Image.Image) -> Image.Image:
+    """A copy without the note of a transparent colour, of which the conversion would warn."""
+    copied = image.copy()
+    del copied.info["transparency"]
+    return copied
 
 
 def _checked_bytes(content: bytes) -> int:

@@ -93,7 +93,11 @@ def data_option(help: str, own: bool = False) -> Option:
 
 
 Data = Annotated[
-    str, data_option("digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH or module:function.")
+    str,
+    data_option(
+        "digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH, files:TABLE, wds:TARS or "
+        "module:function."
+    ),
 ]
 Augment = Annotated[
     str | None,

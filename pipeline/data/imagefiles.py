@@ -2,12 +2,10 @@
 
 import contextlib
 import hashlib
-import io
 import math
 import os
 import stat
 import time
-import zipfile
 from collections import Counter
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -21,8 +19,8 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.files import replace_file
 from kdcache.pipeline.data.decode import decode_file, image_size
+from kdcache.pipeline.data.memory import recall, remember
 
 FilesDone = Callable[[int, int], None]  # files done, files in all
 Triple = tuple[float, float, float]
@@ -122,18 +120,15 @@ def load_folder(root: Path, paths: Sequence[str], home: Path, *, decode: bool = 
     a hash of the listing (paths, bytes, times of change), so a second opening reads no headers. InputError
     names the first file that cannot be read, and the number of such files.
     """
-    memory = home / "datasets" / f"{_listing_key(root, paths)}.npz"
-    known = _recall(memory, len(paths))
+    key = _listing_key(root, paths)
+    known = _recall(home, key, len(paths))
     sizes = known.sizes if known else _header_sizes(root, paths)
-    small = _are_small(sizes)
+    small = are_small(sizes)
     images = _decode_all(root, paths, sizes) if small and (decode or not known) else None
     if known:
         return Folder(sizes, images, known.mean, known.std)
     mean, std = (IMAGENET_MEAN, IMAGENET_STD) if images is None else mean_std(images.numpy())
-    buffer = io.BytesIO()
-    np.savez(buffer, sizes=sizes, mean=np.array(mean), std=np.array(std))
-    with contextlib.suppress(OSError):  # without a place to remember, the headers are read again next time
-        replace_file(memory, buffer.getvalue())
+    remember(home, key, {"sizes": sizes, "mean": np.array(mean), "std": np.array(std)})
     return Folder(sizes, images if decode else None, mean, std)
 
 
@@ -230,13 +225,12 @@ def _listing_key(root: Path, paths: Sequence[str]) -> str:
     return listing.hexdigest()
 
 
-def _recall(memory: Path, n: int) -> Folder | None:
-    """Read what load_folder wrote. None where there is nothing or it is broken: the headers are then read again."""
-    try:
-        with memory.open("rb") as f, np.load(f, allow_pickle=False) as stored:
-            sizes, mean, std = stored["sizes"], stored["mean"].tolist(), stored["std"].tolist()
-    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+def _recall(home: Path, key: str, n: int) -> Folder | None:
+    """What load_folder has remembered; None where there is nothing or it does not fit: the headers are read again."""
+    stored = recall(home, key) or {}
+    if not stored.keys() >= {"sizes", "mean", "std"}:
         return None
+    sizes, mean, std = stored["sizes"], stored["mean"].tolist(), stored["std"].tolist()
     if sizes.shape != (n, 2) or sizes.dtype != np.int32 or len(mean) != 3 or len(std) != 3:
         return None
     return Folder(sizes, None, tuple(mean), tuple(std))
@@ -255,7 +249,8 @@ def _header_sizes(root: Path, paths: Sequence[str]) -> np.ndarray:
     return np.array(sizes, dtype=np.int32)
 
 
-def _are_small(sizes: np.ndarray) -> bool:
+def are_small(sizes: np.ndarray) -> bool:
+    """Whether images of these sizes [N, 2] have one size, and are small enough to be held in memory."""
     h, w = sizes[0].tolist()
     fits = max(h, w) <= _SMALL_SIDE and len(sizes) * h * w * 3 <= _SMALL_TOTAL
     return fits and bool((sizes == sizes[0]).all())

@@ -18,6 +18,7 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import VIEWS_PER_DECODE, BuildConfig
 from kdcache.pipeline.build.source import Source
 from kdcache.pipeline.process.progress import Progress
+from kdcache.pipeline.teachers.networks import built_for
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train.bench.config import BenchConfig
 from kdcache.train.bench.layouts import noise_cache, reading_cases
@@ -55,10 +56,11 @@ class Bench:
         self.defaults, record = source.defaults, source.identity.record
         self.batch = config.batch_size or self.defaults.train_batch
         self.build_batch = build_batch_of(config, self.defaults, self.samples, source.teacher)
-        self.size = config.image_size or source.train.image_size or source.teacher.input_size
         self.loss = make_loss(config.loss, record.classes)
         require_served(self.loss, record)
         self.student = config.student or self.defaults.student
+        own = config.image_size or built_for(self.student)
+        self.size = own or source.train.image_size or source.teacher.input_size
         self.model = new_classifier(
             self.student, record.classes, self.size, source.train, device, seed=0, whose="the teacher for"
         )

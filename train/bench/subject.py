@@ -15,7 +15,7 @@ from kdcache.pipeline.build.source import Source, open_source
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import Defaults, defaults_for
 from kdcache.pipeline.data.split import describe_data
-from kdcache.pipeline.teachers.networks import build_network
+from kdcache.pipeline.teachers.networks import build_network, built_for
 from kdcache.pipeline.teachers.pixels import pixels_of_data
 from kdcache.pipeline.teachers.teacher import Classifier, Teacher, file_classifier, try_out
 from kdcache.train.bench.config import BenchConfig
@@ -68,7 +68,7 @@ def build_batch_of(config: BenchConfig, defaults: Defaults, samples: int, teache
 
 def _untrained(name: str, data: Dataset, weights: Path) -> None:
     """File a teacher with new weights, and with batch norms that have seen pixels, so that logits have a usual size."""
-    size = pixels_of_data(data).size
+    size = built_for(name) or pixels_of_data(data).size
     network = seeded(0, lambda: build_network(name, len(data.class_names), size))
     model = Classifier(network, data.mean, data.std)
     try_out(model, name, size)

@@ -10,7 +10,7 @@ from typing import Any
 import pydantic
 
 from kdcache.cache.errors import CorruptError
-from kdcache.pipeline.data.dataset import is_function
+from kdcache.pipeline.data.dataset import KINDS, is_function
 from kdcache.pipeline.trust import stored_data, stored_network
 from kdcache.pipeline.views.render import RENDERER
 from kdcache.train.config import TrainConfig
@@ -89,7 +89,10 @@ def _spec(name: str, options: dict[str, Any]) -> str:
 def placed(data: str) -> str:
     """The dataset's spec with an absolute path, so that it holds in any working directory."""
     name, _, path = data.partition(":")
-    return f"{name}:{place_of(path)}" if path and not is_function(data) else data
+    if not path or is_function(data):
+        return data
+    between = KINDS[name].between if name in KINDS else ""
+    return f"{name}:{between.join(map(place_of, path.split(between))) if between else place_of(path)}"
 
 
 def place_of(path: str) -> str:

@@ -41,6 +41,7 @@ class Kind(ABC):
     """One row of the table of kinds: how a dataset of this kind is opened."""
 
     takes_path: TakesPath = "may"
+    between: str = ""  # what stands between two paths, where PATH may be two
     takes_folders: bool = False  # whether --train-folder and --eval-folder name folders in its PATH
 
     @abstractmethod
@@ -161,3 +162,12 @@ class Described(_Contents, ABC):
 
     def joined(self, before: object) -> Self | None:
         return None
+
+
+def drawn_places(n: int, most: int) -> np.ndarray:
+    """Draw `most` of n places (all, where n is no more), int64 in rising order: the same ones on every machine."""
+    if n <= most:
+        return np.arange(n)
+    # NumPy keeps the raw bits the same across versions. The smallest numbers choose the places.
+    drawn = np.random.Philox(key=0).random_raw(n)
+    return np.sort(np.argsort(drawn, kind="stable")[:most])

@@ -13,18 +13,22 @@ import torch
 from kdcache.pipeline.data import imagefiles
 from kdcache.pipeline.data.decode import decode_file
 from kdcache.pipeline.data.imagefiles import FilesDone
-from kdcache.pipeline.data.kinds.base import Described
+from kdcache.pipeline.data.kinds.base import Described, drawn_places
 
 FINGERPRINTED_FILES = 4096
 
 
 @dataclass(frozen=True, eq=False)
 class FileDataset(Described):
-    """A dataset of image files, decoded one at a time; small images of one size are held in memory too, as `pixels`."""
+    """A dataset of image files, decoded one at a time; small images of one size are held in memory too, as `pixels`.
+
+    apart: whether the owner gave the splits apart, so that images below one root are still no parts of one whole.
+    """
 
     root: Path
     paths: tuple[str, ...]  # POSIX, relative to root, in byte order
     pixels: torch.Tensor | None = None  # uint8 [N, H, W, 3]
+    apart: bool = False
 
     def __post_init__(self) -> None:
         super().__post_init__()
@@ -50,11 +54,7 @@ class FileDataset(Described):
         digest = self._begun("files", full)
         for path, size in zip(self.paths, imagefiles.file_sizes(self.root, self.paths), strict=True):
             digest.update(os.fsencode(path) + f"\0{size}\n".encode())
-        chosen = np.arange(n)
-        if n > FINGERPRINTED_FILES and not full:
-            # NumPy keeps the raw bits the same across versions. The smallest numbers choose the files.
-            drawn = np.random.Philox(key=0).random_raw(n)
-            chosen = np.sort(np.argsort(drawn, kind="stable")[:FINGERPRINTED_FILES])
+        chosen = drawn_places(n, n if full else FINGERPRINTED_FILES)
         for content in imagefiles.file_digests(self.root, [self.paths[i] for i in chosen]):
             digest.update(content)
         return digest.hexdigest()
@@ -64,7 +64,7 @@ class FileDataset(Described):
         return {"paths": tuple(self.paths[i] for i in places), "pixels": pixels}
 
     def joined(self, before: object) -> Self | None:
-        if not isinstance(before, FileDataset) or before.root != self.root:
+        if not isinstance(before, FileDataset) or before.root != self.root or self.apart:
             return None
         pixels = None
         if before.pixels is not None and self.pixels is not None:

@@ -2,7 +2,6 @@
 
 import os
 import re
-from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -15,13 +14,13 @@ from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
 from kdcache.pipeline.data.kinds.files import FileDataset
 
 # Names of the folders of splits, in upper or lower case.
-_TRAIN = ("train", "training")
+TRAIN = ("train", "training")
 VALIDATION = ("val", "valid", "validation", "dev")
 TEST = ("test", "testing")
 EVALUATION = ("eval", "evaluation")
-_SPLITS = (*_TRAIN, *VALIDATION, *TEST, *EVALUATION)
+_SPLITS = (*TRAIN, *VALIDATION, *TEST, *EVALUATION)
 
-_HELD_OUT = 10  # where there are no split folders, every tenth image of a class belongs to the eval split
+HELD_OUT = 10  # where there are no split folders, every tenth image of a class belongs to the eval split
 _NAMED = 5  # classes that one message names
 _PURPOSE = {"train": "learn from", "eval": "evaluate on", "validation": "choose weights by"}
 
@@ -119,12 +118,12 @@ def list_split(top: Path, split: str, layout: Layout, *, labelled: bool) -> List
         _refuse_empty_classes(train, names, labels)
     whole = train == top and held is None
     if whole:
-        chosen = held_out(labels, _HELD_OUT) == (split == "eval")
+        chosen = held_out(labels, HELD_OUT) == (split == "eval")
         if not chosen.any():
             raise InputError(f"{top}: has no tenth image in any class to hold out for the eval split")
         paths = tuple(paths[i] for i in np.flatnonzero(chosen))
         labels = labels[chosen]
-    note = _note(root, split, len(paths), names, others, whole)
+    note = note_of(root, split, len(paths), names, whole) + left_out(others)
     if split == "eval" and held and third is None and (test := _unread_test(top, train, held)):
         note += f"; {test} is not read: with --eval-folder {test} it is reported, and {held.name} chooses the weights"
     return Listing(root, paths, labels[:, None] if labelled else np.empty((len(paths), 0), np.int64), names, note)
@@ -155,7 +154,7 @@ def _split_folders(top: Path, split: str, layout: Layout) -> tuple[Path, Path | 
     if not top.is_dir():
         raise InputError(f"{top}: {'is not a folder' if top.exists() else 'no such folder'}")
     there = _folders(top)
-    train = _named(top, layout.train, "--train-folder") or _only(top, there, _TRAIN, "--train-folder")
+    train = _named(top, layout.train, "--train-folder") or _only(top, there, TRAIN, "--train-folder")
     held = _named(top, layout.eval, "--eval-folder")
     if held is None and train != top:
         found = (_only(top, there, kind, "--eval-folder") for kind in layout.evals)
@@ -197,11 +196,11 @@ def _only(top: Path, folders: Sequence[str], names: Sequence[str], flag: str) ->
 
 def _refuse_splits(top: Path, train: Path) -> None:
     """Raise an InputError for class folders that look like splits, such as seg_train and seg_test."""
-    words = {folder: _words(folder) & {*_SPLITS} for folder in _folders(train)}
-    splits = [folder for folder, found in words.items() if found]
-    all_words = set().union(*words.values())
-    both = all_words & {*_TRAIN} and all_words - {*_TRAIN}
-    if splits and (len(splits) == len(words) or (both and 2 * len(splits) >= len(words))):
+    found_words = {folder: words_of(folder) & {*_SPLITS} for folder in _folders(train)}
+    splits = [folder for folder, found in found_words.items() if found]
+    all_words = set().union(*found_words.values())
+    both = all_words & {*TRAIN} and all_words - {*TRAIN}
+    if splits and (len(splits) == len(found_words) or (both and 2 * len(splits) >= len(found_words))):
         named = ", ".join(splits[:_NAMED])
         raise InputError(
             f"{train}: {named} look like splits, not classes: --train-folder NAME and --eval-folder NAME name the "
@@ -209,20 +208,21 @@ def _refuse_splits(top: Path, train: Path) -> None:
         )
 
 
-def _words(name: str) -> set[str]:
+def words_of(name: str) -> set[str]:
     """The words of a name, without the ending "set": {"train", ""} for trainSet, train_set and train-set1."""
     parts = re.findall(r"[a-z]+", re.sub(r"(?<=[a-z])(?=[A-Z])", " ", name).casefold())
     return {part.removesuffix("set") for part in parts}
 
 
-def _note(root: Path, split: str, n: int, names: Sequence[str], others: Counter[str], whole: bool) -> str:
-    line = f"{root}: {n:,} images to {_PURPOSE[split]}"
+def note_of(place: object, split: str, n: int, names: Sequence[str], whole: bool = False) -> str:
+    """A line that tells what was found at a place; whole: whether the splits are parts of what is there."""
+    line = f"{place}: {n:,} images to {_PURPOSE[split]}"
     if whole:
-        line += f" (every {_HELD_OUT}th of a class is held out to evaluate on)" if split == "train" else " (held out)"
+        line += f" (every {HELD_OUT}th of a class is held out to evaluate on)" if split == "train" else " (held out)"
     if split == "train" and names:
         more = "" if len(names) <= _NAMED else f", ... {names[-1]}"
         line += f", {len(names):,} classes: {', '.join(names[:_NAMED])}{more}"
-    return line + left_out(others)
+    return line
 
 
 def held_out(labels: np.ndarray, every: int) -> np.ndarray:

@@ -2,21 +2,34 @@
 
 from __future__ import annotations
 
+import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
 
 import numpy as np
+from torch.utils.data import IterableDataset
 
 from kdcache.cache.errors import InputError
+from kdcache.pipeline.data.imagefiles import FilesDone, load_folder, unreadable_files
 from kdcache.pipeline.data.kinds.arrays import Arrays, from_arrays
 from kdcache.pipeline.data.kinds.base import Asked, Described, Kind
+from kdcache.pipeline.data.kinds.containers.items import ItemDataset, require_labels, unreadable_items
+from kdcache.pipeline.data.kinds.containers.own import OwnSource, own_classes, survey
+from kdcache.pipeline.data.kinds.files import FileDataset
+from kdcache.pipeline.data.kinds.folders import note_of
 from kdcache.pipeline.process.functions import call_function, import_function
 
-_RETURN = "return an ArrayDataset, a FileDataset, or images, labels and perhaps class names"
+_RETURN = (
+    "return an ArrayDataset, a FileDataset, or images, labels and perhaps class names; a list of paths in place of the "
+    "images; or a map-style torch Dataset of (image, label)"
+)
 
 
 @dataclass(frozen=True)
 class UserFunction(Kind):
-    """A `module:function` that returns a dataset of any kind, or arrays.
+    """A `module:function` that returns a dataset of any kind, a torch Dataset, arrays, or paths and labels.
 
     known: the names of the other kinds, for error messages.
     """
@@ -24,10 +37,28 @@ class UserFunction(Kind):
     known: str
 
     def open(self, asked: Asked) -> Described:
+        call = self._caller(asked)
+        found = call(asked.split)
+        if isinstance(found, Described):
+            return found.named(asked.spec, asked.split)
+        train = found if asked.split == "train" else None
+        return _opened(asked, found, lambda: call("train") if train is None else train)
+
+    def unreadable(self, asked: Asked, progress: FilesDone | None = None) -> list[str]:
+        """Read the samples without opening the dataset, which is refused where one of them cannot be taken."""
+        found = self._caller(asked)(asked.split)
+        if _is_map_style(found):
+            source = OwnSource(found, asked.spec, not asked.unlabelled)
+            return unreadable_items(source, np.arange(len(source)), progress)
+        if _gives_paths(found):
+            return unreadable_files(*_below_one_root(asked.spec, found[0]), progress)
+        return super().unreadable(asked, progress)
+
+    def _caller(self, asked: Asked) -> Callable[[str], Any]:
         spec = asked.spec
         function = import_function(spec, "dataset", f"; known are {self.known}")
 
-        def call(split: str) -> object:
+        def call(split: str) -> Any:
             try:
                 return call_function(function, (split,), spec, "dataset")
             except InputError as e:
@@ -35,25 +66,127 @@ class UserFunction(Kind):
                     raise InputError(f"dataset {spec!r}: Dataset(...) is only a protocol: {_RETURN}") from e
                 raise
 
-        found = call(asked.split)
-        if isinstance(found, Described):
-            return found.named(spec, asked.split)
-        of_this_split = asked.split == "train"
-        return from_arrays(
-            spec, asked.split, lambda train: _arrays(spec, found if train == of_this_split else call("train"))
-        )
+        return call
+
+
+def _opened(asked: Asked, found: Any, train: Callable[[], Any]) -> Described:
+    """Open what the function returned for the split; train() gives what it returns for the train split."""
+    if _is_map_style(found):
+        return _of_items(asked, found, train())
+    if _gives_paths(found):
+        return _of_paths(asked, found, train())
+    return from_arrays(asked.spec, asked.split, lambda is_train: _arrays(asked.spec, train() if is_train else found))
+
+
+def _is_map_style(found: Any) -> bool:
+    """Whether it has samples by place, and is no plain sequence. An IterableDataset has the methods of its base."""
+    if isinstance(found, IterableDataset | tuple | list | dict | str | bytes | np.ndarray):
+        return False
+    return hasattr(found, "__getitem__") and hasattr(found, "__len__")
+
+
+def _of_items(asked: Asked, found: Any, train: Any) -> ItemDataset:
+    """Open a map-style Dataset. Class names, mean and std are those of the train split."""
+    spec, labelled = asked.spec, not asked.unlabelled
+    if not _is_map_style(train):
+        raise InputError(f"dataset {spec!r}: 'train' must give a Dataset as {asked.split!r} does")
+    own = survey(OwnSource(found, spec, labelled), asked.home)
+    first = own if found is train else survey(OwnSource(train, spec, labelled), asked.home)
+    names: tuple[str, ...] = ()
+    labels = np.empty((len(own.sizes), 0), np.int64)
+    if labelled:
+        names = own_classes(train) or tuple(map(str, range(max(0, int(first.labels.max())) + 1)))
+        require_labels(own.labels, names, own.source.where)
+        labels = own.labels[:, None]
+    return ItemDataset(
+        name=spec,
+        split=asked.split,
+        labels=labels,
+        class_names=names,
+        sizes=own.sizes,
+        mean=first.mean,
+        std=first.std,
+        note=note_of(spec, asked.split, len(own.sizes), names),
+        source=own.source,
+        places=np.arange(len(own.sizes)),
+        pixels=own.all_pixels(),
+        digests=own.digests,
+    )
+
+
+def _gives_paths(found: Any) -> bool:
+    """Whether it is (paths, labels) or (paths, labels, class names)."""
+    if not isinstance(found, tuple) or len(found) not in (2, 3):
+        return False
+    paths = found[0]
+    if isinstance(paths, np.ndarray):
+        return bool(paths.dtype.kind == "U")
+    return isinstance(paths, Sequence) and len(paths) > 0 and isinstance(paths[0], str | os.PathLike)
+
+
+def _of_paths(asked: Asked, found: Any, train: Any) -> FileDataset:
+    """Open a list of image files, in the order of the list. Class names, mean and std are those of the train split."""
+    spec = asked.spec
+    if not _gives_paths(train):
+        raise InputError(f"dataset {spec!r}: 'train' must give paths as {asked.split!r} does")
+    root, paths = _below_one_root(spec, found[0])
+    images = load_folder(root, paths, asked.home)
+    first = images if found is train else load_folder(*_below_one_root(spec, train[0]), asked.home, decode=False)
+    labels, names = np.empty((len(paths), 0), np.int64), tuple[str, ...]()
+    if not asked.unlabelled:
+        flat, names = _labels(spec, found[1], len(paths)), _names(train, _labels(spec, train[1], len(train[0])))
+        require_labels(flat, names, lambda i: str(root / paths[i]))
+        labels = flat[:, None]
+    return FileDataset(
+        name=spec,
+        split=asked.split,
+        labels=labels,
+        class_names=names,
+        sizes=images.sizes,
+        mean=first.mean,
+        std=first.std,
+        note=note_of(spec, asked.split, len(paths), names),
+        root=root,
+        paths=paths,
+        pixels=images.images,
+        apart=True,
+    )
+
+
+def _below_one_root(spec: str, paths: Sequence[str | os.PathLike[str]]) -> tuple[Path, tuple[str, ...]]:
+    """The folder that holds all files, at any depth, and their paths relative to it: a moved copy is the same."""
+    for i, path in enumerate(paths):
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in os.fspath(path):
+            raise InputError(f"dataset {spec!r}: path {i} is {path!r}, which is no path of a file")
+    whole = [os.path.abspath(os.path.expanduser(path)) for path in paths]  # noqa: PTH100, PTH111  Paths take seconds
+    root = os.path.commonpath({os.path.dirname(path) for path in whole})  # noqa: PTH120
+    skip = len(root.rstrip("/")) + 1
+    return Path(root), tuple(path[skip:] for path in whole)
+
+
+def _labels(spec: str, given: Any, n: int) -> np.ndarray:
+    """Check labels, int64 [n]."""
+    labels = np.asarray(given)
+    if labels.dtype.kind not in "iu" or labels.shape != (n,):
+        kind = f"{labels.dtype} {labels.shape}"
+        raise InputError(f"dataset {spec!r}: labels must be whole numbers [N], not {kind}")
+    return labels.astype(np.int64)
+
+
+def _names(found: tuple[Any, ...], labels: np.ndarray) -> tuple[str, ...]:
+    names = found[2] if len(found) == 3 else range(int(labels.max()) + 1)
+    return tuple(str(name) for name in names)
 
 
 def _arrays(spec: str, found: object) -> Arrays:
     """Check the arrays that a user's function returned."""
+    if isinstance(found, IterableDataset):
+        raise InputError(f"dataset {spec!r}: an IterableDataset has no samples by place: {_RETURN}")
     if not isinstance(found, tuple) or len(found) not in (2, 3):
         raise InputError(f"dataset {spec!r}: {_RETURN}")
-    images, labels = np.asarray(found[0]), np.asarray(found[1])
+    images = np.asarray(found[0])
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
         kind = f"{images.dtype} {images.shape}"
         raise InputError(f"dataset {spec!r}: images must be uint8 [N, H, W, 3], not {kind}")
-    if labels.dtype.kind not in "iu" or labels.shape != images.shape[:1]:
-        kind = f"{labels.dtype} {labels.shape}"
-        raise InputError(f"dataset {spec!r}: labels must be whole numbers [N], not {kind}")
-    names = found[2] if len(found) == 3 else range(int(labels.max()) + 1)
-    return images, labels.astype(np.int64), tuple(str(name) for name in names)
+    labels = _labels(spec, found[1], len(images))
+    return images, labels, _names(found, labels)

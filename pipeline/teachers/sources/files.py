@@ -16,6 +16,7 @@ from torchvision.models import WeightsEnum
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.dataset import Dataset
+from kdcache.pipeline.process.functions import names_code
 from kdcache.pipeline.teachers.checkpoints import Checkpoint, Part, State, open_checkpoint
 from kdcache.pipeline.teachers.networks import (
     SMALL_STEM_UP_TO,
@@ -60,7 +61,8 @@ def taught(asked: Asked) -> Found | None:
 def _read(asked: Asked, file: str | Path) -> Found:
     checkpoint = open_checkpoint(file)
     notes, part = notes_of(checkpoint), _part_of(checkpoint, asked.name)
-    found = from_file(asked.name, checkpoint.path, part.state, notes, asked.data, asked.wanted)
+    place = f"#{part.place}" if part.place else ""
+    found = from_file(asked.name, checkpoint.path, part.state, notes, asked.data, asked.wanted, place)
     return replace(found, label=f"{found.label}{part}")
 
 
@@ -96,9 +98,15 @@ def start_from(network: nn.Module, name: str, file: str, size: int) -> str:
 
 
 def from_file(
-    name: str, path: Path, state: dict[str, Tensor], notes: Mapping[str, Any], data: Dataset, wanted: Wanted
+    name: str,
+    path: Path,
+    state: dict[str, Tensor],
+    notes: Mapping[str, Any],
+    data: Dataset,
+    wanted: Wanted,
+    place: str = "",
 ) -> Found:
-    """The network with the tensors in a weights file, given what was read there.
+    """The network with the tensors in a weights file, given what was read there, and the place for messages.
 
     InputError where they do not fit, and where the file speaks against the size that it would be shown.
     """
@@ -107,7 +115,7 @@ def from_file(
     if is_torchvision(name):
         state = translated(name, state)
     classes = _count_classes(name, state, len(data.class_names))
-    what = f"the weights in {path} and {name}"
+    what = f"the weights in {path}{place} and {name}"
     if notes:
         pixels = Pixels(notes["input_size"], notes["mean"], notes["std"], notes["interpolation"])
         names, origin = notes["class_names"], "from its notes"
@@ -123,6 +131,8 @@ def from_file(
     else:
         network = build_network(name, classes, built_size(name, state, pixels.size))
         load_fitting(network, state, what)
+        if names_code(name) and not notes and (said := timm.said_by(network, name)) is not None:
+            pixels, origin = said
     known = names if names is not None and len(names) == classes else None
     return Found(network, pixels, known, path.name, origin)
 

@@ -14,7 +14,6 @@ def find(asked: Asked) -> Found | None:
         return None
     pixels, origin = pixels_of_data(asked.data), f"from the data; {FLAGS} say otherwise"
     network = build_network(asked.name, len(asked.data.class_names), asked.wanted.size or pixels.size)
-    cfg = getattr(network, "pretrained_cfg", None)
-    if isinstance(cfg, dict) and cfg.get("input_size"):  # a network of timm's
-        pixels, origin = timm.pixels_of(cfg, asked.name), "from its pretrained_cfg"
+    if (said := timm.said_by(network, asked.name)) is not None:
+        pixels, origin = said
     return Found(network, pixels, None, "", origin)

@@ -93,6 +93,14 @@ def pixels_of(cfg: Mapping[str, Any], name: str) -> Pixels:
     return Pixels(built_for(name) or height, (r, g, b), (red, green, blue), interpolation)
 
 
+def said_by(network: nn.Module, name: str) -> tuple[Pixels, str] | None:
+    """How a network of one's own wants its images, and what says so; None unless it has a pretrained_cfg as timm's."""
+    cfg = getattr(network, "pretrained_cfg", None)
+    if not isinstance(cfg, dict) or not cfg.get("input_size"):
+        return None
+    return pixels_of(cfg, name), "from its pretrained_cfg"
+
+
 def config_of(name: str, path: Path) -> tuple[dict[str, Any], tuple[str, ...] | None, str]:
     """The pretrained_cfg for a weights file, the names of its classes where they are known, and what says so.
 

@@ -1,5 +1,6 @@
 """Each kind of dataset keeps to the contract; the last one is a toy, to show what a new kind costs."""
 
+import io
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -16,6 +17,7 @@ from kdcache.pipeline.data.kinds.arrays import ArrayDataset, from_arrays
 from kdcache.pipeline.data.kinds.base import Asked, Described, Kind
 from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.tests.contracts.datasets import DatasetContract, images
+from kdcache.tests.helpers.containers import write_tar
 
 GREY = (0.5, 0.5, 0.5)
 
@@ -65,6 +67,63 @@ class TestFunctions(DatasetContract):
         with pytest.MonkeyPatch.context() as patch:
             patch.syspath_prepend(str(place))
             return open_data(f"{module}:data", "train")
+
+
+class TestTables(DatasetContract):
+    def make(self, place: Path, pixels: np.ndarray, labels: list[int]) -> Dataset:
+        rows = ["path,label"]
+        for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            Image.fromarray(image).save(place / f"{i}.png")
+            rows.append(f"{i}.png,{'ab'[label]}")
+        (place / "t.csv").write_text("\n".join(rows))
+        return open_data(f"files:{place}/t.csv", "train")
+
+
+class TestTars(DatasetContract):
+    def make(self, place: Path, pixels: np.ndarray, labels: list[int]) -> Dataset:
+        members = []
+        for i, (image, label) in enumerate(zip(pixels, labels, strict=True)):
+            file = io.BytesIO()
+            Image.fromarray(image).save(file, "PNG")
+            members += [(f"{i}.png", file.getvalue()), (f"{i}.cls", b"ab"[label : label + 1])]
+        return open_data(f"wds:{write_tar(place / 't.tar', members)}", "train")
+
+
+class TestTarsOfLargerImages(TestTars):
+    @pytest.fixture
+    def pixels(self) -> np.ndarray:
+        return images(side=65)
+
+
+class TestOwnDatasets(DatasetContract):
+    def make(self, place: Path, pixels: np.ndarray, labels: list[int]) -> Dataset:
+        np.savez(place / "toy.npz", pixels=pixels, labels=labels)
+        module = f"toy_of_items_{place.parent.name}_{place.name}".replace("-", "_")
+        (place / f"{module}.py").write_text(OWN.format(file=str(place / "toy.npz")))
+        with pytest.MonkeyPatch.context() as patch:
+            patch.syspath_prepend(str(place))
+            return open_data(f"{module}:Data", "train")
+
+
+OWN = """
+import numpy as np
+from PIL import Image
+
+class Data:
+    classes = ["a", "b"]
+    def __init__(self, split):
+        self.z = dict(np.load({file!r}))
+    def __len__(self):
+        return len(self.z["labels"])
+    def __getitem__(self, i):
+        return Image.fromarray(self.z["pixels"][i]), self.z["labels"][i]
+"""
+
+
+class TestOwnDatasetsOfLargerImages(TestOwnDatasets):
+    @pytest.fixture
+    def pixels(self) -> np.ndarray:
+        return images(side=65)
 
 
 # ---- a new kind: this file, and a line in the table ----
@@ -119,6 +178,33 @@ def test_a_kind_without_a_path_takes_none() -> None:
     """What a file names may be opened: a module that is called like a kind must not be imported for it."""
     with pytest.raises(InputError, match="unknown dataset 'digits:load': digits takes no path"):
         open_data("digits:load", "train")
+
+
+@pytest.mark.parametrize(
+    ("spec", "message"),
+    [
+        (
+            "wsd:train-{0..9}.tar",
+            "there is no such kind: did you mean wds\\?, .*what follows is not the name of a function",
+        ),
+        ("file:table.csv", "did you mean files\\?"),
+        ("hf:imagenet-1k", "hf:imagenet-1k: Hugging Face data sets are not read yet, and will need an extra"),
+        ("hf:load", "hf:load: Hugging Face data sets are not read yet"),
+        ("wsd:train", "cannot import 'wsd': ModuleNotFoundError: .*known are .*: did you mean wds"),
+        ("imagefoldr", "known are .*: did you mean imagefolder"),
+        ("own/data:train", "there is no such kind"),
+        ("2own:train", "there is no such kind"),
+    ],
+)
+def test_a_kind_that_nobody_knows_is_no_module(
+    spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "hf.py").write_text("raise AssertionError('imported')")
+    monkeypatch.syspath_prepend(str(tmp_path))
+    with pytest.raises(InputError, match=message) as caught:
+        open_data(spec, "train")
+    assert "\n" not in str(caught.value)
+    assert is_function(spec) == (spec == "wsd:train")
 
 
 def test_statistics_are_those_of_the_train_split() -> None:

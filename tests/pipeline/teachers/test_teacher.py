@@ -372,6 +372,9 @@ def test_a_function_may_give_a_network_of_timms(own, tmp_path):
         f.write("\ndef vit(classes):\n    import timm\n    return timm.create_model('test_vit', num_classes=classes)\n")
     teacher = load_teacher(f"{own}:vit", open_data(f"{own}:images", "train"), CPU)
     assert (teacher.input_size, teacher.identity.mean) == (160, (0.5,) * 3) and "its pretrained_cfg" in teacher.about
+    torch.save({"model": teacher.model.network.state_dict()}, tmp_path / "vit.pth")
+    by_file = load_teacher(f"{own}:vit", open_data(f"{own}:images", "train"), CPU, weights=str(tmp_path / "vit.pth"))
+    assert by_file.identity == teacher.identity and "vit.pth#model, 160 px" in by_file.about
 
 
 def test_what_was_asked_for_is_replayed(own, tmp_path):

@@ -11,6 +11,7 @@ from scipy.stats import chi2_contingency
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
+from kdcache.pipeline.views.operations.kinds import auto, members
 from kdcache.pipeline.views.operations.kinds.auto import (
     LEVELS,
     MEMBERS,
@@ -279,3 +280,16 @@ def test_what_is_drawn_has_torchvisions_distribution(transform, operation, space
         assert table.shape[1] == 1 or chi2_contingency(table).pvalue > 0.01
     without = ~np.isin(drawn["member"], [MEMBERS.index(name) for name in (*SIGNED, *PLAIN)])
     assert not drawn["level"][without].any()
+
+
+@pytest.mark.parametrize("space", [auto.NARROW, auto.WIDE])
+def test_large_images_move_by_blocks_as_they_would_by_pixel(space):
+    height, width = 65, 80
+    images = torch.randint(1, 256, (61, height, width, 3), dtype=torch.uint8)
+    rows, columns = np.mgrid[:height, :width]
+    for matrices in auto.matrices(space, height, width):
+        for image, got, (x, y) in zip(images.numpy(), members.moved(images, matrices), matrices, strict=True):
+            column, row = ((m[0] * columns + m[1] * rows + m[2]) >> members.BITS for m in (x, y))
+            inside = (0 <= column) & (column < width) & (0 <= row) & (row < height)
+            want = image[row.clip(0, height - 1), column.clip(0, width - 1)] * inside[..., None]
+            assert np.array_equal(got.numpy(), want)

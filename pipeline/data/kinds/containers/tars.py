@@ -1,0 +1,337 @@
+"""WebDataset tars: which tars are which split, and their samples, read by offset."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+import stat
+from collections.abc import Sequence
+from contextlib import closing
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from kdcache.cache.errors import InputError
+from kdcache.pipeline.data.decode import size_of_bytes
+from kdcache.pipeline.data.imagefiles import IMAGENET_MEAN, IMAGENET_STD, FilesDone, Triple, are_small
+from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
+from kdcache.pipeline.data.kinds.containers.items import (
+    ItemDataset,
+    item_sizes,
+    small_pixels,
+    statistics,
+    unreadable_items,
+)
+from kdcache.pipeline.data.kinds.containers.passes import in_workers
+from kdcache.pipeline.data.kinds.containers.tarindex import TarIndex, index_tar
+from kdcache.pipeline.data.kinds.containers.tarnames import BETWEEN, spelled, tars_of
+from kdcache.pipeline.data.kinds.folders import (
+    HELD_OUT,
+    held_out,
+    note_of,
+)
+from kdcache.pipeline.data.labels import classes_of
+from kdcache.pipeline.data.memory import recall, remember
+
+_FEW = 8  # tars that this process indexes itself
+_START = 1 << 16  # bytes of an image that mostly hold its header
+_NAMES = ("classnames.txt", "classes.txt")  # a class a line, in the folder of the first tar
+
+
+class Tars(Kind):
+    """`wds:TRAIN::EVAL`, or `wds:PATTERN` for tars whose names tell their split, or of which a part is held out."""
+
+    takes_path: TakesPath = "must"
+    between: str = BETWEEN
+
+    def open(self, asked: Asked) -> ItemDataset:
+        train, evaluation, unread = tars_of(asked)
+        learnt = _learnt(train, asked.home)
+        own = learnt if asked.split == "train" or evaluation is None else _learnt(evaluation, asked.home)
+        labels, names = np.empty((len(own.source), 0), np.int64), tuple[str, ...]()
+        if not asked.unlabelled:
+            ids = _ids(learnt)
+            labels = _labels(own, ids)[:, None]
+            names = _class_names(train[0].parent, tuple(ids))
+        places = trained = np.arange(len(own.source))
+        if whole := evaluation is None:
+            places, trained = (_part(labels, len(labels), split, train) for split in (asked.split, "train"))
+        elif own is not learnt:
+            trained = np.arange(len(learnt.source))
+        pixels = small_pixels(own.source, places, own.sizes[places])
+        mean, std = _statistics(learnt, trained, pixels if asked.split == "train" else None, asked.home)
+        return ItemDataset(
+            name=asked.name,
+            split=asked.split,
+            labels=labels[places],
+            class_names=names,
+            sizes=own.sizes[places],
+            mean=mean,
+            std=std,
+            note=note_of(spelled(asked), asked.split, len(places), names, whole) + own.left_out + unread,
+            source=own.source,
+            places=places,
+            paths=tuple(own.source.names[i] for i in places) if whole else own.source.names,
+            pixels=pixels,
+            parts=whole,
+        )
+
+    def unreadable(self, asked: Asked, progress: FilesDone | None = None) -> list[str]:
+        """Decode the images without opening the dataset, which is refused where one has no header."""
+        train, evaluation, _ = tars_of(asked)
+        own = _indexed(train if asked.split == "train" or evaluation is None else evaluation)
+        places = np.arange(len(own.source))
+        if evaluation is None:
+            labels = np.empty((len(places), 0), np.int64)
+            if not asked.unlabelled:
+                labels = _labels(own, _ids(own))[:, None]
+            places = _part(labels, len(places), asked.split, train)
+        return unreadable_items(own.source, places, progress)
+
+
+@dataclass(frozen=True, eq=False)
+class TarSource:
+    """The images of some tars. states: each tar's size in bytes and time of change in ns when it was indexed.
+
+    tar, offsets, lengths: int64 [N]. names: of the images' members.
+    """
+
+    tars: tuple[Path, ...]
+    states: tuple[tuple[int, int], ...]
+    tar: np.ndarray
+    offsets: np.ndarray
+    lengths: np.ndarray
+    names: tuple[str, ...]
+    few = 256
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, TarSource) and (self.tars, self.states) == (other.tars, other.states)
+
+    def __hash__(self) -> int:
+        return hash((self.tars, self.states))
+
+    def __len__(self) -> int:
+        return len(self.offsets)
+
+    def where(self, place: int) -> str:
+        return f"{self.tars[self.tar[place]]}: {self.names[place]}"
+
+    def read(self, place: int) -> tuple[bytes, None]:
+        return self._bytes(place, int(self.lengths[place])), None
+
+    def size(self, place: int) -> tuple[int, int]:
+        length = int(self.lengths[place])
+        if length > _START:
+            try:
+                return size_of_bytes(self._bytes(place, _START), self.where(place))
+            except InputError:
+                pass  # a long EXIF part may stand before the size: the whole image decides
+        return size_of_bytes(self._bytes(place, length), self.where(place))
+
+    def _bytes(self, place: int, length: int) -> bytes:
+        """The first bytes of an image. InputError where its tar is not what it was when it was indexed."""
+        number = int(self.tar[place])
+        path = self.tars[number]
+        try:
+            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+            try:
+                about = os.fstat(fd)
+                if (about.st_size, about.st_mtime_ns) != self.states[number]:
+                    raise InputError(f"{path}: has changed since it was indexed: open the dataset again")
+                content = os.pread(fd, length, int(self.offsets[place]))
+            finally:
+                os.close(fd)
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read: {e.strerror}") from e
+        if len(content) < length:
+            raise InputError(f"{self.where(place)}: its tar ends before it: the tar is truncated")
+        return content
+
+
+@dataclass(frozen=True, eq=False)
+class _Index:
+    """The samples of some tars. labels: the place of each one's label in `texts`, -1 without, int64 [N]."""
+
+    source: TarSource
+    labels: np.ndarray
+    texts: tuple[str, ...]
+    without_image: int
+
+    @property
+    def left_out(self) -> str:
+        n = self.without_image
+        return f"; {n:,} samples without an image are left out" if n else ""
+
+
+@dataclass(frozen=True, eq=False)
+class _Learnt(_Index):
+    """Also the sizes int32 [N, 2]. key: what all this is remembered under."""
+
+    sizes: np.ndarray
+    key: str
+
+
+def _learnt(tars: tuple[Path, ...], home: Path) -> _Learnt:
+    """All that is to be known of some tars, which is remembered under their names, sizes and times of change."""
+    states = _states(tars)
+    listing = "".join(f"{path.name}\0{size} {changed}\n" for path, (size, changed) in zip(tars, states, strict=True))
+    key = hashlib.sha256(b"kdcache tars 1\n" + os.fsencode(listing)).hexdigest()
+    if (stored := recall(home, key)) is not None and (known := _from_arrays(tars, states, stored, key)):
+        return known
+    index = _indexed(tars)
+    found = _Learnt(index.source, index.labels, index.texts, index.without_image, item_sizes(index.source), key)
+    remember(home, key, _arrays(found))
+    return found
+
+
+def _statistics(learnt: _Learnt, places: np.ndarray, pixels: torch.Tensor | None, home: Path) -> tuple[Triple, Triple]:
+    """Mean and standard deviation of the train split, which has these places and perhaps these pixels."""
+    if not are_small(learnt.sizes[places]):
+        return IMAGENET_MEAN, IMAGENET_STD
+    key = hashlib.sha256(f"kdcache statistics 1 {learnt.key}\n".encode() + places.astype("<i8").tobytes()).hexdigest()
+    stored = (recall(home, key) or {}).get("statistics", np.empty(0))
+    if stored.shape != (2, 3):
+        if pixels is None:
+            pixels = small_pixels(learnt.source, places, learnt.sizes[places])
+        stored = np.array(statistics(pixels))
+        remember(home, key, {"statistics": stored})
+    mean, std = stored.tolist()
+    return tuple(mean), tuple(std)
+
+
+def _states(tars: Sequence[Path]) -> tuple[tuple[int, int], ...]:
+    states = []
+    for path in tars:
+        try:
+            about = path.stat()
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read: {e.strerror}") from e
+        if not stat.S_ISREG(about.st_mode):
+            raise InputError(f"{path}: not a plain file")
+        states.append((about.st_size, about.st_mtime_ns))
+    return tuple(states)
+
+
+@dataclass(frozen=True)
+class _IndexOne:
+    tars: tuple[Path, ...]
+
+    def __call__(self, number: int) -> TarIndex | str:
+        try:
+            return index_tar(self.tars[number])
+        except InputError as e:
+            return str(e)
+
+
+def _indexed(tars: tuple[Path, ...]) -> _Index:
+    """Read the headers of all tars, in worker processes."""
+    states = _states(tars)
+    found: list[TarIndex] = []
+    work, numbers = _IndexOne(tars), range(len(tars))
+    with closing(
+        in_workers(work, numbers, lambda i: str(tars[i]), title="index tars", unit="tars", chunk=1, few=_FEW)
+    ) as results:
+        for index in results:
+            if isinstance(index, str):
+                raise InputError(index)
+            found.append(index)
+    counts = [len(index.offsets) for index in found]
+    if not sum(counts):
+        raise InputError(f"{tars[0]}{' and the others' if len(tars) > 1 else ''}: holds no sample with an image")
+    texts = sorted({label for index in found for label in index.labels if label is not None})
+    ids = {text: i for i, text in enumerate(texts)} | {None: -1}
+    source = TarSource(
+        tars,
+        states,
+        np.repeat(np.arange(len(tars)), counts),
+        np.array([offset for index in found for offset in index.offsets], np.int64),
+        np.array([length for index in found for length in index.lengths], np.int64),
+        tuple(name for index in found for name in index.names),
+    )
+    labels = np.array([ids[label] for index in found for label in index.labels], np.int64)
+    return _Index(source, labels, tuple(texts), sum(index.without_image for index in found))
+
+
+_EACH = ("tar", "offsets", "lengths")
+
+
+def _arrays(learnt: _Learnt) -> dict[str, np.ndarray]:
+    names = "\0".join(learnt.source.names).encode("utf-8", "surrogateescape")
+    return {
+        **{name: getattr(learnt.source, name) for name in _EACH},
+        "names": np.frombuffer(names, np.uint8),
+        "labels": learnt.labels,
+        "texts": np.frombuffer(json.dumps(learnt.texts).encode(), np.uint8),
+        "without_image": np.array(learnt.without_image),
+        "sizes": learnt.sizes,
+    }
+
+
+def _from_arrays(
+    tars: tuple[Path, ...], states: tuple[tuple[int, int], ...], stored: dict[str, np.ndarray], key: str
+) -> _Learnt | None:
+    """What _arrays has made arrays of; None unless they fit each other."""
+    try:
+        each = [stored[name] for name in (*_EACH, "labels")]
+        names = tuple(stored["names"].tobytes().decode("utf-8", "surrogateescape").split("\0"))
+        texts, sizes = tuple(json.loads(stored["texts"].tobytes())), stored["sizes"]
+        without = int(stored["without_image"])
+    except (KeyError, ValueError):
+        return None
+    n = len(names)
+    fits = all(array.shape == (n,) and array.dtype == np.int64 for array in each)
+    if not fits or sizes.shape != (n, 2) or sizes.dtype != np.int32 or each[0].max() >= len(tars):
+        return None
+    tar, offsets, lengths, labels = each
+    return _Learnt(TarSource(tars, states, tar, offsets, lengths, names), labels, texts, without, sizes, key)
+
+
+def _ids(learnt: _Index) -> dict[str, int]:
+    """The id of each label of the train split."""
+    _require_all(learnt)
+    return {name: i for i, name in enumerate(classes_of(learnt.texts, str(learnt.source.tars[0])))}
+
+
+def _require_all(index: _Index) -> None:
+    if (missing := np.flatnonzero(index.labels < 0)).size:
+        where = index.source.where(int(missing[0]))
+        raise InputError(
+            f"{where}: has no label ({missing.size:,} samples have none): a .cls or a .json member with a label must "
+            "stand beside the image under the same name; --unlabelled does without"
+        )
+
+
+def _labels(own: _Index, ids: dict[str, int]) -> np.ndarray:
+    _require_all(own)
+    labels: np.ndarray = np.array([ids.get(text, -1) for text in own.texts], np.int64)[own.labels]
+    if (unknown := np.flatnonzero(labels < 0)).size:
+        first = int(unknown[0])
+        text = own.texts[own.labels[first]]
+        raise InputError(f"{own.source.where(first)}: label {text!r} is no class of the train split")
+    return labels
+
+
+def _class_names(folder: Path, ids: tuple[str, ...]) -> tuple[str, ...]:
+    """The names of the classes: those in a file beside the tars where labels are ids, else the labels themselves."""
+    file = next((folder / name for name in _NAMES if (folder / name).is_file()), None)
+    if file is None or ids != tuple(map(str, range(len(ids)))):
+        return ids
+    try:
+        names = tuple(line.strip() for line in file.read_text(encoding="utf-8-sig").splitlines() if line.strip())
+    except (OSError, ValueError) as e:
+        raise InputError(f"{file}: cannot be read: {e}") from e
+    if len(names) < len(ids):
+        raise InputError(f"{file}: names {len(names):,} classes, but labels go up to {len(ids) - 1:,}")
+    return names
+
+
+def _part(labels: np.ndarray, n: int, split: str, tars: Sequence[Path]) -> np.ndarray:
+    """The places of a split's samples, where every tenth of a class is held out for the eval split."""
+    flat = labels[:, 0] if labels.shape[1] else np.zeros(n, np.int64)
+    places = np.flatnonzero(held_out(flat, HELD_OUT) == (split == "eval"))
+    if not places.size:
+        raise InputError(f"{tars[0]}: there is no tenth image in any class to hold out for the eval split")
+    return places

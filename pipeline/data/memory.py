@@ -1,0 +1,35 @@
+"""What was learnt from a dataset at its first opening, kept in KDCACHE_HOME/datasets, so that it is learnt once."""
+
+from __future__ import annotations
+
+import contextlib
+import io
+import zipfile
+from collections.abc import Mapping
+from pathlib import Path
+
+import numpy as np
+
+from kdcache.cache.files import replace_file
+
+
+def recall(home: Path, key: str) -> dict[str, np.ndarray] | None:
+    """The arrays that `remember` kept under this key; None where there are none, or they cannot be read."""
+    try:
+        with memory_file(home, key).open("rb") as f, np.load(f, allow_pickle=False) as stored:
+            return dict(stored)
+    except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
+        return None  # it is learnt again
+
+
+def remember(home: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
+    """Keep the arrays under a key that holds whatever they depend on."""
+    buffer = io.BytesIO()
+    np.savez(buffer, **arrays)  # type: ignore[arg-type]  # it takes the flag for one of them
+    with contextlib.suppress(OSError):  # without a place to keep them, they are learnt again next time
+        replace_file(memory_file(home, key), buffer.getvalue())
+
+
+def memory_file(home: Path, key: str) -> Path:
+    """The file that keeps what belongs to a key."""
+    return home / "datasets" / f"{key}.npz"

@@ -1,0 +1,162 @@
+"""Real images, and the containers of every kind that they can be put into."""
+
+import csv
+import io
+import json
+import os
+import tarfile
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+from PIL import Image
+
+CLASSES = ("bloom", "roof")
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One image file's content, and its class."""
+
+    split: str  # train or val
+    label: str
+    name: str  # with its ending, and unique in its split
+    content: bytes
+
+    @property
+    def path(self) -> str:
+        return f"{self.split}/{self.label}/{self.name}"
+
+    @property
+    def id(self) -> int:
+        return CLASSES.index(self.label)
+
+
+def pictures(train: int = 17, val: int = 7, side: int = 0) -> list[Sample]:
+    """Cuts of scikit-learn's two photographs as JPEG and PNG files, by class, of many sizes (or all of one side)."""
+    from sklearn.datasets import load_sample_images
+
+    photos = dict(zip(("roof", "bloom"), load_sample_images().images, strict=True))
+    rng = np.random.default_rng(0)
+    found = []
+    for split, n in (("train", train), ("val", val)):
+        for i in range(n):
+            label = CLASSES[i % 2]
+            top, left, height, width = (int(x) for x in rng.integers((0, 0, 66, 66), (300, 500, 120, 120)))
+            cut = photos[label][top : top + (side or height), left : left + (side or width)]
+            file = io.BytesIO()
+            Image.fromarray(cut).save(file, "PNG" if i % 3 == 1 else "JPEG")
+            ending = "png" if i % 3 == 1 else "jpg"
+            found.append(
+                Sample(split, label, f"{i:03d} é.{ending}" if i == 4 else f"{i:03d}.{ending}", file.getvalue())
+            )
+    return sorted(found, key=lambda sample: os.fsencode(sample.path))
+
+
+def write_folder(top: Path, samples: list[Sample]) -> str:
+    for sample in samples:
+        (top / sample.path).parent.mkdir(parents=True, exist_ok=True)
+        (top / sample.path).write_bytes(sample.content)
+    return f"imagefolder:{top}"
+
+
+def write_csv(top: Path, samples: list[Sample], ids: bool = False) -> str:
+    write_folder(top, samples)
+    with (top / "table.csv").open("w", newline="", encoding="utf-8") as file:
+        rows = csv.writer(file)
+        rows.writerow(["split", "path", "more", "label"])
+        rows.writerows([s.split, s.path, "x,y", s.id if ids else s.label] for s in reversed(samples))
+    return f"files:{top}/table.csv"
+
+
+def write_jsonl(top: Path, samples: list[Sample]) -> str:
+    write_folder(top, samples)
+    rows = [json.dumps({"file_name": s.path, "label": s.label, "split": s.split}) + "\n" for s in samples]
+    (top / "table.jsonl").write_text("".join(rows), encoding="utf-8")
+    return f"files:{top}/table.jsonl"
+
+
+def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with tarfile.open(path, "w", format=format) as tar:
+        for name, content in members:
+            about = tarfile.TarInfo(name)
+            about.size = len(content)
+            tar.addfile(about, io.BytesIO(content))
+    return path
+
+
+def members(samples: list[Sample], json_labels: bool = False) -> list[tuple[str, bytes]]:
+    found = []
+    for s in samples:
+        stem = s.name.partition(".")[0]
+        label = (f"{stem}.json", json.dumps({"label": s.label}).encode())
+        found += [(s.name, s.content), label if json_labels else (f"{stem}.cls", s.label.encode())]
+    return found
+
+
+def write_tars(top: Path, samples: list[Sample], json_labels: bool = False) -> str:
+    """Tars of five samples, train-000.tar and so on."""
+    for split in ("train", "val"):
+        of_split = [s for s in samples if s.split == split]
+        for i in range(0, len(of_split), 5):
+            write_tar(top / f"{split}-{i // 5:03d}.tar", members(of_split[i : i + 5], json_labels))
+    tars = len([s for s in samples if s.split == "train"])
+    return f"wds:{top}/train-{{000..{(tars - 1) // 5:03d}}}.tar::{top}/val-*.tar"
+
+
+# The code of a user's module. FORM says what its samples are; FILES holds path, label and split of each.
+_MODULE = """
+import io, json
+from pathlib import Path
+import numpy as np
+import torch
+from PIL import Image
+
+TOP = Path({top!r})
+FILES = json.loads((TOP / "files.json").read_text())
+
+class Own(torch.utils.data.Dataset):
+    classes = ["bloom", "roof"]
+
+    def __init__(self, split, form):
+        self.rows = [row for row in FILES if row[2] == {{"train": "train", "eval": "val"}}[split]]
+        self.form = form
+
+    def __len__(self):
+        return len(self.rows)
+
+    def __getitem__(self, i):
+        path, label, _ = self.rows[i]
+        if self.form == "bytes":
+            return (TOP / path).read_bytes(), label
+        image = Image.open(TOP / path)
+        if self.form == "image":
+            return image, label
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), np.int64(label)
+
+def images(split):
+    return Own(split, "image")
+
+def contents(split):
+    return Own(split, "bytes")
+
+def tensors(split):
+    return Own(split, "tensor")
+
+def half(split):
+    return torch.utils.data.Subset(Own(split, "bytes"), range(0, len(Own(split, "bytes")), 2))
+
+def paths(split):
+    rows = Own(split, "bytes").rows
+    return [str(TOP / row[0]) for row in rows], [row[1] for row in rows], Own.classes
+"""
+
+
+def write_module(top: Path, samples: list[Sample], function: str) -> str:
+    """A module of a name of its own in `top`, which must be on the path of modules."""
+    write_folder(top, samples)
+    (top / "files.json").write_text(json.dumps([(s.path, s.id, s.split) for s in samples]))
+    name = f"own_{abs(hash(top))}"
+    (top / f"{name}.py").write_text(_MODULE.format(top=str(top)))
+    return f"{name}:{function}"
