@@ -33,7 +33,9 @@ _CONTAINERS = (
 # What wrappers and training code put before all names.
 _WRAPPERS = ("module", "_orig_mod", "model", "net", "network", "student", "teacher", "backbone", "encoder")
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged)([._]|$)")
-_DEEPEST = 8  # dictionaries in dictionaries; a file may hold one that contains itself
+# A file may hold dictionaries that contain themselves, many times over.
+_DEEPEST = 8
+_MOST = 1_000_000
 
 # Reads what torch.load refuses to read as tensors alone; {} are the two files.
 _CONVERT = (
@@ -198,7 +200,7 @@ def open_checkpoint(file: str | Path) -> Checkpoint:
         tensors, notes = _read_safetensors(path)
         return Checkpoint(path, tensors, notes=notes, part=part)
     tensors, boxes = {}, set[str]()
-    _flatten(_loaded(path), "", 0, tensors, boxes)
+    _flatten(_loaded(path), path, "", 0, tensors, boxes)
     return Checkpoint(path, tensors, frozenset(boxes), part=part)
 
 
@@ -221,13 +223,15 @@ def _equal(one: Mapping[str, Tensor], other: Mapping[str, Tensor]) -> bool:
     )
 
 
-def _flatten(value: object, place: str, depth: int, tensors: State, boxes: set[str]) -> None:
+def _flatten(value: object, path: Path, place: str, depth: int, tensors: State, boxes: set[str]) -> None:
     if isinstance(value, Tensor):
         tensors[place.removesuffix(".")] = value
     elif isinstance(value, dict) and depth <= _DEEPEST:
         boxes.add(place)
+        if len(tensors) + len(boxes) > _MOST:
+            raise InputError(f"{path} holds more than {_MOST:,} tensors and dictionaries, which no checkpoint has")
         for name, inner in value.items():
-            _flatten(inner, f"{place}{name}.", depth + 1, tensors, boxes)
+            _flatten(inner, path, f"{place}{name}.", depth + 1, tensors, boxes)
 
 
 def _loaded(path: Path) -> object:

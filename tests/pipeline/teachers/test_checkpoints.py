@@ -20,6 +20,7 @@ from torch.optim.swa_utils import AveragedModel, get_ema_multi_avg_fn
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.identity import TeacherIdentity
+from kdcache.pipeline.teachers import checkpoints
 from kdcache.pipeline.teachers.checkpoints import open_checkpoint
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.sources.files import start_from
@@ -287,11 +288,16 @@ def test_what_does_not_fit_is_said_of_the_likely_place(data, network):
         load_teacher(NAME, data, CPU, weights="c.pth")
 
 
-def test_a_dictionary_that_contains_itself_is_no_endless_one(data, network):
+def test_a_dictionary_that_contains_itself_is_no_endless_one(network, monkeypatch):
+    monkeypatch.setattr(checkpoints, "_MOST", 10_000)
     content = {"state_dict": network.state_dict()}
     content["again"] = content
     torch.save(content, "a.pth")
     assert set(open_checkpoint("a.pth").find(network.state_dict()).state) == set(network.state_dict())
+    content |= {str(i): content for i in range(20)}
+    torch.save(content, "b.pth")
+    with pytest.raises(InputError, match=r"^b.pth holds more than 10,000 tensors and dictionaries"):
+        open_checkpoint("b.pth")
 
 
 class _Evil:
