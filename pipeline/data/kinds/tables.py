@@ -8,7 +8,7 @@ from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import pairwise
 from pathlib import Path
-from typing import Any
+from typing import Any, NamedTuple
 
 import numpy as np
 
@@ -35,8 +35,7 @@ _EVALS = (VALIDATION, TEST, EVALUATION)  # the first of them that has rows is th
 _FORMATS = ".csv, .tsv and .jsonl"
 
 
-@dataclass(frozen=True)
-class Row:
+class Row(NamedTuple):
     """A row of a table. label: as it is written; None where labels are not read. split: "" without that column."""
 
     path: str
@@ -173,17 +172,16 @@ def _read(asked: Asked) -> tuple[Path, list[Row]]:
 
 def _row(table: Path, line: int, cells: dict[str, Any], *, labelled: bool) -> Row:
     path, label, split = cells["path"], cells.get("label"), cells.get("split", "")
-    where = f"{table}, line {line}"
     if not isinstance(path, str) or not path or "\0" in path or not path.isprintable():
-        raise InputError(f"{where}: {path!r} is no path of a file")
+        raise InputError(f"{table}, line {line}: {path!r} is no path of a file")
     if not labelled:
         label = None
     elif isinstance(label, bool) or not isinstance(label, str | int) or label == "":
-        raise InputError(f"{where}: label {label!r} is neither a class name nor a whole number")
+        raise InputError(f"{table}, line {line}: label {label!r} is neither a class name nor a whole number")
     elif isinstance(label, int) and label < 0:
-        raise InputError(f"{where}: label {label} is no class: ids begin at 0")
+        raise InputError(f"{table}, line {line}: label {label} is no class: ids begin at 0")
     if "split" in cells and (not isinstance(split, str) or not split):
-        raise InputError(f"{where}: has no split")
+        raise InputError(f"{table}, line {line}: has no split")
     return Row(path, None if label is None else str(label), split, line)
 
 
