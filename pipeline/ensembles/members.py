@@ -115,7 +115,8 @@ def common_views(members: Sequence[Member], say: Callable[[str], None]) -> range
         raise NotFoundError(f"{lacking.name} lacks view 0, with which a mix begins: build it, or give the whole cache")
     for member, of in zip(members, views, strict=True):
         if more := len(of) - count:
-            say(f"note: {more} views of {member.name} are not mixed, since the other caches lack them or some before")
+            are = "1 view is" if more == 1 else f"{more} views are"
+            say(f"note: {are} left out of {member.name}: not all caches have the views from 0 up to there")
     return range(count)
 
 

@@ -137,7 +137,7 @@ def test_an_extended_mix_goes_on_with_the_same_command(tmp_path):
     assert first.views == 1
     caches[0].add_view()
     said = []
-    assert mixed(caches, said.append).views == 1 and any("1 views of net0" in line for line in said)
+    assert mixed(caches, said.append).views == 1 and any("1 view is left out of net0" in line for line in said)
     caches[1].add_view()
     again = mixed(caches)
     assert (again.key, again.views, again.records) == (first.key, 2, 21)
