@@ -146,9 +146,8 @@ def _operations(text: str, whole: str) -> Iterator[Any]:
             yield _made(OPERATIONS[name], arguments, whole)
         else:
             hint = did_you_mean(name, [*OPERATIONS, *NAMED])
-            known = "; ".join((" ".join(OPERATIONS), " ".join(NAMED)))
             raise InputError(
-                f"unknown operation {name!r} in view policy {whole!r}{hint} (known: {known}; or none alone)"
+                f"unknown operation {name!r} in view policy {whole!r}{hint} (kdcache views --list shows all operations)"
             )
         if not comma:
             return

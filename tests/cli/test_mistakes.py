@@ -48,7 +48,10 @@ MISTAKES: dict[str, tuple[str, tuple[str, ...]]] = {
     "temperatures in words": (f"{BUILD} --temperatures 1,two", ("'1,two'", "1,2,4")),
     "temperature zero": (f"{BUILD} --temperatures 0", ("between 0 and 1000",)),
     "temperature nan": (f"{BUILD} --temperatures nan", ("between 0 and 1000",)),
-    "unknown operation": (f"{BUILD} --augment crop,flop", ("'crop,flop'", "did you mean flip?", "randaugment")),
+    "unknown operation": (
+        f"{BUILD} --augment crop,flop",
+        ("'crop,flop'", "did you mean flip?", "kdcache views --list"),
+    ),
     "argument out of range": (f"{BUILD} --augment crop,flip(2)", ("'crop,flip(2)'", "not from 0 to 1")),
     "spread backwards": (f"{BUILD} --sequence even", ("--sequence", "'spread'")),
     "no views": (f"{BUILD} --views 0", ("--views",)),

@@ -26,7 +26,7 @@ from kdcache.tests.helpers.commands import Place, works
         ("views = -1", ("-1",)),
         ("unlabelled = 3", ("'3'",)),
         ('precision = "float8"', ("'float8'", "float32")),
-        ("augment = 3", ("'3'", "crop,flip")),
+        ("augment = 3", ("'3'", "kdcache views --list")),
         ('temperatures = [1, "two"]', ("'1,two'",)),
     ],
 )

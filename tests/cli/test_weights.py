@@ -83,7 +83,7 @@ def test_a_teacher_near_chance(place: Place, data: str, refused: Callable[..., s
 def test_classes_that_do_not_fit(place: Place, refused: Callable[..., str]) -> None:
     three, one = (paint(place.work / str(n), classes=n, each=10) for n in (3, 1))
     line = f"build --teacher resnet8 --weights {place.weights} --data imagefolder:{three}"
-    refused(line, "the teacher has 4 classes, imagefolder has 3", "--class-map")
+    refused(line, "the teacher has 4 classes, but imagefolder has 3", "--class-map")
     works(f"{line} --views 1 --out {place.work}/mapped --class-map auto")
     (place.work / "map.csv").write_text("c0,0\nc1,7\nc2,2\n")
     refused(f"{line} --class-map map.csv", "7", "0 to 3")
