@@ -4,10 +4,8 @@ A command's options are its annotated parameters and the fields of its config (p
 takes long to import is imported by the command that needs it.
 """
 
-import json
 import sys
-from dataclasses import replace
-from pathlib import Path
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import click
@@ -21,6 +19,7 @@ from kdcache.pipeline.commandline.parameters import from_signature
 from kdcache.pipeline.commandline.terminal import confirm, figure, of_run, say, show
 from kdcache.pipeline.config import GcConfig, VerifyConfig
 from kdcache.pipeline.data.defaults import data_option
+from kdcache.pipeline.ensembles.config import MixConfig
 from kdcache.pipeline.imports.config import ImportConfig
 from kdcache.pipeline.sheet.config import ViewsConfig
 from kdcache.train.bench.config import BenchConfig
@@ -160,7 +159,22 @@ def unpack(file: Annotated[str, Argument()], out: CacheFolder = None, as_json: J
 
 @main.command()
 @from_signature
-def train(config: TrainConfig, loss: tuple[str, ...], seed: tuple[int, ...], as_json: Json = False) -> None:
+def mix(config: MixConfig, as_json: Json = False) -> None:
+    """Make one cache of several teachers' caches: the mean of their answers. Stopped, the same command goes on.
+
+    Example: kdcache mix 1f0c2a 77ab01 --weights 0.7,0.3
+    """
+    from kdcache.pipeline.ensembles.mix import mix as run
+
+    result = run(config, say)
+    show(asdict(result), as_json, str(result.path))
+
+
+@main.command()
+@from_signature
+def train(
+    config: TrainConfig, cache: tuple[str, ...], loss: tuple[str, ...], seed: tuple[int, ...], as_json: Json = False
+) -> None:
     """Train a student from a cache; with several losses or seeds all of them, and compare. Exit status 1 if one fails.
 
     \b
@@ -169,15 +183,17 @@ def train(config: TrainConfig, loss: tuple[str, ...], seed: tuple[int, ...], as_
              kdcache train --loss ce --loss nkd --loss dkd:beta=2 --seed 0 --seed 1 --seed 2
              kdcache train --loss nkd --data cifar10 --cache cifar10.beton     (by FFCV's loader)
              kdcache train --loss nkd --registry s3://bucket/kd --cache r34-imagenet-v1
+             kdcache train --loss nkd --cache 1f0c2a --cache 77ab01            (by both teachers: see kdcache mix)
              kdcache train --resume --out runs/digits-resnet8-nkd-seed0
              torchrun --nproc-per-node 4 -m kdcache.cli train --loss nkd       (by 4 processes, each a GPU of its own)
     """
+    from kdcache.train.plan.choosing import with_one_cache
     from kdcache.train.run import train as run
     from kdcache.train.sweep import asked, sweep, table
 
     if not config.online and is_set_for_all("weights"):
         config = replace(config, weights=None)  # the setting is for commands that run the teacher
-    given = typed_names()
+    config, given = with_one_cache(config, cache, say), typed_names()
     losses, seeds = asked(config, loss, seed, given, is_set("loss"))
     config = replace(config, loss=losses[0], seed=seeds[0])
     if len(losses) * len(seeds) > 1:
@@ -234,19 +250,9 @@ def list_command(registry: Registry = None, as_json: Json = False) -> None:
     Example: kdcache ls
              kdcache ls --registry s3://bucket/kd
     """
-    from kdcache.cache.home import list_caches, open_registry
-    from kdcache.pipeline.info import one_line, shared_summaries, summary
+    from kdcache.pipeline.info import listing
 
-    good, bad = list_caches()
-    found, lines = [summary(c) for c in good], [*map(one_line, good)]
-    if registry is not None:
-        if lines and not as_json:  # whatever the network does
-            show([], False, "\n".join(lines))
-        shared = open_registry(registry)
-        about, lines, also_bad = shared_summaries(shared)
-        found += about
-        lines = [f"in {shared.url}:", *(lines or ["no caches: see kdcache push --help"])]
-        bad += also_bad
+    found, lines, bad = listing(registry, as_json)
     show(found, as_json, "\n".join(lines) or "no caches: see kdcache build --help")
     for line in bad:
         say(f"not a cache: {line}")
@@ -321,8 +327,7 @@ def remove_command(
     if name is not None:
         from kdcache.pipeline.share import require_registry
 
-        url = require_registry(registry)
-        confirm(f"Remove the name {name} from {url}?", yes)
+        confirm(f"Remove the name {name} from {(url := require_registry(registry))}?", yes)
         remove_name(name, url)
         show({"name": name, "registry": url}, as_json, f"removed the name {name}")
         return
@@ -346,13 +351,12 @@ def gc(config: GcConfig, as_json: Json = False) -> None:
              kdcache gc --delete
              kdcache gc --registry /mnt/team/kd --older 90
     """
-    from kdcache.cache.care import gc as run
-    from kdcache.cache.care import leavings
+    from kdcache.cache import care
     from kdcache.pipeline.build import spool
     from kdcache.pipeline.info import removal
 
-    found = [*leavings(config.older, config.registry, config.local_store_size), *spool.leavings(config.older)]
-    result = run(found, config.delete)
+    found = [*care.leavings(config.older, config.registry, config.local_store_size), *spool.leavings(config.older)]
+    result = care.gc(found, config.delete)
     show(result, as_json, removal(result, config.delete))
 
 
@@ -433,15 +437,10 @@ def bench(
     Example: kdcache bench
              kdcache bench --data cifar10 --teacher resnet56 --student resnet20 --batch-size 256 --out bench.json
     """
-    from kdcache.cache.files import replace_file
     from kdcache.train.bench.bench import bench as run
     from kdcache.train.bench.table import table
 
-    if out and Path(out).is_dir():
-        raise click.BadParameter(f"{out} is a folder, not a file", param_hint="--out")
-    found = run(config, say)
-    if out:
-        replace_file(Path(out), (json.dumps(found, indent=2) + "\n").encode())
+    found = run(config, say, out)
     show(found, as_json, table(found))
 
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from typing import Any, Final, Literal, TypeVar, get_args
 
 import pydantic
@@ -12,7 +13,7 @@ from pydantic import BaseModel, ConfigDict, Field, SerializerFunctionWrapHandler
 from kdcache.cache.errors import CorruptError, MismatchError
 from kdcache.cache.records.choices import Interpolation, SequenceName
 
-# Format 2 is format 1 and views that are mixed or spread. Everything else is written as format 1, for ever.
+# Format 2 is format 1 and views that are mixed or spread, and ensembles. All else is written as format 1, for ever.
 FORMAT: Final = 1
 MIXED_FORMAT: Final = 2
 # Far above any real one; a larger file is refused before it is parsed.
@@ -168,6 +169,13 @@ class RecordIdentity(Strict):
         return self
 
 
+class MemberIdentity(Strict):
+    """One of the caches that an ensemble's cache is made of: its key, and the weight of its answers in the mean."""
+
+    key: Sha256 = Field(pattern=r"^[0-9a-f]{64}$")
+    weight: float = Field(gt=0, lt=1)
+
+
 def id_dtype(classes: int) -> str:
     """The name of the smallest unsigned type that holds every class id and one more value, which marks a hole."""
     return "uint8" if classes < 2**8 else "uint16" if classes < 2**16 else "uint32"
@@ -176,7 +184,9 @@ def id_dtype(classes: int) -> str:
 class Identity(Strict):
     """The content address of a cache is the sha256 of this, as canonical JSON.
 
-    class_map: sha256 of the teacher's class for each of the dataset's, or None where they are the same.
+    class_map: sha256 of the teacher's class for each of the dataset's, or None where they are the same. members: the
+    caches whose mean answers this one holds, in the order of their keys. It is left out of the JSON where there are
+    none, as it was before there were ensembles.
     """
 
     format: Literal[1, 2] = FORMAT
@@ -187,6 +197,7 @@ class Identity(Strict):
     record: RecordIdentity
     class_map: Sha256 | None
     part: int = Field(ge=1, le=2**24)
+    members: tuple[MemberIdentity, ...] = ()
 
     @property
     def key(self) -> str:
@@ -207,12 +218,37 @@ class Identity(Strict):
             return self.record
         return self.record.model_copy(update={"labels": self.sample_labels})
 
+    @property
+    def without_teacher(self) -> str | None:
+        """Why no live teacher can answer as its records do, to be put behind its name; None where one can."""
+        if self.members:
+            return "holds the mean of several teachers' answers, and there is no one teacher to ask"
+        return "was imported, and its teacher is not at hand" if self.views.imported else None
+
+    @model_serializer(mode="wrap")
+    def _without_usual(self, handler: SerializerFunctionWrapHandler) -> dict[str, Any]:
+        out: dict[str, Any] = handler(self)
+        if not self.members:
+            del out["members"]
+        return out
+
     @model_validator(mode="after")
     def _is_of_its_format(self) -> Identity:
-        if self.format != self.views.format:
+        if self.members and self.format != MIXED_FORMAT:
+            raise ValueError(f"ensembles belong to format {MIXED_FORMAT}")
+        if not self.members and self.format != self.views.format:
             raise ValueError(f"such views belong to format {self.views.format}")
         if self.views.mixed and self.record.labels == 1:
             raise ValueError("mixed records have two labels or none")
+        return self
+
+    @model_validator(mode="after")
+    def _has_members_in_order(self) -> Identity:
+        keys = [member.key for member in self.members]
+        if len(keys) == 1 or keys != sorted(set(keys)):
+            raise ValueError("the members of an ensemble are two or more, each named once, in the order of their keys")
+        if keys and abs(math.fsum(member.weight for member in self.members) - 1) > 1e-9:
+            raise ValueError("the weights of an ensemble's members add up to 1")
         return self
 
     def require(self, other: Identity, where: str) -> None:

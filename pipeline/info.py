@@ -7,10 +7,11 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from kdcache.cache.errors import KdcacheError
-from kdcache.cache.home import registry_beside, weights_file
+from kdcache.cache.home import caches_folder, list_caches, open_registry, registry_beside, weights_file
 from kdcache.cache.registry.registry import KEY, Registry
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
+from kdcache.pipeline.commandline.terminal import show
 from kdcache.pipeline.process.progress import percent, size
 
 _SAMPLE = 10_000  # records, which are enough for a mean
@@ -47,6 +48,25 @@ def one_line(cache: Cache) -> str:
         *(("packed",) if cache.packed else ()),
     ]
     return ", ".join(parts)
+
+
+def listing(registry: str | None, as_json: bool) -> tuple[list[dict[str, Any]], list[str], list[str]]:
+    """What `shared_summaries` returns, of the caches under KDCACHE_HOME and then of those in the registry, if given.
+
+    Lines about the caches here are shown before a registry is asked, unless as_json; only the later ones are returned
+    then.
+    """
+    good, bad = list_caches()
+    found, lines = [summary(c) for c in good], [*map(one_line, good)]
+    if registry is not None:
+        if lines and not as_json:  # whatever the network does
+            show([], False, "\n".join(lines))
+        shared = open_registry(registry)
+        about, lines, also_bad = shared_summaries(shared)
+        found += about
+        lines = [f"in {shared.url}:", *(lines or ["no caches: see kdcache push --help"])]
+        bad += also_bad
+    return found, lines, bad
 
 
 def shared_summaries(registry: Registry) -> tuple[list[dict[str, Any]], list[str], list[str]]:
@@ -137,7 +157,11 @@ def describe(cache: Cache, found: dict[str, Any]) -> str:
     lines = [one_line(cache), f"path         {found['path']}", f"key          {found['key']}"]
     under_way = f", under way: {found['under_way']}" if found["under_way"] else ""
     lines.append(f"views        {found['views']} complete{under_way}")
-    lines.append(f"weights      {found['teacher_weights'] or 'of the teacher are not here'}")
+    for member in cache.identity.members:
+        here = "" if (caches_folder() / member.key).exists() else ", not under KDCACHE_HOME"
+        lines.append(f"member       {member.key[:12]} with weight {member.weight:g}{here}")
+    if not cache.identity.members:
+        lines.append(f"weights      {found['teacher_weights'] or 'of the teacher are not here'}")
     if records := found["views"] * found["samples"]:
         each = f"{found['bytes'] / records:.1f} bytes a record, all files counted"
         lines.append(f"size         {size(found['bytes'])}, {each}")

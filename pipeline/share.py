@@ -109,7 +109,7 @@ def _publish(cache: Cache, shared: Registry, views: Sequence[int], say: Say, tea
 
 
 def _publish_teacher(cache: Cache, shared: Registry, say: Say, wanted: bool) -> weightstore.Published | None:
-    if cache.identity.views.imported:
+    if cache.identity.without_teacher:
         return None
     if not wanted:
         return "kept back"
@@ -270,7 +270,7 @@ def _caches_of(draft: Draft, shared: Registry | None, say: Say) -> list[Cache]:
     found: dict[str, Cache] = {}
     for cache in caches:
         data, teacher = cache.identity.data, cache.identity.teacher
-        if cache.identity.views.imported or teacher.network != canonical_name(config.teacher):
+        if cache.identity.without_teacher or teacher.network != canonical_name(config.teacher):
             continue
         unlabelled = cache.identity.record.labels == 0
         if unlabelled != config.unlabelled and config.data != DATA:  # digits' teacher is taught with labels in any case

@@ -12,6 +12,8 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.home import caches_folder
+from kdcache.cache.identity import Identity
 from kdcache.cache.records.choices import TEMPERATURES
 from kdcache.cache.records.records import Records
 from kdcache.cache.store import chunks
@@ -227,6 +229,12 @@ def _total_variation(a: Records, b: Records, prior: torch.Tensor | None) -> torc
     return (p - q).abs().sum(1) / 2
 
 
+def _members_at_hand(identity: Identity) -> str:
+    """Which commands verify those of an ensemble's members that are under KDCACHE_HOME."""
+    here = [m.key[:12] for m in identity.members if (caches_folder() / m.key / "identity.json").exists()]
+    return f", or verify its members: {' and '.join(f'kdcache verify {key}' for key in here)}" if here else ""
+
+
 def source_of(
     cache: Cache,
     data: str | None = None,
@@ -245,8 +253,8 @@ def source_of(
     InputError, NotFoundError or MismatchError where there is no such teacher or data to ask.
     """
     i = cache.identity
-    if i.views.imported:
-        raise InputError(f"{cache.where} was imported, and its teacher is not at hand: give --depth contents")
+    if reason := i.without_teacher:
+        raise InputError(f"{cache.where} {reason}: give --depth contents{_members_at_hand(i)}")
     policy_of(i.views, cache.where)
     network = teacher or stored_network(i.teacher.network, cache.where, "--teacher")
     images = images_of(i.data.name, data, cache.where, ", or --depth contents to do without them")

@@ -4,6 +4,7 @@ Importing this file costs nothing: the command line makes its options from it.
 """
 
 from dataclasses import KW_ONLY, dataclass
+from pathlib import Path
 from typing import Annotated, Literal
 
 from kdcache.pipeline.build.config import Weights
@@ -28,6 +29,11 @@ def parse_losses(text: str) -> tuple[str, ...]:
     if not found:
         raise ValueError("no loss is named")
     return tuple(found)
+
+
+def parse_caches(text: str) -> tuple[str, ...]:
+    """The caches of a list with commas, or the one whose path has commas in it."""
+    return (text,) if Path(text).exists() and text else tuple(filter(None, text.split(",")))
 
 
 # One image has no statistics for a batch norm.
@@ -103,7 +109,15 @@ class TrainConfig:
             default=DEFAULT_LOSS,
         ),
     ] = None
-    cache: Annotated[str | None, Option("[the only one that matches]", metavar="PATH|KEY|NAME|URL")] = None
+    cache: Annotated[
+        str | None,
+        Option(
+            "[the only one that matches] Given several times: what kdcache mix makes of them.",
+            metavar="PATH|KEY|NAME|URL",
+            several=True,
+            parse=parse_caches,
+        ),
+    ] = None
     _: KW_ONLY
     registry: Registry = None
     local_store_size: StoreSize = None

@@ -24,14 +24,16 @@ def encode(
     precision: Precision | None = None,
     tail_std: bool = False,
     check: bool = True,
+    known: Tensor | None = None,
 ) -> Records:
     """Records of the logits [B, C] with labels [B], [B, L] or None, on the logits' device.
 
     k: classes to store; None or C: dense, exact at every temperature. precision: of gaps and tail, by default uint8 for
     top-k records and float16 for dense ones. tail_std: store what logit standardisation needs (dense records have it
     anyway). check: whether labels, logits and std are checked here, which on a GPU means to wait for them; otherwise
-    the caller checks them (`require_std`). InputError for k > C, labels out of range, uint8 dense, logits that are not
-    finite, and with tail_std those whose std float16 cannot hold.
+    the caller checks them (`require_std`). known: bool [B, C], which classes top-k records may hold: k or more, and the
+    labels; None for all. InputError for k > C, labels out of range, uint8 dense, logits that are not finite, and with
+    tail_std those whose std float16 cannot hold.
     """
     z = logits.detach().float()
     count, classes = z.shape
@@ -47,14 +49,15 @@ def encode(
     y = z.new_empty((count, 0), dtype=torch.long) if labels is None else labels.long().reshape(count, -1)
     if check and y.numel() and not (0 <= int(y.min()) and int(y.max()) < classes):
         raise InputError(f"labels reach from {int(y.min())} to {int(y.max())}, but the teacher has {classes} classes")
-    top = z.amax(1, keepdim=True)
+    stored = z if known is None else z.masked_fill(~known, -torch.inf)
+    top = stored.amax(1, keepdim=True)
     dtype = getattr(torch, id_dtype(classes))
     target_gap = _float(top - z.gather(1, y), torch.float16)
     if k == classes:
         gaps = _float(top - z, getattr(torch, precision))
         return Records(None, gaps, target_gap, z.new_empty((count, 0)).half(), y.to(dtype), classes, ())
     # A stable sort, because topk leaves the order of ties open.
-    ordered, ids = torch.sort(z, dim=1, descending=True, stable=True)
+    ordered, ids = torch.sort(stored, dim=1, descending=True, stable=True)
     ids = ids[:, :k].contiguous()
     gaps = top - ordered[:, 1:k]
     rest = (z - top).scatter(1, ids, -torch.inf).scatter(1, y, -torch.inf)
@@ -67,11 +70,7 @@ def encode(
         if check:
             require_std(std, classes)
     if precision == "uint8":
-        coded = torch.diff(torch.round(gaps / STEP), dim=1, prepend=torch.zeros_like(gaps[:, :1]))
-        gaps = coded.clamp(max=255).to(torch.uint8)
-        last = torch.stack([gaps.sum(1, dtype=torch.float32) * STEP / t for t in temperatures], 1)
-        below = torch.round((math.log(classes - k) - last - tail) / STEP).clamp(0, NO_TAIL - 1)
-        tail = below.masked_fill(torch.isneginf(tail), NO_TAIL).to(torch.uint8)
+        gaps, tail = _coded(gaps, tail, classes - k, temperatures)
     else:
         gaps, tail = _float(gaps, getattr(torch, precision)), _floor(tail).half()
     return Records(ids.to(dtype), gaps, target_gap, tail, y.to(dtype), classes, tuple(temperatures), std)
@@ -89,6 +88,15 @@ def require_std(tail_std: Tensor, classes: int) -> None:
 def default_precision(dense: bool) -> Precision:
     """The precision that `encode` takes unless it is told another."""
     return "float16" if dense else "uint8"
+
+
+def _coded(gaps: Tensor, tail: Tensor, left_out: int, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor]:
+    """Gaps [B, K - 1] and tails [B, T] of `left_out` classes as uint8 codes (records.py)."""
+    coded = torch.diff(torch.round(gaps / STEP), dim=1, prepend=torch.zeros_like(gaps[:, :1]))
+    gaps = coded.clamp(max=255).to(torch.uint8)
+    last = torch.stack([gaps.sum(1, dtype=torch.float32) * STEP / t for t in temperatures], 1)
+    below = torch.round((math.log(left_out) - last - tail) / STEP).clamp(0, NO_TAIL - 1)
+    return gaps, below.masked_fill(torch.isneginf(tail), NO_TAIL).to(torch.uint8)
 
 
 def _float(gap: Tensor, dtype: torch.dtype) -> Tensor:

@@ -58,9 +58,13 @@ class Option:
 
 @dataclass(frozen=True)
 class Argument:
-    """A value that is given without a flag. metavar: what stands for it in --help; None for its name."""
+    """A value that is given without a flag.
+
+    metavar: what stands for it in --help; None for its name. several: one or more values are given, as a tuple.
+    """
 
     metavar: str | None = None
+    several: bool = False
 
 
 def parse_size(text: str) -> int:

@@ -83,8 +83,11 @@ def from_signature(run: Callable[..., None]) -> Callable[..., None]:
 
 
 def _made(config: Any, given: Mapping[str, Any]) -> Any:
-    first = {p.name: isinstance(p.spec, Option) and p.spec.several for p in _fields_of(config)}
-    return config(**{name: given[name][0] if several else given[name] for name, several in first.items()})
+    values = {}
+    for p in _fields_of(config):
+        several = isinstance(p.spec, Option) and p.spec.several
+        values[p.name] = next(iter(given[p.name]), None) if several else given[p.name]
+    return config(**values)
 
 
 def _fields_of(config: Any) -> Iterator[Parameter]:
@@ -110,8 +113,9 @@ def _parameter(name: str, hint: Any, spec: Option | Argument, default: Any) -> P
 def _declared(p: Parameter) -> Iterator[Callable[..., Any]]:
     """The click decorators of a parameter."""
     if isinstance(p.spec, Argument):
-        required = p.default is MISSING
-        yield click.argument(p.name, type=_type_of(p), metavar=p.spec.metavar, required=required)
+        required, count = p.default is MISSING, -1 if p.spec.several else 1
+        kind = get_args(p.kind)[0] if p.spec.several else _type_of(p)
+        yield click.argument(p.name, type=kind, metavar=p.spec.metavar, required=required, nargs=count)
         return
     yield _option(p, p.spec)
     for name, spec in p.spec.parts.items():
@@ -137,7 +141,7 @@ def _option(p: Parameter, spec: Option) -> Callable[..., Any]:
         default = p.default if spec.default is None else spec.default
         default = ",".join(f"{v:g}" for v in default) if isinstance(default, tuple) else default
         attributes |= {"default": default, "show_default": default is not None}
-        attributes |= {"default": [str(default)], "multiple": True} if spec.several else {}
+        attributes |= {"default": [] if default is None else [str(default)], "multiple": True} if spec.several else {}
     return click.option(*flags, p.name, cls=CommandOption, spec=spec, **attributes)
 
 

@@ -7,6 +7,7 @@ time depends on neither.
 
 from __future__ import annotations
 
+import json
 import os
 import platform
 import shlex
@@ -20,6 +21,8 @@ from typing import Any
 import torch
 
 from kdcache import __version__
+from kdcache.cache.errors import InputError
+from kdcache.cache.files import replace_file
 from kdcache.cache.home import home_at
 from kdcache.pipeline.process.device import pick_device
 from kdcache.train.bench.config import BenchConfig
@@ -27,11 +30,13 @@ from kdcache.train.bench.measure import Bench
 from kdcache.train.bench.subject import make_source
 
 
-def bench(config: BenchConfig, say: Callable[[str], None] = print) -> dict[str, Any]:
-    """All figures, with hardware, versions and settings; `table` shows them.
+def bench(config: BenchConfig, say: Callable[[str], None] = print, out: str | None = None) -> dict[str, Any]:
+    """All figures, with hardware, versions and settings; `table` shows them. out: a file for them, as JSON.
 
     Its caches leave nothing in KDCACHE_HOME; data are opened as ever, which may download them there.
     """
+    if out and Path(out).is_dir():
+        raise InputError(f"--out {out} is a folder, not a file")
     device = pick_device(config.device)
     started = time.monotonic()
     with tempfile.TemporaryDirectory(prefix="kdcache-bench-") as name:
@@ -39,8 +44,11 @@ def bench(config: BenchConfig, say: Callable[[str], None] = print) -> dict[str, 
         source, whole = make_source(config, folder, device)
         with home_at(folder / "home"):
             found = Bench(config, source, whole, folder, device, say).run()
-    return {"machine": machine(), "threads": torch.get_num_threads(), "command": _command(config), **found,
-            "seconds": time.monotonic() - started}  # fmt: skip
+    found = {"machine": machine(), "threads": torch.get_num_threads(), "command": _command(config), **found,
+             "seconds": time.monotonic() - started}  # fmt: skip
+    if out:
+        replace_file(Path(out), (json.dumps(found, indent=2) + "\n").encode())
+    return found
 
 
 def machine() -> dict[str, Any]:

@@ -3,18 +3,39 @@
 from __future__ import annotations
 
 import shlex
+from collections.abc import Callable, Sequence
+from dataclasses import replace
 
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
 from kdcache.cache.home import list_caches, open_registry
 from kdcache.cache.registry.registry import Registry
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.data.dataset import Dataset, is_function, open_data
+from kdcache.pipeline.ensembles.config import MixConfig
+from kdcache.pipeline.ensembles.mix import mix
 from kdcache.pipeline.info import one_line
 from kdcache.pipeline.stores import Stored, open_store
 from kdcache.pipeline.teachers.networks import canonical_name
 from kdcache.train.config import TrainConfig
 
 _EXAMPLE = "resnet34"  # a teacher to name in a message, where the user has named none
+
+
+def with_one_cache(config: TrainConfig, caches: Sequence[str], say: Callable[[str], None]) -> TrainConfig:
+    """The settings with one cache: that of the mean of several teachers' answers where several caches are named.
+
+    It is made first, or found. InputError or MismatchError where they cannot be mixed.
+    """
+    if len(caches) < 2:
+        return config
+    if config.online:
+        raise InputError(
+            f"--online asks one live teacher, and {len(caches)} caches are named: give one --cache, or train without "
+            "--online"
+        )
+    say(f"{len(caches)} caches are named, so their mean is trained from, as kdcache mix makes it")
+    mixed = mix(MixConfig(tuple(caches), registry=config.registry), say)
+    return replace(config, cache=str(mixed.path))
 
 
 def choose_cache(config: TrainConfig) -> Stored:

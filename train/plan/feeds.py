@@ -51,10 +51,8 @@ class CacheFeed:
         return self._cache.train.labels.astype(np.int64)
 
     def live(self) -> Cache:
-        if self._cache.identity.views.imported:
-            raise InputError(
-                f"{self._cache.where} was imported, and its teacher is not at hand: train without --online"
-            )
+        if reason := self._cache.identity.without_teacher:
+            raise InputError(f"{self._cache.where} {reason}: train without --online")
         return self._cache
 
     def loader(

@@ -76,6 +76,11 @@ def change(path, **changes):
         ("mixed", {"views__mixed": 1}, "views.mixed: Input should be a valid boolean"),
         ("mixed", {"views__mixed": "true"}, "views.mixed: Input should be a valid boolean"),
         ("mixed", {"views__pairing": 4}, "views.pairing: Extra inputs"),
+        (
+            "format-1",
+            {"members": [{"key": "a" * 64, "weight": 0.5}, {"key": "b" * 64, "weight": 0.5}]},
+            "ensembles belong to format 2",
+        ),
     ],
 )
 def test_an_identity_that_contradicts_itself_is_refused(tmp_path, kind, changes, message):

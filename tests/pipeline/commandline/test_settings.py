@@ -32,10 +32,13 @@ SAME_MEANING = {
     "allow-low-accuracy",
     "registry",  # of rm and gc only where it is typed
     "loss",
+    "topk",
+    "temperatures",
+    "precision",
 }
 # Those that mean something else in these commands, which no setting for all commands reaches.
 OWN = {
-    *((c, "out") for c in ("views", "build", "pack", "unpack", "train", "import", "pull", "demo", "bench")),
+    *((c, "out") for c in ("views", "build", "pack", "unpack", "mix", "train", "import", "pull", "demo", "bench")),
     *((command, "views") for command in ("views", "pack", "push", "pull")),
     *((command, "name") for command in ("push", "rm")),
     ("views", "samples"),
@@ -46,6 +49,7 @@ OWN = {
     ("eval", "teacher"),
     ("import", "image-size"),
     ("import", "teacher"),
+    ("mix", "weights"),
     ("verify", "teacher"),
 }
 
@@ -91,7 +95,9 @@ def test_an_option_given_twice_is_refused(command: str, p: click.Option) -> None
 
 
 def test_options_that_take_several() -> None:
-    assert {(command, flag(p)) for command, p in OPTIONS if p.multiple} == {("train", "loss"), ("train", "seed")}
+    assert {(command, flag(p)) for command, p in OPTIONS if p.multiple} == {
+        ("train", "cache"), ("train", "loss"), ("train", "seed"),
+    }  # fmt: skip
 
 
 def test_a_flag_given_twice_is_harmless_and_its_opposite_is_refused() -> None:

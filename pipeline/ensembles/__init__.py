@@ -1,0 +1,1 @@
+"""Ensembles: one cache of the mean of several teachers' answers."""
