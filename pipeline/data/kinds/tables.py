@@ -158,8 +158,8 @@ def _read(asked: Asked) -> tuple[Path, list[Row]]:
         raise InputError(f"{table}: is no table of a known kind, which are {_FORMATS}{hint}")
     rows = []
     try:
-        for line, cells in read(table):
-            rows.append(_row(table, line, cells, labelled=not asked.unlabelled))
+        for line, path, label, split in read(table):
+            rows.append(_row(table, line, path, label, split, labelled=not asked.unlabelled))
     except UnicodeDecodeError as e:
         raise InputError(f"{table}: is not UTF-8 near row {len(rows) + 1}: save it as UTF-8") from e
     except (OSError, csv.Error) as e:
@@ -170,8 +170,7 @@ def _read(asked: Asked) -> tuple[Path, list[Row]]:
     return table, rows
 
 
-def _row(table: Path, line: int, cells: dict[str, Any], *, labelled: bool) -> Row:
-    path, label, split = cells["path"], cells.get("label"), cells.get("split", "")
+def _row(table: Path, line: int, path: Any, label: Any, split: Any, *, labelled: bool) -> Row:
     if not isinstance(path, str) or not path or "\0" in path or not path.isprintable():
         raise InputError(f"{table}, line {line}: {path!r} is no path of a file")
     if not labelled:
@@ -180,7 +179,7 @@ def _row(table: Path, line: int, cells: dict[str, Any], *, labelled: bool) -> Ro
         raise InputError(f"{table}, line {line}: label {label!r} is neither a class name nor a whole number")
     elif isinstance(label, int) and label < 0:
         raise InputError(f"{table}, line {line}: label {label} is no class: ids begin at 0")
-    if "split" in cells and (not isinstance(split, str) or not split):
+    if not isinstance(split, str):
         raise InputError(f"{table}, line {line}: has no split")
     return Row(path, None if label is None else str(label), split, line)
 
@@ -200,8 +199,11 @@ def _columns(table: Path, names: Sequence[str], line: int) -> dict[str, str]:
     return found
 
 
-def _csv(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
-    """The rows of a .csv or .tsv file with a heading: the number of the line that a row ends in, and its cells."""
+_Cells = tuple[int, Any, Any, Any]  # line, path, label or None, and split: None where it is empty, "" without a column
+
+
+def _csv(table: Path) -> Iterator[_Cells]:
+    """The rows of a .csv or .tsv file with a heading. A row's line is the one that it ends in."""
     with table.open(encoding="utf-8-sig", newline="") as file:
         lines = csv.reader(file, "excel-tab" if table.suffix.lower() == ".tsv" else "excel", strict=True)
         heading = next(lines, [])
@@ -209,15 +211,18 @@ def _csv(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
         if len(set(heading)) < len(heading):
             raise InputError(f"{table}, line 1: two columns have one name")
         places = {what: heading.index(name) for what, name in columns.items()}
+        path, label, split = (places.get(what) for what in ("path", "label", "split"))
+        assert path is not None
         for cells in lines:
             if not cells:
                 continue
             if len(cells) != len(heading):
                 raise InputError(f"{table}, line {lines.line_num}: has {len(cells)} cells, the heading {len(heading)}")
-            yield lines.line_num, {what: cells[place] for what, place in places.items()}
+            named = None if label is None else cells[label]
+            yield lines.line_num, cells[path], named, "" if split is None else cells[split] or None
 
 
-def _json_lines(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
+def _json_lines(table: Path) -> Iterator[_Cells]:
     """The objects of a .jsonl file, one a line. A key may be missing in a line only if it is missing in all."""
     with table.open(encoding="utf-8-sig", newline="\n") as file:
         keys: set[str] | None = None
@@ -234,4 +239,5 @@ def _json_lines(table: Path) -> Iterator[tuple[int, dict[str, Any]]]:
             keys = columns.keys() | set() if keys is None else keys
             if columns.keys() != keys:
                 raise InputError(f"{table}, line {line}: has not the same of path, label and split as the lines before")
-            yield line, {what: row[name] for what, name in columns.items()}
+            path, label = (row.get(columns.get(what)) for what in ("path", "label"))
+            yield line, path, label, row[columns["split"]] or None if "split" in columns else ""
