@@ -16,6 +16,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from multiprocessing.sharedctypes import RawArray
+from types import TracebackType
 from typing import Any
 from weakref import WeakSet
 
@@ -232,10 +233,17 @@ def _uninterrupted() -> Iterator[None]:
 
 def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    sys.excepthook = _unless_left
     if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()
     else:  # macOS does not tell who sent a signal
         signal.pthread_sigmask(signal.SIG_UNBLOCK, {signal.SIGTERM})
+
+
+def _unless_left(kind: type[BaseException], error: BaseException, trace: TracebackType | None) -> None:
+    """Print the error of a thread that hands over pixels, unless the parent has left meanwhile, as after Ctrl-C."""
+    if not issubclass(kind, (ConnectionError, EOFError)):
+        sys.__excepthook__(kind, error, trace)
 
 
 def _obey_parent(parent: int) -> None:

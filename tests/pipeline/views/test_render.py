@@ -17,6 +17,7 @@ from kdcache.cache import KdcacheError
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.pipeline.views import workers
 from kdcache.pipeline.views.operations.kinds.mix import mixed
 from kdcache.pipeline.views.operations.operation import of_rows
 from kdcache.pipeline.views.parameters import ViewParameters, draw, evaluation_view
@@ -207,3 +208,11 @@ def test_a_file_damaged_after_opening_is_named_in_one_line(folder, tmp_path, wor
 def test_files_need_a_size(folder, tmp_path):
     with pytest.raises(KdcacheError, match="input size"):
         Renderer(open_data(f"imagefolder:{folder}", "train", home=tmp_path), None, CPU)
+
+
+def test_a_worker_says_nothing_of_a_parent_that_has_left_and_tells_other_errors(capsys):
+    for error in (ConnectionResetError("gone"), EOFError()):
+        workers._unless_left(type(error), error, None)
+    assert not capsys.readouterr().err
+    workers._unless_left(ValueError, ValueError("of its own"), None)
+    assert "ValueError: of its own" in capsys.readouterr().err

@@ -191,7 +191,7 @@ def _statistics(learnt: _Learnt, places: np.ndarray, pixels: torch.Tensor | None
     """Mean and standard deviation of the train split, which has these places and perhaps these pixels."""
     if not are_small(learnt.sizes[places]):
         return IMAGENET_MEAN, IMAGENET_STD
-    key = hashlib.sha256(f"kdcache statistics 1 {learnt.key}\n".encode() + places.astype("<i8").tobytes()).hexdigest()
+    key = hashlib.sha256(f"kdcache-statistics 1 {learnt.key}\n".encode() + places.astype("<i8").tobytes()).hexdigest()
     stored = (recall(home, key) or {}).get("statistics", np.empty(0))
     if stored.shape != (2, 3):
         if pixels is None:
