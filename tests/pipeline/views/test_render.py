@@ -17,13 +17,13 @@ from kdcache.cache import KdcacheError
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.teachers.teacher import Classifier
-from kdcache.pipeline.views import workers
 from kdcache.pipeline.views.operations.kinds.mix import mixed
 from kdcache.pipeline.views.operations.operation import of_rows
 from kdcache.pipeline.views.parameters import ViewParameters, draw, evaluation_view
 from kdcache.pipeline.views.policy import parse_policy
 from kdcache.pipeline.views.render import Renderer, render
 from kdcache.pipeline.views.table import Table
+from kdcache.pipeline.views.workers import _unless_left
 from kdcache.train.evaluation.metrics import predict
 
 CPU = torch.device("cpu")
@@ -212,7 +212,7 @@ def test_files_need_a_size(folder, tmp_path):
 
 def test_a_worker_says_nothing_of_a_parent_that_has_left_and_tells_other_errors(capsys):
     for error in (ConnectionResetError("gone"), EOFError()):
-        workers._unless_left(type(error), error, None)
+        _unless_left(type(error), error, None)
     assert not capsys.readouterr().err
-    workers._unless_left(ValueError, ValueError("of its own"), None)
+    _unless_left(ValueError, ValueError("of its own"), None)
     assert "ValueError: of its own" in capsys.readouterr().err
