@@ -24,7 +24,21 @@ from kdcache.pipeline.share import push
 
 ROOT = Path(__file__).parent.parent
 # Words after kdcache that are no commands.
-PROSE = {"writes", "cuts", "reads", "renders", "draws", "knows", "did", "cache", "x", "spread", "spells", "cannot"}
+PROSE = {
+    "writes",
+    "cuts",
+    "gives",
+    "reads",
+    "renders",
+    "draws",
+    "knows",
+    "did",
+    "cache",
+    "x",
+    "spread",
+    "spells",
+    "cannot",
+}
 FORMAT_1 = Path(__file__).parent / "data" / "format-1"
 
 

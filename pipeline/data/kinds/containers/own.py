@@ -143,7 +143,7 @@ def survey(source: OwnSource, home: Path) -> Survey:
     drawn = drawn_places(n, FINGERPRINTED_FILES).tolist()
     looks = _looks(_Look(source, digests=True, twice=tuple(drawn[:_TWICE])), drawn)
     digests = {place: look[3] for place, look in zip(drawn, looks, strict=True)}
-    key = hashlib.sha256(f"kdcache own dataset 1 {n} {source.labelled} {looks}".encode()).hexdigest()
+    key = hashlib.sha256(f"kdcache-own-dataset 1 {n} {source.labelled} {looks}".encode()).hexdigest()
     if known := _recalled(source, home, key, n, digests):
         return known
     if len(drawn) < n:
