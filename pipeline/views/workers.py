@@ -6,18 +6,14 @@ enough of it.
 
 from __future__ import annotations
 
-import ctypes
 import os
-import re
 import signal
 import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
-from multiprocessing.sharedctypes import RawArray
 from types import TracebackType
-from typing import Any
 from weakref import WeakSet
 
 import numpy as np
@@ -30,6 +26,7 @@ from torch.utils.data import Dataset as TorchDataset
 from kdcache.cache.errors import EXPLANATIONS, InputError, KdcacheError, UnreadableError
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.rank import this_rank
+from kdcache.pipeline.process.reading import Reading, as_it_is, lost_workers
 from kdcache.pipeline.views.operations.operation import Drawn
 
 SHARED_MEMORY = "/dev/shm"
@@ -60,24 +57,22 @@ Done = Tensor | NDArray[np.uint8] | str  # what came of a task: pixels, shared o
 class _Cutter(TorchDataset[Done]):
     """Does the work of one process: a task in, uint8 [b, n, *size, 3] out; each image is decoded once for all views.
 
-    An error travels as its text, so that it stays one line. at: each worker's process id, and the sample that it is
-    working on, or -1. This tells what a worker that was killed was reading.
+    An error travels as its text, so that it stays one line.
     """
 
     data: Dataset
     cut: Cut
     change: Change
     size: tuple[int, int]
-    at: ctypes.Array[ctypes.c_int64]
+    reading: Reading
 
     def __getitem__(self, task: Task) -> Done:
         if (worker := get_worker_info()) is None:
             return self._all(task, lambda _: None)
 
         def note(sample: int) -> None:
-            self.at[2 * worker.id + 1] = sample
+            self.reading.note(worker.id, sample)
 
-        self.at[2 * worker.id] = os.getpid()
         try:
             return self._all(task, note)
         finally:
@@ -124,7 +119,7 @@ class Workers:
         self, data: Dataset, cut: Cut, change: Change, size: tuple[int, int], workers: int, ahead: int, pin: bool
     ) -> None:
         self._workers, self._tasks = workers, list[Task]()
-        self._cutter = _Cutter(data, cut, change, size, RawArray(ctypes.c_int64, [-1] * (2 * workers)))
+        self._cutter = _Cutter(data, cut, change, size, Reading(workers))
         self._cut_bytes = 3 * size[0] * size[1]
         self._each = max(2, -(-ahead // workers)) if workers else None  # tasks that a worker has under way or done
         self._loader: DataLoader[Done] = DataLoader(
@@ -132,7 +127,7 @@ class Workers:
             batch_size=None,
             sampler=self._tasks,
             num_workers=workers,
-            collate_fn=_as_it_is,
+            collate_fn=as_it_is,
             prefetch_factor=self._each,
             persistent_workers=workers > 0,
             worker_init_fn=_begin_worker,
@@ -172,12 +167,9 @@ class Workers:
                 raise
             raise UnreadableError(reason) from e
 
-    def reading(self, pid: int) -> str | None:
-        """The file or the image that the worker process with this id is working on, if any."""
-        for process, sample in zip(self._cutter.at[::2], self._cutter.at[1::2], strict=True):
-            if process == pid and sample >= 0:
-                return self._cutter.data.where(sample)
-        return None
+    def reading(self, pids: Sequence[int]) -> list[str]:
+        """The files or images that the worker processes with these ids are working on."""
+        return [self._cutter.data.where(sample) for sample in self._cutter.reading.places(pids)]
 
 
 _STARTED: WeakSet[Workers] = WeakSet()
@@ -188,15 +180,12 @@ def worker_error(error: Exception) -> str | None:
 
     torch raises it wherever the main process is at that moment, so not always where pixels are waited for.
     """
-    found = re.match(
-        r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.*?)\.( |$))?", str(error)
-    )
-    if found is None:
+    if (lost := lost_workers(str(error))) is None:
         return None
-    pids = [int(pid) for pid in found[1].split(",")]
-    files = [file for started in _STARTED for pid in pids if (file := started.reading(pid))]
+    pids, signalled = lost
+    files = [file for started in _STARTED for file in started.reading(pids)]
     what = f"{files[0]}: the worker process that read it was killed" if files else "a worker process was killed"
-    how = f" ({found[2]})" if found[2] else ""
+    how = f" ({signalled})" if signalled else ""
     return f"{what}{how}: often memory is short, or {SHARED_MEMORY} too small; lower --workers"
 
 
@@ -210,11 +199,6 @@ def shared_memory_free() -> int:
     except OSError:  # there is none on macOS, which has other means
         return sys.maxsize
     return found.f_bavail * found.f_frsize
-
-
-def _as_it_is(done: Any) -> Any:
-    """Return what is done, in place of torch's own collation, which would put every array into shared memory."""
-    return done
 
 
 @contextmanager

@@ -58,12 +58,14 @@ def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
     return drawn
 
 
-def weighed(records: Records, drawn: ViewParameters, size: tuple[int, int]) -> Records:
-    """Records of a view with the shares that their labels have in mixed images of that height and width."""
-    if drawn.mixing is None or records.labels.shape[1] != 2:
-        return records
-    shares = torch.from_numpy(label_weights(drawn.mixing.drawn, *size))
-    return replace(records, label_weights=shares.to(records.labels.device))
+def shares_of(drawn: ViewParameters, labels: int, size: tuple[int, int]) -> Tensor | None:
+    """The shares [N, 2] that labels have in mixed images of that height and width.
+
+    labels: how many a record has. None where images are not mixed, or have no labels.
+    """
+    if drawn.mixing is None or labels != 2:
+        return None
+    return torch.from_numpy(label_weights(drawn.mixing.drawn, *size))
 
 
 def partners_of(drawn: ViewParameters) -> NDArray[np.int64] | None:
@@ -168,8 +170,9 @@ class CachedLoader(Epochs):
 
     def _read(self, view: int, spare: Records | None) -> tuple[Records, ViewParameters]:
         drawn = stored_view(self.cache, self.data, view)
-        records = weighed(self.cache.read(view, spare), drawn, self._renderer.size)
-        return records.to(self._device), drawn
+        records = self.cache.read(view, spare)
+        shares = shares_of(drawn, records.labels.shape[1], self._renderer.size)
+        return replace(records, label_weights=shares).to(self._device), drawn
 
 
 def renderer_for(

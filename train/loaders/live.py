@@ -17,11 +17,10 @@ from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.answers import labels_in
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.views.operations.kinds.mix import label_weights
 from kdcache.pipeline.views.parameters import TEACHING, ViewParameters, draw, draw_as
 from kdcache.pipeline.views.policy import parse_policy, policy_of
 from kdcache.pipeline.views.render import Renderer
-from kdcache.train.loaders.cached import partners_of, renderer_for
+from kdcache.train.loaders.cached import partners_of, renderer_for, shares_of
 from kdcache.train.loaders.order import EpochOrder, Epochs, labels_of, squeezed
 
 
@@ -74,12 +73,11 @@ class OnlineLoader(Epochs):
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """(images uint8 [B, 3, S, S], labels, dense float32 records of the live teacher)."""
         epoch = self._order.next_epoch
-        view = self._view_of(epoch)
-        parameters = draw_as(self._cache.identity.views, view, range(len(self._data)), self._data.sizes)
+        parameters = draw_as(self._cache.identity.views, self._view_of(epoch), range(len(self._data)), self._data.sizes)
         self._order.begin(epoch)
         batches = self._order.batches(epoch, partners_of(parameters))[start:]
         finite = torch.ones((), dtype=torch.bool, device=self._teacher.device)
-        of_batches = self._labels(view, parameters, batches)
+        of_batches = self._labels(parameters, batches)
         for (labels, shares), (images, seen) in zip(of_batches, self._images(parameters, batches), strict=True):
             y = labels if labels.numel() else None
             answers = self._teacher.logits(seen)
@@ -93,16 +91,16 @@ class OnlineLoader(Epochs):
         """The live teacher's records of all training samples in this view, batch by batch. A rank gives its share."""
         mine = self._order.in_order()
         parameters = draw_as(self._cache.identity.views, view, range(len(self._data)), self._data.sizes)
-        of_batches = self._labels(view, parameters, mine)
+        of_batches = self._labels(parameters, mine)
         for (y, shares), seen in zip(of_batches, self._teacher_images.batches(parameters, mine), strict=True):
             records = encode(self._teacher.logits(seen), y if y.numel() else None, precision="float32")
             yield replace(records, label_weights=shares)
 
     def _labels(
-        self, view: int, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
+        self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The labels of each batch of a view, and where it is mixed their shares in the student's images."""
-        labels = self._cache.train.labels_in(view).astype(np.int64)
+        labels = self._cache.train.labels.astype(np.int64)
         return _with_shares(labels, parameters, batches, self._student_images.size, self._teacher.device)
 
     def _images(
@@ -149,8 +147,8 @@ class PlainLoader(Epochs):
         parameters = draw(self._policy, self._seed, epoch, everything, self._data.sizes, stream=TEACHING)
         self._order.begin(epoch)
         batches = self._order.batches(epoch, partners_of(parameters))[start:]
-        labels = labels_in(self._data.labels, parameters, everything)
-        of_batches = _with_shares(labels, parameters, batches, self._renderer.size, self._renderer.device)
+        size, device = self._renderer.size, self._renderer.device
+        of_batches = _with_shares(self._data.labels, parameters, batches, size, device)
         rendered = self._renderer.batches(parameters, batches)
         for images, (y, shares) in zip(rendered, of_batches, strict=True):
             yield images, y, None if shares is None else _unanswered(y, shares, len(self._data.class_names))
@@ -163,12 +161,15 @@ def _with_shares(
     size: tuple[int, int],
     device: torch.device,
 ) -> Iterator[tuple[Tensor, Tensor | None]]:
-    """The labels of each batch, and where the view is mixed their shares in images of that size."""
-    found = labels_of(squeezed(torch.from_numpy(labels).to(device)), batches)
-    if parameters.mixing is None or labels.shape[1] != 2:
+    """The labels of each batch, and where the view is mixed their shares in images of that size.
+
+    labels: int64 [N, L], those of the samples.
+    """
+    of_records = labels_in(labels, parameters, range(len(labels)))
+    found = labels_of(squeezed(torch.from_numpy(of_records).to(device)), batches)
+    if (shares := shares_of(parameters, of_records.shape[1], size)) is None:
         return ((y, None) for y in found)
-    shares = torch.from_numpy(label_weights(parameters.mixing.drawn, *size)).to(device)
-    return zip(found, labels_of(shares, batches), strict=True)
+    return zip(found, labels_of(shares.to(device), batches), strict=True)
 
 
 def _unanswered(labels: Tensor, shares: Tensor, classes: int) -> Records:

@@ -2,14 +2,10 @@
 
 from __future__ import annotations
 
-import ctypes
-import os
-import re
 import signal
 from collections.abc import Callable, Generator, Sequence
 from dataclasses import dataclass
-from multiprocessing.sharedctypes import RawArray
-from typing import Any, Generic, TypeVar
+from typing import Generic, TypeVar
 
 import torch
 from torch.utils.data import DataLoader, get_worker_info
@@ -18,6 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from kdcache.cache.errors import InputError, UnreadableError
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.process.rank import cores
+from kdcache.pipeline.process.reading import Reading, as_it_is, lost_workers
 
 T = TypeVar("T")
 
@@ -43,13 +40,13 @@ def in_workers(
         return
     tasks = [places[i : i + chunk] for i in range(0, len(places), chunk)]
     workers = min(cores(), len(tasks))
-    at = RawArray(ctypes.c_int64, [-1] * (2 * workers))
+    reading = Reading(workers)
     loader: DataLoader[list[T]] = DataLoader(
-        _Tasks(work, tasks, at),
+        _Tasks(work, tasks, reading),
         batch_size=None,
         sampler=range(len(tasks)),
         num_workers=workers,
-        collate_fn=_as_it_is,
+        collate_fn=as_it_is,
         worker_init_fn=_begin,
         generator=torch.Generator(),  # draws seeds that nobody needs, and leaves the run's own generator alone
     )
@@ -60,7 +57,7 @@ def in_workers(
                 yield from done
                 progress.advance(len(done))
     except RuntimeError as e:
-        if (reason := _killed(str(e), at, where)) is None:
+        if (reason := _killed(str(e), reading, where)) is None:
             raise
     except OSError as e:
         raise InputError(f"worker processes cannot be started ({e.strerror or e}): is memory short?") from e
@@ -68,38 +65,32 @@ def in_workers(
         raise UnreadableError(reason)
 
 
-def _killed(error: str, at: ctypes.Array[ctypes.c_int64], where: Callable[[int], str]) -> str | None:
+def _killed(error: str, reading: Reading, where: Callable[[int], str]) -> str | None:
     """What torch's error means where a worker is gone, and what that one was reading; None for other errors."""
-    if (killed := re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\)", error)) is None:
+    if (lost := lost_workers(error)) is None:
         return None
-    pids = {int(pid) for pid in killed[1].split(",")}
-    reading = [place for pid, place in zip(at[::2], at[1::2], strict=True) if pid in pids and place >= 0]
-    what = f"{where(reading[0])}: the worker process that read it" if reading else "a worker process"
+    places = reading.places(lost[0])
+    what = f"{where(places[0])}: the worker process that read it" if places else "a worker process"
     return f"{what} was killed or ended: often memory is short, or its own code crashes"
 
 
 @dataclass
 class _Tasks(TorchDataset[list[T]], Generic[T]):
-    """at: each worker's process id, and the place that it is working on, or -1."""
+    """The places that are worked on, in tasks of several each."""
 
     work: Callable[[int], T]
     tasks: Sequence[Sequence[int]]
-    at: ctypes.Array[ctypes.c_int64]
+    reading: Reading
 
     def __getitem__(self, number: int) -> list[T]:
         worker = get_worker_info()
         assert worker is not None
-        self.at[2 * worker.id] = os.getpid()
         done = []
         for place in self.tasks[number]:
-            self.at[2 * worker.id + 1] = place
+            self.reading.note(worker.id, place)
             done.append(self.work(place))
-        self.at[2 * worker.id + 1] = -1
+        self.reading.note(worker.id, -1)
         return done
-
-
-def _as_it_is(done: Any) -> Any:
-    return done
 
 
 def _begin(worker: int) -> None:

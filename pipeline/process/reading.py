@@ -1,0 +1,38 @@
+"""What the worker processes of a DataLoader are reading, so that one that was killed is named with its file."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import re
+from collections.abc import Sequence
+from multiprocessing.sharedctypes import RawArray
+from typing import Any
+
+
+class Reading:
+    """What each of several worker processes is working on, in memory that they share with their parent."""
+
+    def __init__(self, workers: int) -> None:
+        # Each worker's process id, and the place that it is working on, or -1.
+        self._at = RawArray(ctypes.c_int64, [-1] * (2 * workers))
+
+    def note(self, worker: int, place: int) -> None:
+        """Note, in a worker process, that it is working on a place from now on; -1 stands for none."""
+        self._at[2 * worker], self._at[2 * worker + 1] = os.getpid(), place
+
+    def places(self, pids: Sequence[int]) -> list[int]:
+        """The places that the processes with these ids are working on."""
+        found = list(zip(self._at[::2], self._at[1::2], strict=True))
+        return [place for pid in pids for process, place in found if process == pid and place >= 0]
+
+
+def lost_workers(error: str) -> tuple[list[int], str | None] | None:
+    """The ids of the processes that are gone by torch's error, and the signal if it says one; None for other errors."""
+    found = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.*?)\.( |$))?", error)
+    return found and ([int(pid) for pid in found[1].split(",")], found[2])
+
+
+def as_it_is(done: Any) -> Any:
+    """Return what a worker has done, in place of torch's own collation, which would put arrays into shared memory."""
+    return done
