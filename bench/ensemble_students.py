@@ -140,7 +140,7 @@ class Measures:
 
 
 def compared(students: Mapping[str, Any], whole: str, metric: Callable[[Any], float]) -> dict[str, list[float]]:
-    """What each source's students differ by from those of all teachers' mean, of the same seed: theirs minus others'."""
+    """By source: what the students of all teachers' mean are better by than this source's, seed by seed."""
     out: dict[str, list[float]] = {}
     mine = {run["seed"]: run for run in students.values() if run["source"] == whole}
     for run in students.values():
