@@ -130,14 +130,15 @@ class _SplitUnit(nn.Module):
         return out
 
 
-class _ConvHead(nn.Conv2d):
+class _ConvHead(nn.Linear):
     """A linear layer whose weights [classes, width, 1, 1] are stored as those of a convolution."""
 
     def __init__(self, width: int, classes: int) -> None:
-        super().__init__(width, classes, 1)
+        super().__init__(width, classes)
+        self.weight = nn.Parameter(self.weight.detach()[:, :, None, None])
 
     def forward(self, x: Tensor) -> Tensor:  # [B, width] -> [B, classes]
-        return super().forward(x[:, :, None, None]).flatten(1)
+        return nn.functional.linear(x, self.weight.flatten(1), self.bias)
 
 
 class _PoolLargeMaps(nn.Module):
@@ -196,7 +197,7 @@ class _Network(nn.Module):
         tail: nn.Module,
         width: int,
         classes: int,
-        head: type[nn.Linear] | type[_ConvHead] = nn.Linear,
+        head: type[nn.Linear] = nn.Linear,
     ) -> None:
         super().__init__()
         self.stem, self.stages, self.tail = stem, nn.Sequential(*stages), tail
@@ -231,7 +232,6 @@ def _initialise(network: _Network, fc_std: float | None = None) -> _Network:
             nn.init.zeros_(module.bias)
     if fc_std is not None:
         nn.init.normal_(network.fc.weight, 0.0, fc_std)
-        assert network.fc.bias is not None
         nn.init.zeros_(network.fc.bias)
     return network
 
