@@ -1,7 +1,7 @@
 """Arrow files of a Hugging Face data set: where each row's image lies in them, so that it is read by its offset.
 
 The files are mapped into memory only while they are indexed. What they say of themselves is checked: offsets that lie
-outside of a file are refused. pyarrow belongs to the extra kdcache[hf], so it is imported where it is needed.
+outside of a file are refused. pyarrow belongs to the extra `hf`, so it is imported where it is needed.
 """
 
 from __future__ import annotations

@@ -1,6 +1,6 @@
 """Hugging Face data sets: which split, which columns and which classes a dataset `hf:...` has, and its images.
 
-The library `datasets`, of the extra kdcache[hf], finds and fetches the data and gives them as Arrow files, from which
+The library `datasets`, of the extra `hf`, finds and fetches the data and gives them as Arrow files, from which
 images are read by their offsets. Parquet and other files are copied to Arrow in its own cache once, as for its users.
 """
 
@@ -132,8 +132,8 @@ class _Found:
     def note(self) -> str:
         """What a note says of splits that are not read, and of files that lie elsewhere."""
         others = [name for name in self.splits if name not in (self.train, self.evaluation)]
-        note = "".join(f"; {self.splits[name].num_rows:,} rows of {name} are not read" for name in others)
-        if self.asked.split != "train":
+        note = "".join(f"; {len(self.splits[name] or ()):,} rows of {name} are not read" for name in others)
+        if self.asked.split != "train" or not self.splits[self.train]:
             return note
         first = _arrow_files(self.splits[self.train])[0]
         if not any(first.is_relative_to(file) for file in self.named.files):
@@ -146,14 +146,14 @@ class _Found:
         """The rows of a split, which are indexed once and remembered under their files' names, sizes and times."""
         rows_of, text = self.splits[split], self.named.text
         name = f"{text}, split {split}" if len(self.splits) > 1 else text
+        if not rows_of:
+            raise InputError(f"{name}: has no rows")
         image = _image_column(text, rows_of.features, self.named.options.get("image"))
         label = None
         if not self.asked.unlabelled:
             label = _label_column(text, rows_of.features, self.named.options.get("label"))
         classes = getattr(rows_of.features[label], "names", None) if label else None
         files = _arrow_files(rows_of)
-        if not rows_of.num_rows:
-            raise InputError(f"{name}: has no rows")
         states = file_states(files)
         about = [[(file.name, *state) for file, state in zip(files, states, strict=True)], image, label, classes]
         key = hashlib.sha256(b"kdcache hf 1\n" + json.dumps(about).encode()).hexdigest()

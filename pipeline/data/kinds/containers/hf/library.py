@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import logging
 import re
 import sys
@@ -82,11 +83,14 @@ def _files(place: str) -> tuple[Path, ...]:
 
 
 def load_splits(named: Named) -> dict[str, Any]:
-    """The splits by name, as `datasets.Dataset`. InputError where the data set cannot be found or read."""
+    """The splits by name, each a `datasets.Dataset`, or None where it has no rows.
+
+    InputError where the data set cannot be found or read.
+    """
     try:
         import datasets
     except ImportError as e:
-        raise InputError("hf: needs the package datasets: pip install 'kdcache[hf]'") from e
+        raise InputError("hf: needs the package datasets: pip install datasets") from e
     with _quiet(datasets):
         try:
             splits = _on_disk(datasets, named) if named.files else _from_hub(datasets, named)
@@ -95,7 +99,7 @@ def load_splits(named: Named) -> dict[str, Any]:
         except Exception as e:  # the library may raise anything
             raise InputError(f"hf:{named.text}: cannot be opened: {first_sentence(e)}{_hint(named, e)}") from e
     if not isinstance(splits, dict):
-        splits = {str(splits.split or "all"): splits}
+        splits = {str(splits.split): splits}
     return dict(splits)
 
 
@@ -113,12 +117,22 @@ def _on_disk(datasets: Any, named: Named) -> Any:
             return datasets.load_dataset(str(place), name=config, keep_in_memory=False)
         if config:
             raise InputError(f"hf:{named.text}: was saved by save_to_disk, which knows no configurations: leave it out")
-        return datasets.load_from_disk(str(place), keep_in_memory=False)
+        if (place / "state.json").is_file():
+            return {"all": _saved(datasets, place)}
+        names = json.loads((place / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
+        return {name: _saved(datasets, place / name) for name in names}
     form = _FORMS.get(place.suffix.lower())
     if odd := [file for file in named.files if _FORMS.get(file.suffix.lower()) != form or form is None]:
         raise InputError(f"{odd[0]}: is neither a folder nor a .parquet file")
     files = [str(file) for file in named.files]
     return datasets.load_dataset(form, data_files=files, split="train", keep_in_memory=False)
+
+
+def _saved(datasets: Any, folder: Path) -> Any:
+    """A split that save_to_disk wrote; None for one without rows, which `datasets` does not open."""
+    if not json.loads((folder / "state.json").read_text(encoding="utf-8"))["_data_files"]:
+        return None
+    return datasets.load_from_disk(str(folder), keep_in_memory=False)
 
 
 def _from_hub(datasets: Any, named: Named) -> Any:
