@@ -113,6 +113,15 @@ class Dataset(Protocol):
     def decode(self, index: int) -> torch.Tensor:
         """The whole image, uint8 [3, H, W]. InputError where it cannot be read or has changed."""
 
+    def content(self, index: int) -> bytes | None:
+        """The image file's content as it is stored, in whatever container; None where there are only pixels.
+
+        InputError where it cannot be read.
+        """
+
+    def start(self, index: int, most: int) -> tuple[bytes, int] | None:
+        """The first `most` bytes of the content (more where that costs nothing) and the length of all, or None."""
+
     def file(self, index: int) -> Path | None:
         """The file that holds this image alone, where there is one."""
 

@@ -119,6 +119,13 @@ class Described(_Contents, ABC):
     def decode(self, index: int) -> torch.Tensor:
         """See Dataset."""
 
+    def content(self, index: int) -> bytes | None:
+        return None
+
+    def start(self, index: int, most: int) -> tuple[bytes, int] | None:
+        content = self.content(index)
+        return None if content is None else (content, len(content))
+
     def file(self, index: int) -> Path | None:
         return None
 

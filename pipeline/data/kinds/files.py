@@ -44,6 +44,22 @@ class FileDataset(Described):
             return self.pixels[index].permute(2, 0, 1).contiguous()
         return decode_file(self.file(index), self.sizes[index])
 
+    def content(self, index: int) -> bytes:
+        return self._read(index)[0]
+
+    def start(self, index: int, most: int) -> tuple[bytes, int]:
+        return self._read(index, most)
+
+    def _read(self, index: int, most: int = -1) -> tuple[bytes, int]:
+        """The file's content, or its first `most` bytes, and the length of all. InputError where it cannot be read."""
+        path = self.file(index)
+        try:
+            with path.open("rb", buffering=0) as file:
+                length = os.fstat(file.fileno()).st_size
+                return file.read(most) if most >= 0 else file.readall(), length
+        except OSError as e:
+            raise InputError(f"{path} cannot be read: {e.strerror}") from e
+
     def file(self, index: int) -> Path:
         return self.root / self.paths[index]
 
