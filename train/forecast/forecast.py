@@ -84,12 +84,14 @@ def _times(plan: BuildPlan, probe: Probe, missing: dict[str, int], opened: float
     """Seconds of the build of what is missing, here and on several devices, and what it waits for."""
     rates = probe.rates
     plain = rates["evaluation"] or rates["build"]
-    # A build asks the teacher about some training images first, and twice about the first of them.
-    first = count_of(plan.identity.record.classes, missing["train"] + missing["eval"]) + 512 if missing["train"] else 0
+    records = missing["train"] + missing["eval"]
+    # A build asks the teacher about some training images first, and about a batch of them twice more.
+    probed = count_of(plan.identity.record.classes, records) if records else 0
+    first = probed + 2 * min(plan.batch, probed)
     work = missing["train"] / rates["build"] + (missing["eval"] + first) / plain
     alone = rates["teacher"]
     return {
-        "records": missing["train"] + missing["eval"], "seconds": opened + work,
+        "records": records, "seconds": opened + work,
         "gpus": gpus, "seconds_on_gpus": opened + work / gpus,
         "limit": "images" if rates["images"] < alone else "teacher",
     }  # fmt: skip
