@@ -130,3 +130,14 @@ def open_listing(
         pixels=found.images,
         apart=apart,
     )
+
+
+def below_one_root(name: str, paths: Sequence[str | os.PathLike[str]]) -> tuple[Path, tuple[str, ...]]:
+    """The folder that holds all files, at any depth, and their paths relative to it: a moved copy is the same."""
+    for i, path in enumerate(paths):
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in os.fspath(path):
+            raise InputError(f"dataset {name!r}: path {i} is {path!r}, which is no path of a file")
+    whole = [os.path.abspath(os.path.expanduser(path)) for path in paths]  # noqa: PTH100, PTH111  Paths take seconds
+    root = os.path.commonpath({os.path.dirname(path) for path in whole})  # noqa: PTH120
+    skip = len(root.rstrip("/")) + 1
+    return Path(root), tuple(path[skip:] for path in whole)
