@@ -15,7 +15,7 @@ from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
 from kdcache.train.evaluation.metrics import metrics, predict
-from kdcache.train.loop.trainer import PARTNER
+from kdcache.train.loop.watching import PARTNER
 
 
 class Judge:
