@@ -102,6 +102,7 @@ class _Bar:
         from rich.live import Live
 
         self._title, self._text, self._part = "", "", 0.0
+        self._is_hidden = False
         self._console = Console(file=stream, highlight=False)
         # What others write to standard output stays there. The cursor is left visible, for a process that is killed.
         self._line = Live(
@@ -117,14 +118,16 @@ class _Bar:
         self._title, self._text, self._part = title, text, part
         if self._line.is_started:
             self._line.refresh()
-        else:
+        elif not self._is_hidden:
             self.show()
 
     def show(self) -> None:
+        self._is_hidden = False
         self._line.start(refresh=True)
         self._console.show_cursor(True)
 
     def hide(self) -> None:
+        self._is_hidden = True
         self._line.stop()
 
     def _row(self) -> Table | Text:

@@ -41,8 +41,10 @@ class Terminal:
                 raise AssertionError(f"not seen in time, but this:\n{self.screen}")
         return self.screen
 
-    def finish(self) -> str:
-        """Read to the end, and return the screen."""
+    def finish(self, go: Path | None = None) -> str:
+        """Read to the end, and return the screen. go: a file to make, which the process waits for."""
+        if go is not None:
+            go.touch()
         while self._read():
             pass
         self.process.wait(60)

@@ -12,16 +12,21 @@ from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.process.screen import Detail, Verbosity, WorkerStream, has_colours, is_wanted, room_for_lines
 from kdcache.tests.helpers.terminals import script
 
+# Forty steps, and on until the file `go` is there.
 BAR = """
 import sys, time, warnings
+from pathlib import Path
 from kdcache.pipeline.commandline.terminal import say
 from kdcache.pipeline.process.progress import Progress
 
+go = Path(__file__).with_name("go")
 with Progress({title!r}, 40, "steps", facts=lambda: "loss 0.5000, lr 0.1") as progress:
-    for i in range(40):
-        time.sleep(0.03)
-        progress.advance(1)
+    i = 0
+    while i < 40 or not go.exists():
+        time.sleep(0.02)
+        progress.advance(int(i < 40))
         {then}
+        i += 1
 print("the result")
 """
 
@@ -54,7 +59,7 @@ def test_a_bar_tells_how_far_and_leaves_nothing(tmp_path):
     seen = terminal.until(lambda text: "of 40 steps" in text)
     assert re.match(r"build [━╸╺ ]+ \d+ of 40 steps, \d+/s, \d\.\d s left, loss 0\.5000, lr 0\.1$", seen), seen
     assert not terminal.cursor_is_hidden
-    assert terminal.finish() == "the result"
+    assert terminal.finish(tmp_path / "go") == "the result"
     assert b"\x1b[38" in terminal.written or b"\x1b[3" in terminal.written
 
 
@@ -63,7 +68,7 @@ def test_a_narrow_terminal_gets_one_line(tmp_path, columns):
     terminal = bar(tmp_path, columns=columns)
     seen = terminal.until(lambda text: text.startswith("build"))
     assert "\n" not in seen and len(seen) < columns and "━" not in seen and seen.endswith("…")
-    assert terminal.finish().replace("\n", "") == "the result"
+    assert terminal.finish(tmp_path / "go").replace("\n", "") == "the result"
 
 
 def test_lines_stand_above_the_bar(tmp_path):
@@ -74,11 +79,12 @@ def test_lines_stand_above_the_bar(tmp_path):
     assert lines[0] + lines[1] == "x" * 150
     assert "UserWarning: careful" in lines[2] and lines[-2] == "note: hello"
     assert "build" not in "".join(lines[:-1])
-    assert terminal.finish().endswith("note: hello\nthe result")
+    assert terminal.finish(tmp_path / "go").endswith("note: hello\nthe result")
 
 
 WORKERS = """
 import sys, time, warnings
+from pathlib import Path
 import torch
 from torch.utils.data import DataLoader
 from kdcache.pipeline.process.progress import Progress
@@ -88,16 +94,17 @@ class Data(torch.utils.data.Dataset):
     def __len__(self):
         return 40
     def __getitem__(self, i):
-        time.sleep(0.05)
-        if i == 20:
+        time.sleep(0.02)
+        if i == 39:
             warnings.warn("of a worker")
         return i
 
+go = Path(__file__).with_name("go")
 with Progress("build", 40, "images") as progress:
     for _ in DataLoader(Data(), batch_size=None, num_workers=1, worker_init_fn=_begin_worker):
         progress.advance(1)
-    for _ in range(10):
-        time.sleep(0.05)
+    while not go.exists():
+        time.sleep(0.02)
         progress.advance(0)
 """
 
@@ -106,19 +113,19 @@ def test_a_warning_of_a_worker_does_not_break_the_bar(tmp_path):
     terminal = script(WORKERS, tmp_path, columns=300)
     terminal.until(lambda text: "UserWarning: of a worker" in text and "of 40 images" in text.splitlines()[-1])
     assert sum("of 40 images" in line for line in terminal.screen.splitlines()) == 1
-    assert "build" not in terminal.finish()
+    assert "build" not in terminal.finish(tmp_path / "go")
 
 
 def test_codes_in_a_title_are_shown_and_not_obeyed(tmp_path):
     terminal = bar(tmp_path, title="a\x1b[2Jb [red]c[/red]")
     seen = terminal.until(lambda text: "of 40" in text)
     assert seen.startswith("a\\x1b[2Jb [red]c[/red] ")
-    terminal.finish()
+    terminal.finish(tmp_path / "go")
     assert b"\x1b[2J" not in terminal.written
 
 
 def test_ctrl_c_leaves_a_clean_terminal(tmp_path):
-    terminal = bar(tmp_path, "time.sleep(0.1)")
+    terminal = bar(tmp_path, "")
     terminal.until(lambda text: "of 40" in text)
     terminal.type("\x03")
     assert "of 40" not in terminal.finish() and not terminal.cursor_is_hidden
@@ -129,13 +136,13 @@ def test_ctrl_c_leaves_a_clean_terminal(tmp_path):
 )
 def test_no_bar_where_none_can_be_drawn_or_another_rank_draws_it(tmp_path, env):
     terminal = bar(tmp_path, **env)
-    assert terminal.finish() == "the result" and b"\x1b" not in terminal.written
+    assert terminal.finish(tmp_path / "go") == "the result" and b"\x1b" not in terminal.written
 
 
 def test_no_color_and_the_bar_is_the_same(tmp_path):
     terminal = bar(tmp_path, NO_COLOR="1")
     terminal.until(lambda text: "━" in text)
-    terminal.finish()
+    terminal.finish(tmp_path / "go")
     assert not re.search(rb"\x1b\[[0-9;]*3[0-9]", terminal.written)
 
 
