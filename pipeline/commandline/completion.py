@@ -32,7 +32,7 @@ NETWORKS = """
     squeezenet1_1 swin_b swin_s swin_t swin_v2_b swin_v2_s swin_v2_t vgg11 vgg11_bn torchvision/vgg13 vgg13_bn vgg16
     vgg16_bn vgg19 vgg19_bn vit_b_16 vit_b_32 vit_h_14 vit_l_16 vit_l_32 wide_resnet101_2 wide_resnet50_2
 """
-DATA = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagenet", "imagefolder", "files", "wds")
+DATA = ("digits", "cifar10", "cifar100", "fashion-mnist", "imagenet", "imagefolder", "files", "hf", "wds")
 LOGS = ("tensorboard", "csv", "wandb", "mlflow", "none")
 AUGMENT = ("crop", "crop,flip", "rrc,flip", "three-augment", "tinyvit", "ml-dr", "funmatch")
 _DIGITS = 12  # of a key, as kdcache ls shows it

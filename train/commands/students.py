@@ -65,7 +65,7 @@ def evaluate(config: EvalConfig, as_json: Json = False) -> None:
     from kdcache.train.evaluate import evaluate_run
 
     asked = vars(config).copy()
-    found = evaluate_run(asked.pop("run"), **asked)
+    found = evaluate_run(asked.pop("run"), **asked, say=say)
     lines = [f"{k:13} {figure(k, v) if isinstance(v, float) else v}" for k, v in found.items()]
     show(found, as_json, "\n".join(lines))
 
