@@ -192,7 +192,7 @@ def _arrays(spec: str, found: object) -> Arrays:
         raise InputError(f"dataset {spec!r}: {_RETURN}")
     images = np.asarray(found[0])
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
-        kind = f"{images.dtype} {images.shape}"
-        raise InputError(f"dataset {spec!r}: images must be uint8 [N, H, W, 3], not {kind}")
+        kind, empty = f"{images.dtype} {images.shape}", "has no samples; " if images.shape[:1] == (0,) else ""
+        raise InputError(f"dataset {spec!r}: {empty}images must be uint8 [N, H, W, 3], not {kind}")
     labels = _labels(spec, (images, found[1]))
     return images, labels, _names(found, labels)
