@@ -177,7 +177,7 @@ def _header(file: BinaryIO) -> ImageFile:
     start = file.read(_START)
     file.seek(0)
     if not start:
-        raise _RefusedError("is empty")
+        raise _RefusedError(f"{_UNKNOWN}, but an empty file")
     kind = next((kind for pattern, kind in _KINDS if pattern.match(start)), None)
     if kind is None:
         other = next((f", but {name}" for pattern, name in _OTHERS if pattern.match(start)), "")
