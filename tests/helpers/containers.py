@@ -109,6 +109,42 @@ def write_tars(top: Path, samples: list[Sample], json_labels: bool = False) -> s
     return f"wds:{top}/train-{{000..{(tars - 1) // 5:03d}}}.tar::{top}/val-*.tar"
 
 
+def hf_rows(samples: list[Sample]) -> Any:
+    """The samples as a `datasets.Dataset`. Its classes are listed in the order of CLASSES."""
+    import datasets  # slow, and most tests do without it
+
+    named = all(s.label in CLASSES for s in samples)
+    features = {"n": datasets.Value("int64")} | ({"label": datasets.ClassLabel(names=list(CLASSES))} if named else {})
+    rows: dict[str, list[Any]] = {
+        "image": [{"bytes": s.content, "path": s.name} for s in samples],
+        "label": [s.id for s in samples],
+        "n": list(range(len(samples))),
+    }
+    if not named:
+        whole = all(isinstance(label, int | None) for label in rows["label"])
+        features["label"] = datasets.Value("int64" if whole else "float64")
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features | {"image": datasets.Image()}))
+
+
+def write_hf(top: Path, samples: list[Sample], form: str = "saved") -> str:
+    """A Hugging Face data set, in files of a few samples: saved by save_to_disk, or as a folder of parquet files."""
+    import datasets  # slow, and most tests do without it
+
+    datasets.disable_progress_bars()
+    splits = {name: [s for s in samples if s.split == split] for name, split in (("train", "train"), ("test", "val"))}
+    rows = datasets.DatasetDict({name: hf_rows(one) for name, one in splits.items()})
+    if form == "saved":
+        rows.save_to_disk(str(top), num_shards={name: max(1, min(3, len(one))) for name, one in rows.items()})
+        return f"hf:{top}"
+    for name, one in rows.items():
+        parts = max(1, min(2, len(one)))
+        for i in range(parts):
+            (top / "data").mkdir(exist_ok=True)
+            part = one.shard(parts, i, contiguous=True)
+            part.to_parquet(str(top / "data" / f"{name}-{i:05d}-of-{parts:05d}.parquet"), batch_size=3)
+    return f"hf:{top}"
+
+
 # The code of a user's module. FORM says what its samples are; FILES holds path, label and split of each.
 _MODULE = """
 import io, json
@@ -174,6 +210,8 @@ WRITERS: dict[str, Write] = {
     "folder": write_folder,
     "csv": write_csv,
     "jsonl": write_jsonl,
+    "hf": write_hf,
+    "hf parquet": partial(write_hf, form="parquet"),
     "tars": write_tars,
     "tars with json": partial(write_tars, json_labels=True),
     "PIL images": partial(write_module, function="images"),
@@ -181,8 +219,9 @@ WRITERS: dict[str, Write] = {
     "tensors": partial(write_module, function="tensors"),
     "paths": partial(write_module, function="paths"),
 }
-OF_ITEMS = ("tars", "tars with json", "bytes")  # whose fingerprints are of the same things
+OF_ITEMS = ("tars", "tars with json", "bytes", "hf", "hf parquet")  # whose fingerprints are of the same things
 OF_TEXT = ("csv", "tars")  # whose labels are written as text, without a type
+OF_COLUMNS = ("hf", "hf parquet")  # whose labels are a column of one type
 
 
 def files_of(top: Path, sample: Sample) -> list[Path]:

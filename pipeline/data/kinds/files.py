@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -10,6 +11,7 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from kdcache.cache.errors import InputError
 from kdcache.pipeline.data import imagefiles
 from kdcache.pipeline.data.decode import decode_file
 from kdcache.pipeline.data.imagefiles import FilesDone
@@ -41,6 +43,22 @@ class FileDataset(Described):
         if self.pixels is not None:
             return self.pixels[index].permute(2, 0, 1).contiguous()
         return decode_file(self.file(index), self.sizes[index])
+
+    def content(self, index: int) -> bytes:
+        return self._read(index)[0]
+
+    def start(self, index: int, most: int) -> tuple[bytes, int]:
+        return self._read(index, most)
+
+    def _read(self, index: int, most: int = -1) -> tuple[bytes, int]:
+        """The file's content, or its first `most` bytes, and the length of all. InputError where it cannot be read."""
+        path = self.file(index)
+        try:
+            with path.open("rb", buffering=0) as file:
+                length = os.fstat(file.fileno()).st_size
+                return file.read(most) if most >= 0 else file.readall(), length
+        except OSError as e:
+            raise InputError(f"{path} cannot be read: {e.strerror}") from e
 
     def file(self, index: int) -> Path:
         return self.root / self.paths[index]
@@ -76,3 +94,14 @@ class FileDataset(Described):
             paths=(*before.paths, *self.paths),
             pixels=pixels,
         )
+
+
+def below_one_root(name: str, paths: Sequence[str | os.PathLike[str]]) -> tuple[Path, tuple[str, ...]]:
+    """The folder that holds all files, at any depth, and their paths relative to it: a moved copy is the same."""
+    for i, path in enumerate(paths):
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in os.fspath(path):
+            raise InputError(f"dataset {name!r}: path {i} is {path!r}, which is no path of a file")
+    whole = [os.path.abspath(os.path.expanduser(path)) for path in paths]  # noqa: PTH100, PTH111  Paths take seconds
+    root = os.path.commonpath({os.path.dirname(path) for path in whole})  # noqa: PTH120
+    skip = len(root.rstrip("/")) + 1
+    return Path(root), tuple(path[skip:] for path in whole)

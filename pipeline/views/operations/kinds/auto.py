@@ -50,7 +50,7 @@ POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE = range(10, 14)
 
 _SIGNED = np.array([SHEAR_X <= member <= SHARPNESS for member in range(14)])
 _PLAIN = np.array([member in (POSTERIZE, SOLARIZE) for member in range(14)])
-_AT_ONCE = 1 << 20  # pixels that are changed at once: a large batch of small images, whose indices take some 10 MB
+_AT_ONCE = 1 << 20  # pixels that are changed at once in steps, which takes some 10 MB of indices
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,35 @@ def _level(member: NDArray[np.int64], strength: NDArray[np.int64], negative: NDA
 
 
 def changed(images: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:
-    """Change every image uint8 [B, 3, H, W], by its members [B, n] at their levels [B, n], one after the other."""
-    pixels = images.permute(0, 2, 3, 1)
+    """Change every image uint8 [B, 3, H, W], by its members [B, n] at their levels [B, n], one after the other.
+
+    The images may be overwritten.
+    """
+    last = images.stride(1) == 1
+    change = _by_loops if images.device.type == "cpu" else _by_steps
+    pixels = change(images.permute(0, 2, 3, 1), member, level, space)
+    return pixels.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _by_loops(pixels: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:
+    """All changes of one image [H, W, 3] after the other, on a CPU."""
+    from kdcache.pipeline.views.operations.kinds import loops  # imports numba, which takes its time
+
+    pixels = pixels.contiguous()
+    kinds = _KINDS[member]
+    place = level.astype(np.int64) + LEVELS
+    place += (member - np.where(kinds == loops.MOVED, SHEAR_X, BRIGHTNESS)) * (2 * LEVELS + 1)
+    moves, tones = matrices(space, *pixels.shape[1:3]), curves(space)
+    strengths = _strengths(level, space)
+    loops.change(pixels.numpy(), kinds, place, moves.reshape(-1, 2, 3), tones.reshape(-1, 256), strengths)
+    return pixels
+
+
+def _by_steps(pixels: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:
+    """The first change of all images [B, H, W, 3], then the second one, on any device."""
     for some, levels in zip(member.T, level.T, strict=True):
         pixels = _step(pixels, some, levels, space)
-    last = images.stride(1) == 1
-    return pixels.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return pixels
 
 
 def _step(pixels: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:
