@@ -171,7 +171,7 @@ class Own(torch.utils.data.Dataset):
         path, label, _ = self.rows[i]
         if self.form == "bytes":
             return (TOP / path).read_bytes(), label
-        image = Image.open(TOP / path)
+        image = Image.open(io.BytesIO((TOP / path).read_bytes()))
         if self.form == "image":
             return image, label
         return torch.from_numpy(np.array(image)).permute(2, 0, 1), np.int64(label) if type(label) is int else label

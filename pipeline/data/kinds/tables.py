@@ -136,7 +136,7 @@ def _by_split(table: Path, rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _sorted(table: Path, rows: Sequence[Row]) -> list[Row]:
     """By path in byte order. InputError for a path that stands there twice."""
-    ordered = sorted(rows, key=lambda row: os.fsencode(row.path))
+    ordered = sorted(rows, key=lambda row: row.path.encode("utf-8", "surrogateescape"))
     for one, other in pairwise(ordered):
         if one.path == other.path:
             first, second = sorted((one.line, other.line))
