@@ -21,7 +21,7 @@ from kdcache.train.evaluation.judge import Judge
 from kdcache.train.evaluation.otherdata import labels_of_other, whole_of
 from kdcache.train.evaluation.parts import parts_of
 from kdcache.train.loaders.cached import require_data
-from kdcache.train.loop.trainer import PARTNER
+from kdcache.train.loop.watching import PARTNER
 from kdcache.train.plan.resuming import exists
 
 

@@ -25,7 +25,8 @@ from kdcache.train.loaders.ffcv import FFCVLoader
 from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.runfolder import RunFolder, best_of, config_of, goes_on
-from kdcache.train.loop.trainer import PARTNER, fit, new_classifier
+from kdcache.train.loop.trainer import fit, new_classifier
+from kdcache.train.loop.watching import PARTNER
 from kdcache.train.losses.prepare import prepared
 from kdcache.train.plan.plan import TrainPlan, default_out, make_plan
 from kdcache.train.plan.resuming import exists, given_by, resumed

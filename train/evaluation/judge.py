@@ -16,7 +16,7 @@ from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
 from kdcache.train.evaluation.metrics import metrics, predict
 from kdcache.train.evaluation.parts import Parts, agreements
-from kdcache.train.loop.trainer import PARTNER
+from kdcache.train.loop.watching import PARTNER
 
 
 class Judge:
