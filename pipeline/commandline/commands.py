@@ -96,6 +96,11 @@ def _setting(ctx: click.Context, param: click.Parameter) -> Setting:
     return found
 
 
+def command(name: str | None = None) -> Callable[[Callable[..., Any]], Command]:
+    """Make a command of a function, whose name it has where none is given."""
+    return click.command(name, cls=Command)
+
+
 # The group of all commands
 
 
@@ -110,8 +115,6 @@ class Failure(click.ClickException):
 
 class Main(click.Group):
     """The group of all commands. first_to_say: whether no other rank of torchrun's has ended with the same message."""
-
-    command_class = Command
 
     def __init__(self, *args: Any, first_to_say: Callable[[str], bool] = lambda _: True, **attributes: Any) -> None:
         super().__init__(*args, **attributes)

@@ -106,3 +106,4 @@ Views = Annotated[
     range | None, Option("Views A to B - 1 [all that are complete].", metavar="A:B", own=True, parse=parse_views)
 ]
 Json = Annotated[bool, Option("Print facts as JSON.", flags=("--json",))]
+NoTeacher = Annotated[bool, Option("Publish it without the teacher's weights.")]

@@ -1,0 +1,166 @@
+"""The commands that make caches: they teach, build, mix, import and pack."""
+
+import sys
+from dataclasses import asdict
+from typing import Annotated
+
+import click
+
+from kdcache.cache.records.choices import FileStore, StoreName
+from kdcache.pipeline.build.config import BuildConfig
+from kdcache.pipeline.commandline.commands import command, typed_names
+from kdcache.pipeline.commandline.options import (
+    Argument,
+    CacheFolder,
+    Json,
+    NoTeacher,
+    Option,
+    Registry,
+    Views,
+)
+from kdcache.pipeline.commandline.parameters import from_signature
+from kdcache.pipeline.commandline.terminal import say, show
+from kdcache.pipeline.data.defaults import data_option
+from kdcache.pipeline.ensembles.config import MixConfig
+from kdcache.pipeline.imports.config import ImportConfig
+from kdcache.pipeline.sheet.config import ViewsConfig
+from kdcache.train.config import TeachConfig
+
+
+@command()
+@from_signature
+def teach(config: TeachConfig, as_json: Json = False) -> None:
+    """Train a teacher on a dataset that has no pretrained one.
+
+    Example: kdcache teach --teacher resnet56 --data cifar10 --epochs 60
+    """
+    from kdcache.train.teach import teach as run
+
+    path, top1 = run(config, say)
+    show({"weights": str(path), "top1": top1}, as_json, str(path))
+
+
+@command("views")
+@from_signature
+def views_command(config: ViewsConfig, as_json: Json = False) -> None:
+    """Show what a policy makes of some samples. The pixels in the PNG file are those that the teacher is shown in a
+    build with the same options.
+
+    \b
+    Example: kdcache views
+             kdcache views three-augment --data imagenet:/data/imagenet
+             kdcache views 'rrc,flip,randaugment(2,9),mixup(0.2)' --data cifar10 --views 16
+             kdcache views --list
+    """
+    from kdcache.pipeline.sheet.sheet import views as run
+
+    if config.policy is not None and "augment" in typed_names():  # a setting of that name counts where none is typed
+        raise click.UsageError("Give POLICY or --augment, not both.")
+    found, text = run(config, say)
+    show(found, as_json, text)
+
+
+@command()
+@from_signature
+def build(
+    config: BuildConfig,
+    store: Annotated[StoreName, Option("Also pack it into one file.")] = "zarr",
+    list_unreadable: Annotated[
+        bool, Option("Name every image file that cannot be read, and stop.", instead=True)
+    ] = False,
+    registry: Registry = None,
+    publish: Annotated[bool, Option("Publish it in the registry.", flags=("--push",))] = False,
+    no_teacher: NoTeacher = False,
+    as_json: Json = False,
+) -> None:
+    """Run the teacher once over every view and store its answers.
+
+    \b
+    Example: kdcache build --teacher resnet34
+             kdcache build --teacher resnet34 --data imagenet:/data/imagenet --views 16
+             kdcache build --teacher resnet34 --store hdf5
+             kdcache build --teacher resnet34 --registry s3://bucket/kd --push
+             kdcache build --data imagefolder:/data/birds --list-unreadable
+
+    With a registry, what is published there is not computed again.
+    """
+    from kdcache.train.teach import build_and_teach, unreadable_files
+
+    if list_unreadable:
+        found = unreadable_files(config.data, config.unlabelled, say)
+        show(found, as_json, "\n".join(found) or "every file can be read")
+        sys.exit(1 if found else 0)
+    built, packed = build_and_teach(config, registry, publish, say, not no_teacher, store)
+    if packed is None:
+        show(vars(built), as_json, str(built.path))
+    else:
+        show({**vars(built), "packed": vars(packed)}, as_json, str(packed.path))
+
+
+@command()
+@from_signature
+def pack(
+    cache: Annotated[str, Argument()],
+    to: Annotated[FileStore, Option("One file, for h5py or FFCV's loader.")],
+    out: Annotated[str | None, Option("[beside the cache, with .h5 or .beton]", metavar="FILE", own=True)] = None,
+    views: Views = None,
+    data: Annotated[str | None, data_option("For ffcv: where the images are [by the name in the cache].")] = None,
+    as_json: Json = False,
+) -> None:
+    """Write a cache into one file: it is read by its path as a folder is.
+
+    \b
+    Example: kdcache pack 1f0c2a --to hdf5
+             kdcache pack 1f0c2a --to hdf5 --views 0:16 --out birds.h5
+             kdcache pack 1f0c2a --to ffcv --data imagenet:/data/imagenet
+    """
+    from kdcache.pipeline.pack import pack as run
+
+    result = run(cache, to, out=out, views=views, data=data, say=say)
+    show(vars(result), as_json, str(result.path))
+
+
+@command()
+@from_signature
+def unpack(file: Annotated[str, Argument()], out: CacheFolder = None, as_json: Json = False) -> None:
+    """Unpack a cache from an HDF5 file into a folder, to which build can add views.
+
+    Example: kdcache unpack birds.h5
+    """
+    from kdcache.pipeline.pack import unpack as run
+
+    result = run(file, out, say)
+    show(vars(result), as_json, str(result.path))
+
+
+@command()
+@from_signature
+def mix(config: MixConfig, as_json: Json = False) -> None:
+    """Make one cache of several teachers' caches: the mean of their answers. Stopped, the same command goes on.
+
+    Example: kdcache mix 1f0c2a 77ab01 --weights 0.7,0.3
+    """
+    from kdcache.pipeline.ensembles.mix import mix as run
+
+    result = run(config, say)
+    show(asdict(result), as_json, str(result.path))
+
+
+@command("import")
+@from_signature
+def import_command(config: ImportConfig, as_json: Json = False) -> None:
+    """Make a cache of logits that TinyViT's or FKD's code has stored. Stopped, the same command goes on.
+
+    \b
+    Example: kdcache import fkd FKD_effL2_475_soft_label --data imagenet:/data/imagenet --teacher effL2
+             kdcache import tinyvit teacher_logits --data imagenet:/data/imagenet
+
+    What they do not hold is recorded as lacking, and losses that need it refuse: see docs/stores.md.
+    """
+    from kdcache.pipeline.imports.imports import import_logits
+
+    result = import_logits(config, say)
+    show(vars(result), as_json, str(result.path))
+
+
+COMMANDS = (teach, views_command, build, pack, unpack, mix, import_command)
