@@ -34,18 +34,22 @@ class Page:
 
     def call(self, method: str, **parameters: Any) -> dict[str, Any]:
         """Call a method of the protocol and wait for its result."""
+        number = self._ask(method, parameters)
+        while True:
+            found = self._next()
+            if found.get("id") == number:
+                assert "error" not in found, (method, found["error"])
+                result: dict[str, Any] = found["result"]
+                return result
+            self._note(found)
+
+    def _ask(self, method: str, parameters: dict[str, Any]) -> int:
         self._number += 1
         message: dict[str, Any] = {"id": self._number, "method": method, "params": parameters}
         if self.session:
             message["sessionId"] = self.session
         os.write(self._send, json.dumps(message).encode() + b"\0")
-        while True:
-            found = self._next()
-            if found.get("id") == self._number:
-                assert "error" not in found, (method, found["error"])
-                result: dict[str, Any] = found["result"]
-                return result
-            self._note(found)
+        return self._number
 
     def _next(self) -> dict[str, Any]:
         end = time.monotonic() + PATIENCE
@@ -72,6 +76,7 @@ class Page:
             self.complaints.append(f"exception: {about['exceptionDetails']}")
         elif method == "Page.javascriptDialogOpening":
             self.complaints.append(f"dialog: {about['message']}")
+            self._ask("Page.handleJavaScriptDialog", {"accept": True})  # else the page waits for ever
 
     def open(self, path: Path, width: int = 1280, height: int = 900, dark: bool = False) -> None:
         """Load a file in a window of that size, and wait until it is shown."""

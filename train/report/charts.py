@@ -59,7 +59,7 @@ class Pen:
         steps: how many steps an epoch has, where x counts epochs: then a second axis counts steps.
         """
         with self._style(_STYLE):
-            figure, axes = self._axes(x, y)
+            figure, axes = self._axes(x, y, steps=bool(steps))
             for one in series:
                 colour = _OF_SERIES[one.colour % SERIES]
                 style = "--" if one.dashed or one.colour >= SERIES else "-"
@@ -111,10 +111,12 @@ class Pen:
             axes.set_ylim(0, 102)
             return self._svg(figure)
 
-    def _axes(self, x: str, y: str, square: bool = False) -> tuple[Any, Any]:
-        figure = self._figure(figsize=(_HEIGHT * 1.2 if square else _WIDTH, _HEIGHT), layout="constrained")
+    def _axes(self, x: str, y: str, square: bool = False, steps: bool = False) -> tuple[Any, Any]:
+        # Fixed margins: to fit them to the texts takes Matplotlib longer than all the rest.
+        width = _HEIGHT * 1.2 if square else _WIDTH
+        figure = self._figure(figsize=(width, _HEIGHT))
         self._canvas(figure)
-        axes = figure.add_subplot()
+        axes = figure.add_axes((0.55 / width, 0.16, 1 - 0.65 / width, 0.68 if steps else 0.8))
         axes.set_xlabel(x)
         axes.set_ylabel(y)
         axes.tick_params(length=0)

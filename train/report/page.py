@@ -31,7 +31,7 @@ def page(caches: Sequence[dict[str, Any]], runs: dict[str, Any] | None) -> bytes
     contents = [(view["anchor"], view["title"]) for view in views]
     if about_runs:
         contents.append(("runs", about_runs["title"]))
-    text = (
+    text: str = (
         _environment()
         .get_template("page.html")
         .render(

@@ -9,6 +9,7 @@ from typing import Any
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
 from kdcache.cache.files import replace_file
+from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.answers import teacher_top1
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.progress import size
@@ -153,7 +154,7 @@ def _runs(runs: Sequence[Run], config: ReportConfig, say: Say) -> dict[str, Any]
     if len(keys) == 1 and isinstance(place, str) and exists(place):
         try:
             cache = open_store(place, config.registry)
-            teacher = {"top1": teacher_top1(cache)} if hasattr(cache, "splits") else None
+            teacher = {"top1": teacher_top1(cache)} if isinstance(cache, Cache) else None
             steps = _steps(runs, cache.identity.data.samples)
         except KdcacheError as e:
             say(f"note: the runs' cache cannot be read: {e}")
