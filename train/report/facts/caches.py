@@ -30,7 +30,7 @@ BUDGET = 150_000_000  # stored values that are read of training views: some five
 SEED = 0  # of the parts that are read, where not all are
 PICKED = 12  # samples in each list
 SHOWN = 4  # answers of each sample
-_PIECE = 1 << 15  # records at once
+_PIECE = 1 << 20  # values of records that are looked at at once
 _MASSES = 50_000  # records that the mass by temperature is taken of
 T = TypeVar("T")
 
@@ -149,7 +149,9 @@ def _tried(missing: dict[str, str], what: str, work: Callable[[], T]) -> T | Non
 def _tally(stored: Stored, split: SplitName) -> Tally:
     """Accuracy needs one label a record, and its gap."""
     record = stored.identity.record_of(split)
-    return Tally(record.classes, shown_temperature(stored), record.labels == 1 and record.target_gaps == 1)
+    return Tally(
+        record.classes, shown_temperature(stored), record.labels == 1 and record.target_gaps == 1, split == "eval"
+    )
 
 
 def _ranked(stored: Stored) -> int:
@@ -261,5 +263,6 @@ def _pieces(
 
 
 def _cut(records: Records, first: int) -> Iterator[tuple[int, Records]]:
-    for at in range(0, len(records), _PIECE):
-        yield first + at, records[at : at + _PIECE]
+    rows = max(1, _PIECE // (2 * records.gaps.shape[1] or 1))
+    for at in range(0, len(records), rows):
+        yield first + at, records[at : at + rows]

@@ -38,11 +38,13 @@ class Answered:
 class Tally:
     """Adds up answers at one temperature, batch by batch.
 
-    labelled: whether each record has one label, and its gap, from which accuracy and calibration follow.
+    labelled: whether each record has one label, and its gap, from which accuracy and calibration follow. by_class:
+    whether labels and answers are kept, to tell of classes and confusions.
     """
 
-    def __init__(self, classes: int, temperature: float, labelled: bool) -> None:
+    def __init__(self, classes: int, temperature: float, labelled: bool, by_class: bool = True) -> None:
         self._classes, self._temperature, self._labelled = classes, temperature, labelled
+        self._by_class = by_class
         self.images = 0
         self._right = self._right5 = 0
         self._nll = self._entropy = self._confidence = 0.0
@@ -72,8 +74,9 @@ class Tally:
         self._right += int(right.sum())
         self._right5 += int((ids[:, :5] == labels.unsqueeze(1)).any(1).sum())
         self._count_sure(p[:, 0].double(), right)
-        self._labels.append(labels.numpy().astype(np.int32))
-        self._predictions.append(ids[:, 0].numpy().astype(np.int32))
+        if self._by_class:
+            self._labels.append(labels.numpy().astype(np.int32))
+            self._predictions.append(ids[:, 0].numpy().astype(np.int32))
         return Answered(entropy, nll, right)
 
     def _count_sure(self, confidence: Tensor, right: Tensor) -> None:
@@ -101,13 +104,15 @@ class Tally:
             return found
         count, sure, right = self._bins.T
         each = self._bins[:, 1:] / count.clamp(min=1).unsqueeze(1)
-        labels, predictions = (np.concatenate(of).astype(np.int64) for of in (self._labels, self._predictions))
-        return found | {
+        found |= {
             "top1": self._right / n,
             "top5": self._right5 / n if ranked >= 5 else None,
             "nll": self._nll / n,
             "ece": float((sure - right).abs().sum()) / n,
             "bins": [asdict(Bin(int(c), *pair)) for c, pair in zip(count.tolist(), each.tolist(), strict=True)],
-            "per_class": asdict(per_class(predictions, labels, names)),
-            "confusions": asdict(confusions(predictions, labels, self._classes)),
         }
+        if self._by_class:
+            labels, predictions = (np.concatenate(of).astype(np.int64) for of in (self._labels, self._predictions))
+            found["per_class"] = asdict(per_class(predictions, labels, names))
+            found["confusions"] = asdict(confusions(predictions, labels, self._classes))
+        return found
