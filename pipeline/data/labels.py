@@ -9,6 +9,7 @@ from kdcache.cache.errors import InputError
 
 _ID = re.compile(r"0|[1-9][0-9]*")
 MAX_CLASSES = 1 << 20
+LABEL_COLUMNS = ("label", "class", "class_name", "target")  # what a column of labels may be called, in any case
 
 
 def classes_of(labels: Collection[str], where: str) -> tuple[str, ...]:

@@ -7,6 +7,7 @@ import os
 import tarfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from PIL import Image
@@ -103,6 +104,38 @@ def write_tars(top: Path, samples: list[Sample], json_labels: bool = False) -> s
             write_tar(top / f"{split}-{i // 5:03d}.tar", members(of_split[i : i + 5], json_labels))
     tars = len([s for s in samples if s.split == "train"])
     return f"wds:{top}/train-{{000..{(tars - 1) // 5:03d}}}.tar::{top}/val-*.tar"
+
+
+def hf_rows(samples: list[Sample]) -> Any:
+    """The samples as a `datasets.Dataset`. Its classes are listed in the order of CLASSES."""
+    import datasets  # slow, and most tests do without it
+
+    features = {"label": datasets.ClassLabel(names=list(CLASSES)), "n": datasets.Value("int64")}
+    rows: dict[str, list[Any]] = {
+        "image": [{"bytes": s.content, "path": s.name} for s in samples],
+        "label": [s.id for s in samples],
+        "n": list(range(len(samples))),
+    }
+    return datasets.Dataset.from_dict(rows, features=datasets.Features(features | {"image": datasets.Image()}))
+
+
+def write_hf(top: Path, samples: list[Sample], form: str = "saved") -> str:
+    """A Hugging Face data set, in files of a few samples: saved by save_to_disk, or as a folder of parquet files."""
+    import datasets
+
+    datasets.disable_progress_bars()
+    splits = {name: [s for s in samples if s.split == split] for name, split in (("train", "train"), ("test", "val"))}
+    rows = datasets.DatasetDict({name: hf_rows(one) for name, one in splits.items() if one})
+    if form == "saved":
+        rows.save_to_disk(str(top), num_shards={name: min(3, len(one)) for name, one in rows.items()})
+        return f"hf:{top}"
+    for name, one in rows.items():
+        parts = min(2, len(one))
+        for i in range(parts):
+            (top / "data").mkdir(exist_ok=True)
+            part = one.shard(parts, i, contiguous=True)
+            part.to_parquet(str(top / "data" / f"{name}-{i:05d}-of-{parts:05d}.parquet"), batch_size=3)
+    return f"hf:{top}"
 
 
 # The code of a user's module. FORM says what its samples are; FILES holds path, label and split of each.

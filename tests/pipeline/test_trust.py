@@ -110,6 +110,7 @@ LINES = [
     ("eval run --student resnet8", 2, "do not fit"),
     ("eval beside", 2, "--student theirs:net"),
     ("build --teacher resnet8 --weights run/last.safetensors --data digits", 2, "do not fit"),
+    ("plan --teacher resnet8 --weights run/last.safetensors --data digits", 2, "do not fit"),
     ("mix THEIRS OURS", 2, "data.name"),
     ("report THEIRS run beside --out theirs.html", 0, "theirs.html"),
     ("push THEIRS --registry registry", 0, ""),

@@ -52,6 +52,10 @@ class Kind(ABC):
         """The splits that there are: 'train' and 'eval', and perhaps 'validation' to choose weights by."""
         return "train", "eval"
 
+    def is_place(self, text: str) -> bool:
+        """Whether what stands behind the kind's name is a place on this disk."""
+        return True
+
     def unreadable(self, asked: Asked, progress: FilesDone | None = None) -> list[str]:
         """Decode every file and list a line 'path: reason' for each that cannot be decoded."""
         return self.open(asked).unreadable(progress)
@@ -114,6 +118,13 @@ class Described(_Contents, ABC):
     @abstractmethod
     def decode(self, index: int) -> torch.Tensor:
         """See Dataset."""
+
+    def content(self, index: int) -> bytes | None:
+        return None
+
+    def start(self, index: int, most: int) -> tuple[bytes, int] | None:
+        content = self.content(index)
+        return None if content is None else (content, len(content))
 
     def file(self, index: int) -> Path | None:
         return None

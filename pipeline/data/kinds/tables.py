@@ -25,11 +25,10 @@ from kdcache.pipeline.data.kinds.folders import (
     held_out,
     note_of,
 )
-from kdcache.pipeline.data.labels import classes_of
+from kdcache.pipeline.data.labels import LABEL_COLUMNS, classes_of
 
 # What the columns may be called, in any case.
 _PATH = ("path", "file", "filename", "file_name", "filepath", "image")
-_LABEL = ("label", "class", "class_name", "target")
 _SPLIT = ("split",)
 _EVALS = (VALIDATION, TEST, EVALUATION)  # the first of them that has rows is the eval split
 _FORMATS = ".csv, .tsv and .jsonl"
@@ -187,7 +186,7 @@ def _row(table: Path, line: int, path: Any, label: Any, split: Any, *, labelled:
 def _columns(table: Path, names: Sequence[str], line: int) -> dict[str, str]:
     """The column for each of path, label and split, where there is one. InputError where it is not clear which."""
     found = {}
-    for what, known in (("path", _PATH), ("label", _LABEL), ("split", _SPLIT)):
+    for what, known in (("path", _PATH), ("label", LABEL_COLUMNS), ("split", _SPLIT)):
         of_kind = [name for name in names if name.strip().casefold() in known]
         if len(of_kind) > 1:
             raise InputError(f"{table}, line {line}: {' and '.join(of_kind)} may each be the {what}: keep one")

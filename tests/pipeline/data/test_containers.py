@@ -20,6 +20,8 @@ Write = Callable[[Path, list[Sample]], str]
 WRITERS: dict[str, Write] = {
     "csv": containers.write_csv,
     "jsonl": containers.write_jsonl,
+    "hf": containers.write_hf,
+    "hf parquet": partial(containers.write_hf, form="parquet"),
     "tars": containers.write_tars,
     "tars with json": partial(containers.write_tars, json_labels=True),
     "PIL images": partial(containers.write_module, function="images"),
@@ -27,7 +29,7 @@ WRITERS: dict[str, Write] = {
     "tensors": partial(containers.write_module, function="tensors"),
     "paths": partial(containers.write_module, function="paths"),
 }
-OF_ITEMS = ("tars", "tars with json", "bytes")  # whose fingerprints are of the same things
+OF_ITEMS = ("tars", "tars with json", "bytes", "hf", "hf parquet")  # whose fingerprints are of the same things
 
 
 @pytest.fixture(scope="module")
@@ -158,7 +160,7 @@ def test_small_images_are_held_in_memory(kind: str, put: Callable[..., str], tmp
         assert (data.mean, data.std) == (files.mean, files.std)
 
 
-@pytest.mark.parametrize("kind", ["csv", "tars", "bytes", "paths"])
+@pytest.mark.parametrize("kind", ["csv", "tars", "bytes", "paths", "hf"])
 def test_an_unreadable_image_is_named_and_all_of_them_are_listed(
     kind: str, samples: list[Sample], put: Callable[..., str]
 ) -> None:
@@ -171,7 +173,9 @@ def test_an_unreadable_image_is_named_and_all_of_them_are_listed(
     assert "\n" not in str(caught.value)
     lines = list_unreadable(spec, "train")
     assert len(lines) == 2 and all("not a JPEG" in line and "\n" not in line for line in lines)
-    shown = ("sample 2 of", "sample 5 of") if kind == "bytes" else (broken[2].name, broken[5].name)
+    shown = {"bytes": ("sample 2 of", "sample 5 of"), "hf": ("row 2", "row 5")}.get(
+        kind, (broken[2].name, broken[5].name)
+    )
     assert all(name in line for name, line in zip(shown, lines, strict=True))
 
 
@@ -199,7 +203,7 @@ def test_subsets_have_the_class_names_of_their_dataset(samples: list[Sample], pu
     assert len(half) == 9 and half.class_names == containers.CLASSES
 
 
-@pytest.mark.parametrize("kind", ["csv", "tars", "own"])
+@pytest.mark.parametrize("kind", ["csv", "tars", "own", "hf"])
 @pytest.mark.parametrize("classes", [2, 20_000])
 def test_labels_that_are_whole_numbers_are_ids(
     kind: str, classes: int, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
@@ -217,6 +221,11 @@ def test_labels_that_are_whole_numbers_are_ids(
             members = [(s.name, s.content) if i else (s.name[:3] + ".cls", b"%d" % n) for s, n in both for i in (0, 1)]
             containers.write_tar(tmp_path / split / "0.tar", members)
         spec = f"wds:{tmp_path}"
+    elif kind == "hf":
+        rows = containers.hf_rows(samples).remove_columns("label").add_column("target", labels)
+        for split, places in (("train", range(3)), ("validation", range(3, 5))):
+            rows.select(places).to_parquet(str(tmp_path / f"{split}.parquet"))
+        spec = f"hf:{tmp_path}"
     else:
         spec = containers.write_module(tmp_path, samples, "contents")
         monkeypatch.syspath_prepend(str(tmp_path))

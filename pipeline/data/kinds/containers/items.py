@@ -102,11 +102,19 @@ class ItemDataset(Described):
     def decode(self, index: int) -> torch.Tensor:
         if self.pixels is not None:
             return self.pixels[index].permute(2, 0, 1).contiguous()
+        return content_pixels(self._read(index), self.where(index), self.sizes[index])
+
+    def content(self, index: int) -> bytes | None:
+        content = self._read(index)
+        return content if isinstance(content, bytes) else None
+
+    def _read(self, index: int) -> Content:
+        """Read an image. InputError where its label is not what it was when the dataset was opened."""
         content, label = self.source.read(int(self.places[index]))
         if label is not None and self.labels.size and label != self.labels[index, 0]:
             was = int(self.labels[index, 0])
             raise InputError(f"{self.where(index)}: its label is {label}, and was {was} when the dataset was opened")
-        return content_pixels(content, self.where(index), self.sizes[index])
+        return content
 
     def where(self, index: int) -> str:
         return self.source.where(int(self.places[index]))
