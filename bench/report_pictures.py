@@ -23,7 +23,7 @@ from kdcache.tests.helpers.places import ROOT
 
 TEACHER, STUDENT, LOSSES, SEEDS = "resnet20", "resnet8", ("ce", "kd", "nkd"), ("0", "1", "2")
 RECIPE = ("--batch-size", "64", "--lr", "0.05")
-COLOURS = 128
+COLOURS = 256
 # Of each page, by the name of the picture: where it begins (the text of a heading), its width and height, and dark.
 SHOTS = {
     "demo.html": {
@@ -40,26 +40,29 @@ SHOTS = {
 }
 
 
-def kdcache(home: Path, *words: str) -> None:
-    environment = os.environ | {"KDCACHE_HOME": str(home)}
-    subprocess.run([sys.executable, "-m", "kdcache.cli", *words], env=environment, check=True)
+def kdcache(work: Path, home: str, *words: str) -> None:
+    """Run a command in the folder of work, so that no picture shows where that is."""
+    environment = os.environ | {"KDCACHE_HOME": str(work.absolute() / home)}
+    subprocess.run([sys.executable, "-m", "kdcache.cli", *words], env=environment, cwd=work, check=True)
 
 
 def make(work: Path, data: str, epochs: int) -> None:
     """Make what is not there yet, and then the pages."""
     if not (work / "demo").exists():
-        kdcache(work / "home", "demo", "--out", str(work / "demo"))
+        kdcache(work, "home", "demo", "--out", "demo")
     if not (work / "sweep" / "sweep.json").exists():
-        home, about = work / "home", ("--data", data)
-        kdcache(home, "teach", "--teacher", TEACHER, "--augment", "crop,flip", "--epochs", "40", *about, *RECIPE)
-        kdcache(home, "build", "--teacher", TEACHER, "--augment", "crop,flip", "--views", "8", *about)
+        about = ("--data", data)
+        kdcache(
+            work, "home", "teach", "--teacher", TEACHER, "--augment", "crop,flip", "--epochs", "40", *about, *RECIPE
+        )
+        kdcache(work, "home", "build", "--teacher", TEACHER, "--augment", "crop,flip", "--views", "8", *about)
         losses = [word for loss in LOSSES for word in ("--loss", loss)]
         seeds = [word for seed in SEEDS for word in ("--seed", seed)]
         words = [*about, "--student", STUDENT, "--epochs", str(epochs), *RECIPE, *losses, *seeds]
-        kdcache(home, "train", *words, "--out", str(work / "sweep"))
-    caches = [str(path) for path in (work / "demo" / "home" / "caches").iterdir()]
-    kdcache(work / "demo" / "home", "report", *caches, "--out", str(work / "demo.html"))
-    kdcache(work / "home", "report", str(work / "sweep"), "--out", str(work / "sweep.html"))
+        kdcache(work, "home", "train", *words, "--out", "sweep")
+    caches = [f"demo/home/caches/{path.name}" for path in (work / "demo" / "home" / "caches").iterdir()]
+    kdcache(work, "demo/home", "report", *caches, "--out", "demo.html")
+    kdcache(work, "home", "report", "sweep", "--out", "sweep.html")
 
 
 def shoot(page: Page, file: Path, out: Path) -> None:
@@ -73,7 +76,7 @@ def shoot(page: Page, file: Path, out: Path) -> None:
         target = out / f"{name}.png"
         page.picture(target, height, top)
         with Image.open(target) as picture:
-            small = picture.convert("RGB").quantize(COLOURS, Image.Quantize.MEDIANCUT, dither=Image.Dither.NONE)
+            small = picture.convert("RGB").quantize(COLOURS, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE)
         small.save(target, optimize=True)
         print(f"{target}: {target.stat().st_size:,} bytes")
 

@@ -64,7 +64,7 @@ class Pen:
                 colour = _OF_SERIES[one.colour % SERIES]
                 style = "--" if one.dashed or one.colour >= SERIES else "-"
                 marker = "o" if len(one.points) == 1 else None
-                width, alpha = (0.9, 0.75) if one.thin else (1.6, 1.0)
+                width, alpha = (1.1, 0.8) if one.thin else (1.6, 1.0)
                 axes.plot(
                     *zip(*one.points, strict=True), style, color=colour, lw=width, alpha=alpha, marker=marker, ms=4
                 )

@@ -150,17 +150,18 @@ def _differences(facts: dict[str, Any]) -> View | None:
     return {"first": facts["differences"][0]["first"], "heads": heads, "rows": rows} if rows else None
 
 
-def _signed(of: dict[str, Any] | None, by: dict[str, Any]) -> str:
+def _signed(of: dict[str, Any] | None, by: dict[str, Any]) -> tuple[str, str]:
+    """A difference and its interval."""
     if of is None:
-        return "–"
+        return "–", ""
 
     def text(value: float) -> str:
         return f"{by['factor'] * value:+.{by['digits']}f}"
 
     estimate = of["estimate"]
     if estimate["low"] is None:
-        return ", ".join(map(text, of["values"]))
-    return f"{text(estimate['mean'])} ({text(estimate['low'])} to {text(estimate['high'])})"
+        return ", ".join(map(text, of["values"])), ""
+    return text(estimate["mean"]), f"{text(estimate['low'])} to {text(estimate['high'])}"
 
 
 # Curves

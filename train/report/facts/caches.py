@@ -30,7 +30,7 @@ BUDGET = 150_000_000  # stored values that are read of training views: some five
 SEED = 0  # of the parts that are read, where not all are
 PICKED = 12  # samples in each list
 SHOWN = 4  # answers of each sample
-_PIECE = 1 << 20  # values of records that are looked at at once
+_PIECE = 1 << 18  # values of records that are looked at at once
 _MASSES = 50_000  # records that the mass by temperature is taken of
 T = TypeVar("T")
 
