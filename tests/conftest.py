@@ -62,6 +62,7 @@ SLOW = (
     "pipeline/test_trust",
     "test_packaging",
     "train/bench",
+    "train/evaluation/test_predictions",
     "train/evaluation/test_validation",
     "train/loaders",
     "train/loop",

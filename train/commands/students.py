@@ -12,7 +12,7 @@ from kdcache.pipeline.commandline.options import (
     Option,
 )
 from kdcache.pipeline.commandline.parameters import from_signature
-from kdcache.pipeline.commandline.terminal import figure, of_run, say, show
+from kdcache.pipeline.commandline.terminal import of_run, say, show
 from kdcache.train.bench.config import BenchConfig
 from kdcache.train.config import EvalConfig, TrainConfig
 
@@ -54,21 +54,29 @@ def train(
 @command("eval")
 @from_signature
 def evaluate(config: EvalConfig, as_json: Json = False) -> None:
-    """Evaluate a student: top-1, top-5, NLL, Brier score, ECE, agreement with the teacher and KL to it.
+    """Evaluate a student: top-1, top-5, NLL, Brier score, ECE, agreement with the teacher and KL to it; its worst
+    classes and largest confusions, and what temperature scaling would change. --json has all of it by class.
 
     RUN is a run folder, whose last weights are taken, or a weights file. With other data than the run's, classes are
     matched by name, and nothing is compared with the teacher.
 
     \b
     Example: kdcache eval runs/digits-resnet8-nkd-seed0
+             kdcache eval runs/digits-resnet8-nkd-seed0 --predictions answers.csv
              kdcache eval runs/birds/best.safetensors --data imagefolder:/data/other-birds
     """
-    from kdcache.train.evaluate import evaluate_run
+    from kdcache.train.evaluate import examine_run
+    from kdcache.train.evaluation.predictions import require_format, write_predictions
 
     asked = vars(config).copy()
-    found = evaluate_run(asked.pop("run"), **asked)
-    lines = [f"{k:13} {figure(k, v) if isinstance(v, float) else v}" for k, v in found.items()]
-    show(found, as_json, "\n".join(lines))
+    file = asked.pop("predictions")
+    if file is not None:
+        require_format(file)
+    found = examine_run(asked.pop("run"), **asked, say=say)
+    if file is not None:
+        write_predictions(file, found.answers, found.images.paths, found.class_names)
+        say(f"the predictions are in {file}")
+    show(found.facts(), as_json, found.text())
 
 
 @command()
