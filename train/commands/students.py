@@ -1,7 +1,7 @@
 """The commands for students, from a cache; and those that show or measure the whole."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from typing import Annotated
 
 import click
@@ -15,6 +15,7 @@ from kdcache.pipeline.commandline.parameters import from_signature
 from kdcache.pipeline.commandline.terminal import of_run, say, show
 from kdcache.train.bench.config import BenchConfig
 from kdcache.train.config import EvalConfig, TrainConfig
+from kdcache.train.export.config import ExportConfig
 
 
 @command()
@@ -81,6 +82,24 @@ def evaluate(config: EvalConfig, as_json: Json = False) -> None:
 
 @command()
 @from_signature
+def export(config: ExportConfig, as_json: Json = False) -> None:
+    """Write a student into one file that runs without kdcache, with a JSON beside it that tells how to prepare images.
+    It is run on evaluation images first and compared with the student.
+
+    RUN is a run folder, whose last weights are taken, or a weights file.
+
+    \b
+    Example: kdcache export runs/digits-resnet8-nkd-seed0 --to onnx
+             kdcache export runs/birds/best.safetensors --to torchscript --out birds.pt
+    """
+    from kdcache.train.export.export import export as run
+
+    result = run(config, say)
+    show(asdict(result), as_json, str(result))
+
+
+@command()
+@from_signature
 def demo(
     out: Annotated[str | None, Option("Keep everything in this empty folder.", metavar="DIR", own=True)] = None,
     as_json: Json = False,
@@ -118,4 +137,4 @@ def bench(
     show(found, as_json, table(found))
 
 
-COMMANDS = (train, evaluate, demo, bench)
+COMMANDS = (train, evaluate, export, demo, bench)
