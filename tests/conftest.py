@@ -64,6 +64,7 @@ SLOW = (
     "train/bench",
     "train/evaluation/test_predictions",
     "train/evaluation/test_validation",
+    "train/export",
     "train/loaders",
     "train/loop",
     "train/plan",

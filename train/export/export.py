@@ -186,7 +186,7 @@ def _checked(
     same = count = 0
     apart = largest = 0.0
     mean, std = (np.array(trained.notes[name], np.float32).reshape(3, 1, 1) for name in ("mean", "std"))
-    for pixels in _images(data, config, trained.notes["input_size"]):
+    for pixels in images_of(data, config, trained.notes["input_size"]):
         # By the formula of the JSON, not by the classifier's own.
         prepared = torch.from_numpy((pixels.numpy().astype(np.float32) / 255 - mean) / std).contiguous()
         with torch.inference_mode(), quietly():
@@ -204,8 +204,8 @@ def _checked(
     return Check(count, same, apart, largest, kind.runtime())
 
 
-def _images(data: Dataset, config: ExportConfig, size: int) -> Iterator[Tensor]:
-    """Batches of images uint8 [B, 3, S, S] as in evaluation: the first of one image, so that batches differ."""
+def images_of(data: Dataset, config: ExportConfig, size: int) -> Iterator[Tensor]:
+    """Yield batches of images uint8 [B, 3, S, S] as in evaluation; the first has one image, so that sizes differ."""
     samples = np.unique(np.linspace(0, len(data) - 1, min(config.images, len(data))).round().astype(np.int64))
     batches = [samples[:1], *np.split(samples[1:], range(_BATCH, len(samples) - 1, _BATCH))]
     renderer = Renderer(data, size, torch.device("cpu"), workers=config.workers)

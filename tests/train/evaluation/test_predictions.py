@@ -20,6 +20,7 @@ from kdcache.train.config import TrainConfig
 from kdcache.train.evaluate import evaluate_run, examine_run, student_of
 from kdcache.train.evaluation.judge import Answers
 from kdcache.train.evaluation.predictions import columns, require_format, write_predictions
+from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.run import train
 
 
@@ -75,10 +76,10 @@ def test_the_analysis_is_that_of_the_cache_and_of_its_first_view(home, run):
     assert sum(analysis["per_class"]["correct"]) / 355 == pytest.approx(found["top1"])
     # By the loader that trains: its first epoch takes the first view.
     model = student_of(run, *read_weights(run / "last.safetensors")).eval()
-    loader = CachedLoaderOf(open_cache(home / "exact"))
+    loader = CachedLoader(open_cache(home / "exact"), "digits", 1442)
     same = right = 0
     with torch.no_grad():
-        for images, labels, records in loader.in_order():
+        for images, labels, records in loader.steps():
             answers = model(images).argmax(1)
             same, right = same + int((answers == records.predictions()).sum()), right + int((answers == labels).sum())
     assert analysis["training"]["images"] == 1442
@@ -88,26 +89,13 @@ def test_the_analysis_is_that_of_the_cache_and_of_its_first_view(home, run):
     assert some.images == 100 and examine_run(str(run), train_images=0).analysis.training is None
 
 
-class CachedLoaderOf:
-    """All samples of the first view, once, as uint8."""
-
-    def __init__(self, cache):
-        from kdcache.train.loaders.cached import CachedLoader
-
-        self._loader = CachedLoader(cache, "digits", 1442)
-
-    def in_order(self):
-        return self._loader.steps()
-
-
 def test_without_the_training_images_the_rest_is_told_and_why(home, run, monkeypatch):
     lines = []
-    import kdcache.train.evaluation.judge as judge
 
     def missing(spec, split, **options):
         raise KdcacheError("they are away")
 
-    monkeypatch.setattr(judge, "open_data", missing)
+    monkeypatch.setattr("kdcache.train.evaluation.judge.open_data", missing)
     assert examine_run(str(run), say=lines.append).analysis.training is None
     assert lines == ["note: not compared with the teacher on training images: they are away"]
     with pytest.raises(KdcacheError, match="they are away"):

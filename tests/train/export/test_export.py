@@ -2,6 +2,7 @@
 
 import hashlib
 import json
+import re
 import subprocess
 import sys
 from pathlib import Path
@@ -9,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 from PIL import Image
 from torchvision.transforms.v2 import functional as tv
 
@@ -18,12 +18,13 @@ from kdcache.cache.errors import InputError, MismatchError
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.tests.helpers.commands import invoke, works
+from kdcache.tests.helpers.places import ROOT
 from kdcache.tests.helpers.training import quiet
 from kdcache.train.config import TrainConfig
 from kdcache.train.evaluate import evaluate_run, student_of
 from kdcache.train.export import formats
 from kdcache.train.export.config import ExportConfig
-from kdcache.train.export.export import export, preprocessing
+from kdcache.train.export.export import export, images_of, preprocessing
 from kdcache.train.run import train
 
 SUFFIX = {"onnx": ".onnx", "torchscript": ".pt"}
@@ -88,18 +89,12 @@ def prepared(pixels, about):
     return torch.from_numpy(x.astype(np.float32)).permute(0, 3, 1, 2)
 
 
-@BOTH
-@pytest.mark.parametrize("traced", [True, False])
+@pytest.mark.parametrize(("to", "traced"), [("onnx", False), ("onnx", True), ("torchscript", True)])
 def test_an_exported_student_answers_as_it_did(run, tmp_path, monkeypatch, to, traced):
     """Also ONNX by way of tracing, as with torch before 2.9."""
     if to == "onnx":
         pytest.importorskip("onnxruntime")
-        if traced:
-            monkeypatch.setattr(formats, "_by_export", lambda: False)
-        elif not formats._by_export():
-            return
-    elif not traced:
-        return
+        monkeypatch.setattr(formats, "_by_export", lambda: not traced)
     file = tmp_path / f"out/student{SUFFIX[to]}"
     result = works(["export", str(run), "--to", to, "--out", str(file), "--json"])
     facts, about = json.loads(result.stdout), json.loads((tmp_path / f"out/student{SUFFIX[to]}.json").read_text())
@@ -134,7 +129,7 @@ def test_the_file_needs_no_kdcache(run, tmp_path):
 
 
 def test_the_steps_for_image_files_give_the_pixels_of_the_evaluation(tmp_path):
-    """By Pillow they are a level or two off, by torchvision on uint8 equal."""
+    """Bit by bit, if they are resized by torchvision; Pillow resizes a level or two off."""
     rng = np.random.default_rng(0)
     for split, count in (("train", 2), ("val", 3)):
         for c in "ab":
@@ -143,13 +138,11 @@ def test_the_steps_for_image_files_give_the_pixels_of_the_evaluation(tmp_path):
                 pixels = rng.integers(0, 256, (30 + i, 41, 3)).astype(np.uint8)
                 Image.fromarray(pixels).save(tmp_path / "pics" / split / c / f"{i}.png")
     data = open_data(f"imagefolder:{tmp_path / 'pics'}", "eval")
-    from kdcache.train.export.export import _images
-
-    (one, rest) = _images(data, ExportConfig("run", "onnx", images=6, workers=0), 20)
+    one, rest = images_of(data, ExportConfig("run", "onnx", images=6, workers=0), 20)
     how = preprocessing({"input_size": 20, "mean": [0.5] * 3, "std": [0.2] * 3}, data.in_memory)
     assert (how["crop_pct"], how["crop_mode"]) == (0.875, "center") and "7/8 of the shorter side" in how["steps"][0]
     for i, got in enumerate(torch.cat([one, rest])):
-        image = torchvision.io.decode_image(str(data.file(i)))
+        image = torch.from_numpy(np.array(Image.open(data.file(i)))).permute(2, 0, 1)
         side = min(image.shape[1:]) * 7 // 8
         top, left = (image.shape[1] - side) // 2, (image.shape[2] - side) // 2
         square = image[:, top : top + side, left : left + side]
@@ -171,11 +164,8 @@ def test_a_student_that_cannot_be_exported_is_refused_and_nothing_is_written(hom
         with pytest.raises((InputError, MismatchError), match=f"{student}") as refused:
             export(config, quiet)
         assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 500
-        assert not [
-            path.name
-            for path in Path(f"run-{name}").iterdir()
-            if path.suffix in (".onnx", ".pt", ".json") and path.name not in ("config.json", "summary.json", "state.pt")
-        ]
+        left = {path.name for path in Path(f"run-{name}").iterdir()}
+        assert not left & {"last.onnx", "last.onnx.json", "last.pt", "last.pt.json"}
     sys.modules.pop("students_of_test")
 
 
@@ -197,8 +187,6 @@ def test_what_is_there_already_is_not_written_over(run, tmp_path):
 
 
 def test_a_disk_that_is_full_leaves_no_file_without_its_json(run, tmp_path, monkeypatch):
-    from kdcache.train.export import export as module
-
     written = []
 
     def once(path, content):
@@ -207,7 +195,7 @@ def test_a_disk_that_is_full_leaves_no_file_without_its_json(run, tmp_path, monk
             raise OSError(28, "No space left on device", str(path))
         path.write_bytes(content)
 
-    monkeypatch.setattr(module, "replace_file", once)
+    monkeypatch.setattr("kdcache.train.export.export.replace_file", once)
     with pytest.raises(OSError, match="No space"):
         export(ExportConfig(str(run), "torchscript", out=str(tmp_path / "s.pt")), quiet)
     assert written == ["s.pt.json", "s.pt"] and not (tmp_path / "s.pt").exists()
@@ -217,3 +205,45 @@ def test_onnx_without_its_packages_says_what_to_install(run, monkeypatch):
     monkeypatch.setitem(sys.modules, "onnxruntime", None)
     with pytest.raises(KdcacheError, match=r"--to onnx(: onnxruntime cannot be imported| needs)"):
         export(ExportConfig(str(run), "onnx"), quiet)
+
+
+@pytest.fixture
+def page(tmp_path, monkeypatch):
+    """The modules of docs/students.md, in the current directory."""
+    monkeypatch.chdir(tmp_path)
+    for block in re.findall(r"```python\n(.*?)```", (ROOT / "docs" / "students.md").read_text(), re.DOTALL):
+        (tmp_path / re.match(r"# (\w+\.py): ", block)[1]).write_text(block)
+
+
+def test_the_program_in_the_docs_answers_as_the_student_does(run, page):
+    """For images of data in memory, which it takes whole, and for those of image files, whose middle it takes."""
+    pytest.importorskip("onnxruntime")
+    works(["export", str(run), "--to", "onnx", "--out", "s.onnx"])
+    evaluation = open_data("digits", "eval")
+    names = [f"{i}.png" for i in range(30)]
+    for name, pixels in zip(names, evaluation.pixels.numpy()[::12], strict=True):
+        Image.fromarray(pixels).save(name)
+    found = subprocess.run([sys.executable, "answer.py", "s.onnx", *names], capture_output=True, text=True, check=True)
+    model = student_of(run, *read_weights(run / "last.safetensors")).eval()
+    with torch.no_grad():
+        want = model(evaluation.pixels[::12].permute(0, 3, 1, 2)).argmax(1).tolist()
+    assert found.stdout.splitlines() == [f"{name} {c}" for name, c in zip(names, want, strict=True)]
+    about = json.loads(Path("s.onnx.json").read_text())
+    about["preprocessing"].update(crop_pct=0.875, crop_mode="center")
+    Path("s.onnx.json").write_text(json.dumps(about))
+    wide = np.zeros((10, 30, 3), np.uint8)
+    wide[1:9, 11:19] = evaluation.pixels.numpy()[0]
+    Image.fromarray(wide).save("wide.png")
+    cut = subprocess.run(
+        [sys.executable, "answer.py", "s.onnx", "wide.png"], capture_output=True, text=True, check=True
+    )
+    assert cut.stdout.split() == ["wide.png", str(want[0])]
+
+
+def test_the_pretrained_student_in_the_docs_is_one(page, monkeypatch):
+    pytest.importorskip("timm")
+    monkeypatch.syspath_prepend(".")
+    from pretrained import student
+
+    assert student(7, pretrained=False).eval()(torch.zeros(1, 3, 32, 32)).shape == (1, 7)
+    sys.modules.pop("pretrained")
