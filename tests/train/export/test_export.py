@@ -28,7 +28,7 @@ from kdcache.train.export.export import export, images_of, preprocessing
 from kdcache.train.run import train
 
 SUFFIX = {"onnx": ".onnx", "torchscript": ".pt"}
-BOTH = pytest.mark.parametrize("to", SUFFIX)
+CANNOT = [("onnx", "branching"), ("torchscript", "branching"), ("torchscript", "counting")]
 STUDENTS = """
 import torch
 from torch import nn
@@ -149,23 +149,22 @@ def test_the_steps_for_image_files_give_the_pixels_of_the_evaluation(tmp_path):
         assert torch.equal(got, tv.resize(square, [20, 20], antialias=True))
 
 
-@BOTH
-def test_a_student_that_cannot_be_exported_is_refused_and_nothing_is_written(home, tmp_path, monkeypatch, to):
+@pytest.mark.parametrize(("to", "name"), CANNOT)
+def test_a_student_that_cannot_be_exported_is_refused_and_nothing_is_written(home, tmp_path, monkeypatch, to, name):
     if to == "onnx":
         pytest.importorskip("onnxruntime")
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("students_of_test.py").write_text(STUDENTS)
-    for name in ("branching", "counting"):
-        student = f"students_of_test:{name}"
-        options = {"student": student, "epochs": 1, "batch_size": 512}
-        train(TrainConfig("ce", str(home / "default"), out=f"run-{name}", **options), quiet)
-        config = ExportConfig(f"run-{name}", to, student=student)
-        with pytest.raises((InputError, MismatchError), match=f"{student}") as refused:
-            export(config, quiet)
-        assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 500
-        left = {path.name for path in Path(f"run-{name}").iterdir()}
-        assert not left & {"last.onnx", "last.onnx.json", "last.pt", "last.pt.json"}
+    student = f"students_of_test:{name}"
+    options = {"student": student, "epochs": 1, "batch_size": 512}
+    train(TrainConfig("ce", str(home / "default"), out=f"run-{name}", **options), quiet)
+    config = ExportConfig(f"run-{name}", to, student=student)
+    with pytest.raises((InputError, MismatchError), match=f"{student}") as refused:
+        export(config, quiet)
+    assert len(str(refused.value).splitlines()) == 1 and len(str(refused.value)) < 500
+    left = {path.name for path in Path(f"run-{name}").iterdir()}
+    assert not left & {"last.onnx", "last.onnx.json", "last.pt", "last.pt.json"}
     sys.modules.pop("students_of_test")
 
 
