@@ -2,6 +2,7 @@
 
 import os
 import signal
+import tempfile
 
 import pytest
 
@@ -12,6 +13,14 @@ BUCKETS = 100
 
 if signal.getsignal(signal.SIGINT) is signal.SIG_IGN:  # in a shell's background job; what we start would inherit that
     signal.signal(signal.SIGINT, signal.default_int_handler)
+
+
+def pytest_configure(config):
+    """What the library `datasets` copies goes into a folder of the tests: it reads these names when it is imported."""
+    folder = tempfile.TemporaryDirectory(prefix="hugging_face_")
+    config.add_cleanup(folder.cleanup)
+    os.environ["HF_HOME"] = folder.name
+    os.environ.pop("HF_DATASETS_CACHE", None)
 
 
 @pytest.fixture(scope="module")
@@ -62,7 +71,7 @@ SLOW = (
     "pipeline/test_trust",
     "test_packaging",
     "train/bench",
-    "train/evaluation/test_predictions",
+    "train/evaluation/analysis/test_predictions",
     "train/evaluation/test_validation",
     "train/export",
     "train/loaders",

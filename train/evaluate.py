@@ -21,12 +21,13 @@ from kdcache.pipeline.teachers.networks import build_network, load_fitting
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.pipeline.trust import stored_data, stored_network
-from kdcache.train.evaluation.analysis import Analysis, analyse, described
-from kdcache.train.evaluation.classes import names_of_classes
+from kdcache.train.evaluation.analysis.analysis import Analysis, analyse, described
+from kdcache.train.evaluation.analysis.classes import names_of_classes
 from kdcache.train.evaluation.judge import Answers, Judge, training_answers
 from kdcache.train.evaluation.otherdata import labels_of_other, whole_of
+from kdcache.train.evaluation.parts import parts_of
 from kdcache.train.loaders.cached import require_data
-from kdcache.train.loop.trainer import PARTNER
+from kdcache.train.loop.watching import PARTNER
 from kdcache.train.plan.resuming import exists
 
 TRAIN_IMAGES = 2000
@@ -128,7 +129,7 @@ def examine_run(
     workers: int | None = None,
     registry: str | None = None,
     train_images: int | None = None,
-    say: Callable[[str], None] = lambda _: None,
+    say: Callable[[str], None] = print,
 ) -> Examined:
     """Evaluate a run folder's last weights or a weights file that kdcache wrote.
 
@@ -143,7 +144,8 @@ def examine_run(
     beside = _beside(trained.path, trained.notes, teacher, on)
     found, evaluation, labels, about = _judged_on(trained, data, cache, registry)
     size, names = trained.notes["input_size"], trained.class_names
-    answers = Judge(found, evaluation, size, on, workers, labels).answers(model, beside)
+    parts = {} if found is None else parts_of(found, registry, say)
+    answers = Judge(found, evaluation, size, on, workers, labels, parts).answers(model, beside)
     training = None
     if found is not None:
         spec = data or trained.notes["data"]

@@ -11,8 +11,12 @@
     imagefolder:PATH        PATH/train/CLASS/* and PATH/val, PATH/test or PATH/eval (the first that exists); or
                             PATH/CLASS/* alone, where every tenth image of each class is the eval split
         ...?train=A&eval=B  for folders of the splits that have other names (see with_folders)
-    files:TABLE             a .csv, .tsv or .jsonl with the columns path, label and perhaps split; paths are relative to
-                            it. Without splits, every tenth image of each class is the eval split
+    files:TABLE             a .csv, .tsv, .jsonl or .parquet with the columns path, label and perhaps split; paths are
+                            relative to it. Without splits, every tenth image of each class is the eval split
+    hf:PATH, hf:NAME        a Hugging Face data set: a folder of save_to_disk, a folder of parquet files, parquet files,
+                            or a name on the hub, where there is no such file or folder here
+        ...:TRAIN,EVAL      for splits that have other names; with one name, a tenth of it is the eval split
+        ...?image=A&label=B for the columns; ?config=NAME for a configuration
     wds:TRAIN::EVAL         WebDataset tars. A pattern is a file, a folder, {000..099}, or has * and ?. With one pattern
                             the tars' names tell their splits, or every tenth image of each class is the eval split
     module:function         function(split) gives a map-style torch Dataset of (image, label), (images uint8
@@ -43,6 +47,7 @@ from kdcache.pipeline.data.imagefiles import FilesDone, Triple
 from kdcache.pipeline.data.kinds import named
 from kdcache.pipeline.data.kinds.arrays import InMemory
 from kdcache.pipeline.data.kinds.base import Asked, Kind
+from kdcache.pipeline.data.kinds.containers.hf.kind import HuggingFace
 from kdcache.pipeline.data.kinds.containers.tars import Tars
 from kdcache.pipeline.data.kinds.folders import EVALUATION, TEST, VALIDATION, ClassFolders, Layout
 from kdcache.pipeline.data.kinds.functions import UserFunction
@@ -108,6 +113,15 @@ class Dataset(Protocol):
     def decode(self, index: int) -> torch.Tensor:
         """The whole image, uint8 [3, H, W]. InputError where it cannot be read or has changed."""
 
+    def content(self, index: int) -> bytes | None:
+        """The image file's content as it is stored, in whatever container; None where there are only pixels.
+
+        InputError where it cannot be read.
+        """
+
+    def start(self, index: int, most: int) -> tuple[bytes, int] | None:
+        """The first `most` bytes of the content (more where that costs nothing) and the length of all, or None."""
+
     def file(self, index: int) -> Path | None:
         """The file that holds this image alone, where there is one."""
 
@@ -146,10 +160,9 @@ KINDS: dict[str, Kind] = {
     "imagenet": ClassFolders(Layout((VALIDATION,), split_folders=True)),
     "imagefolder": ClassFolders(Layout((VALIDATION, TEST, EVALUATION), split_folders=False)),
     "files": Table(),
+    "hf": HuggingFace(),
     "wds": Tars(),
 }
-# Kinds that are to come, and what to do until then. Their names are no modules'.
-_LATER = {"hf": "Hugging Face data sets are not read yet, and will need an extra: save the images with files:TABLE"}
 
 
 def open_data(spec: str, split: str, *, unlabelled: bool = False, home: Path | None = None) -> Dataset:
@@ -187,7 +200,7 @@ def list_unreadable(
 def is_function(spec: str) -> bool:
     """Whether open_data would import a module for this spec."""
     asked = _asked(spec, "train", False, None)
-    return asked.name not in KINDS and asked.name not in _LATER and bool(_FUNCTION.fullmatch(spec))
+    return asked.name not in KINDS and bool(_FUNCTION.fullmatch(spec))
 
 
 def with_folders(spec: str, train: str | None, evaluation: str | None) -> str:
@@ -225,8 +238,6 @@ def _kind(asked: Asked) -> Kind:
         raise InputError(f"unknown dataset {asked.spec!r}: {asked.name} takes no path")
     if kind:
         return kind
-    if asked.name in _LATER:
-        raise InputError(f"{asked.spec}: {_LATER[asked.name]}")
     near = did_you_mean(asked.name, KINDS)
     if is_function(asked.spec):
         return UserFunction(f"{known}{near}")

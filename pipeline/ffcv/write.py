@@ -6,13 +6,12 @@ import hashlib
 import os
 import tempfile
 import time
-from concurrent.futures import ThreadPoolExecutor
+from contextlib import closing
 from pathlib import Path
 from typing import Any, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
-from PIL import Image
 
 from kdcache.cache.errors import CorruptError, InputError
 from kdcache.cache.files import sha256
@@ -26,11 +25,9 @@ from kdcache.pipeline.ffcv.format import (
     CRC_BYTES,
     FORMAT,
     HEADER,
-    JPEG,
     MAGIC,
     MAX_PAGE,
     MIN_PAGE,
-    RAW,
     TRAILER,
     VERSION,
     Block,
@@ -40,9 +37,8 @@ from kdcache.pipeline.ffcv.format import (
     allocations,
     checksums,
 )
-from kdcache.pipeline.process.progress import Progress, size
-
-_AT_ONCE = 8192  # files
+from kdcache.pipeline.ffcv.images import choose_modes, read_images
+from kdcache.pipeline.process.progress import size
 
 
 class Writer:
@@ -63,26 +59,11 @@ class Writer:
         if (data.sizes > 65535).any():
             raise InputError(f"{data.name} has images above 65,535 pixels a side, which FFCV cannot store")
         self.table["image"]["height"], self.table["image"]["width"] = data.sizes.T
-        self.image_bytes = self._choose_modes()
+        self.modes, self.image_bytes = choose_modes(data)
+        self.table["image"]["mode"] = self.modes
         self.page_size, self.pages_end = self._place_samples()
         held_out = cache.identity.evaluation.samples * layout.record_bytes
         self.bytes = self.pages_end + held_out + n * 2 * ALLOCATION.itemsize
-
-    def _choose_modes(self) -> NDArray[np.int64]:
-        """Set each image's mode, raw pixels or a JPEG file as it is. Returns their lengths in bytes [N]."""
-        raw_bytes: NDArray[np.int64] = self.data.sizes.prod(1, dtype=np.int64) * 3
-        if self.data.in_memory:
-            self.table["image"]["mode"] = RAW
-            return raw_bytes
-        n = len(self.table)
-        kept = np.empty(n, np.int64)
-        with ThreadPoolExecutor() as pool, Progress("look at files", n, "files") as progress:
-            for at in range(0, n, _AT_ONCE):  # in portions, so that Ctrl-C need not wait long
-                rows = range(at, min(at + _AT_ONCE, n))
-                kept[at : rows.stop] = list(pool.map(self._jpeg_bytes, rows))
-                progress.advance(len(rows))
-        self.table["image"]["mode"] = np.where(kept >= 0, JPEG, RAW)
-        return np.where(kept >= 0, kept, raw_bytes)
 
     def _place_samples(self) -> tuple[int, int]:
         """Set the pointers so that no sample crosses a page. Returns the size of a page and the end of all."""
@@ -99,20 +80,6 @@ class Writer:
             image["pointer"][i], at = at, at + length
         self.table["records"] = image["pointer"] + self.image_bytes.astype(np.uint64)
         return page_size, at
-
-    def _jpeg_bytes(self, i: int) -> int:
-        """The length of the image's file if it is a JPEG file that FFCV can decode, else -1."""
-        if (path := self.data.file(i)) is None:
-            return -1
-        try:
-            with Image.open(path) as found:
-                if found.format not in ("JPEG", "MPO") or found.mode not in ("RGB", "L"):
-                    return -1
-                if found.size[::-1] != tuple(self.data.sizes[i]):
-                    raise InputError(f"{path} has changed since its header was read: open the dataset again")
-            return path.stat().st_size
-        except OSError as e:
-            raise InputError(f"{path} cannot be read: {e}") from e
 
     def estimate(self, file: BinaryIO) -> float:
         """Seconds that writing will take, judged by reading one shard and writing a few megabytes."""
@@ -134,12 +101,12 @@ class Writer:
         """Write the whole file. folder: has room for the records of a part, which memory may not hold."""
         views = [hashlib.sha256() for _ in self.views]
         pixels = hashlib.sha256() if self.data.in_memory else None
-        with Progress("pack", len(self.table), "samples") as progress:
+        with closing(read_images(self.data, self.modes, int(self.image_bytes.max()))) as images:
             for part in range(self.cache.train.parts):
                 rows = self.cache.train.rows(part)
                 packed = self._packed_records(part, rows, views, folder)
                 for i in rows:
-                    image = self._image(i)
+                    image = next(images)
                     if len(image) != self.image_bytes[i]:
                         raise InputError(f"image {i} of {self.data.name} has changed: pack again")
                     if pixels:
@@ -147,7 +114,6 @@ class Writer:
                     file.seek(int(self.table["image"]["pointer"][i]))
                     file.write(image)
                     file.write(packed[i - rows.start].data)
-                    progress.advance(1)
         self._finish(file, [h.hexdigest() for h in views], pixels.hexdigest() if pixels else None)
 
     def _packed_records(self, part: int, rows: range, digests: list[Any], folder: Path) -> NDArray[np.uint8]:
@@ -162,16 +128,6 @@ class Writer:
             crc = checksums(records, rows.start, view).astype("<u4")
             packed[:, slot, -CRC_BYTES:] = crc[:, None].view(np.uint8)
         return packed
-
-    def _image(self, i: int) -> bytes | memoryview:
-        if (pixels := self.data.pixels) is not None:
-            return pixels[i].contiguous().numpy().reshape(-1).data
-        if self.table["image"]["mode"][i] == JPEG and (path := self.data.file(i)):
-            try:
-                return path.read_bytes()
-            except OSError as e:
-                raise InputError(f"{path} cannot be read: {e.strerror}") from e
-        return self.data.decode(i).permute(1, 2, 0).contiguous().numpy().reshape(-1).data
 
     def _finish(self, file: BinaryIO, views: list[str], pixels: str | None) -> None:
         """Write what stands behind the pages, then the headers before them. views, pixels: digests, as in `Notes`."""

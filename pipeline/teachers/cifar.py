@@ -1,16 +1,21 @@
-"""The CIFAR networks of the distillation literature.
+"""The small networks of the distillation literature.
 
-The model zoo of Tian et al. 2020, "Contrastive Representation Distillation", has them, and later papers share it. They
-take images of any height and width from 8 pixels on, because all of them end in a global average pool.
+Most are for CIFAR, from the model zoo of Tian et al. 2020, "Contrastive Representation Distillation", which later
+papers share. They take images of any height and width from 8 pixels on, because all of them end in a global average
+pool.
 
 * resnetD, D = 6n + 2: He et al. 2016, "Deep Residual Learning", section 4.2: a 3x3 stem and three stages of n basic
-  blocks. Where the shape changes the zoo's shortcut is a 1x1 convolution with batch norm (option B), not the paper's
-  zero padding (option A). resnet8x4 and resnet32x4 have widths 32, 64, 128, 256 in place of 16, 16, 32, 64.
+  blocks. Where the shape changes the zoo's shortcut is a 1x1 convolution with batch norm (option B). In resnetD_a it is
+  the paper's: every other pixel, and channels of zeros on both sides (option A). resnet8x4 and resnet32x4 have widths
+  32, 64, 128, 256 in place of 16, 16, 32, 64.
 * wrn_D_K, D = 6n + 4: Zagoruyko & Komodakis 2016, "Wide Residual Networks": pre-activation blocks, widths 16K, 32K,
   64K, no dropout.
 * vgg8, vgg11_cifar, vgg13, vgg16_cifar, vgg19_cifar: Simonyan & Zisserman 2015, with batch norm, and one linear layer
   in place of three. vgg11, vgg16 and vgg19 alone are torchvision's.
-* mobilenet_v2_cifar: Sandler et al. 2018, width 0.5, an image reduced 16-fold rather than 32-fold.
+* mobilenet_v2_cifar: Sandler et al. 2018, width 0.5, an image reduced 16-fold rather than 32-fold; with width 1 it is
+  mobilenet_v2_cifar_full. mobilenet_v2_tinyimagenet, of Zhao et al. 2023, "DOT: A Distillation-Oriented Trainer",
+  reduces an image 8-fold: it has width 1, a 1x1 stem, biases and ReLU6.
+* mobilenet_v1: Howard et al. 2017, the usual student on ImageNet.
 * shufflenet_v1_cifar (3 groups) and shufflenet_v2_cifar (1x): Zhang et al. 2018, Ma et al. 2018, with a 1x1 stem of
   stride 1.
 
@@ -37,12 +42,13 @@ def _conv_bn(
     groups: int = 1,
     relu: bool = True,
     bias: bool = False,
+    six: bool = False,
 ) -> nn.Sequential:
     layers: list[nn.Module] = [
         nn.Conv2d(cin, cout, kernel, stride, padding=kernel // 2, groups=groups, bias=bias),
         nn.BatchNorm2d(cout),
     ]
-    return nn.Sequential(*layers, *([nn.ReLU()] if relu else []))
+    return nn.Sequential(*layers, *([nn.ReLU6() if six else nn.ReLU()] if relu else []))
 
 
 class _Residual(nn.Module):
@@ -57,6 +63,17 @@ class _Residual(nn.Module):
         a, b = self.body(x), self.shortcut(x)
         out: Tensor = self.last(torch.cat([a, b], 1) if self.concat else a + b)
         return out
+
+
+class _PaddedShortcut(nn.Module):
+    """Takes every other pixel of both sides, and puts channels of zeros before and behind its own."""
+
+    def __init__(self, cin: int, cout: int) -> None:
+        super().__init__()
+        self.before, self.behind = (cout - cin) // 2, (cout - cin + 1) // 2
+
+    def forward(self, x: Tensor) -> Tensor:
+        return nn.functional.pad(x[:, :, ::2, ::2], (0, 0, 0, 0, self.before, self.behind))
 
 
 class _PreActivation(nn.Module):
@@ -113,6 +130,17 @@ class _SplitUnit(nn.Module):
         return out
 
 
+class _ConvHead(nn.Linear):
+    """A linear layer whose weights [classes, width, 1, 1] are stored as those of a convolution."""
+
+    def __init__(self, width: int, classes: int) -> None:
+        super().__init__(width, classes)
+        self.weight = nn.Parameter(self.weight.detach()[:, :, None, None])
+
+    def forward(self, x: Tensor) -> Tensor:  # [B, width] -> [B, classes]
+        return nn.functional.linear(x, self.weight.flatten(1), self.bias)
+
+
 class _PoolLargeMaps(nn.Module):
     """Halves maps of 8x8 and more: vgg's fourth pool, which images of 32 pixels (4x4 by then) do without."""
 
@@ -120,17 +148,26 @@ class _PoolLargeMaps(nn.Module):
         return nn.functional.max_pool2d(x, 2) if min(x.shape[2:]) >= 8 else x
 
 
-def _basic(cin: int, cout: int, stride: int) -> nn.Module:
-    same = stride == 1 and cin == cout
-    shortcut = nn.Identity() if same else _conv_bn(cin, cout, 1, stride, relu=False)
+def _basic(cin: int, cout: int, stride: int, padded: bool = False) -> nn.Module:
+    shortcut: nn.Module = nn.Identity()
+    if stride > 1 or cin != cout:
+        shortcut = _PaddedShortcut(cin, cout) if padded else _conv_bn(cin, cout, 1, stride, relu=False)
     body = nn.Sequential(_conv_bn(cin, cout, 3, stride), _conv_bn(cout, cout, 3, relu=False))
     return _Residual(body, shortcut)
 
 
-def _inverted(cin: int, cout: int, stride: int, expand: int) -> nn.Module:
+def _inverted(cin: int, cout: int, stride: int, expand: int, bias: bool = False, six: bool = False) -> nn.Module:
     mid = cin * expand
-    body = nn.Sequential(_conv_bn(cin, mid), _conv_bn(mid, mid, 3, stride, groups=mid), _conv_bn(mid, cout, relu=False))
+    body = nn.Sequential(
+        _conv_bn(cin, mid, bias=bias, six=six),
+        _conv_bn(mid, mid, 3, stride, groups=mid, bias=bias, six=six),
+        _conv_bn(mid, cout, relu=False, bias=bias),
+    )
     return _Residual(body, nn.Identity(), relu=False) if stride == 1 and cin == cout else body
+
+
+def _separable(cin: int, cout: int, stride: int) -> nn.Module:
+    return nn.Sequential(_conv_bn(cin, cin, 3, stride, groups=cin), _conv_bn(cin, cout))
 
 
 def _grouped(cin: int, cout: int, stride: int, groups: int, stem: int) -> nn.Module:
@@ -147,16 +184,24 @@ def _grouped(cin: int, cout: int, stride: int, groups: int, stem: int) -> nn.Mod
     return _Residual(body, nn.AvgPool2d(3, stride, padding=1), concat=True)
 
 
-# ---- the CIFAR networks ----
+# ---- the networks ----
 
 
 class _Network(nn.Module):
     """A network of stem, stages and tail, then the mean over the map and one linear layer."""
 
-    def __init__(self, stem: nn.Module, stages: Iterable[nn.Module], tail: nn.Module, width: int, classes: int) -> None:
+    def __init__(
+        self,
+        stem: nn.Module,
+        stages: Iterable[nn.Module],
+        tail: nn.Module,
+        width: int,
+        classes: int,
+        head: type[nn.Linear] = nn.Linear,
+    ) -> None:
         super().__init__()
         self.stem, self.stages, self.tail = stem, nn.Sequential(*stages), tail
-        self.fc = nn.Linear(width, classes)
+        self.fc = head(width, classes)
 
     def forward(self, x: Tensor) -> Tensor:
         out: Tensor = self.fc(self.tail(self.stages(self.stem(x))).mean((2, 3)))
@@ -191,9 +236,9 @@ def _initialise(network: _Network, fc_std: float | None = None) -> _Network:
     return network
 
 
-def _resnet(depth: int, widths: Sequence[int], classes: int) -> nn.Module:
+def _resnet(depth: int, widths: Sequence[int], classes: int, padded: bool = False) -> nn.Module:
     n, (stem, first, second, third) = (depth - 2) // 6, widths
-    stages = _stages(stem, [(first, n, 1), (second, n, 2), (third, n, 2)], _basic)
+    stages = _stages(stem, [(first, n, 1), (second, n, 2), (third, n, 2)], partial(_basic, padded=padded))
     return _initialise(_Network(_conv_bn(3, stem, 3), stages, nn.Identity(), third, classes))
 
 
@@ -214,12 +259,26 @@ def _vgg(repeats: Sequence[int], classes: int) -> nn.Module:
     return _initialise(_Network(nn.Identity(), pooled, nn.Identity(), 512, classes), fc_std=0.01)
 
 
-def _mobilenet_v2(classes: int) -> nn.Module:
-    plan = [(12, 2, 1), (16, 3, 2), (32, 4, 2), (48, 3, 1), (80, 3, 2), (160, 1, 1)]
-    stages = _stages(16, [(8, 1, 1)], partial(_inverted, expand=1))
-    stages += _stages(8, plan, partial(_inverted, expand=6))
-    network = _Network(_conv_bn(3, 16, 3, 2), stages, _conv_bn(160, 1280), 1280, classes)
+def _mobilenet_v2(half: bool, classes: int) -> nn.Module:
+    stem, first, *widths, last = (w // (2 if half else 1) for w in (32, 16, 24, 32, 64, 96, 160, 320))
+    plan = list(zip(widths, (2, 3, 4, 3, 3), (1, 2, 2, 1, 2), strict=True))
+    stages = _stages(stem, [(first, 1, 1)], partial(_inverted, expand=1))
+    stages += _stages(first, [*plan, (last, 1, 1)], partial(_inverted, expand=6))
+    network = _Network(_conv_bn(3, stem, 3, 2), stages, _conv_bn(last, 1280), 1280, classes)
     return _initialise(network, fc_std=0.01)
+
+
+def _mobilenet_v2_tinyimagenet(classes: int) -> nn.Module:  # torch's own initialisation, as there
+    plan = [(24, 2, 2), (32, 3, 2), (64, 4, 2), (96, 3, 1), (160, 3, 1), (320, 1, 1)]
+    stem = nn.Sequential(nn.Conv2d(3, 32, 1, padding=1), nn.BatchNorm2d(32), nn.ReLU6())  # the map grows by a rim
+    stages = _stages(32, [(16, 1, 1)], partial(_inverted, expand=1, bias=True, six=True))
+    stages += _stages(16, plan, partial(_inverted, expand=6, bias=True, six=True))
+    return _Network(stem, stages, _conv_bn(320, 1280, bias=True, six=True), 1280, classes, _ConvHead)
+
+
+def _mobilenet_v1(classes: int) -> nn.Module:  # torch's own initialisation, as in mdistiller
+    stages = _stages(32, [(64, 1, 1), (128, 2, 2), (256, 2, 2), (512, 6, 2), (1024, 2, 2)], _separable)
+    return _Network(_conv_bn(3, 32, 3, 2), stages, nn.Identity(), 1024, classes)
 
 
 def _shufflenet_v1(classes: int) -> nn.Module:  # torch's own initialisation, as in the zoo
@@ -234,6 +293,7 @@ def _shufflenet_v2(classes: int) -> nn.Module:
 
 CIFAR: dict[str, Callable[[int], nn.Module]] = {
     **{f"resnet{d}": partial(_resnet, d, (16, 16, 32, 64)) for d in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{d}_a": partial(_resnet, d, (16, 16, 32, 64), padded=True) for d in (20, 32, 44, 56, 110)},
     **{f"resnet{d}x4": partial(_resnet, d, (32, 64, 128, 256)) for d in (8, 32)},
     **{f"wrn_{d}_{k}": partial(_wrn, d, k) for d in (16, 40) for k in (1, 2)},
     "vgg8": partial(_vgg, (1, 1, 1, 1, 1)),
@@ -241,7 +301,10 @@ CIFAR: dict[str, Callable[[int], nn.Module]] = {
     "vgg13": partial(_vgg, (2, 2, 2, 2, 2)),
     "vgg16_cifar": partial(_vgg, (2, 2, 3, 3, 3)),
     "vgg19_cifar": partial(_vgg, (2, 2, 4, 4, 4)),
-    "mobilenet_v2_cifar": _mobilenet_v2,
+    "mobilenet_v1": _mobilenet_v1,
+    "mobilenet_v2_cifar": partial(_mobilenet_v2, True),
+    "mobilenet_v2_cifar_full": partial(_mobilenet_v2, False),
+    "mobilenet_v2_tinyimagenet": _mobilenet_v2_tinyimagenet,
     "shufflenet_v1_cifar": _shufflenet_v1,
     "shufflenet_v2_cifar": _shufflenet_v2,
 }

@@ -2,7 +2,7 @@
 
 Every network takes images [B, 3, H, W] and gives logits [B, classes]. A name is one of
 
-- a CIFAR network of the distillation literature (cifar.py)
+- a small network of the distillation literature, for CIFAR most of them (cifar.py)
 - a torchvision model; where the CIFAR network has the name (vgg13), torchvision's is `torchvision/NAME`
 - `timm/NAME`, perhaps with the tag of its pretrained weights and with arguments of its builder:
   `timm/NAME.TAG:KEY=VALUE,...`, as in `timm/vit_tiny_patch16_224:img_size=96`
@@ -103,6 +103,8 @@ def load_fitting(network: nn.Module, state: Mapping[str, Tensor], what: str) -> 
     for title, names in (("missing", missing), ("not in the network", unexpected)):
         if names:
             problems.append(f"{len(names)} {title} ({', '.join(sorted(names)[:3])}{', ...' * (len(names) > 3)})")
+    if missing and not unexpected and len(problems) == 1 and all(".shortcut." in name for name in missing):
+        problems.append("where shortcuts have no weights, give the network that ends in _a, such as resnet20_a")
     if problems:
         more = f"; and {len(problems) - 5} more" if len(problems) > 5 else ""
         raise InputError(f"{what} do not fit: {'; '.join(problems[:5])}{more}")

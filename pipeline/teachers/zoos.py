@@ -1,7 +1,9 @@
 """The names that tensors have in the checkpoints of other projects with the same networks.
 
 The zoos of CRD (HobbitLong/RepDistiller) and mdistiller (megvii-research/mdistiller) share theirs. Their ResNet18 and
-ResNet50, and those of kuangliu/pytorch-cifar, are torchvision's with the stem for small images.
+ResNet50, and those of kuangliu/pytorch-cifar, are torchvision's with the stem for small images. The ResNets of
+chenyaofo/pytorch-cifar-models are CRD's, those of akamaster/pytorch_resnet_cifar10 have shortcuts without weights
+(resnet20_a), and the MobileNetV2 of weiaicunzai/pytorch-cifar100 is mdistiller's for Tiny-ImageNet.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from kdcache.pipeline.teachers.checkpoints import State
 # {t} is s + 1, {c} is 3b and {d} is 3b + 1. The first row that gives a module counts.
 _Rows = tuple[tuple[str, str], ...]
 _STEM: _Rows = (("stem.0", "conv1"), ("stem.1", "bn1"))
+_SEPARABLE = (1, 2, 2, 6, 2)  # blocks a stage of mobilenet_v1, whose zoo counts them all through
 _INVERTED = (("0.0", "0"), ("0.1", "1"), ("1.0", "3"), ("1.1", "4"), ("2.0", "6"), ("2.1", "7"))
 _ROWS: dict[str, _Rows] = {
     "resnet": (
@@ -35,6 +38,18 @@ _ROWS: dict[str, _Rows] = {
     "vgg": (
         ("fc", "classifier"),
         ("stages.{s}.0.{b}.0", "block{s}.{c}"), ("stages.{s}.0.{b}.1", "block{s}.{d}"),
+    ),
+    "mobilenet_v1": (
+        ("stem.0", "model.0.0"), ("stem.1", "model.0.1"),
+        *((f"stages.{s}.{b}.{here}", f"model.{1 + sum(_SEPARABLE[:s]) + b}.{there}")
+          for s, blocks in enumerate(_SEPARABLE) for b in range(blocks)
+          for here, there in (("0.0", "0"), ("0.1", "1"), ("1.0", "3"), ("1.1", "4"))),
+    ),
+    "mobilenet_v2_tinyimagenet": (
+        ("stem.0", "pre.0"), ("stem.1", "pre.1"), ("tail.0", "conv1.0"), ("tail.1", "conv1.1"), ("fc", "conv2"),
+        *((f"stages.{s}.0.{here}", f"stage{s + 1}.residual.{there}") for s in (0, 6) for here, there in _INVERTED),
+        *((f"stages.{{s}}.{{b}}.body.{here}", f"stage{{t}}.{{b}}.residual.{there}") for here, there in _INVERTED),
+        *((f"stages.{{s}}.{{b}}.{here}", f"stage{{t}}.{{b}}.residual.{there}") for here, there in _INVERTED),
     ),
     "mobilenet": (
         ("stem.0", "conv1.0"), ("stem.1", "conv1.1"), ("tail.0", "conv2.0"), ("tail.1", "conv2.1"),
@@ -64,9 +79,10 @@ _MOST_STAGES, _MOST_BLOCKS = 7, 36  # mobilenet_v2_cifar's, resnet152's
 
 # The zoos' names of networks that have others here.
 ALIASES = {
-    "MobileNetV2": "mobilenet_v2_cifar", "mobile_half": "mobilenet_v2_cifar", "ShuffleV1": "shufflenet_v1_cifar",
-    "ShuffleV2": "shufflenet_v2_cifar", "ResNet18": "resnet18", "ResNet34": "resnet34", "ResNet50": "resnet50",
-    "vgg8_bn": "vgg8",
+    "MobileNetV1": "mobilenet_v1", "MobileNetV2": "mobilenet_v2_cifar", "mobile_half": "mobilenet_v2_cifar",
+    "mobile_full": "mobilenet_v2_cifar_full", "mobilenetv2_tinyimagenet": "mobilenet_v2_tinyimagenet",
+    "ShuffleV1": "shufflenet_v1_cifar", "ShuffleV2": "shufflenet_v2_cifar", "vgg8_bn": "vgg8",
+    **{f"ResNet{depth}": f"resnet{depth}" for depth in (18, 34, 50, 101, 152)},
 }  # fmt: skip
 
 

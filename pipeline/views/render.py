@@ -242,6 +242,8 @@ class Renderer:
         if (loader := self._idle) is None or not loader.serves(workers, ahead):
             cut = partial(render, size=self.size, interpolation=self.interpolation)
             pin = self.device.type == "cuda"
+            if there:  # what operations import and compile is inherited by the worker processes
+                self._policy.apply(torch.empty((0, 3, *self.size), dtype=torch.uint8), tables[0].drawn, np.arange(0))
             loader = Workers(self.data, cut, self._policy.apply, self.size, workers, ahead, pin)
         # No other call may have it before this one is through.
         self._idle = None

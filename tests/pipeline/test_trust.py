@@ -112,6 +112,7 @@ LINES = [
     ("export run --to torchscript", 2, "--student theirs:net"),
     ("export run --to torchscript --student ours:net", 2, "--data theirs:images"),
     ("build --teacher resnet8 --weights run/last.safetensors --data digits", 2, "do not fit"),
+    ("plan --teacher resnet8 --weights run/last.safetensors --data digits", 2, "do not fit"),
     ("mix THEIRS OURS", 2, "data.name"),
     ("push THEIRS --registry registry", 0, ""),
     ("pull THEIRS --registry registry --out pulled", 0, ""),

@@ -2,9 +2,8 @@
 
 import sys
 from dataclasses import asdict, replace
+from functools import partial
 from typing import Annotated
-
-import click
 
 from kdcache.pipeline.commandline.commands import command, is_set, is_set_for_all, typed_names
 from kdcache.pipeline.commandline.options import (
@@ -67,7 +66,7 @@ def evaluate(config: EvalConfig, as_json: Json = False) -> None:
              kdcache eval runs/birds/best.safetensors --data imagefolder:/data/other-birds
     """
     from kdcache.train.evaluate import examine_run
-    from kdcache.train.evaluation.predictions import require_format, write_predictions
+    from kdcache.train.evaluation.analysis.predictions import require_format, write_predictions
 
     asked = vars(config).copy()
     file = asked.pop("predictions")
@@ -110,9 +109,10 @@ def demo(
     """
     from kdcache.train.demo import demo as run
 
-    found = run(out, say if as_json else click.echo)
     if as_json:
-        show(found, True, "")
+        show(run(out, say), True, "")
+    else:
+        run(out, partial(say, out=True), partial(say, out=True, always=True))
 
 
 @command()

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from functools import cached_property
 
 import numpy as np
@@ -20,8 +20,9 @@ from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
 from kdcache.train.evaluation.metrics import metrics, predict
+from kdcache.train.evaluation.parts import Parts, agreements
 from kdcache.train.loaders.cached import renderer_for, require_data, stored_view
-from kdcache.train.loop.trainer import PARTNER
+from kdcache.train.loop.watching import PARTNER
 
 
 @dataclass(frozen=True, eq=False)
@@ -30,13 +31,14 @@ class Answers:
 
     logits float32 [N, C]; labels int64 [N] in the student's classes, or empty without labels. teacher: what the teacher
     answers for the same images, if that is known. of_partner float32 [N, C]: the logits of a teacher that learnt beside
-    the student, where there is one; `teacher` then holds these.
+    the student, where there is one; `teacher` then holds these. parts: what those of a mixed cache answer.
     """
 
     logits: Tensor
     labels: Tensor
     teacher: Records | None
     of_partner: Tensor | None = None
+    parts: Parts = field(default_factory=dict)
 
     @cached_property
     def ranked(self) -> Tensor:
@@ -45,7 +47,7 @@ class Answers:
 
     def figures(self) -> dict[str, float]:
         """Compute the student's `metrics`, and those of a teacher that learnt beside it, named teacher_*."""
-        found = metrics(self.logits, self.labels, self.teacher)
+        found = {**metrics(self.logits, self.labels, self.teacher), **agreements(self.logits, self.parts)}
         if self.of_partner is None:
             return found
         return {**found, **{f"{PARTNER}_{k}": v for k, v in metrics(self.of_partner, self.labels).items()}}
@@ -59,9 +61,9 @@ def beside_partner(logits: Tensor, labels: Tensor, of_partner: Tensor) -> Answer
 class Judge:
     """Evaluates students on one split, beside the records that the cache holds of the teacher there, if any.
 
-    labels: int64 [N, L] in the student's classes, where there is no cache. A call takes a student and, as `beside`, a
-    teacher that learnt with it and its input size: then agreement and kl are with that teacher, and its own metrics
-    come too, named teacher_*.
+    labels: int64 [N, L] in the student's classes, where there is no cache. parts: of a mixed cache. A call takes a
+    student and, as `beside`, a teacher that learnt with it and its input size: then agreement and kl are with that
+    teacher, and its own metrics come too, named teacher_*.
     """
 
     def __init__(
@@ -72,10 +74,12 @@ class Judge:
         device: torch.device,
         workers: int | None,
         labels: NDArray[np.int64] | None = None,
+        parts: Parts | None = None,
     ) -> None:
         self._data, self._size, self._device, self._workers = evaluation, size, device, workers
         self._renderers: dict[int, Renderer] = {}
         self._records: Records | None = None
+        self._parts = parts or {}
         labels = evaluation.labels if labels is None else labels
         if cache is not None:
             if "evaluation" not in cache.identity.record.lacks:
@@ -97,7 +101,7 @@ class Judge:
 
     def _answers(self, logits: Tensor, of_partner: Tensor | None) -> Answers:
         if of_partner is None:
-            return Answers(logits, self._labels, self._records)
+            return Answers(logits, self._labels, self._records, parts=self._parts)
         return beside_partner(logits, self._labels, of_partner)
 
     def _predict(self, model: Classifier, size: int, dtype: torch.dtype | None) -> Tensor:

@@ -10,13 +10,14 @@ from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.dataset import Dataset, open_data
+from kdcache.pipeline.data.kinds.containers.items import ItemDataset
 
 _SHOWN = 5  # names in one message
 
 
 def whole_of(spec: str, evaluation: Dataset) -> Dataset:
-    """The evaluation split of `spec`; of a folder of classes without any splits, all images."""
-    if not evaluation.paths:
+    """The evaluation split of `spec`; all images where that split is held out of what has no splits of its own."""
+    if not evaluation.paths and not (isinstance(evaluation, ItemDataset) and evaluation.parts):
         return evaluation
     joined = evaluation.joined(open_data(spec, "train"))
     return evaluation if joined is None else joined

@@ -91,7 +91,10 @@ def placed(data: str) -> str:
     name, _, path = data.partition(":")
     if not path or is_function(data):
         return data
-    between = KINDS[name].between if name in KINDS else ""
+    kind = KINDS.get(name)
+    if kind and not kind.is_place(path):
+        return data
+    between = kind.between if kind else ""
     return f"{name}:{between.join(map(place_of, path.split(between))) if between else place_of(path)}"
 
 

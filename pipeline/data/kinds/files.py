@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -10,12 +11,24 @@ from typing import Any, Self
 import numpy as np
 import torch
 
+from kdcache.cache.errors import InputError
 from kdcache.pipeline.data import imagefiles
 from kdcache.pipeline.data.decode import decode_file
 from kdcache.pipeline.data.imagefiles import FilesDone
-from kdcache.pipeline.data.kinds.base import Described, drawn_places
+from kdcache.pipeline.data.kinds.base import Asked, Described, drawn_places
 
 FINGERPRINTED_FILES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The files of one split, in its order, and what is known of them before any is read."""
+
+    root: Path
+    paths: tuple[str, ...]  # relative to root
+    labels: np.ndarray  # int64 [N, 1], or [N, 0] when unlabelled
+    class_names: tuple[str, ...]
+    note: str  # one line that tells what was found
 
 
 @dataclass(frozen=True, eq=False)
@@ -42,6 +55,22 @@ class FileDataset(Described):
             return self.pixels[index].permute(2, 0, 1).contiguous()
         return decode_file(self.file(index), self.sizes[index])
 
+    def content(self, index: int) -> bytes:
+        return self._read(index)[0]
+
+    def start(self, index: int, most: int) -> tuple[bytes, int]:
+        return self._read(index, most)
+
+    def _read(self, index: int, most: int = -1) -> tuple[bytes, int]:
+        """The file's content, or its first `most` bytes, and the length of all. InputError where it cannot be read."""
+        path = self.file(index)
+        try:
+            with path.open("rb", buffering=0) as file:
+                length = os.fstat(file.fileno()).st_size
+                return file.read(most) if most >= 0 else file.readall(), length
+        except OSError as e:
+            raise InputError(f"{path} cannot be read: {e.strerror}") from e
+
     def file(self, index: int) -> Path:
         return self.root / self.paths[index]
 
@@ -52,8 +81,8 @@ class FileDataset(Described):
         """Digest all paths and sizes, and the contents of FINGERPRINTED_FILES drawn files or, when `full`, of all."""
         n = len(self)
         digest = self._begun("files", full)
-        for path, size in zip(self.paths, imagefiles.file_sizes(self.root, self.paths), strict=True):
-            digest.update(os.fsencode(path) + f"\0{size}\n".encode())
+        for lines in imagefiles.listing(self.root, self.paths):
+            digest.update(lines)
         chosen = drawn_places(n, n if full else FINGERPRINTED_FILES)
         for content in imagefiles.file_digests(self.root, [self.paths[i] for i in chosen]):
             digest.update(content)
@@ -76,3 +105,39 @@ class FileDataset(Described):
             paths=(*before.paths, *self.paths),
             pixels=pixels,
         )
+
+
+def open_listing(
+    asked: Asked, name: str, own: Listing, train: Callable[[], tuple[Path, Sequence[str]]], *, apart: bool = False
+) -> FileDataset:
+    """Open the files of a split. train() gives the folder and the paths of the train split, whose mean and std count.
+
+    InputError names the first file that cannot be read.
+    """
+    found = imagefiles.load_folder(own.root, own.paths, asked.home)
+    of_train = found if asked.split == "train" else imagefiles.load_folder(*train(), asked.home, decode=False)
+    return FileDataset(
+        name=name,
+        split=asked.split,
+        labels=own.labels,
+        class_names=own.class_names,
+        sizes=found.sizes,
+        mean=of_train.mean,
+        std=of_train.std,
+        note=own.note,
+        root=own.root,
+        paths=own.paths,
+        pixels=found.images,
+        apart=apart,
+    )
+
+
+def below_one_root(name: str, paths: Sequence[str | os.PathLike[str]]) -> tuple[Path, tuple[str, ...]]:
+    """The folder that holds all files, at any depth, and their paths relative to it: a moved copy is the same."""
+    for i, path in enumerate(paths):
+        if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in os.fspath(path):
+            raise InputError(f"dataset {name!r}: path {i} is {path!r}, which is no path of a file")
+    whole = [os.path.abspath(os.path.expanduser(path)) for path in paths]  # noqa: PTH100, PTH111  Paths take seconds
+    root = os.path.commonpath({os.path.dirname(path) for path in whole})  # noqa: PTH120
+    skip = len(root.rstrip("/")) + 1
+    return Path(root), tuple(path[skip:] for path in whole)

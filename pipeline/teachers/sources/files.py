@@ -74,7 +74,10 @@ def _part_of(checkpoint: Checkpoint, name: str, optional: Collection[str] = ()) 
     def renamed(state: State) -> State:
         return here(name, own, translated(name, state) if is_torchvision(name) else state)
 
-    return checkpoint.find(own, renamed, optional) or checkpoint.unwrapped()
+    if (part := checkpoint.find(own, renamed, optional)) is not None:
+        return part
+    likely = checkpoint.unwrapped()
+    return replace(likely, state=renamed(likely.state))  # so that what does not fit has the network's own names
 
 
 def start_from(network: nn.Module, name: str, file: str, size: int) -> str:

@@ -5,6 +5,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import datasets
 import numpy as np
 import pytest
 import torch
@@ -90,6 +91,20 @@ class TestTars(DatasetContract):
 
 
 class TestTarsOfLargerImages(TestTars):
+    @pytest.fixture
+    def pixels(self) -> np.ndarray:
+        return images(side=65)
+
+
+class TestHuggingFace(DatasetContract):
+    def make(self, place: Path, pixels: np.ndarray, labels: list[int]) -> Dataset:
+        features = datasets.Features({"img": datasets.Image(), "y": datasets.ClassLabel(names=["a", "b"])})
+        rows = {"img": [Image.fromarray(image) for image in pixels], "y": labels}
+        datasets.Dataset.from_dict(rows, features=features).save_to_disk(str(place))
+        return open_data(f"hf:{place}", "train")
+
+
+class TestHuggingFaceOfLargerImages(TestHuggingFace):
     @pytest.fixture
     def pixels(self) -> np.ndarray:
         return images(side=65)
@@ -188,8 +203,7 @@ def test_a_kind_without_a_path_takes_none() -> None:
             "there is no such kind: did you mean wds\\?, .*what follows is not the name of a function",
         ),
         ("file:table.csv", "did you mean files\\?"),
-        ("hf:imagenet-1k", "hf:imagenet-1k: Hugging Face data sets are not read yet, and will need an extra"),
-        ("hf:load", "hf:load: Hugging Face data sets are not read yet"),
+        ("hf:load", r"hf:load: .* does not answer, there is no such folder here, and .* has no copy"),
         ("wsd:train", "cannot import 'wsd': ModuleNotFoundError: .*known are .*: did you mean wds"),
         ("imagefoldr", "known are .*: did you mean imagefolder"),
         ("own/data:train", "there is no such kind"),
@@ -200,6 +214,7 @@ def test_a_kind_that_nobody_knows_is_no_module(
     spec: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     (tmp_path / "hf.py").write_text("raise AssertionError('imported')")
+    monkeypatch.setattr("datasets.config.HF_ENDPOINT", "http://127.0.0.1:9")
     monkeypatch.syspath_prepend(str(tmp_path))
     with pytest.raises(InputError, match=message) as caught:
         open_data(spec, "train")

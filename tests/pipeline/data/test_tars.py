@@ -12,7 +12,7 @@ import pytest
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.dataset import list_unreadable, open_data
-from kdcache.pipeline.data.kinds.containers import tars
+from kdcache.pipeline.data.kinds.containers import items, tars
 from kdcache.pipeline.data.kinds.containers.items import ItemDataset
 from kdcache.pipeline.data.kinds.containers.tarnames import expand
 from kdcache.tests.helpers.containers import pictures, write_tar
@@ -136,7 +136,7 @@ def test_a_second_opening_reads_no_tar(top: Path, monkeypatch: pytest.MonkeyPatc
     with monkeypatch.context() as patch:
         patch.setattr(tars, "index_tar", None)
         again = opened(f"wds:{top}")
-        patch.setattr(tars, "_START", 0)
+        patch.setattr(items, "_START", 0)
     assert again.paths == first.paths and np.array_equal(again.sizes, first.sizes)
     assert again.fingerprint() == first.fingerprint()
     for memory in (top.parent / "home/datasets").iterdir():
@@ -159,7 +159,7 @@ def test_class_names_may_stand_beside_the_tars(top: Path) -> None:
 
 
 def test_a_header_that_lies_deep_in_the_file_is_found(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(tars, "_START", 30)
+    monkeypatch.setattr(items, "_START", 30)
     write_tar(top / "train.tar", samples(3))
     assert opened(f"wds:{top}").sizes.min() > 60
 

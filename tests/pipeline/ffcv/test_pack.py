@@ -98,16 +98,17 @@ def test_a_pack_that_is_stopped_leaves_no_file(packed, tmp_path, how):
         import time
         from pathlib import Path
         from kdcache.cache.store.cache import Cache
+        from kdcache.pipeline.ffcv import write
         from kdcache.pipeline.ffcv.pack import pack_ffcv
-        from kdcache.pipeline.ffcv.write import Writer
         from kdcache.tests.helpers.images import arrays_data
-        image = Writer._image
-        def slowly(self, i):
-            if i == 5:
-                print("there", flush=True)
-                time.sleep(60)
-            return image(self, i)
-        Writer._image = slowly
+        read_images = write.read_images
+        def slowly(*about):
+            for i, image in enumerate(read_images(*about)):
+                if i == 5:
+                    print("there", flush=True)
+                    time.sleep(60)
+                yield image
+        write.read_images = slowly
         pack_ffcv(Cache(Path({str(cache.path)!r})), arrays_data(50, 6, 9), Path("x.beton"))
     """
     with subprocess.Popen(

@@ -19,6 +19,8 @@ COUNTS = {
     "resnet44": 667_188,
     "resnet56": 861_620,
     "resnet110": 1_736_564,
+    "resnet20_a": 275_572,
+    "resnet110_a": 1_733_812,
     "resnet8x4": 1_233_540,
     "resnet32x4": 7_433_860,
     "wrn_16_1": 180_916,
@@ -30,7 +32,10 @@ COUNTS = {
     "vgg13": 9_462_180,
     "vgg16_cifar": 14_774_436,
     "vgg19_cifar": 20_086_692,
+    "mobilenet_v1": 3_309_476,
     "mobilenet_v2_cifar": 812_836,
+    "mobilenet_v2_cifar_full": 2_353_060,
+    "mobilenet_v2_tinyimagenet": 2_369_380,
     "shufflenet_v1_cifar": 949_258,
     "shufflenet_v2_cifar": 1_355_528,
 }
@@ -44,12 +49,12 @@ def conv(cin: int, cout: int, kernel: int = 3, groups: int = 1) -> int:
     return cin // groups * cout * kernel**2
 
 
-def resnet(depth: int, widths: tuple[int, ...], classes: int) -> int:
+def resnet(depth: int, widths: tuple[int, ...], classes: int, padded: bool = False) -> int:
     n, cin = (depth - 2) // 6, widths[0]
     total = conv(3, cin) + 2 * cin
     for i, w in enumerate(widths[1:]):
         total += conv(cin, w) + (2 * n - 1) * conv(w, w) + 2 * n * 2 * w
-        total += conv(cin, w, 1) + 2 * w if i > 0 or cin != w else 0
+        total += conv(cin, w, 1) + 2 * w if not padded and (i > 0 or cin != w) else 0
         cin = w
     return total + (cin + 1) * classes
 
@@ -73,15 +78,25 @@ def vgg(repeats: tuple[int, ...], classes: int) -> int:
     return total + (cin + 1) * classes
 
 
-def mobilenet_v2(classes: int) -> int:
-    total, cin = conv(3, 16) + 2 * 16, 16
+def mobilenet_v1(classes: int) -> int:
+    total, cin = conv(3, 32) + 2 * 32, 32
+    for w in (64, 128, 128, 256, 256, *[512] * 6, 1024, 1024):  # Howard et al. 2017, table 1
+        total += conv(cin, cin, 3, cin) + conv(cin, w, 1) + 2 * cin + 2 * w
+        cin = w
+    return total + (cin + 1) * classes
+
+
+def mobilenet_v2(part: int, classes: int, stem: int = 3, bias: int = 0) -> int:
+    """Width 1 / part. bias: 1 where the convolutions have one."""
+    cin = 32 // part
+    total = conv(3, cin, stem) + (2 + bias) * cin
     table = [(1, 16, 1), (6, 24, 2), (6, 32, 3), (6, 64, 4), (6, 96, 3), (6, 160, 3), (6, 320, 1)]
-    for t, c, n in table:  # Sandler et al. 2018, table 2, at half width
+    for t, c, n in table:  # Sandler et al. 2018, table 2
         for _ in range(n):
-            mid, cout = t * cin, c // 2
-            total += conv(cin, mid, 1) + conv(mid, mid, 3, mid) + conv(mid, cout, 1) + 4 * mid + 2 * cout
+            mid, cout = t * cin, c // part
+            total += conv(cin, mid, 1) + conv(mid, mid, 3, mid) + conv(mid, cout, 1) + (2 + bias) * (2 * mid + cout)
             cin = cout
-    return total + conv(cin, 1280, 1) + 2 * 1280 + 1281 * classes
+    return total + conv(cin, 1280, 1) + (2 + bias) * 1280 + 1281 * classes
 
 
 def shufflenet_v1(classes: int) -> int:
@@ -110,6 +125,7 @@ def shufflenet_v2(classes: int) -> int:
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 ARITHMETIC: dict[str, Callable[[int], int]] = {
     **{f"resnet{d}": partial(resnet, d, NARROW) for d in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{d}_a": partial(resnet, d, NARROW, padded=True) for d in (20, 110)},
     **{f"resnet{d}x4": partial(resnet, d, WIDE) for d in (8, 32)},
     **{f"wrn_{d}_{k}": partial(wrn, d, k) for d in (16, 40) for k in (1, 2)},
     "vgg8": partial(vgg, (1, 1, 1, 1, 1)),
@@ -117,7 +133,10 @@ ARITHMETIC: dict[str, Callable[[int], int]] = {
     "vgg13": partial(vgg, (2, 2, 2, 2, 2)),
     "vgg16_cifar": partial(vgg, (2, 2, 3, 3, 3)),
     "vgg19_cifar": partial(vgg, (2, 2, 4, 4, 4)),
-    "mobilenet_v2_cifar": mobilenet_v2,
+    "mobilenet_v1": mobilenet_v1,
+    "mobilenet_v2_cifar": partial(mobilenet_v2, 2),
+    "mobilenet_v2_cifar_full": partial(mobilenet_v2, 1),
+    "mobilenet_v2_tinyimagenet": partial(mobilenet_v2, 1, stem=1, bias=1),
     "shufflenet_v1_cifar": shufflenet_v1,
     "shufflenet_v2_cifar": shufflenet_v2,
 }
@@ -143,9 +162,12 @@ def test_logits_are_finite_at_any_size(name: str) -> None:
 def test_every_parameter_learns() -> None:
     for name in (
         "resnet8x4",
+        "resnet20_a",
         "wrn_16_2",
         "vgg8",
+        "mobilenet_v1",
         "mobilenet_v2_cifar",
+        "mobilenet_v2_tinyimagenet",
         "shufflenet_v1_cifar",
         "shufflenet_v2_cifar",
     ):
@@ -177,6 +199,8 @@ def test_stages_halve_the_map_where_the_literature_does() -> None:
     assert maps("vgg8", 32) == [16, 8, 4, 4, 4]
     assert maps("vgg8", 64) == [32, 16, 8, 4, 4]
     assert maps("mobilenet_v2_cifar", 32) == [16, 16, 8, 4, 4, 2, 2]
+    assert maps("mobilenet_v2_tinyimagenet", 64) == [66, 33, 17, 9, 9, 9, 9]
+    assert maps("mobilenet_v1", 224) == [112, 56, 28, 14, 7]
     assert maps("shufflenet_v1_cifar", 32) == maps("shufflenet_v2_cifar", 32) == [16, 8, 4]
 
 

@@ -1,8 +1,9 @@
 """The CIFAR teachers of the literature open under the names that their zoos give to tensors.
 
 KEYS is what their files hold, written from the zoos' own module names: HobbitLong/RepDistiller (models/*.py) and
-megvii-research/mdistiller (mdistiller/models/cifar/*.py), which are the same. `forward` computes their logits from such
-a file alone, in float64, as the papers say: names that were mixed up would give other logits.
+megvii-research/mdistiller (mdistiller/models/cifar/*.py), which are the same, mdistiller's MobileNetV1 for ImageNet
+(models/imagenet/mobilenetv1.py) and akamaster/pytorch_resnet_cifar10 (resnet.py). `forward` computes their logits from
+such a file alone, in float64, as the papers say: names that were mixed up would give other logits.
 """
 
 import math
@@ -15,6 +16,7 @@ from kdcache.cache.errors import InputError
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.sources.files import start_from
 from kdcache.pipeline.teachers.teacher import load_teacher
+from kdcache.pipeline.teachers.zoos import ALIASES
 from kdcache.tests.helpers.images import arrays_data
 
 CPU = torch.device("cpu")
@@ -34,7 +36,7 @@ def linear(name, width):
     return {f"{name}.weight": (CLASSES, width), f"{name}.bias": (CLASSES,)}
 
 
-def resnet_keys(depth, widths):
+def resnet_keys(depth, widths, padded=False):
     cin, *stages = widths
     keys = {**conv("conv1", cin, 3, 3), **norm("bn1", cin)}
     for t, width in enumerate(stages, 1):
@@ -42,10 +44,10 @@ def resnet_keys(depth, widths):
             at = f"layer{t}.{b}"
             keys |= conv(f"{at}.conv1", width, cin, 3) | norm(f"{at}.bn1", width)
             keys |= conv(f"{at}.conv2", width, width, 3) | norm(f"{at}.bn2", width)
-            if b == 0 and (t > 1 or cin != width):
+            if b == 0 and (t > 1 or cin != width) and not padded:
                 keys |= conv(f"{at}.downsample.0", width, cin, 1) | norm(f"{at}.downsample.1", width)
             cin = width
-    return keys | linear("fc", cin)
+    return keys | linear("linear" if padded else "fc", cin)
 
 
 def wrn_keys(depth, widen):
@@ -73,16 +75,49 @@ def vgg_keys(repeats):
 INVERTED = ((1, 16, 1, 1), (6, 24, 2, 1), (6, 32, 3, 2), (6, 64, 4, 2), (6, 96, 3, 1), (6, 160, 3, 2), (6, 320, 1, 1))
 
 
-def mobilenet_keys():
-    keys, cin = conv("conv1.0", 16, 3, 3) | norm("conv1.1", 16), 16
+def mobilenet_keys(width=1):
+    cin = 32 // width
+    keys = conv("conv1.0", cin, 3, 3) | norm("conv1.1", cin)
     for s, (expand, channels, count, _) in enumerate(INVERTED):
         for b in range(count):
-            at, mid, cout = f"blocks.{s}.{b}.conv", cin * expand, channels // 2
+            at, mid, cout = f"blocks.{s}.{b}.conv", cin * expand, channels // width
             keys |= conv(f"{at}.0", mid, cin, 1) | norm(f"{at}.1", mid)
             keys |= conv(f"{at}.3", mid, 1, 3) | norm(f"{at}.4", mid)
             keys |= conv(f"{at}.6", cout, mid, 1) | norm(f"{at}.7", cout)
             cin = cout
     return keys | conv("conv2.0", 1280, cin, 1) | norm("conv2.1", 1280) | linear("classifier.0", 1280)
+
+
+def places_of_tiny():
+    """mv2_tinyimagenet.py: each block's place, expansion, width and stride; the first and the last stage are blocks."""
+    strides = 1, 2, 2, 2, 1, 1, 1
+    for s, ((expand, channels, count, _), stride) in enumerate(zip(INVERTED, strides, strict=True), 1):
+        for b in range(count):
+            yield f"stage{s}" + (f".{b}" if count > 1 else ""), expand, channels, stride if b == 0 else 1
+
+
+def tiny_keys():
+    keys, cin = conv("pre.0", 32, 3, 1, bias=True) | norm("pre.1", 32), 32
+    for place, expand, cout, _ in places_of_tiny():
+        at, mid = f"{place}.residual", cin * expand
+        keys |= conv(f"{at}.0", mid, cin, 1, bias=True) | norm(f"{at}.1", mid)
+        keys |= conv(f"{at}.3", mid, 1, 3, bias=True) | norm(f"{at}.4", mid)
+        keys |= conv(f"{at}.6", cout, mid, 1, bias=True) | norm(f"{at}.7", cout)
+        cin = cout
+    keys |= conv("conv1.0", 1280, cin, 1, bias=True) | norm("conv1.1", 1280)
+    return keys | conv("conv2", CLASSES, 1280, 1, bias=True)
+
+
+SEPARABLE = ((64, 1), (128, 2), (128, 1), (256, 2), (256, 1), (512, 2), *((512, 1),) * 5, (1024, 2), (1024, 1))
+
+
+def mobilenet1_keys():
+    keys, cin = conv("model.0.0", 32, 3, 3) | norm("model.0.1", 32), 32
+    for i, (width, _) in enumerate(SEPARABLE, 1):
+        keys |= conv(f"model.{i}.0", cin, 1, 3) | norm(f"model.{i}.1", cin)
+        keys |= conv(f"model.{i}.3", width, cin, 1) | norm(f"model.{i}.4", width)
+        cin = width
+    return keys | linear("fc", cin)
 
 
 def shuffle1_keys():
@@ -130,6 +165,7 @@ def big_resnet_keys(counts, bottleneck):
 NARROW, WIDE = (16, 16, 32, 64), (32, 64, 128, 256)
 KEYS = {
     **{f"resnet{d}": resnet_keys(d, NARROW) for d in (8, 14, 20, 32, 44, 56, 110)},
+    **{f"resnet{d}_a": resnet_keys(d, NARROW, padded=True) for d in (20, 32, 44, 56, 110)},
     **{f"resnet{d}x4": resnet_keys(d, WIDE) for d in (8, 32)},
     **{f"wrn_{d}_{k}": wrn_keys(d, k) for d in (16, 40) for k in (1, 2)},
     "vgg8": vgg_keys((1, 1, 1, 1, 1)),
@@ -137,7 +173,10 @@ KEYS = {
     "vgg13": vgg_keys((2, 2, 2, 2, 2)),
     "vgg16_cifar": vgg_keys((2, 2, 3, 3, 3)),
     "vgg19_cifar": vgg_keys((2, 2, 4, 4, 4)),
-    "mobilenet_v2_cifar": mobilenet_keys(),
+    "mobilenet_v1": mobilenet1_keys(),
+    "mobilenet_v2_cifar": mobilenet_keys(2),
+    "mobilenet_v2_cifar_full": mobilenet_keys(),
+    "mobilenet_v2_tinyimagenet": tiny_keys(),
     "shufflenet_v1_cifar": shuffle1_keys(),
     "shufflenet_v2_cifar": shuffle2_keys(),
     "resnet18": big_resnet_keys((2, 2, 2, 2), False),
@@ -188,6 +227,9 @@ class File:
                 y = self.both(f"{at}.", 2, self.both(f"{at}.", 1, x, stride).relu())
             if f"{at}.{shortcut}.0" in self:
                 x = self.norm(f"{at}.{shortcut}.1", self.conv(f"{at}.{shortcut}.0", x, stride))
+            elif x.shape != y.shape:  # a quarter of the new channels are zeros before, and a quarter behind
+                zeros = torch.zeros(len(x), y.shape[1] // 4, *y.shape[2:], dtype=x.dtype)
+                x = torch.cat([zeros, x[:, :, ::2, ::2], zeros], 1)
             x = (x + y).relu()
         return self.head(head, x)
 
@@ -221,6 +263,25 @@ class File:
                 x = x + y if x.shape == y.shape else y
         return self.head("classifier.0", self.norm("conv2.1", self.conv("conv2.0", x)).relu())
 
+    def tiny(self, x):
+        bare = F.conv2d(x, self.state["pre.0.weight"], self.state["pre.0.bias"], padding=1)
+        x = self.norm("pre.1", bare).clamp(0, 6)
+        for place, _, _, stride in places_of_tiny():
+            at = f"{place}.residual"
+            y = self.norm(f"{at}.1", self.conv(f"{at}.0", x)).clamp(0, 6)
+            y = self.norm(f"{at}.4", self.conv(f"{at}.3", y, stride)).clamp(0, 6)
+            y = self.norm(f"{at}.7", self.conv(f"{at}.6", y))
+            x = x + y if x.shape == y.shape else y
+        x = self.norm("conv1.1", self.conv("conv1.0", x)).clamp(0, 6)
+        return self.conv("conv2", x.mean((2, 3), keepdim=True)).flatten(1)
+
+    def mobilenet1(self, x):
+        x = self.norm("model.0.1", self.conv("model.0.0", x, 2)).relu()
+        for i, (_, stride) in enumerate(SEPARABLE, 1):
+            x = self.norm(f"model.{i}.1", self.conv(f"model.{i}.0", x, stride)).relu()
+            x = self.norm(f"model.{i}.4", self.conv(f"model.{i}.3", x)).relu()
+        return self.head("fc", x)
+
     @staticmethod
     def shuffled(x, groups):
         return torch.cat([x[:, i :: x.shape[1] // groups] for i in range(x.shape[1] // groups)], 1)
@@ -246,7 +307,9 @@ class File:
 
 def forward(name, state, x):
     file = File(state)
-    for family, answer in (("wrn", file.wrn), ("vgg", file.vgg), ("mobile", file.mobilenet)):
+    answers = {"wrn": file.wrn, "vgg": file.vgg, "mobilenet_v1": file.mobilenet1, "mobilenet_v2_tiny": file.tiny,
+               "mobile": file.mobilenet}  # fmt: skip
+    for family, answer in answers.items():
         if name.startswith(family):
             return answer(x)
     if name.startswith("shuffle"):
@@ -291,6 +354,23 @@ def test_a_teacher_as_the_zoos_publish_it_answers_as_theirs(name, data, tmp_path
     assert (ours - theirs).abs().max() < 1e-9 * (1 + theirs.abs().max())
 
 
+# The names in CRD's model_dict and in mdistiller's cifar_model_dict, tiny_imagenet_model_dict and imagenet_model_dict.
+DICTIONARIES = """
+    resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110 resnet8x4 resnet32x4 ResNet18 ResNet34 ResNet50
+    ResNet101 wrn_16_1 wrn_16_2 wrn_40_1 wrn_40_2 vgg8 vgg11 vgg13 vgg16 vgg19 mobile_half mobile_full MobileNetV1
+    MobileNetV2 mobilenetv2_tinyimagenet ShuffleV1 ShuffleV2
+"""
+
+
+@pytest.mark.parametrize("theirs", DICTIONARIES.split())
+def test_every_network_of_the_zoos_is_here(theirs):
+    ours = ALIASES.get(theirs, theirs)
+    ours = f"{ours}_cifar" if f"{ours}_cifar" in KEYS else ours
+    assert ours in KEYS or ours in ("resnet34", "resnet101")  # of which resnet18 and resnet50 are the samples
+    with torch.device("meta"):
+        build_network(ours, CLASSES, 32)
+
+
 def test_the_shapes_come_in_the_zoos_order():
     """Two lists of the same networks, written down independently."""
     for name, keys in KEYS.items():
@@ -311,9 +391,18 @@ def test_a_wrapped_file_of_a_zoo(data, tmp_path):
     assert torch.equal(network.state_dict()["fc.weight"], student["fc.weight"])
 
 
+def test_a_file_without_shortcuts_is_refused_with_the_name_of_its_network(data, tmp_path):
+    """As akamaster's files are saved, of a parallel network."""
+    state = {f"module.{key}": value for key, value in published("resnet20_a").items()}
+    torch.save({"state_dict": state, "best_prec1": 91.7}, tmp_path / "r.th")
+    assert "r.th#state_dict.module, 32 px" in load_teacher("resnet20_a", data, CPU, weights=f"{tmp_path}/r.th").about
+    with pytest.raises(InputError, match=r"r\.th#state_dict\.module.*do not fit: .* resnet20_a$"):
+        load_teacher("resnet20", data, CPU, weights=f"{tmp_path}/r.th")
+
+
 @pytest.mark.parametrize(
     ("theirs", "ours"),
-    [("MobileNetV2", "mobilenet_v2_cifar"), ("ShuffleV1", "shufflenet_v1_cifar"), ("ResNet50", "resnet50")],
+    [("mobile_full", "mobilenet_v2_cifar_full"), ("ShuffleV1", "shufflenet_v1_cifar"), ("ResNet50", "resnet50")],
 )
 def test_the_zoos_names_of_networks_get_ours(theirs, ours):
     with pytest.raises(InputError, match=f"^unknown network '{theirs}': here it is {ours} "):

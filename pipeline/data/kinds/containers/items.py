@@ -3,9 +3,12 @@
 from __future__ import annotations
 
 import hashlib
+import os
+import stat
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from pathlib import Path
 from typing import Any, Protocol, Self
 
 import numpy as np
@@ -18,9 +21,12 @@ from kdcache.pipeline.data.imagefiles import IMAGENET_MEAN, IMAGENET_STD, FilesD
 from kdcache.pipeline.data.kinds.base import Described, drawn_places
 from kdcache.pipeline.data.kinds.containers.passes import in_workers
 from kdcache.pipeline.data.kinds.files import FINGERPRINTED_FILES
+from kdcache.pipeline.data.kinds.folders import HELD_OUT, held_out
+from kdcache.pipeline.data.memory import recall, remember
 
 Content = bytes | Image.Image | torch.Tensor  # an image file's bytes, a PIL image, or pixels uint8 [3, H, W]
 Places = np.ndarray  # int64 [n], places in a container
+_START = 1 << 16  # bytes of an image that mostly hold its header
 
 
 class Source(Protocol):
@@ -96,11 +102,19 @@ class ItemDataset(Described):
     def decode(self, index: int) -> torch.Tensor:
         if self.pixels is not None:
             return self.pixels[index].permute(2, 0, 1).contiguous()
+        return content_pixels(self._read(index), self.where(index), self.sizes[index])
+
+    def content(self, index: int) -> bytes | None:
+        content = self._read(index)
+        return content if isinstance(content, bytes) else None
+
+    def _read(self, index: int) -> Content:
+        """Read an image. InputError where its label is not what it was when the dataset was opened."""
         content, label = self.source.read(int(self.places[index]))
         if label is not None and self.labels.size and label != self.labels[index, 0]:
             was = int(self.labels[index, 0])
             raise InputError(f"{self.where(index)}: its label is {label}, and was {was} when the dataset was opened")
-        return content_pixels(content, self.where(index), self.sizes[index])
+        return content
 
     def where(self, index: int) -> str:
         return self.source.where(int(self.places[index]))
@@ -225,6 +239,84 @@ def small_pixels(source: Source, places: Places, sizes: np.ndarray) -> torch.Ten
 def statistics(pixels: torch.Tensor | None) -> tuple[Triple, Triple]:
     """Mean and standard deviation of images in memory; ImageNet's for others, as for image files."""
     return (IMAGENET_MEAN, IMAGENET_STD) if pixels is None else mean_std(pixels.numpy())
+
+
+def known_statistics(
+    source: Source, sizes: np.ndarray, key: str, places: Places, pixels: torch.Tensor | None, home: Path
+) -> tuple[Triple, Triple]:
+    """Mean and standard deviation of the images at these places, measured once where they are small.
+
+    sizes: those of all images of the source, int32 [N, 2]. key: that of all that is known of the source. pixels: those
+    of the images at these places, where they are at hand.
+    """
+    if not are_small(sizes[places]):
+        return IMAGENET_MEAN, IMAGENET_STD
+    key = hashlib.sha256(f"kdcache-statistics 1 {key}\n".encode() + places.astype("<i8").tobytes()).hexdigest()
+    stored = (recall(home, key) or {}).get("statistics", np.empty(0))
+    if stored.shape != (2, 3):
+        if pixels is None:
+            pixels = small_pixels(source, places, sizes[places])
+        stored = np.array(statistics(pixels))
+        remember(home, key, {"statistics": stored})
+    mean, std = stored.tolist()
+    return tuple(mean), tuple(std)
+
+
+def part_of(labels: np.ndarray, split: str, where: object) -> Places:
+    """The places of a split's samples, where every tenth of a class is held out for the eval split.
+
+    labels: int64 [N, 1] or [N, 0]. InputError, which begins with `where`, if there is nothing to hold out.
+    """
+    flat = labels[:, 0] if labels.shape[1] else np.zeros(len(labels), np.int64)
+    places = np.flatnonzero(held_out(flat, HELD_OUT) == (split == "eval"))
+    if not places.size:
+        raise InputError(f"{where}: there is no tenth image in any class to hold out for the eval split")
+    return places
+
+
+State = tuple[int, int]  # a file's size in bytes and its time of change in ns
+
+
+def file_states(files: Sequence[Path]) -> tuple[State, ...]:
+    """The state of each file. InputError for one that cannot be read, or that is not a plain file."""
+    states = []
+    for path in files:
+        try:
+            about = path.stat()
+        except OSError as e:
+            raise InputError(f"{path}: cannot be read: {e.strerror}") from e
+        if not stat.S_ISREG(about.st_mode):
+            raise InputError(f"{path}: not a plain file")
+        states.append((about.st_size, about.st_mtime_ns))
+    return tuple(states)
+
+
+def read_part(path: Path, state: State, offset: int, length: int, where: str) -> bytes:
+    """Some bytes of a file that was indexed. InputError if it has changed since; `where` names the image for it."""
+    try:
+        fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
+        try:
+            about = os.fstat(fd)
+            if (about.st_size, about.st_mtime_ns) != state:
+                raise InputError(f"{path}: has changed since it was indexed: open the dataset again")
+            content = os.pread(fd, length, offset)
+        finally:
+            os.close(fd)
+    except OSError as e:
+        raise InputError(f"{path}: cannot be read: {e.strerror}") from e
+    if len(content) < length:
+        raise InputError(f"{where}: {path.name} ends before it: the file is truncated")
+    return content
+
+
+def size_by_parts(read: Callable[[int], bytes], length: int, where: str) -> tuple[int, int]:
+    """Height and width of an image of `length` bytes, whose first n bytes read(n) gives: mostly, a few are enough."""
+    if length > _START:
+        try:
+            return size_of_bytes(read(_START), where)
+        except InputError:
+            pass  # a long EXIF part may stand before the size: the whole image decides
+    return size_of_bytes(read(length), where)
 
 
 def require_labels(labels: np.ndarray, names: Sequence[str], where: Callable[[int], str]) -> None:

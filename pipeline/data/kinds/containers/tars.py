@@ -5,39 +5,35 @@ from __future__ import annotations
 import hashlib
 import json
 import os
-import stat
-from collections.abc import Sequence
 from contextlib import closing
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
-import torch
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.decode import size_of_bytes
-from kdcache.pipeline.data.imagefiles import IMAGENET_MEAN, IMAGENET_STD, FilesDone, Triple, are_small
+from kdcache.pipeline.data.decode import in_one_line
+from kdcache.pipeline.data.imagefiles import FilesDone
 from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
 from kdcache.pipeline.data.kinds.containers.items import (
     ItemDataset,
+    file_states,
     item_sizes,
+    known_statistics,
+    part_of,
+    read_part,
+    size_by_parts,
     small_pixels,
-    statistics,
     unreadable_items,
 )
 from kdcache.pipeline.data.kinds.containers.passes import in_workers
 from kdcache.pipeline.data.kinds.containers.tarindex import TarIndex, index_tar
 from kdcache.pipeline.data.kinds.containers.tarnames import BETWEEN, spelled, tars_of
-from kdcache.pipeline.data.kinds.folders import (
-    HELD_OUT,
-    held_out,
-    note_of,
-)
+from kdcache.pipeline.data.kinds.folders import note_of
 from kdcache.pipeline.data.labels import classes_of
 from kdcache.pipeline.data.memory import recall, remember
 
 _FEW = 8  # tars that this process indexes itself
-_START = 1 << 16  # bytes of an image that mostly hold its header
 _NAMES = ("classnames.txt", "classes.txt")  # a class a line, in the folder of the first tar
 
 
@@ -58,11 +54,13 @@ class Tars(Kind):
             names = _class_names(train[0].parent, tuple(ids))
         places = trained = np.arange(len(own.source))
         if whole := evaluation is None:
-            places, trained = (_part(labels, len(labels), split, train) for split in (asked.split, "train"))
+            places, trained = (part_of(labels, split, train[0]) for split in (asked.split, "train"))
         elif own is not learnt:
             trained = np.arange(len(learnt.source))
         pixels = small_pixels(own.source, places, own.sizes[places])
-        mean, std = _statistics(learnt, trained, pixels if asked.split == "train" else None, asked.home)
+        mean, std = known_statistics(
+            learnt.source, learnt.sizes, learnt.key, trained, pixels if asked.split == "train" else None, asked.home
+        )
         return ItemDataset(
             name=asked.name,
             split=asked.split,
@@ -88,7 +86,7 @@ class Tars(Kind):
             labels = np.empty((len(places), 0), np.int64)
             if not asked.unlabelled:
                 labels = _labels(own, _ids(own))[:, None]
-            places = _part(labels, len(places), asked.split, train)
+            places = part_of(labels, asked.split, train[0])
         return unreadable_items(own.source, places, progress)
 
 
@@ -117,38 +115,18 @@ class TarSource:
         return len(self.offsets)
 
     def where(self, place: int) -> str:
-        return f"{self.tars[self.tar[place]]}: {self.names[place]}"
+        return in_one_line(f"{self.tars[self.tar[place]]}: {self.names[place]}")
 
     def read(self, place: int) -> tuple[bytes, None]:
         return self._bytes(place, int(self.lengths[place])), None
 
     def size(self, place: int) -> tuple[int, int]:
-        length = int(self.lengths[place])
-        if length > _START:
-            try:
-                return size_of_bytes(self._bytes(place, _START), self.where(place))
-            except InputError:
-                pass  # a long EXIF part may stand before the size: the whole image decides
-        return size_of_bytes(self._bytes(place, length), self.where(place))
+        return size_by_parts(lambda most: self._bytes(place, most), int(self.lengths[place]), self.where(place))
 
     def _bytes(self, place: int, length: int) -> bytes:
         """The first bytes of an image. InputError where its tar is not what it was when it was indexed."""
         number = int(self.tar[place])
-        path = self.tars[number]
-        try:
-            fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK)
-            try:
-                about = os.fstat(fd)
-                if (about.st_size, about.st_mtime_ns) != self.states[number]:
-                    raise InputError(f"{path}: has changed since it was indexed: open the dataset again")
-                content = os.pread(fd, length, int(self.offsets[place]))
-            finally:
-                os.close(fd)
-        except OSError as e:
-            raise InputError(f"{path}: cannot be read: {e.strerror}") from e
-        if len(content) < length:
-            raise InputError(f"{self.where(place)}: its tar ends before it: the tar is truncated")
-        return content
+        return read_part(self.tars[number], self.states[number], int(self.offsets[place]), length, self.where(place))
 
 
 @dataclass(frozen=True, eq=False)
@@ -176,7 +154,7 @@ class _Learnt(_Index):
 
 def _learnt(tars: tuple[Path, ...], home: Path) -> _Learnt:
     """All that is to be known of some tars, which is remembered under their names, sizes and times of change."""
-    states = _states(tars)
+    states = file_states(tars)
     listing = "".join(f"{path.name}\0{size} {changed}\n" for path, (size, changed) in zip(tars, states, strict=True))
     key = hashlib.sha256(b"kdcache tars 1\n" + os.fsencode(listing)).hexdigest()
     if (stored := recall(home, key)) is not None and (known := _from_arrays(tars, states, stored, key)):
@@ -185,34 +163,6 @@ def _learnt(tars: tuple[Path, ...], home: Path) -> _Learnt:
     found = _Learnt(index.source, index.labels, index.texts, index.without_image, item_sizes(index.source), key)
     remember(home, key, _arrays(found))
     return found
-
-
-def _statistics(learnt: _Learnt, places: np.ndarray, pixels: torch.Tensor | None, home: Path) -> tuple[Triple, Triple]:
-    """Mean and standard deviation of the train split, which has these places and perhaps these pixels."""
-    if not are_small(learnt.sizes[places]):
-        return IMAGENET_MEAN, IMAGENET_STD
-    key = hashlib.sha256(f"kdcache-statistics 1 {learnt.key}\n".encode() + places.astype("<i8").tobytes()).hexdigest()
-    stored = (recall(home, key) or {}).get("statistics", np.empty(0))
-    if stored.shape != (2, 3):
-        if pixels is None:
-            pixels = small_pixels(learnt.source, places, learnt.sizes[places])
-        stored = np.array(statistics(pixels))
-        remember(home, key, {"statistics": stored})
-    mean, std = stored.tolist()
-    return tuple(mean), tuple(std)
-
-
-def _states(tars: Sequence[Path]) -> tuple[tuple[int, int], ...]:
-    states = []
-    for path in tars:
-        try:
-            about = path.stat()
-        except OSError as e:
-            raise InputError(f"{path}: cannot be read: {e.strerror}") from e
-        if not stat.S_ISREG(about.st_mode):
-            raise InputError(f"{path}: not a plain file")
-        states.append((about.st_size, about.st_mtime_ns))
-    return tuple(states)
 
 
 @dataclass(frozen=True)
@@ -228,7 +178,7 @@ class _IndexOne:
 
 def _indexed(tars: tuple[Path, ...]) -> _Index:
     """Read the headers of all tars, in worker processes."""
-    states = _states(tars)
+    states = file_states(tars)
     found: list[TarIndex] = []
     work, numbers = _IndexOne(tars), range(len(tars))
     with closing(
@@ -238,6 +188,11 @@ def _indexed(tars: tuple[Path, ...]) -> _Index:
             if isinstance(index, str):
                 raise InputError(index)
             found.append(index)
+    number, text = (
+        next(filter(None, (getattr(index, kind) for index in found)), None) for kind in ("numbers", "texts")
+    )
+    if number and text:
+        raise InputError(f"{text}: its label is text, and that of {number} is a number: write all in one way")
     counts = [len(index.offsets) for index in found]
     if not sum(counts):
         raise InputError(f"{tars[0]}{' and the others' if len(tars) > 1 else ''}: holds no sample with an image")
@@ -292,7 +247,11 @@ def _from_arrays(
 def _ids(learnt: _Index) -> dict[str, int]:
     """The id of each label of the train split."""
     _require_all(learnt)
-    return {name: i for i, name in enumerate(classes_of(learnt.texts, str(learnt.source.tars[0])))}
+
+    def where(text: str) -> str:
+        return learnt.source.where(int(np.flatnonzero(learnt.labels == learnt.texts.index(text))[0]))
+
+    return {name: i for i, name in enumerate(classes_of(learnt.texts, where))}
 
 
 def _require_all(index: _Index) -> None:
@@ -326,12 +285,3 @@ def _class_names(folder: Path, ids: tuple[str, ...]) -> tuple[str, ...]:
     if len(names) < len(ids):
         raise InputError(f"{file}: names {len(names):,} classes, but labels go up to {len(ids) - 1:,}")
     return names
-
-
-def _part(labels: np.ndarray, n: int, split: str, tars: Sequence[Path]) -> np.ndarray:
-    """The places of a split's samples, where every tenth of a class is held out for the eval split."""
-    flat = labels[:, 0] if labels.shape[1] else np.zeros(n, np.int64)
-    places = np.flatnonzero(held_out(flat, HELD_OUT) == (split == "eval"))
-    if not places.size:
-        raise InputError(f"{tars[0]}: there is no tenth image in any class to hold out for the eval split")
-    return places

@@ -39,7 +39,7 @@ from kdcache.pipeline.views.draws import below, chance
 from kdcache.pipeline.views.operations.kinds import members
 from kdcache.pipeline.views.operations.kinds.members import LEVELS
 from kdcache.pipeline.views.operations.operation import Drawn, Stage, argument
-from kdcache.pipeline.views.operations.pixels import on_device
+from kdcache.pipeline.views.operations.pixels import by_loop, in_loops, on_device
 
 MEMBERS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
@@ -50,7 +50,7 @@ POSTERIZE, SOLARIZE, AUTO_CONTRAST, EQUALIZE = range(10, 14)
 
 _SIGNED = np.array([SHEAR_X <= member <= SHARPNESS for member in range(14)])
 _PLAIN = np.array([member in (POSTERIZE, SOLARIZE) for member in range(14)])
-_AT_ONCE = 1 << 20  # pixels that are changed at once: a large batch of small images, whose indices take some 10 MB
+_AT_ONCE = 1 << 20  # pixels that are changed at once in steps, which takes some 10 MB of indices
 
 
 @dataclass(frozen=True)
@@ -132,12 +132,35 @@ def _level(member: NDArray[np.int64], strength: NDArray[np.int64], negative: NDA
 
 
 def changed(images: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:
-    """Change every image uint8 [B, 3, H, W], by its members [B, n] at their levels [B, n], one after the other."""
-    pixels = images.permute(0, 2, 3, 1)
+    """Change every image uint8 [B, 3, H, W], by its members [B, n] at their levels [B, n], one after the other.
+
+    The images may be overwritten.
+    """
+    if in_loops(images):
+        return _by_loop(images, member, level, space)
+    last = images.stride(1) == 1
+    pixels = by_steps(images.permute(0, 2, 3, 1), member, level, space).permute(0, 3, 1, 2)
+    return pixels.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+
+
+def _by_loop(images: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:
+    """All changes of one image after the other, on a CPU."""
+    from kdcache.pipeline.views.operations.kinds import memberloops  # imports numba, which takes its time
+
+    kinds = _KINDS[member]
+    place = level.astype(np.int64) + LEVELS
+    place += (member - np.where(kinds == memberloops.MOVED, SHEAR_X, BRIGHTNESS)) * (2 * LEVELS + 1)
+    moves = matrices(space, *images.shape[2:]).reshape(-1, 2, 3)
+    return by_loop(
+        images, memberloops.change, kinds, place, moves, curves(space).reshape(-1, 256), _strengths(level, space)
+    )
+
+
+def by_steps(pixels: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:
+    """The first change of all images [B, H, W, 3], then the second one, on any device."""
     for some, levels in zip(member.T, level.T, strict=True):
         pixels = _step(pixels, some, levels, space)
-    last = images.stride(1) == 1
-    return pixels.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    return pixels
 
 
 def _step(pixels: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:

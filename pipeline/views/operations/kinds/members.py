@@ -26,7 +26,6 @@ from kdcache.pipeline.views.operations.pixels import on_device
 
 LEVELS = 30  # levels go from 0, or from minus this, to this
 BITS = 20
-_LARGE, _BLOCKS = 64, 64  # pixels a side, and blocks, from and up to which it is faster to move block by block
 ONE = 1 << BITS
 
 Levels = NDArray[np.int64]  # [n]
@@ -89,38 +88,6 @@ def sines(degrees: Fraction) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
 
 def moved(pixels: Tensor, matrices: Matrices) -> Tensor:
     """Take every pixel from its place: the nearest pixel there, or black beyond the edge."""
-    count, height, width, _ = pixels.shape
-    if pixels.device.type != "cpu" or min(height, width) < _LARGE:
-        return _gathered(pixels, matrices)
-    result = torch.zeros_like(pixels)
-    source, target = pixels.numpy(), result.numpy()
-    others = [i for i in range(count) if not _slid(source[i], target[i], matrices[i])]
-    if others:
-        target[others] = _gathered(torch.from_numpy(source[others]), matrices[others]).numpy()
-    return result
-
-
-def _slid(source: NDArray[np.uint8], target: NDArray[np.uint8], matrix: NDArray[np.int64]) -> bool:
-    """Move a black target's pixels where they come in few blocks, which is ten times as fast; else return False."""
-    if matrix[0, 0] != ONE or matrix[1, 1] != ONE or (matrix[0, 1] and matrix[1, 0]):
-        return False
-    if matrix[1, 0]:  # columns move, not rows
-        source, target, matrix = source.swapaxes(0, 1), target.swapaxes(0, 1), matrix[::-1, [1, 0, 2]]
-    height, width, _ = source.shape
-    shifts, down = (matrix[0, 1] * np.arange(height) + matrix[0, 2]) >> BITS, int(matrix[1, 2] >> BITS)
-    starts = np.flatnonzero(np.diff(shifts, prepend=shifts[0] - 1)).tolist()
-    if len(starts) > _BLOCKS:
-        return False
-    for start, end in zip(starts, [*starts[1:], height], strict=True):
-        shift = int(shifts[start])
-        top, bottom = max(start, -down), min(end, height - down)
-        left, right = max(0, -shift), min(width, width - shift)
-        if top < bottom and left < right:
-            target[top:bottom, left:right] = source[top + down : bottom + down, left + shift : right + shift]
-    return True
-
-
-def _gathered(pixels: Tensor, matrices: Matrices) -> Tensor:
     count, height, width, channels = pixels.shape
     # Positions of up to 1,024 pixels on either side fit into 32 bits.
     kind = torch.int32 if max(height, width) <= 500 else torch.int64

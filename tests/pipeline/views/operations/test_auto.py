@@ -47,6 +47,22 @@ class TestStrongRandAugment(OperationContract):
     drawn_digest, pixels_digest = "6d51760d803b8ab2", "2d2a290d551c9d36"
 
 
+@pytest.fixture
+def in_steps(monkeypatch):
+    """Images on the CPU are changed as those on a GPU are."""
+    monkeypatch.setattr(auto, "in_loops", lambda images: False)
+
+
+@pytest.mark.usefixtures("in_steps")
+class TestTrivialInSteps(TestTrivial):
+    pass
+
+
+@pytest.mark.usefixtures("in_steps")
+class TestStrongRandAugmentInSteps(TestStrongRandAugment):
+    pass
+
+
 def levels_of(name):
     """All levels that a member can be drawn with."""
     return range(-LEVELS, LEVELS + 1) if name in SIGNED else range(LEVELS + 1) if name in PLAIN else [0]
@@ -232,6 +248,7 @@ def test_several_changes_come_one_after_the_other():
     assert torch.equal(images, whole)
 
 
+@pytest.mark.usefixtures("in_steps")
 def test_no_change_takes_all_pixels_at_once(monkeypatch):
     """Large batches are changed in pieces, with the same result."""
     operation, images = Trivial(), pictures(64, 12, 12)
@@ -283,13 +300,48 @@ def test_what_is_drawn_has_torchvisions_distribution(transform, operation, space
 
 
 @pytest.mark.parametrize("space", [auto.NARROW, auto.WIDE])
-def test_large_images_move_by_blocks_as_they_would_by_pixel(space):
+def test_every_pixel_comes_from_the_place_of_its_matrix(space):
     height, width = 65, 80
     images = torch.randint(1, 256, (61, height, width, 3), dtype=torch.uint8)
     rows, columns = np.mgrid[:height, :width]
-    for matrices in auto.matrices(space, height, width):
+    levels = np.arange(-LEVELS, LEVELS + 1, dtype=np.int8)[:, None]
+    for member, matrices in enumerate(auto.matrices(space, height, width), auto.SHEAR_X):
+        in_loops = changed(images.permute(0, 3, 1, 2).clone(), np.full_like(levels, member), levels, space)
+        assert torch.equal(members.moved(images, matrices), in_loops.permute(0, 2, 3, 1))
         for image, got, (x, y) in zip(images.numpy(), members.moved(images, matrices), matrices, strict=True):
             column, row = ((m[0] * columns + m[1] * rows + m[2]) >> members.BITS for m in (x, y))
             inside = (0 <= column) & (column < width) & (0 <= row) & (row < height)
             want = image[row.clip(0, height - 1), column.clip(0, width - 1)] * inside[..., None]
             assert np.array_equal(got.numpy(), want)
+
+
+def every_change():
+    """All members at all of their levels, int8 [n] each."""
+    found = [(member, level) for member, name in enumerate(MEMBERS) for level in levels_of(name)]
+    return np.array(found, np.int8).T
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 2), (5, 1), (2, 3), (3, 3), (4, 31), (32, 32), (61, 7)])
+@pytest.mark.parametrize("space", SPACES)
+def test_loops_on_a_cpu_give_the_bits_of_steps(space, size):
+    """Every member at every level, and another change before and after it."""
+    member, level = every_change()
+    order = np.random.default_rng(size).permutation(len(member))
+    drawn = [np.stack([of, of[order], of[::-1]], 1) for of in (member, level)]
+    images = images_of(*size).repeat(len(member) // 4 + 1, 1, 1, 1)[: len(member)]
+    expected = auto.by_steps(images.permute(0, 2, 3, 1), *drawn, SPACES[space]).permute(0, 3, 1, 2)
+    for layout in (torch.contiguous_format, torch.channels_last):
+        got = changed(images.clone(memory_format=layout), *drawn, SPACES[space])
+        assert torch.equal(got, expected) and got.is_contiguous(memory_format=layout)
+
+
+@pytest.mark.parametrize("size", [(300, 224), (513, 130)])
+def test_loops_on_a_cpu_give_the_bits_of_steps_on_large_images(size):
+    """The second size needs places of more than 32 bits."""
+    member, level = every_change()
+    images = images_of(*size).repeat(7, 1, 1, 1)
+    for space in SPACES.values():
+        some = np.random.default_rng(size).permutation(len(member))[: 2 * len(images)]
+        drawn = [of[some].reshape(-1, 2) for of in (member, level)]
+        expected = auto.by_steps(images.permute(0, 2, 3, 1), *drawn, space).permute(0, 3, 1, 2)
+        assert torch.equal(changed(images.clone(), *drawn, space), expected)

@@ -12,9 +12,9 @@ from torch import Tensor
 
 from kdcache.cache.records.records import Records
 from kdcache.pipeline.process.progress import percent
-from kdcache.train.evaluation import calibration, classes
-from kdcache.train.evaluation.calibration import Bin, Scaling, bins_of
-from kdcache.train.evaluation.classes import Confusions, PerClass
+from kdcache.train.evaluation.analysis import calibration, classes
+from kdcache.train.evaluation.analysis.calibration import Bin, Scaling, bins_of
+from kdcache.train.evaluation.analysis.classes import Confusions, PerClass
 from kdcache.train.evaluation.judge import Answers
 from kdcache.train.evaluation.metrics import metrics
 

@@ -18,8 +18,8 @@ from kdcache.tests.helpers.commands import invoke, works
 from kdcache.tests.helpers.training import quiet
 from kdcache.train.config import TrainConfig
 from kdcache.train.evaluate import evaluate_run, examine_run, student_of
+from kdcache.train.evaluation.analysis.predictions import columns, require_format, write_predictions
 from kdcache.train.evaluation.judge import Answers
-from kdcache.train.evaluation.predictions import columns, require_format, write_predictions
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.run import train
 

@@ -11,9 +11,9 @@ from scipy.special import log_softmax, softmax
 from sklearn.metrics import brier_score_loss, confusion_matrix, log_loss, precision_recall_fscore_support
 
 from kdcache.cache.records.encoding import encode
-from kdcache.train.evaluation.analysis import agreement, analyse, described, most_probable
-from kdcache.train.evaluation.calibration import LARGEST, SMALLEST, fitted_temperature, halves, scaling
-from kdcache.train.evaluation.classes import MATRIX_UP_TO, confusions, names_of_classes, per_class
+from kdcache.train.evaluation.analysis.analysis import agreement, analyse, described, most_probable
+from kdcache.train.evaluation.analysis.calibration import LARGEST, SMALLEST, fitted_temperature, halves, scaling
+from kdcache.train.evaluation.analysis.classes import MATRIX_UP_TO, confusions, names_of_classes, per_class
 from kdcache.train.evaluation.judge import Answers
 
 

@@ -14,7 +14,7 @@ from torch import Tensor
 from kdcache.cache.errors import InputError, kind_and_message
 from kdcache.cache.files import replace_file
 from kdcache.cache.records.records import Records
-from kdcache.train.evaluation.analysis import most_probable
+from kdcache.train.evaluation.analysis.analysis import most_probable
 from kdcache.train.evaluation.judge import Answers
 
 Columns = dict[str, list[Any]]
