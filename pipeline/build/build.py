@@ -86,7 +86,7 @@ def carry_out(plan: BuildPlan, say: Say = print, begun: Callable[[], object] = l
     renderer = teacher_renderer(source.train, source, plan.workers)
     if images:
         _foretell(plan, images, len(todo), renderer, say)
-        plan = _compiled(plan, say)
+        plan = compiled(plan, say)
     make_folder(plan.path)
     cache = Cache.create(plan.path, plan.identity)
     begun()
@@ -166,7 +166,7 @@ def _foretell(plan: BuildPlan, images: int, shards: int, renderer: Renderer, say
         say(f"note: {world} processes for {shards} shards: {world - shards} of them have nothing to compute")
 
 
-def _compiled(plan: BuildPlan, say: Say) -> BuildPlan:
+def compiled(plan: BuildPlan, say: Say) -> BuildPlan:
     """The same plan with a compiled teacher, where that is planned and can be done."""
     if plan.compile == "no":
         return plan

@@ -110,6 +110,7 @@ LINES = [
     ("eval run --student resnet8", 2, "do not fit"),
     ("eval beside", 2, "--student theirs:net"),
     ("build --teacher resnet8 --weights run/last.safetensors --data digits", 2, "do not fit"),
+    ("plan --teacher resnet8 --weights run/last.safetensors --data digits", 2, "do not fit"),
     ("mix THEIRS OURS", 2, "data.name"),
     ("push THEIRS --registry registry", 0, ""),
     ("pull THEIRS --registry registry --out pulled", 0, ""),

@@ -25,6 +25,7 @@ from kdcache.pipeline.ensembles.config import MixConfig
 from kdcache.pipeline.imports.config import ImportConfig
 from kdcache.pipeline.sheet.config import ViewsConfig
 from kdcache.train.config import TeachConfig
+from kdcache.train.forecast.config import ForecastConfig
 
 
 @command()
@@ -58,6 +59,22 @@ def views_command(config: ViewsConfig, as_json: Json = False) -> None:
         raise click.UsageError("Give POLICY or --augment, not both.")
     found, text = run(config, say)
     show(found, as_json, text)
+
+
+@command("plan")
+@from_signature
+def plan_command(config: BuildConfig, asked: ForecastConfig, registry: Registry = None, as_json: Json = False) -> None:
+    """Tell what a build with the same options will take and what its cache will hold. Nothing is stored.
+
+    \b
+    Example: kdcache plan --teacher resnet34
+             kdcache plan --teacher resnet34 --data imagenet:/data/imagenet --gpus 8
+    """
+    from kdcache.train.forecast.forecast import forecast
+    from kdcache.train.forecast.table import table
+
+    found = forecast(config, asked, registry, say)
+    show(found, as_json, table(found))
 
 
 @command()
@@ -163,4 +180,4 @@ def import_command(config: ImportConfig, as_json: Json = False) -> None:
     show(vars(result), as_json, str(result.path))
 
 
-COMMANDS = (teach, views_command, build, pack, unpack, mix, import_command)
+COMMANDS = (teach, views_command, plan_command, build, pack, unpack, mix, import_command)

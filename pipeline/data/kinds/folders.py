@@ -9,9 +9,9 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.imagefiles import FilesDone, left_out, list_images, load_folder, unreadable_files
+from kdcache.pipeline.data.imagefiles import FilesDone, left_out, list_images, unreadable_files
 from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
-from kdcache.pipeline.data.kinds.files import FileDataset
+from kdcache.pipeline.data.kinds.files import FileDataset, Listing, open_listing
 
 # Names of the folders of splits, in upper or lower case.
 TRAIN = ("train", "training")
@@ -23,17 +23,6 @@ _SPLITS = (*TRAIN, *VALIDATION, *TEST, *EVALUATION)
 HELD_OUT = 10  # where there are no split folders, every tenth image of a class belongs to the eval split
 _NAMED = 5  # classes that one message names
 _PURPOSE = {"train": "learn from", "eval": "evaluate on", "validation": "choose weights by"}
-
-
-@dataclass(frozen=True, eq=False)
-class Listing:
-    """The files of one split, in byte order of their paths."""
-
-    root: Path
-    paths: tuple[str, ...]  # relative to root
-    labels: np.ndarray  # int64 [N, 1], or [N, 0] when unlabelled
-    class_names: tuple[str, ...]
-    note: str  # one line that tells what was found
 
 
 @dataclass(frozen=True)
@@ -59,25 +48,11 @@ class ClassFolders(Kind):
     takes_folders: bool = True
 
     def open(self, asked: Asked) -> FileDataset:
-        files = self._list(asked)
-        found = load_folder(files.root, files.paths, asked.home)
-        train = found
-        if asked.split != "train":  # mean and std are always those of the train split
-            listing = self._list(replace(asked, split="train"))
-            train = load_folder(listing.root, listing.paths, asked.home, decode=False)
-        return FileDataset(
-            name=asked.name,
-            split=asked.split,
-            labels=files.labels,
-            class_names=files.class_names,
-            sizes=found.sizes,
-            mean=train.mean,
-            std=train.std,
-            root=files.root,
-            paths=files.paths,
-            pixels=found.images,
-            note=files.note,
-        )
+        def train() -> tuple[Path, tuple[str, ...]]:
+            of_train = self._list(replace(asked, split="train"))
+            return of_train.root, of_train.paths
+
+        return open_listing(asked, asked.name, self._list(asked), train)
 
     def splits(self, asked: Asked) -> tuple[str, ...]:
         """There is a validation split where val and test folders stand beside train, and test is the eval split."""

@@ -11,12 +11,12 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.imagefiles import FilesDone, load_folder, unreadable_files
+from kdcache.pipeline.data.imagefiles import FilesDone, unreadable_files
 from kdcache.pipeline.data.kinds.arrays import Arrays, from_arrays
 from kdcache.pipeline.data.kinds.base import Asked, Described, Kind
 from kdcache.pipeline.data.kinds.containers.items import ItemDataset, require_labels, unreadable_items
 from kdcache.pipeline.data.kinds.containers.own import OwnSource, own_classes, survey
-from kdcache.pipeline.data.kinds.files import FileDataset, below_one_root
+from kdcache.pipeline.data.kinds.files import FileDataset, Listing, below_one_root, open_listing
 from kdcache.pipeline.data.kinds.folders import note_of
 from kdcache.pipeline.process.functions import call_function, import_function
 
@@ -129,27 +129,13 @@ def _of_paths(asked: Asked, found: Any, train: Any) -> FileDataset:
     if not _gives_paths(train):
         raise InputError(f"dataset {spec!r}: 'train' must give paths as {asked.split!r} does")
     root, paths = below_one_root(spec, found[0])
-    images = load_folder(root, paths, asked.home)
-    first = images if found is train else load_folder(*below_one_root(spec, train[0]), asked.home, decode=False)
     labels, names = np.empty((len(paths), 0), np.int64), tuple[str, ...]()
     if not asked.unlabelled:
         flat, names = _labels(spec, found[1], len(paths)), _names(train, _labels(spec, train[1], len(train[0])))
         require_labels(flat, names, lambda i: str(root / paths[i]))
         labels = flat[:, None]
-    return FileDataset(
-        name=spec,
-        split=asked.split,
-        labels=labels,
-        class_names=names,
-        sizes=images.sizes,
-        mean=first.mean,
-        std=first.std,
-        note=note_of(spec, asked.split, len(paths), names),
-        root=root,
-        paths=paths,
-        pixels=images.images,
-        apart=True,
-    )
+    own = Listing(root, paths, labels, names, note_of(spec, asked.split, len(paths), names))
+    return open_listing(asked, spec, own, lambda: below_one_root(spec, train[0]), apart=True)
 
 
 def _labels(spec: str, given: Any, n: int) -> np.ndarray:

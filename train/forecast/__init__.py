@@ -1,0 +1,1 @@
+"""`kdcache plan`: what a cache will cost and hold, before anything is built."""
