@@ -194,8 +194,10 @@ def main() -> None:
     for kind in a.kinds.split(","):
         folder = a.work / kind
         folder.mkdir(parents=True)
-        spec = WRITERS[kind](folder, n)
-        size = sum(file.stat().st_size for file in folder.rglob("*") if file.is_file())
+        data = folder / "data"  # alone, since a folder is read whole
+        data.mkdir()
+        spec = WRITERS[kind](data, n)
+        size = sum(file.stat().st_size for file in data.rglob("*") if file.is_file())
         (folder / "large_teacher.py").write_text(TEACHER)
         environment = os.environ | {
             "KDCACHE_HOME": str(folder / "home"), "HF_HOME": str(folder / "hf"), "HF_HUB_OFFLINE": "1",

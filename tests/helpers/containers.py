@@ -77,6 +77,19 @@ def write_jsonl(top: Path, samples: list[Sample]) -> str:
     return f"files:{top}/table.jsonl"
 
 
+def write_parquet(top: Path, samples: list[Sample]) -> str:
+    """A table in a .parquet file, whose labels pandas would call a category."""
+    import pyarrow as pa  # slow, and most tests do without it
+    import pyarrow.parquet as pq
+
+    write_folder(top, samples)
+    columns = {"target": [s.label for s in samples], "more": [1.5] * len(samples), "Path": [s.path for s in samples]}
+    table = pa.table({**columns, "split": [s.split for s in samples]})
+    table = table.set_column(0, "target", table.column(0).dictionary_encode())
+    pq.write_table(table, top / "table.parquet", row_group_size=7)
+    return f"files:{top}/table.parquet"
+
+
 def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> Path:
     path.parent.mkdir(parents=True, exist_ok=True)
     with tarfile.open(path, "w", format=format) as tar:
