@@ -33,7 +33,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -136,17 +136,18 @@ def write_tar(path: Path, first: int, contents: list[bytes], ending: str, classe
                 tar.addfile(about, io.BytesIO(member))
 
 
-def write_hf(folder: Path, contents: list[bytes]) -> Path:
+def write_hf(folder: Path, contents: Sequence[bytes], classes: int) -> Path:
+    """What save_to_disk writes, with a second split of the first two images."""
     import datasets  # an extra of kdcache's
+    import pyarrow
 
     datasets.disable_progress_bars()
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0", "1"])})
-    rows = {
-        "image": [{"bytes": content, "path": None} for content in contents],
-        "label": [i % 2 for i in range(len(contents))],
-    }
-    whole = datasets.Dataset.from_dict(rows, features=features)
-    datasets.DatasetDict({"train": whole, "test": whole.select([0, 1])}).save_to_disk(str(folder))
+    splits = {}
+    for split, n in (("train", len(contents)), ("test", 2)):
+        images = pyarrow.array(contents[:n], pyarrow.large_binary())
+        table = pyarrow.table({"image": images, "label": [i % classes for i in range(n)]})
+        splits[split] = datasets.Dataset(datasets.table.InMemoryTable(table))
+    datasets.DatasetDict(splits).save_to_disk(str(folder))
     return folder
 
 
@@ -168,13 +169,11 @@ def speed_specs(work: Path, images: int) -> dict[str, str]:
     write_tar(tars / "train.tar", 0, contents, "jpg", 2)
     write_tar(tars / "val.tar", 0, contents[:2], "jpg", 2)
     own = write_module(work, folder, "bench_kinds_own", 2)
-    labels = [i % 2 for i in range(images)]
     return {
         "imagefolder": f"imagefolder:{folder}",
         "files: csv": f"files:{work}/table.csv",
-        "hf:": f"hf:{write_hf(work / 'hf', contents, labels)}",
         "wds:": f"wds:{tars}",
-        "hf:": f"hf:{write_hf(work / 'hf', contents)}",
+        "hf:": f"hf:{write_hf(work / 'hf', contents, 2)}",
         "paths": f"{own}:paths",
         "own: bytes": f"{own}:contents",
         "own: PIL, unread": f"{own}:lazy",
@@ -265,7 +264,7 @@ def index_specs(work: Path, samples: int, kinds: list[str]) -> dict[str, str]:
         "table": lambda: f"files:{write_table(work, samples)}",
         "paths": lambda: f"{write_module(work, work / 'images', 'bench_kinds_paths', CLASSES)}:paths",
         "parquet": lambda: f"files:{write_parquet(work, samples)}",
-        "hf": lambda: f"hf:{write_hf(work / 'hf', *many(samples))}",
+        "hf": lambda: f"hf:{write_hf(work / 'hf', [*tiny(LINKS)] * (samples // LINKS + 1), CLASSES)}",
         "wds": lambda: f"wds:{write_tars(work / 'tars', samples)}",
         "own": lambda: f"{write_module(work, work / 'few', 'bench_kinds_many', CLASSES, samples)}:many",
     }
@@ -298,25 +297,6 @@ def write_parquet(work: Path, samples: int) -> Path:
 
     pyarrow.parquet.write_table(pyarrow.csv.read_csv(write_table(work, samples)), work / "table.parquet")
     return work / "table.parquet"
-
-
-def many(samples: int) -> tuple[list[bytes], list[int]]:
-    contents = tiny(LINKS)
-    return [contents[i % LINKS] for i in range(samples)], [i % CLASSES for i in range(samples)]
-
-
-def write_hf(folder: Path, contents: list[bytes], labels: list[int]) -> Path:
-    """What save_to_disk writes, with a second split of the first two images."""
-    import datasets
-    import pyarrow
-
-    datasets.disable_progress_bars()
-    splits = {}
-    for split, n in (("train", len(contents)), ("test", 2)):
-        table = pyarrow.table({"image": pyarrow.array(contents[:n], pyarrow.large_binary()), "label": labels[:n]})
-        splits[split] = datasets.Dataset(datasets.table.InMemoryTable(table))
-    datasets.DatasetDict(splits).save_to_disk(str(folder))
-    return folder
 
 
 def write_tars(folder: Path, samples: int) -> Path:

@@ -62,8 +62,10 @@ class Rows:
         """The rows of a split by path in byte order, int64 [n]. InputError for a path that stands there twice."""
         rows = np.flatnonzero(self.splits == self.names.index(split)).tolist() if split in self.names else []
         paths = [self.paths[row] for row in rows]
-        key = paths.__getitem__ if all(map(str.isascii, paths)) else lambda i: os.fsencode(paths[i])
-        order = sorted(range(len(rows)), key=key)
+        # Text without other letters sorts as its bytes do, in half the time.
+        ascii = all(map(str.isascii, paths))
+        keys = paths if ascii else [path.encode("utf-8", "surrogateescape") for path in paths]
+        order = sorted(range(len(rows)), key=keys.__getitem__)
         ordered = [paths[i] for i in order]
         if (twice := next((i for i, same in enumerate(map(eq, ordered, ordered[1:])) if same), None)) is not None:
             first, second = sorted(rows[i] for i in order[twice : twice + 2])
