@@ -86,13 +86,8 @@ def paths(split):
     return [str(path) for path in FILES], [i % {classes} for i in range(len(FILES))]
 
 def many(split):
-    CONTENTS.extend(path.read_bytes() for path in FILES)
-    return Own(CONTENTS_OF, {samples})
-
-CONTENTS = []
-
-def CONTENTS_OF(path):
-    return CONTENTS[hash(path) % len(CONTENTS)]
+    contents = {{path: path.read_bytes() for path in FILES}}
+    return Own(contents.__getitem__, {samples})
 """
 
 
