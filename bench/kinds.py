@@ -49,51 +49,48 @@ from kdcache.train.bench.bench import machine
 
 CLASSES, BATCH, AT_ONCE, IN_A_TAR, LINKS = 1000, 32, 20, 10_000, 64
 OWN = """
-import io
+import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-FILES = sorted(Path({files!r}).rglob("*.jpg"))
+def files():
+    return sorted(os.path.join(folder, name) for folder, _, names in os.walk({files!r}) for name in names)
 
 class Own(torch.utils.data.Dataset):
     classes = [str(i) for i in range({classes})]
 
-    def __init__(self, read, n):
-        self.read, self.n = read, n
+    def __init__(self, read, n=None):
+        self.read, self.files = read, files()
+        self.n = n or len(self.files)
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        return self.read(FILES[i % len(FILES)]), i % {classes}
+        return self.read(self.files[i % len(self.files)]), i % {classes}
 
 def lazy(split):
-    return Own(Image.open, len(FILES))
+    return Own(Image.open)
 
 def converted(split):
-    return Own(lambda path: Image.open(path).convert("RGB"), len(FILES))
+    return Own(lambda path: Image.open(path).convert("RGB"))
 
 def contents(split):
-    return Own(lambda path: path.read_bytes(), len(FILES))
+    return Own(lambda path: Path(path).read_bytes())
 
 def tensors(split):
-    return Own(lambda path: decode_image(str(path), ImageReadMode.RGB), len(FILES))
+    return Own(lambda path: decode_image(path, ImageReadMode.RGB))
 
 def paths(split):
-    return [str(path) for path in FILES], [i % {classes} for i in range(len(FILES))]
+    found = files()
+    return found, [i % {classes} for i in range(len(found))]
 
 def many(split):
-    CONTENTS.extend(path.read_bytes() for path in FILES)
-    return Own(CONTENTS_OF, {samples})
-
-CONTENTS = []
-
-def CONTENTS_OF(path):
-    return CONTENTS[hash(path) % len(CONTENTS)]
+    contents = {{path: Path(path).read_bytes() for path in files()}}
+    return Own(contents.__getitem__, {samples})
 """
 
 
