@@ -19,7 +19,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.decode import decode_file, image_size
+from kdcache.pipeline.data.decode import decode_file, image_size, in_one_line
 from kdcache.pipeline.data.memory import recall, remember
 
 FilesDone = Callable[[int, int], None]  # files done, files in all
@@ -51,9 +51,9 @@ class Folder:
 def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
     """List all images under `root`: their relative POSIX paths in byte order, and the number of other files by suffix.
 
-    Hidden files and folders are left out. Links are followed, but links that would count images twice are refused.
-    InputError for such a link, and for a folder that cannot be read, that holds no images, or that holds images that
-    cannot be decoded.
+    Hidden files and folders are left out, as is_hidden has it. Links are followed, but links that would count images
+    twice are refused. InputError for such a link, and for a folder that cannot be read, that holds no images, or that
+    holds images that cannot be decoded.
     """
     found: list[str] = []
     undecodable: list[str] = []
@@ -67,7 +67,7 @@ def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
     # For each folder that is still to be visited: the folders of the links that led there.
     above: dict[str, tuple[Path, ...]] = {os.fspath(root): ()}
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        subfolders[:] = (name for name in subfolders if not name.startswith("."))
+        subfolders[:] = (name for name in subfolders if not is_hidden(name))
         led = above.pop(folder)
         for name in subfolders:
             path = Path(folder, name)
@@ -96,10 +96,15 @@ def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
     return tuple(sorted(found, key=None if all(map(str.isascii, found)) else os.fsencode)), others
 
 
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is left out: hidden ones, and the folder that macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
+
+
 def _refuse_twice(link: Path, folders: Sequence[Path], root: Path) -> None:
     """Raise InputError for a link to a folder that is listed anyway, or that holds a folder on the way to the link."""
     target = link.resolve()
-    inside = target.is_relative_to(root) and not any(p.startswith(".") for p in target.relative_to(root).parts)
+    inside = target.is_relative_to(root) and not any(map(is_hidden, target.relative_to(root).parts))
     if inside or any(folder.is_relative_to(target) for folder in folders):
         raise InputError(f"{link}: a link to {target}, whose images would be counted here again: remove it")
 
@@ -159,9 +164,9 @@ def listing(root: Path, paths: Sequence[str], *, times: bool = False) -> Iterato
             try:
                 about = os.stat(path, dir_fd=folder)
             except OSError as e:
-                raise InputError(f"{root / path}: cannot be read: {e.strerror}") from e
+                raise InputError(f"{in_one_line(root / path)}: cannot be read: {e.strerror}") from e
             if not stat.S_ISREG(about.st_mode):
-                raise InputError(f"{root / path}: not a plain file")
+                raise InputError(f"{in_one_line(root / path)}: not a plain file")
             changed = f" {about.st_mtime_ns}" if times else ""
             found.append(f"{path}\0{about.st_size}{changed}\n")
         return os.fsencode("".join(found))
@@ -180,7 +185,7 @@ def file_digests(root: Path, paths: Sequence[str]) -> list[bytes]:
             with (root / paths[i]).open("rb") as f:
                 return hashlib.file_digest(f, "sha256").digest()
         except OSError as e:
-            raise InputError(f"{root / paths[i]}: cannot be read: {e.strerror}") from e
+            raise InputError(f"{in_one_line(root / paths[i])}: cannot be read: {e.strerror}") from e
 
     return _each(digest, len(paths))
 

@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.imagefiles import FilesDone, left_out, list_images, unreadable_files
+from kdcache.pipeline.data.decode import in_one_line
+from kdcache.pipeline.data.imagefiles import FilesDone, is_hidden, left_out, list_images, unreadable_files
 from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
 from kdcache.pipeline.data.kinds.files import FileDataset, Listing, open_listing
+from kdcache.pipeline.data.labels import require_text
 
 # Names of the folders of splits, in upper or lower case.
 TRAIN = ("train", "training")
@@ -197,7 +199,7 @@ def note_of(place: object, split: str, n: int, names: Sequence[str], whole: bool
     if split == "train" and names:
         more = "" if len(names) <= _NAMED else f", ... {names[-1]}"
         line += f", {len(names):,} classes: {', '.join(names[:_NAMED])}{more}"
-    return line
+    return in_one_line(line)
 
 
 def held_out(labels: np.ndarray, every: int) -> np.ndarray:
@@ -217,7 +219,7 @@ def places_in_classes(labels: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 def _folders(top: Path) -> tuple[str, ...]:
     """The names of the folders in `top`, in byte order. Hidden folders are left out."""
     try:
-        names = [entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        names = [entry.name for entry in top.iterdir() if entry.is_dir() and not is_hidden(entry.name)]
     except OSError as e:
         raise InputError(f"{top}: cannot be listed: {e.strerror}") from e
     return tuple(sorted(names, key=os.fsencode))
@@ -229,6 +231,7 @@ def _class_names(train: Path) -> tuple[str, ...]:
         raise InputError(
             f"{train}: has no class folders, as in {train}/CLASS/image.jpg; without classes, use --unlabelled"
         )
+    require_text(names, str(train))
     return names
 
 

@@ -17,8 +17,8 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.records.records import Records
-from kdcache.train.evaluation.calibration import Bin
-from kdcache.train.evaluation.classes import confusions, per_class
+from kdcache.train.evaluation.analysis.calibration import Bin
+from kdcache.train.evaluation.analysis.classes import confusions, per_class
 
 ENTROPY_BINS = 24
 RANKS = 50  # at most so many classes in the curve of mass by rank

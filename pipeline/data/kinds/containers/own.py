@@ -66,7 +66,7 @@ class OwnSource:
             return _image(item[0] if isinstance(item, tuple | list) and item else item, where), None
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise InputError(f"{where}: is {_kind(item)}, but must be (image, label)")
-        return _image(item[0], where), _label(item[1], where)
+        return _image(item[0], where), whole_number(item[1], where)
 
     def size(self, place: int) -> tuple[int, int]:
         return content_size(self.read(place)[0], self.where(place))
@@ -90,8 +90,8 @@ def _image(image: Any, where: str) -> Content:
     raise InputError(f"{where}: its image is {_kind(image)}, but must be {_FORMS}{hint}")
 
 
-def _label(label: Any, where: str) -> int:
-    """The label as a number; InputError for anything but one whole number."""
+def whole_number(label: Any, where: str) -> int:
+    """The label of the sample `where` as a number; InputError for anything but one whole number."""
     if isinstance(label, torch.Tensor | np.ndarray) and label.ndim == 0:
         label = label.item()
     if isinstance(label, bool | np.bool_) or not isinstance(label, int | np.integer):
