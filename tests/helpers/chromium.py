@@ -116,7 +116,8 @@ def browser(profile: Path) -> Iterator[Page]:
     we_read, from_it = os.pipe()
     options = [
         "--headless", "--no-sandbox", "--disable-gpu", "--disable-dev-shm-usage", "--remote-debugging-pipe",
-        "--no-first-run", "--hide-scrollbars", "--disable-extensions", "--disable-background-networking", "--disable-component-update",
+        "--no-first-run", "--hide-scrollbars", "--disable-extensions",
+        "--disable-background-networking", "--disable-component-update",
         f"--user-data-dir={profile}",
     ]  # fmt: skip
     # The protocol's pipes are the files 3 and 4.

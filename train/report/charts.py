@@ -47,7 +47,7 @@ class Pen:
             from matplotlib.backends.backend_svg import FigureCanvasSVG
             from matplotlib.figure import Figure
         except ImportError as e:
-            raise InputError("a report needs Matplotlib: pip install 'kdcache[report]'") from e
+            raise InputError("a report needs Matplotlib: pip install matplotlib") from e
         self._style, self._figure, self._canvas = matplotlib.rc_context, Figure, FigureCanvasSVG
         self._drawn = 0
 

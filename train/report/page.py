@@ -9,7 +9,7 @@ from typing import Any
 
 from kdcache import __version__
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.commandline.terminal import safe
+from kdcache.pipeline.process.screen import safe
 from kdcache.train.report.cachepage import cache_view
 from kdcache.train.report.charts import Pen
 from kdcache.train.report.runpage import runs_view
@@ -55,7 +55,7 @@ def _environment() -> Any:
     try:
         from jinja2 import Environment, FileSystemLoader, StrictUndefined
     except ImportError as e:
-        raise InputError("a report needs Jinja2: pip install 'kdcache[report]'") from e
+        raise InputError("a report needs Jinja2: pip install jinja2") from e
     from markupsafe import Markup
 
     def visible(value: Any) -> Any:
