@@ -12,11 +12,14 @@ from kdcache.tests.helpers.places import ROOT
 FILE = ROOT / "tests" / "data" / "flags.txt"
 
 
+EVERYWHERE = ("quiet", "verbose")  # which every command has by itself
+
+
 def flags() -> list[str]:
     """One line for each flag of each command: what is typed, and which values it takes, with its default."""
     lines = []
     for name, command in main.commands.items():
-        for p in options_of(command):
+        for p in [p for p in options_of(command) if p.name not in EVERYWHERE]:
             spellings = " ".join([*p.opts, *p.secondary_opts])
             kinds = "|".join(p.type.choices) if isinstance(p.type, click.Choice) else p.metavar or p.type.name.upper()
             takes = "" if p.is_flag else f" {kinds}"
@@ -57,3 +60,9 @@ def test_the_command_line_offers_every_row_of_a_table(
         f"`kdcache {command}` offers {offered} for {parameter}, and the table holds {table}: give {names} the same "
         f"names in the same order, and {FILE.relative_to(ROOT)} where a flag shows them"
     )
+
+
+def test_every_command_says_more_or_less() -> None:
+    for name, command in main.commands.items():
+        found = {str(p.name): p.opts for p in options_of(command) if p.name in EVERYWHERE}
+        assert found == {"quiet": ["--quiet", "-q"], "verbose": ["--verbose", "-v"]}, name

@@ -26,27 +26,31 @@ TEACHER, STUDENT, LOSSES = "resnet20", "resnet8", ("ce", "kd", "nkd")
 VIEWS, TEACHER_EPOCHS, STUDENT_EPOCHS = 10, 20, 20
 
 
-def demo(out: str | None, say: Callable[[str], None] = print) -> dict[str, Any]:
+def demo(
+    out: str | None, say: Callable[[str], None] = print, show: Callable[[str], None] | None = None
+) -> dict[str, Any]:
     """Teach, build and train with every loss; returns the figures that the last screen shows.
 
-    out: an empty folder to keep everything in; None means a temporary one.
+    out: an empty folder to keep everything in; None means a temporary one. show: takes the lines of the last screen, in
+    place of `say`.
     """
+    show = show or say
     if out is None:
         with tempfile.TemporaryDirectory(prefix="kdcache-demo-") as folder:
-            return _demo(Path(folder), say)
+            return _demo(Path(folder), say, show)
     Path(out).mkdir(parents=True, exist_ok=True)
     if any(Path(out).iterdir()):
         raise InputError(f"{out} is not empty: give another --out")
-    return _demo(Path(out), say)
+    return _demo(Path(out), say, show)
 
 
-def _demo(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _demo(folder: Path, say: Callable[[str], None], show: Callable[[str], None]) -> dict[str, Any]:
     # The demo's own home: it starts from nothing and leaves the user's caches alone.
     with home_at(folder / "home"):
-        return _run(folder, say)
+        return _run(folder, say, show)
 
 
-def _run(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
+def _run(folder: Path, say: Callable[[str], None], show: Callable[[str], None]) -> dict[str, Any]:
     say(f"1. teach a {TEACHER} on digits (8x8 pixels, embedded)")
     started = time.monotonic()
     _, top1 = teach(TeachConfig(TEACHER, epochs=TEACHER_EPOCHS), _indented(say))
@@ -64,18 +68,18 @@ def _run(folder: Path, say: Callable[[str], None]) -> dict[str, Any]:
         for loss in LOSSES
     }
     records = Cache(built.path).train.samples * built.views
-    say("")
-    say(f"{'':18}{'top-1':>8}{'nll':>8}{'time an epoch':>16}")
-    say(f"{'teacher ' + TEACHER:18}{percent(top1):>8}{'':8}{teaching / TEACHER_EPOCHS:14.2f} s")
+    show("")
+    show(f"{'':18}{'top-1':>8}{'nll':>8}{'time an epoch':>16}")
+    show(f"{'teacher ' + TEACHER:18}{percent(top1):>8}{'':8}{teaching / TEACHER_EPOCHS:14.2f} s")
     for loss, run in runs.items():
         line = f"{'student, ' + loss:18}{percent(run['top1']):>8}{run['nll']:8.3f}{run['seconds_an_epoch']:14.2f} s"
-        say(line)
-    say("")
-    say(f"teach: {duration(teaching)}; build: {duration(built.seconds)} for {records:,} records, {size(built.bytes)}")
-    say(f"train: {duration(sum(r['seconds'] for r in runs.values()))} for {len(runs)} students")
-    say(f"one seed; {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+        show(line)
+    show("")
+    show(f"teach: {duration(teaching)}; build: {duration(built.seconds)} for {records:,} records, {size(built.bytes)}")
+    show(f"train: {duration(sum(r['seconds'] for r in runs.values()))} for {len(runs)} students")
+    show(f"one seed; {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
     return {"teacher_top1": top1, "teach_seconds": teaching, "build": vars(built), "runs": runs}
 
 
 def _indented(say: Callable[[str], None]) -> Callable[[str], None]:
-    return lambda text: say(f"   {text}")
+    return lambda text: say(type(text)(f"   {text}"))

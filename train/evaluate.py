@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -18,8 +19,9 @@ from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.pipeline.trust import stored_data, stored_network
 from kdcache.train.evaluation.judge import Judge
 from kdcache.train.evaluation.otherdata import labels_of_other, whole_of
+from kdcache.train.evaluation.parts import parts_of
 from kdcache.train.loaders.cached import require_data
-from kdcache.train.loop.trainer import PARTNER
+from kdcache.train.loop.watching import PARTNER
 from kdcache.train.plan.resuming import exists
 
 
@@ -48,6 +50,7 @@ def evaluate_run(
     device: str | None = None,
     workers: int | None = None,
     registry: str | None = None,
+    say: Callable[[str], None] = print,
 ) -> dict[str, Any]:
     """Metrics of a run folder's last weights or of a weights file that kdcache wrote.
 
@@ -86,7 +89,8 @@ def evaluate_run(
         data or stored_data(notes["data"], path), "eval", unlabelled=found.identity.record.labels == 0
     )
     require_data(found, evaluation)
-    return {"weights": str(path), **Judge(found, evaluation, notes["input_size"], on, workers)(model, beside=beside)}
+    judge = Judge(found, evaluation, notes["input_size"], on, workers, parts=parts_of(found, registry, say))
+    return {"weights": str(path), **judge(model, beside=beside)}
 
 
 def _beside(

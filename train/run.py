@@ -19,12 +19,14 @@ from kdcache.train import group
 from kdcache.train.config import TrainConfig
 from kdcache.train.evaluation.judge import Judge
 from kdcache.train.evaluation.otherdata import class_ids, labels_of_other
+from kdcache.train.evaluation.parts import parts_of
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.ffcv import FFCVLoader
 from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.runfolder import RunFolder, best_of, config_of, goes_on
-from kdcache.train.loop.trainer import PARTNER, fit, new_classifier
+from kdcache.train.loop.trainer import fit, new_classifier
+from kdcache.train.loop.watching import PARTNER
 from kdcache.train.losses.prepare import prepared
 from kdcache.train.plan.plan import TrainPlan, default_out, make_plan
 from kdcache.train.plan.resuming import exists, given_by, resumed
@@ -78,7 +80,7 @@ def _train(
     if config.sync_bn:  # in place
         for one in (model, partner.model) if partner else (model,):
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(one)  # type: ignore[no-untyped-call]
-    evaluate = _evaluation(plan, partner)
+    evaluate = _evaluation(plan, partner, say)
     live = loader if isinstance(loader, OnlineLoader) else None
     loss = prepared(plan.loss, plan.cache, model, plan.image_size, config.online, say, plan.samples, live)
     folder = group.from_first(lambda: RunFolder(plan.out, plan.settings, config.resume))
@@ -121,10 +123,12 @@ def _loader(
     return OnlineLoader(cache, plan.data, teacher, plan.batch, fresh_views=asked.fresh_views, **shared)
 
 
-def _evaluation(plan: TrainPlan, partner: LearningTeacher | None) -> Callable[[Classifier], dict[str, float]]:
+def _evaluation(
+    plan: TrainPlan, partner: LearningTeacher | None, say: Callable[[str], None]
+) -> Callable[[Classifier], dict[str, float]]:
     """What measures a student: on the evaluation split, and on the images that choose the best weights, if any."""
     on = (plan.image_size, plan.device, plan.asked.workers)
-    judge = Judge(plan.cache, plan.evaluation, *on)
+    judge = Judge(plan.cache, plan.evaluation, *on, parts=parts_of(plan.cache, plan.asked.registry, say))
     validate = None
     if plan.held_out is not None:
         places = np.flatnonzero(plan.held_out)

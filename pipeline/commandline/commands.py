@@ -20,19 +20,28 @@ import click
 from click.core import ParameterSource
 
 from kdcache.cache.errors import KdcacheError, machine_error
-from kdcache.pipeline.commandline.parameters import flag_of, options_of
+from kdcache.pipeline.commandline.options import Option
+from kdcache.pipeline.commandline.parameters import CommandOption, flag_of, options_of
 from kdcache.pipeline.commandline.settings import FILE, KnownOption, Setting, load_settings
-from kdcache.pipeline.commandline.terminal import safe, say
+from kdcache.pipeline.commandline.terminal import coloured, say
 from kdcache.pipeline.process.rank import share_cores
+from kdcache.pipeline.process.screen import Detail, Verbosity, has_colours, safe, set_verbosity
 
 INTERRUPTED = 130
-_SETTINGS = "kdcache.settings"  # where click's context keeps those that were found
+# Where click's context keeps the settings that were found, and which of --quiet and --verbose was given.
+_SETTINGS, _VERBOSITY = "kdcache.settings", "kdcache.verbosity"
 
 
 class Command(click.Command):
-    """A command that refuses an option that is given twice; click itself would silently take the last value."""
+    """A command with --quiet and --verbose that refuses an option given twice; click would take the last value."""
+
+    def __init__(self, *args: Any, **attributes: Any) -> None:
+        super().__init__(*args, **attributes)
+        self.params += _verbosity_options()
 
     def parse_args(self, ctx: click.Context, args: list[str]) -> list[str]:
+        if ctx.resilient_parsing:  # a shell completes a line that is not whole yet
+            return super().parse_args(ctx, args)
         parser = self.make_parser(ctx)
         once = [p for p in self.get_params(ctx) if isinstance(p, click.Option) and not (p.multiple or p.count)]
         for p in once:  # the same options again, but every value that is typed is kept
@@ -58,8 +67,45 @@ class Command(click.Command):
         return super().parse_args(ctx, args)
 
     def invoke(self, ctx: click.Context) -> Any:
+        _tell_settings(ctx)
         _tell_code(ctx)
         return super().invoke(ctx)
+
+
+def _verbosity_options() -> list[click.Parameter]:
+    """--quiet and --verbose, which every command has."""
+    levels = (
+        ("quiet", Verbosity.QUIET, Option("Say nothing but results, warnings and errors.")),
+        ("verbose", Verbosity.VERBOSE, Option("Say everything: each epoch, each setting and where it is from.")),
+    )
+    return [
+        CommandOption(
+            (f"--{name}", f"-{name[0]}"), spec=spec, help=spec.help, is_flag=True, expose_value=False,
+            callback=partial(_be, level),
+        )
+        for name, level, spec in levels
+    ]  # fmt: skip
+
+
+def _be(level: Verbosity, ctx: click.Context, param: click.Parameter, given: bool) -> None:
+    """Set how much is said. click calls this for what is typed first, which goes before settings."""
+    typed = ctx.get_parameter_source(str(param.name)) is ParameterSource.COMMANDLINE
+    if ctx.resilient_parsing:
+        return
+    if given and typed and _VERBOSITY in ctx.meta:
+        raise click.UsageError("--quiet and --verbose contradict each other: give one.", ctx)
+    if given:
+        ctx.meta.setdefault(_VERBOSITY, level)
+    set_verbosity(ctx.meta.get(_VERBOSITY, Verbosity.USUAL))
+
+
+def _tell_settings(ctx: click.Context) -> None:
+    """Tell with --verbose which options are not typed, and where each is from. Addresses may hold secrets."""
+    for param in options_of(ctx.command):
+        if is_set(str(param.name), ctx):
+            setting = _setting(ctx, param)
+            value = "an address" if "://" in setting.value else setting.value
+            say(Detail(f"setting: --{flag_of(param)} is {value}, by {setting.origin}"))
 
 
 def _tell_code(ctx: click.Context) -> None:
@@ -112,6 +158,9 @@ class Failure(click.ClickException):
     def __init__(self, message: str) -> None:
         super().__init__(safe(" ".join(message.splitlines())))
 
+    def show(self, file: Any = None) -> None:
+        click.echo(coloured(f"Error: {self.message}", sys.stderr), err=True, color=has_colours(sys.stderr))
+
 
 class Main(click.Group):
     """The group of all commands. first_to_say: whether no other rank of torchrun's has ended with the same message."""
@@ -130,10 +179,11 @@ class Main(click.Group):
         except KeyboardInterrupt:
             # What is half made, such as a loader with its worker processes, complains as the process ends.
             before = _silent
-            say("stopped; nothing is lost: the same command (train: with --resume) goes on")
+            say("stopped; nothing is lost: the same command (train: with --resume) goes on", always=True)
             sys.exit(INTERRUPTED)
         finally:
             sys.unraisablehook = before
+            set_verbosity(Verbosity.USUAL)
 
     def _invoke(self, ctx: click.Context) -> Any:
         found: dict[str, dict[str, Setting]] = {}

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_ori
 import click
 from click.core import ParameterSource
 
+from kdcache.pipeline.commandline.completion import completer_of
 from kdcache.pipeline.commandline.options import Argument, Option
 
 
@@ -115,7 +116,14 @@ def _declared(p: Parameter) -> Iterator[Callable[..., Any]]:
     if isinstance(p.spec, Argument):
         required, count = p.default is MISSING, -1 if p.spec.several else 1
         kind = get_args(p.kind)[0] if p.spec.several else _type_of(p)
-        yield click.argument(p.name, type=kind, metavar=p.spec.metavar, required=required, nargs=count)
+        yield click.argument(
+            p.name,
+            type=kind,
+            metavar=p.spec.metavar,
+            required=required,
+            nargs=count,
+            shell_complete=completer_of(p.name),
+        )
         return
     yield _option(p, p.spec)
     for name, spec in p.spec.parts.items():
@@ -129,6 +137,7 @@ def _option(p: Parameter, spec: Option) -> Callable[..., Any]:
         "metavar": spec.metavar,
         "type": str if has_text else _type_of(p),
         "callback": _callback(p, spec),
+        "shell_complete": completer_of(p.name),
     }
     flags = spec.flags or (f"--{p.flag}/--no-{p.flag}" if p.kind is bool and p.optional else f"--{p.flag}",)
     if p.kind is bool:

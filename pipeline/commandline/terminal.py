@@ -2,13 +2,16 @@
 
 import json
 import sys
-from typing import Any
+from typing import Any, TextIO
 
 import click
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.process.progress import percent
 from kdcache.pipeline.process.rank import this_rank
+from kdcache.pipeline.process.screen import has_colours, is_wanted, room_for_lines, safe
+
+_COLOURS = {"Error:": "red", "warning:": "yellow", "note:": "cyan"}  # of the first word of a line
 
 
 def show(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
@@ -17,10 +20,23 @@ def show(facts: dict[str, Any] | list[Any], as_json: bool, text: str) -> None:
         click.echo(json.dumps(facts, indent=2, default=str) if as_json else safe(text))
 
 
-def say(text: str) -> None:
-    """Print a line that is not part of the result, on standard error."""
-    if not _is_later_rank():
-        click.echo(safe(text), err=True)
+def say(text: str, out: bool = False, always: bool = False) -> None:
+    """Print a line that is not part of the result, if the user asked for such lines, on standard error.
+
+    out: on standard output instead, for a command that people run for its lines. always: also with --quiet.
+    """
+    if not _is_later_rank() and (always or is_wanted(text)):
+        stream = sys.stdout if out else sys.stderr
+        with room_for_lines():
+            click.echo(coloured(safe(text), stream), err=not out, color=has_colours(stream))
+
+
+def coloured(text: str, stream: TextIO) -> str:
+    """The text as it is to be written to the stream: where that shows colours, with one for the kind of a line."""
+    word, space, rest = text.partition(" ")
+    if word not in _COLOURS or not has_colours(stream):
+        return text
+    return f"{click.style(word, fg=_COLOURS[word], bold=True)}{space}{rest}"
 
 
 def confirm(question: str, yes: bool) -> None:
@@ -33,7 +49,7 @@ def confirm(question: str, yes: bool) -> None:
     if not sys.stdin.isatty():
         raise InputError(f"there is no terminal to ask on: give --yes ({question})")
     if not click.confirm(safe(question), err=True):
-        say("nothing was removed")
+        click.echo("nothing was removed", err=True)
         sys.exit(1)
 
 
@@ -53,11 +69,6 @@ def of_run(summary: dict[str, Any]) -> str:
     if best := summary.get("best"):
         lines.append(f"best on the validation images: epoch {best['epoch']}  {figures(best)}")
     return "\n".join(lines)
-
-
-def safe(text: str) -> str:
-    """Escape what a terminal would obey and not show, since others have written the names that are printed here."""
-    return "".join(c if c.isprintable() or c == "\n" else c.encode("unicode_escape").decode() for c in text)
 
 
 def _is_later_rank() -> bool:

@@ -1,46 +1,151 @@
-"""Progress of long work: one line that changes on a terminal, a plain line now and then elsewhere."""
+"""Progress of long work: a bar on a terminal, a plain line now and then elsewhere."""
 
 from __future__ import annotations
 
 import math
 import sys
 import time
-from typing import TextIO
+from collections.abc import Callable
+from typing import TYPE_CHECKING, TextIO
 
 from kdcache.pipeline.process.rank import this_rank
+from kdcache.pipeline.process.screen import Verbosity, is_live, safe, take_screen, verbosity
+
+if TYPE_CHECKING:
+    from rich.table import Table
+    from rich.text import Text
+
+_FIRST, _EVERY = 0.5, 0.2  # seconds until a bar is first drawn, and between two drawings
+_AFTER_CTRL_C = 0.05  # seconds: a terminal drops what is written while it handles that
+_SHARE = 0.004  # of a core's time, at most, that goes into drawing
+_LINES_EVERY, _LINES_SHARE = 15.0, 0.05  # seconds between two plain lines, or this share of the time so far if longer
+_NARROWEST, _WIDEST = 8, 32  # columns of the bar; where there is less room than that, only the text is shown
 
 
 class Progress:
-    """Counts towards `total` units; shows rate and time left, on torchrun's first rank. Use with `with`."""
+    """Counts towards `total` units; shows rate and time left, on torchrun's first rank. Use with `with`.
 
-    def __init__(self, title: str, total: int, unit: str, stream: TextIO | None = None) -> None:
-        self.title, self.total, self.unit, self.done = title, total, unit, 0
-        self._stream = stream or sys.stderr
-        self._tty = self._stream.isatty()
-        self._every = math.inf if this_rank().rank else 0.2 if self._tty else 15.0
-        self._start = self._shown = time.monotonic()
+    done: how many units were done before. facts: what else the bar tells, which is asked for only when it is drawn.
+    With --quiet, and within another bar, nothing is shown. The title may be changed on the way.
+    """
+
+    def __init__(
+        self,
+        title: str,
+        total: int,
+        unit: str,
+        stream: TextIO | None = None,
+        *,
+        done: int = 0,
+        facts: Callable[[], str] | None = None,
+    ) -> None:
+        self.title, self.total, self.unit, self.done = title, total, unit, done
+        self._stream = sys.stderr if stream is None else stream
+        self._facts, self._before = facts, done
+        self._bar: _Bar | None = None
+        self._live = is_live(self._stream)
+        shows = verbosity() > Verbosity.QUIET and not this_rank().rank
+        self._wait = (_FIRST if self._live else _LINES_EVERY) if shows else math.inf
+        self._start = self._drawn = time.monotonic()
 
     def __enter__(self) -> Progress:
         return self
 
-    def __exit__(self, *exc: object) -> None:
-        if self._tty and self.done and not this_rank().rank:
-            self._stream.write("\r\033[K")
-            self._stream.flush()
+    def __exit__(self, kind: object, *exc: object) -> None:
+        if self._bar is not None:
+            take_screen(None)
+            if kind is KeyboardInterrupt:
+                time.sleep(_AFTER_CTRL_C)
+            self._bar.hide()
 
     def advance(self, n: int, note: str = "") -> None:
         """n more units are done; `note` says where."""
         self.done += n
-        now = time.monotonic()
-        if now - self._shown < self._every:
+        if (now := time.monotonic()) - self._drawn >= self._wait:
+            self._draw(now, note)
+
+    def _draw(self, now: float, note: str) -> None:
+        rate = (self.done - self._before) / (now - self._start)
+        text = safe(", ".join([*self._counted(rate), *([note] if note else [])]))
+        if not self._live:
+            self._drawn, self._wait = now, max(_LINES_EVERY, _LINES_SHARE * (now - self._start))
+            self._stream.write(f"{safe(self.title)}: {text}\n")
+            self._stream.flush()
             return
-        self._shown = now
-        rate = self.done / (now - self._start)
+        if self._bar is None:
+            bar = _Bar(self._stream)
+            if not take_screen(bar):
+                self._wait = math.inf
+                return
+            self._bar = bar
+        started = time.thread_time()
+        if self._facts is not None and (more := self._facts()):
+            text += f", {safe(more)}"
+        self._bar.draw(safe(self.title), text, self.done / self.total if self.total else 1.0)
+        self._drawn, self._wait = now, max(_EVERY, (time.thread_time() - started) / _SHARE)
+
+    def _counted(self, rate: float) -> list[str]:
+        done, total = (size(n) if self.unit == "bytes" else f"{n:,}" for n in (self.done, self.total))
+        if self.unit == "bytes":
+            speed = f"{size(rate)}/s"
+        else:
+            speed = f"{rate:,.{int(rate < 10)}f}/s" if rate >= 1 else f"{duration(1 / rate)} each" if rate else "0/s"
         left = duration((self.total - self.done) / rate) if rate else "?"
-        speed = f"{rate:,.{int(rate < 10)}f}/s" if rate >= 1 else f"{duration(1 / rate)} each" if rate else "0/s"
-        line = f"{self.title}: {self.done:,} of {self.total:,} {self.unit}, {speed}, {left} left {note}".rstrip()
-        self._stream.write(f"\r\033[K{line}" if self._tty else f"{line}\n")
-        self._stream.flush()
+        return [f"{done} of {total}{'' if self.unit == 'bytes' else f' {self.unit}'}", speed, f"{left} left"]
+
+
+class _Bar:
+    """One line of a terminal: a title, a bar, and text. rich draws it, and is imported only for that."""
+
+    def __init__(self, stream: TextIO) -> None:
+        from rich.console import Console
+        from rich.live import Live
+
+        self._title, self._text, self._part = "", "", 0.0
+        self._is_hidden = False
+        self._console = Console(file=stream, highlight=False)
+        # What others write to standard output stays there. The cursor is left visible, for a process that is killed.
+        self._line = Live(
+            get_renderable=self._row,
+            console=self._console,
+            auto_refresh=False,
+            transient=True,
+            redirect_stdout=False,
+            vertical_overflow="crop",
+        )
+
+    def draw(self, title: str, text: str, part: float) -> None:
+        self._title, self._text, self._part = title, text, part
+        if self._line.is_started:
+            self._line.refresh()
+        elif not self._is_hidden:
+            self.show()
+
+    def show(self) -> None:
+        self._is_hidden = False
+        self._line.start(refresh=True)
+        self._console.show_cursor(True)
+
+    def hide(self) -> None:
+        self._is_hidden = True
+        self._line.stop()
+
+    def _row(self) -> Table | Text:
+        from rich.cells import cell_len
+        from rich.progress_bar import ProgressBar
+        from rich.table import Table
+        from rich.text import Text
+
+        width = self._console.width - 1  # a terminal may break a line that fills its last column
+        room = width - cell_len(self._title) - cell_len(self._text) - 2
+        if room < _NARROWEST:
+            line = Text(f"{self._title}: {self._text}", no_wrap=True)
+            line.truncate(width, overflow="ellipsis")
+            return line
+        grid = Table.grid(padding=(0, 1))
+        bar = ProgressBar(total=1.0, completed=self._part, width=min(room, _WIDEST))
+        grid.add_row(Text(self._title), bar, Text(self._text))
+        return grid
 
 
 def duration(seconds: float) -> str:

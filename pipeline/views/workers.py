@@ -27,6 +27,7 @@ from kdcache.cache.errors import EXPLANATIONS, InputError, KdcacheError, Unreada
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.process.reading import Reading, as_it_is, lost_workers
+from kdcache.pipeline.process.screen import begin_worker
 from kdcache.pipeline.views.operations.operation import Drawn
 
 SHARED_MEMORY = "/dev/shm"
@@ -217,6 +218,7 @@ def _uninterrupted() -> Iterator[None]:
 
 def _begin_worker(worker: int) -> None:
     torch.set_num_threads(1)
+    begin_worker()
     sys.excepthook = _unless_left
     if hasattr(signal, "sigwaitinfo"):
         threading.Thread(target=_obey_parent, args=(os.getppid(),), daemon=True).start()

@@ -2,9 +2,8 @@
 
 import sys
 from dataclasses import replace
+from functools import partial
 from typing import Annotated
-
-import click
 
 from kdcache.pipeline.commandline.commands import command, is_set, is_set_for_all, typed_names
 from kdcache.pipeline.commandline.options import (
@@ -66,7 +65,7 @@ def evaluate(config: EvalConfig, as_json: Json = False) -> None:
     from kdcache.train.evaluate import evaluate_run
 
     asked = vars(config).copy()
-    found = evaluate_run(asked.pop("run"), **asked)
+    found = evaluate_run(asked.pop("run"), **asked, say=say)
     lines = [f"{k:13} {figure(k, v) if isinstance(v, float) else v}" for k, v in found.items()]
     show(found, as_json, "\n".join(lines))
 
@@ -83,9 +82,10 @@ def demo(
     """
     from kdcache.train.demo import demo as run
 
-    found = run(out, say if as_json else click.echo)
     if as_json:
-        show(found, True, "")
+        show(run(out, say), True, "")
+    else:
+        run(out, partial(say, out=True), partial(say, out=True, always=True))
 
 
 @command()

@@ -15,15 +15,16 @@ from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
 from kdcache.train.evaluation.metrics import metrics, predict
-from kdcache.train.loop.trainer import PARTNER
+from kdcache.train.evaluation.parts import Parts, agreements
+from kdcache.train.loop.watching import PARTNER
 
 
 class Judge:
     """Evaluates students on one split, beside the records that the cache holds of the teacher there, if any.
 
-    labels: int64 [N, L] in the student's classes, where there is no cache. A call takes a student and, as `beside`, a
-    teacher that learnt with it and its input size: then agreement and kl are with that teacher, and its own metrics
-    come too, named teacher_*.
+    labels: int64 [N, L] in the student's classes, where there is no cache. parts: of a mixed cache. A call takes a
+    student and, as `beside`, a teacher that learnt with it and its input size: then agreement and kl are with that
+    teacher, and its own metrics come too, named teacher_*.
     """
 
     def __init__(
@@ -34,10 +35,12 @@ class Judge:
         device: torch.device,
         workers: int | None,
         labels: NDArray[np.int64] | None = None,
+        parts: Parts | None = None,
     ) -> None:
         self._data, self._size, self._device, self._workers = evaluation, size, device, workers
         self._renderers: dict[int, Renderer] = {}
         self._records: Records | None = None
+        self._parts = parts or {}
         labels = evaluation.labels if labels is None else labels
         if cache is not None:
             if "evaluation" not in cache.identity.record.lacks:
@@ -54,7 +57,7 @@ class Judge:
 
     def _metrics(self, logits: Tensor, answers: Tensor | None) -> dict[str, float]:
         if answers is None:
-            return metrics(logits, self._labels, self._records)
+            return {**metrics(logits, self._labels, self._records), **agreements(logits, self._parts)}
         theirs = {f"{PARTNER}_{name}": value for name, value in metrics(answers, self._labels).items()}
         return {**metrics(logits, self._labels, encode(answers, None, precision="float32")), **theirs}
 

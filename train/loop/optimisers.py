@@ -152,6 +152,11 @@ class Updater:
                         if optimiser.state[p].get("momentum_buffer") is None:
                             optimiser.state[p]["momentum_buffer"] = torch.zeros_like(p)
 
+    @property
+    def rate(self) -> float:
+        """The learning rate of the last update, of the first optimiser."""
+        return float(self._optimisers[0].param_groups[0]["lr"])
+
     def backward(self, loss: Tensor, batches: int = 1) -> None:
         """Add the gradient of this loss. The next update lowers the mean of `batches` such losses."""
         self._scaler.scale(loss / batches if batches > 1 else loss).backward()  # type: ignore[no-untyped-call]

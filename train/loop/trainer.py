@@ -14,7 +14,8 @@ from torch import Tensor, nn
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError
 from kdcache.cache.records.records import Records
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.process.progress import Progress, percent
+from kdcache.pipeline.process.progress import Progress
+from kdcache.pipeline.process.screen import with_room
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier, try_out
 from kdcache.train import group
@@ -25,9 +26,8 @@ from kdcache.train.loop.interrupts import Interrupts
 from kdcache.train.loop.logs.logs import Logs
 from kdcache.train.loop.optimisers import Recipe, Updater
 from kdcache.train.loop.runfolder import ANEW, RunFolder
+from kdcache.train.loop.watching import PARTNER, EpochLines, Glance, of_partner
 from kdcache.train.losses.base import Learnt, Loss, Paced
-
-PARTNER = "teacher"  # in the names of its metrics and files
 
 
 class Loader(Protocol):
@@ -122,6 +122,7 @@ class Training:
         self._average = WeightAverage(model, recipe.ema) if recipe.ema is not None else None
         self._sums = torch.zeros((2,), device=self._device)  # of the epoch's losses: the student's, the partner's
         self._parts = _PartSums()  # of the student's loss
+        self._glance = Glance(self._device)
 
     @property
     def evaluated(self) -> Classifier:
@@ -159,6 +160,10 @@ class Training:
             self._average.update(step)
         if self.partner is not None:
             self.partner.update(step, self._steps)
+
+    def glance(self) -> str:
+        """Loss, learning rate and the device's memory, for a bar: what this rank knows without waiting."""
+        return self._glance(self._sums[0], self.batch, self._updater.rate)
 
     def losses(self) -> dict[str, float]:
         """The epoch's mean loss, the means of its parts if it has several, and the partner's mean loss."""
@@ -222,6 +227,7 @@ class _Kept:
         self.history = _resume(training, folder, say) if folder else []
         self._keeps, self._folder = folder is not None, None if group.rank() else folder
         self._logs = Logs(self._folder.path, self.history, say) if self._folder else None
+        self._lines = EpochLines(training.recipe.epochs)
 
     def __enter__(self) -> _Kept:
         return self
@@ -246,11 +252,11 @@ class _Kept:
     def add(self, line: dict[str, Any]) -> None:
         """Keep the results of a whole epoch. The state comes last, so that after a kill the epoch's end is repeated."""
         self.history.append(line)
-        self._say(_describe(line, self._training.recipe.epochs))
+        self._say(self._lines(line))
         if self._folder and self._logs:
             self._folder.save_weights(self._training.evaluated, self._notes, self.history, of="")
             if (partner := self._training.partner) is not None:
-                theirs = [_of_partner(past) for past in self.history]
+                theirs = [of_partner(past) for past in self.history]
                 self._folder.save_weights(partner.model, partner.notes, theirs, of=f"{PARTNER}-")
             self._logs.line(line)
         self.save()
@@ -279,9 +285,14 @@ def fit(
     """
     training = Training(model, loss, recipe, len(loader), partner)
     wishes = group.Wishes()
-    with _Kept(training, folder, notes or {}, say) as kept, Interrupts() as interrupts:
+    with (
+        _Kept(training, folder, notes or {}, with_room(say)) as kept,
+        Interrupts() as interrupts,
+        _progress(training, len(loader)) as progress,
+    ):
         while training.epoch < recipe.epochs:
-            _train_epoch(training, loader, interrupts, wishes, kept.save, save_every)
+            progress.title = f"epoch {training.epoch + 1}/{recipe.epochs}"
+            _train_epoch(training, loader, interrupts, wishes, kept.save, save_every, progress.advance)
             training.average_statistics()
             losses, epoch = training.losses(), training.epoch + 1
             if not all(map(math.isfinite, losses.values())):
@@ -294,6 +305,12 @@ def fit(
             kept.add(line)
             _stop_together(interrupts)
     return kept.history
+
+
+def _progress(training: Training, batches: int) -> Progress:
+    """What is shown of the whole run while it lasts."""
+    done = training.epoch * batches + training.batch
+    return Progress("epoch", training.recipe.epochs * batches, "steps", done=done, facts=training.glance)
 
 
 def _evaluated(
@@ -336,32 +353,31 @@ def _train_epoch(
     wishes: group.Wishes,
     save: Callable[[], None],
     save_every: float,
+    advance: Callable[[int], object],
 ) -> None:
-    """Train what is left of the epoch that the training is in."""
+    """Train what is left of the epoch that the training is in. advance: is told of every step."""
     loader.set_epoch(training.epoch)
     if isinstance(training.loss, Paced):
         training.loss.set_epoch(training.epoch + 1)
     training.model.train()
-    left = len(loader) - training.batch
-    if not left:  # stopped in the evaluation
+    if training.batch == len(loader):  # stopped in the evaluation
         return
     began, saved = time.monotonic() - training.seconds, time.monotonic()
-    with Progress(f"epoch {training.epoch + 1}/{training.recipe.epochs}", left, "steps") as progress:
-        for images, labels, records in loader.steps(training.batch):
-            training.learn(images, labels, records)
-            progress.advance(1)
-            if not training.step_is_whole:
-                continue
-            training.update()
-            interrupts.waiting = True  # not in the first step, which may compile for minutes
-            now = time.monotonic()
-            training.seconds = now - began
-            stop, keep = wishes(interrupts.asked, now - saved > save_every)
-            if stop:
-                break  # this ends the loader's threads and processes
-            if keep:
-                save()
-                saved = time.monotonic()
+    for images, labels, records in loader.steps(training.batch):
+        training.learn(images, labels, records)
+        advance(1)
+        if not training.step_is_whole:
+            continue
+        training.update()
+        interrupts.waiting = True  # not in the first step, which may compile for minutes
+        now = time.monotonic()
+        training.seconds = now - began
+        stop, keep = wishes(interrupts.asked, now - saved > save_every)
+        if stop:
+            break  # this ends the loader's threads and processes
+        if keep:
+            save()
+            saved = time.monotonic()
     _stop_together(interrupts, save)
 
 
@@ -370,29 +386,6 @@ def _stop_together(interrupts: Interrupts, save: Callable[[], None] = lambda: No
     if group.anyones(interrupts.asked):
         save()
         raise KeyboardInterrupt
-
-
-def _of_partner(line: dict[str, Any]) -> dict[str, Any]:
-    """The partner's part of a line of metrics, under the names that a student's has."""
-    mark = f"{PARTNER}_"
-    return {k.removeprefix(mark): v for k, v in line.items() if k.startswith(mark)}
-
-
-def _describe(line: dict[str, Any], epochs: int) -> str:
-    parts = [f"epoch {line['epoch']}/{epochs}", f"loss {line['loss']:.4f}"]
-    parts += [
-        f"{name} {percent(line[key])}" for name, key in (("top-1", "top1"), ("agreement", "agreement")) if key in line
-    ]
-    if "nll" in line:
-        parts.append(f"nll {line['nll']:.4f}")
-    if "validation_top1" in line:
-        parts.append(f"validation top-1 {percent(line['validation_top1'])}")
-    if theirs := _of_partner(line):
-        parts += [f"ece {line['ece']:.4f}"] if "ece" in line else []
-        parts.append(f"teacher: loss {theirs['loss']:.4f}")
-        if "top1" in theirs:
-            parts.append(f"top-1 {percent(theirs['top1'])}  nll {theirs['nll']:.4f}  ece {theirs['ece']:.4f}")
-    return "  ".join([*parts, f"{line['seconds']:.1f} s"])
 
 
 def _random_state(device: torch.device) -> dict[str, Tensor]:

@@ -376,6 +376,7 @@ def test_the_commands(toy_at_hand, tmp_path):
     assert short["cache"] == long["cache"] == result["key"]
     assert metrics_of(tmp_path / "short") == metrics_of(tmp_path / "long")
     assert "agreement" in kdcache("eval short --data kd_toy:images --device cpu").stdout
+    assert run.stderr.count(" of the mix is not measured: it is not under KDCACHE_HOME") == 2
     kdcache(f"verify {result['key']} --depth contents")
     assert "mix (kd_toy:net + kd_toy:net)" in kdcache("ls").stdout
     for line, says in (

@@ -15,6 +15,7 @@ from kdcache.cache.errors import InputError, UnreadableError
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.process.rank import cores
 from kdcache.pipeline.process.reading import Reading, as_it_is, lost_workers
+from kdcache.pipeline.process.screen import begin_worker
 
 T = TypeVar("T")
 
@@ -95,4 +96,5 @@ class _Tasks(TorchDataset[list[T]], Generic[T]):
 
 def _begin(worker: int) -> None:
     torch.set_num_threads(1)
+    begin_worker()
     signal.signal(signal.SIGINT, signal.SIG_IGN)  # Ctrl-C goes to the whole group, and the parent ends its workers
