@@ -44,7 +44,7 @@ oldest: .venv-oldest/.ready
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt -e '.[test,tensorboard,timm]'
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt -e '.[test,hf,tensorboard,timm]'
 	@touch $@
 
 lint: $(READY)
