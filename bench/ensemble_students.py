@@ -51,13 +51,12 @@ Caches = Mapping[str, Path]  # by what they are made of: a teacher's name, or se
 
 @dataclass(frozen=True)
 class Setting:
-    """What is taught, stored and trained."""
+    """What is taught, stored and trained. taught: the teachers, and for how many epochs each."""
 
-    teachers: tuple[str, ...]
+    taught: dict[str, int]
     taught_on: str
     data: str
     augment: str
-    teacher_epochs: int
     teacher_batch: int
     views: int
     student: str
@@ -67,33 +66,36 @@ class Setting:
     lr: float
     weight_decay: float
 
+    @property
+    def whole(self) -> str:
+        """What the mix of all teachers is called."""
+        return "+".join(self.taught)
 
+
+# An epoch of vgg8 costs as much as two of the others, and takes it as far.
 CIFAR = Setting(
-    ("resnet20", "wrn_16_1", "vgg8"), "study_data:teacher", "study_data:students", "crop,flip", 4, 128, 20, "resnet8",
-    "kd:alpha=0.1,beta=0.9,temperature=2", 20, 32, 0.025, 0.01,
+    {"resnet20": 4, "wrn_16_1": 4, "vgg8": 2}, "study_data:teacher", "study_data:students", "crop,flip", 128, 20,
+    "resnet8", "kd:alpha=0.1,beta=0.9,temperature=2", 20, 32, 0.025, 0.01,
 )  # fmt: skip
 QUICK = Setting(
-    ("resnet8", "wrn_16_1", "vgg8"), "digits", "digits", "crop", 2, 128, 2, "resnet8", CIFAR.loss, 2, 64, 0.025, 0.01
-)
+    {"resnet8": 2, "wrn_16_1": 2, "vgg8": 2}, "digits", "digits", "crop", 128, 2, "resnet8", CIFAR.loss, 2, 64, 0.025,
+    0.01,
+)  # fmt: skip
 
 
 def caches(setting: Setting, amp: Any, pairs: bool) -> Caches:
     """Teach, build and mix, or find what is there."""
     found: dict[str, Path] = {}
-    for name in setting.teachers:
+    for name, epochs in setting.taught.items():
         weights = taught_file(name, open_data(setting.taught_on, "train"))
         if not weights.exists():
-            teach(
-                TeachConfig(
-                    name, setting.taught_on, setting.augment, setting.teacher_epochs, setting.teacher_batch, amp=amp
-                )
-            )
+            teach(TeachConfig(name, setting.taught_on, setting.augment, epochs, setting.teacher_batch, amp=amp))
         asked = BuildConfig(
             name, str(weights), data=setting.data, augment=setting.augment, views=setting.views, amp=amp,
             allow_low_accuracy=True,
         )  # fmt: skip
         found[name] = build(asked).path
-    groups = [setting.teachers, *(itertools.combinations(setting.teachers, 2) if pairs else ())]
+    groups = [tuple(setting.taught), *(itertools.combinations(setting.taught, 2) if pairs else ())]
     for group in groups:
         found["+".join(group)] = mix(MixConfig(tuple(str(found[name]) for name in group))).path
     return found
@@ -151,7 +153,7 @@ def compared(students: Mapping[str, Any], whole: str, metric: Callable[[Any], fl
 
 def tables(found: Mapping[str, Any]) -> str:
     """The teachers with their means, and the students by source, with paired differences."""
-    whole = "+".join(found["setting"]["teachers"])
+    whole = "+".join(found["setting"]["taught"])
     rows = [
         [name, f"{100 * of['top1']:.2f}", f"{of['nll']:.3f}", f"{of['ece']:.3f}", f"{100 * of['agreement'][whole]:.2f}"]
         for name, of in found["teachers"].items()
@@ -209,10 +211,9 @@ def main() -> None:
         "samples": {split: len(open_data(setting.data, split)) for split in ("train", "eval")},
         "teachers": measures.of_caches(), "students": {},
     }  # fmt: skip
-    whole = "+".join(setting.teachers)
-    for source, seed in jobs(list(made), whole, a.seeds):
+    for source, seed in jobs(list(made), setting.whole, a.seeds):
         name = f"{source}-seed{seed}"
-        weights = student(setting, source, seed, made.get(source, made[whole]), a.work / "runs" / name)
+        weights = student(setting, source, seed, made.get(source, made[setting.whole]), a.work / "runs" / name)
         found["students"][name] = {"source": source, "seed": seed, **measures.of_weights(weights)}
         found["seconds of the last call"] = {"clock": time.monotonic() - started, "cpu": time.process_time() - cpu}
         a.out.parent.mkdir(parents=True, exist_ok=True)

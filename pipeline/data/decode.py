@@ -2,7 +2,11 @@
 
 No image may crash the process. torchvision decodes JPEG, WebP and GIF. PIL decodes PNG, because libpng leaves a damaged
 file by a long jump, which torchvision's decoder does not survive. Both give the same pixels, since PNG is lossless.
-Transparency and EXIF orientation are not looked at: pixels are taken as they are stored.
+PIL also decodes animations, of which only the first frame is wanted.
+
+The pixels are those of PIL's `convert("RGB")`, as in torchvision's and timm's image folders: transparency, EXIF
+orientation and colour profiles are not looked at. What `convert` would clip (more than 8 bits a channel) is refused.
+docs/data.md lists every form of image.
 """
 
 import io
@@ -32,16 +36,35 @@ MAX_BYTES = 1 << 30  # the size of the largest file that is read
 _DEFLATE = 1032  # the most bytes of pixels that one byte of compressed data in a PNG can stand for
 _MODES = ("1", "L", "LA", "P", "PA", "RGB", "RGBA", "RGBX", "CMYK", "YCbCr", "HSV")  # PIL's, of 8 bits at most
 _UNKNOWN = "not a JPEG, PNG, WebP or GIF image"
+_START = 32  # bytes that tell what a file is
 _KINDS: tuple[tuple[re.Pattern[bytes], type[ImageFile]], ...] = (
     (re.compile(rb"\xff\xd8\xff"), JpegImageFile),
     (re.compile(rb"\x89PNG\r\n\x1a\n"), PngImageFile),
     (re.compile(rb"RIFF....WEBP", re.DOTALL), WebPImageFile),
     (re.compile(rb"GIF8[79]a"), GifImageFile),
 )  # recognised by their content, whatever the suffix
+_OTHERS: tuple[tuple[re.Pattern[bytes], str], ...] = (
+    (re.compile(rb"BM"), "a BMP image"),
+    (re.compile(rb"II[*+]\0|MM\0[*+]"), "a TIFF image"),
+    (re.compile(rb"....ftypavi[fs]", re.DOTALL), "an AVIF image"),
+    (re.compile(rb"....ftyp(hei|hev|mif|msf)", re.DOTALL), "a HEIC image"),
+    (re.compile(rb"\0\0\0\x0cjP  |\xff\x4f\xff\x51"), "a JPEG 2000 image"),
+    (re.compile(rb"\0\0\0\x0cJXL |\xff\x0a"), "a JPEG XL image"),
+    (re.compile(rb"P[1-7]\s"), "a PPM image"),
+    (re.compile(rb"8BPS"), "a Photoshop image"),
+    (re.compile(rb"\s*<(!doctype html|html|head|body)", re.IGNORECASE), "a web page, as failed downloads often are"),
+    (re.compile(rb"\s*(<\?xml|<svg)"), "an SVG image or other XML"),
+    (re.compile(rb"version https://git-lfs"), "a pointer of Git LFS: `git lfs pull` fetches the image"),
+)
 
 
 class _RefusedError(Exception):
     """Tells what is wrong with a file, without its name, which the caller adds."""
+
+
+def in_one_line(name: object) -> str:
+    """The name of a file as messages show it: a name may hold line breaks."""
+    return str(name).replace("\n", "\\n").replace("\r", "\\r")
 
 
 def image_size(path: Path) -> tuple[int, int]:
@@ -51,11 +74,11 @@ def image_size(path: Path) -> tuple[int, int]:
             image = _header(f)
             return image.height, image.width
     except Exception as e:  # a parser may raise anything for bytes that are no image
-        raise InputError(f"{path}: {_reason(e)}") from e
+        raise InputError(f"{in_one_line(path)}: {_reason(e)}") from e
 
 
 def decode_file(path: Path, size: np.ndarray | None = None) -> torch.Tensor:
-    """Decode the pixels uint8 [3, H, W] as they are stored, without regard to transparency and EXIF orientation.
+    """Decode the pixels uint8 [3, H, W] as they are stored, of an animation those of its first frame.
 
     InputError names a file that cannot be decoded, or that is not of the `size` (H, W) that its header gave.
     """
@@ -65,7 +88,7 @@ def decode_file(path: Path, size: np.ndarray | None = None) -> torch.Tensor:
     except Exception as e:  # a decoder may raise anything for bytes that are no image
         if machine_error(e):
             raise
-        raise InputError(f"{path}: {_reason(e)}") from e
+        raise InputError(f"{in_one_line(path)}: {_reason(e)}") from e
 
 
 def decode_bytes(content: bytes, where: str, size: np.ndarray | None = None) -> torch.Tensor:
@@ -75,7 +98,7 @@ def decode_bytes(content: bytes, where: str, size: np.ndarray | None = None) -> 
     except Exception as e:  # a decoder may raise anything for bytes that are no image
         if machine_error(e):
             raise
-        raise InputError(f"{where}: {_reason(e)}") from e
+        raise InputError(f"{in_one_line(where)}: {_reason(e)}") from e
 
 
 def size_of_bytes(content: bytes, where: str) -> tuple[int, int]:
@@ -84,7 +107,7 @@ def size_of_bytes(content: bytes, where: str) -> tuple[int, int]:
         image = _header(io.BytesIO(content))
         return image.height, image.width
     except Exception as e:  # a parser may raise anything for bytes that are no image
-        raise InputError(f"{where}: {_reason(e)}") from e
+        raise InputError(f"{in_one_line(where)}: {_reason(e)}") from e
 
 
 def size_of_image(image: Image.Image, where: str) -> tuple[int, int]:
@@ -92,8 +115,6 @@ def size_of_image(image: Image.Image, where: str) -> tuple[int, int]:
     problem = None
     if image.mode not in _MODES:
         problem = "has more than 8 bits a channel: convert it to 8" if image.mode[0] in "IF" else "convert it to RGB"
-    elif getattr(image, "is_animated", False):
-        problem = "holds several images: convert it to a single one"
     elif not 0 < image.width * image.height <= MAX_PIXELS:
         problem = f"has {image.width} x {image.height} pixels, the most is {MAX_PIXELS:,}"
     if problem:
@@ -102,7 +123,10 @@ def size_of_image(image: Image.Image, where: str) -> tuple[int, int]:
 
 
 def pixels_of_image(image: Image.Image, where: str, size: np.ndarray | None = None) -> torch.Tensor:
-    """The pixels uint8 [3, H, W] of a PIL image, which may be read from its file only now. InputError as above."""
+    """The pixels uint8 [3, H, W] of a PIL image, which may be read from its file only now. InputError as above.
+
+    Of an image with several frames it is the one that the image stands at, which at first is the first.
+    """
     found = size_of_image(image, where)
     try:
         _require_size(found, size)
@@ -110,7 +134,7 @@ def pixels_of_image(image: Image.Image, where: str, size: np.ndarray | None = No
     except Exception as e:  # PIL may raise anything for a file that is no image
         if machine_error(e):
             raise
-        raise InputError(f"{where}: {_reason(e)}") from e
+        raise InputError(f"{in_one_line(where)}: {_reason(e)}") from e
 
 
 def _decoded(content: bytes, size: np.ndarray | None) -> torch.Tensor:
@@ -118,8 +142,8 @@ def _decoded(content: bytes, size: np.ndarray | None) -> torch.Tensor:
     _require_size((image.height, image.width), size)
     if isinstance(image, PngImageFile):
         return _png(image, content)
-    if getattr(image, "is_animated", False):
-        raise _RefusedError("holds several images: convert it to a single one")
+    if not isinstance(image, JpegImageFile) and getattr(image, "is_animated", False):
+        return _as_rgb(image)  # torchvision would decode all frames
     # Decoding takes memory for all pixels at once, so a JPEG that has less than a bit for each block of 8 x 8
     # pixels, and so cannot be whole, is refused before.
     if isinstance(image, JpegImageFile) and image.height * image.width > 512 * len(content):
@@ -150,15 +174,18 @@ def _opened(path: Path) -> Iterator[BinaryIO]:
 
 
 def _header(file: BinaryIO) -> ImageFile:
-    start = file.read(12)
+    start = file.read(_START)
     file.seek(0)
+    if not start:
+        raise _RefusedError(f"{_UNKNOWN}, but an empty file")
     kind = next((kind for pattern, kind in _KINDS if pattern.match(start)), None)
     if kind is None:
-        raise _RefusedError(_UNKNOWN)
+        other = next((f", but {name}" for pattern, name in _OTHERS if pattern.match(start)), "")
+        raise _RefusedError(_UNKNOWN + other)
     try:
         image = kind(file)
     except Exception as e:
-        raise _RefusedError(_UNKNOWN) from e
+        raise _RefusedError(f"{_UNKNOWN}: its header is damaged, or the file is cut off") from e
     if image.width * image.height > MAX_PIXELS:
         raise _RefusedError(f"has {image.width} x {image.height} pixels, the most is {MAX_PIXELS:,}")
     return image

@@ -7,7 +7,7 @@ import os
 import stat
 import time
 from collections import Counter
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -19,7 +19,7 @@ import torch
 from torchvision.datasets.folder import IMG_EXTENSIONS
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.decode import decode_file, image_size
+from kdcache.pipeline.data.decode import decode_file, image_size, in_one_line
 from kdcache.pipeline.data.memory import recall, remember
 
 FilesDone = Callable[[int, int], None]  # files done, files in all
@@ -51,9 +51,9 @@ class Folder:
 def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
     """List all images under `root`: their relative POSIX paths in byte order, and the number of other files by suffix.
 
-    Hidden files and folders are left out. Links are followed, but links that would count images twice are refused.
-    InputError for such a link, and for a folder that cannot be read, that holds no images, or that holds images that
-    cannot be decoded.
+    Hidden files and folders are left out, as is_hidden has it. Links are followed, but links that would count images
+    twice are refused. InputError for such a link, and for a folder that cannot be read, that holds no images, or that
+    holds images that cannot be decoded.
     """
     found: list[str] = []
     undecodable: list[str] = []
@@ -67,7 +67,7 @@ def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
     # For each folder that is still to be visited: the folders of the links that led there.
     above: dict[str, tuple[Path, ...]] = {os.fspath(root): ()}
     for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        subfolders[:] = (name for name in subfolders if not name.startswith("."))
+        subfolders[:] = (name for name in subfolders if not is_hidden(name))
         led = above.pop(folder)
         for name in subfolders:
             path = Path(folder, name)
@@ -92,13 +92,19 @@ def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
         )
     if not found:
         raise InputError(f"{root}: holds no images ({' '.join(SUFFIXES)}){left_out(others)}")
-    return tuple(sorted(found, key=os.fsencode)), others
+    # Text without other letters sorts as its bytes do, in half the time.
+    return tuple(sorted(found, key=None if all(map(str.isascii, found)) else os.fsencode)), others
+
+
+def is_hidden(name: str) -> bool:
+    """Whether a file or folder of this name is left out: hidden ones, and the folder that macOS adds to archives."""
+    return name.startswith(".") or name == "__MACOSX"
 
 
 def _refuse_twice(link: Path, folders: Sequence[Path], root: Path) -> None:
     """Raise InputError for a link to a folder that is listed anyway, or that holds a folder on the way to the link."""
     target = link.resolve()
-    inside = target.is_relative_to(root) and not any(p.startswith(".") for p in target.relative_to(root).parts)
+    inside = target.is_relative_to(root) and not any(map(is_hidden, target.relative_to(root).parts))
     if inside or any(folder.is_relative_to(target) for folder in folders):
         raise InputError(f"{link}: a link to {target}, whose images would be counted here again: remove it")
 
@@ -145,9 +151,30 @@ def unreadable_files(root: Path, paths: Sequence[str], progress: FilesDone | Non
     return [line for line in _each(problem, len(paths), progress) if line]
 
 
-def file_sizes(root: Path, paths: Sequence[str]) -> list[int]:
-    """The size of each file in bytes. InputError names a file that is gone."""
-    return [size for size, _ in _stat(root, paths)]
+def listing(root: Path, paths: Sequence[str], *, times: bool = False) -> Iterator[bytes]:
+    """A line a file, many at once: its path, its size in bytes and, if asked, its time of change in ns.
+
+    A million files take seconds, nearly all of them for asking the system. InputError names a file that is gone.
+    """
+    folder = os.open(root, os.O_RDONLY)
+
+    def lines(task: range) -> bytes:
+        found = []
+        for path in paths[task.start : task.stop]:
+            try:
+                about = os.stat(path, dir_fd=folder)
+            except OSError as e:
+                raise InputError(f"{in_one_line(root / path)}: cannot be read: {e.strerror}") from e
+            if not stat.S_ISREG(about.st_mode):
+                raise InputError(f"{in_one_line(root / path)}: not a plain file")
+            changed = f" {about.st_mtime_ns}" if times else ""
+            found.append(f"{path}\0{about.st_size}{changed}\n")
+        return os.fsencode("".join(found))
+
+    try:
+        yield from _in_chunks(lines, len(paths))
+    finally:
+        os.close(folder)
 
 
 def file_digests(root: Path, paths: Sequence[str]) -> list[bytes]:
@@ -158,7 +185,7 @@ def file_digests(root: Path, paths: Sequence[str]) -> list[bytes]:
             with (root / paths[i]).open("rb") as f:
                 return hashlib.file_digest(f, "sha256").digest()
         except OSError as e:
-            raise InputError(f"{root / paths[i]}: cannot be read: {e.strerror}") from e
+            raise InputError(f"{in_one_line(root / paths[i])}: cannot be read: {e.strerror}") from e
 
     return _each(digest, len(paths))
 
@@ -182,47 +209,31 @@ def mean_std(images: np.ndarray) -> tuple[Triple, Triple]:
 
 
 def _each(work: Callable[[int], T], n: int, progress: FilesDone | None = None) -> list[T]:
-    """Return [work(0), ..., work(n - 1)]. Threads do the work, unless the first calls are too quick for them."""
+    """Return [work(0), ..., work(n - 1)]."""
     results: list[T] = []
-    start = time.perf_counter()
-    first = [work(i) for i in range(min(_CHUNK, n))]
-    slow = time.perf_counter() - start > _WORTH_A_THREAD * len(first)
-    tasks = [range(i, min(i + _CHUNK, n)) for i in range(_CHUNK, n, _CHUNK)]
-    threads = ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) if slow else contextlib.nullcontext()
-    with threads as pool:
-        run = pool.map if pool else map
-        for part in chain([first], run(lambda task: [work(i) for i in task], tasks)):
-            results += part
-            if progress:
-                progress(len(results), n)
+    for part in _in_chunks(lambda task: [work(i) for i in task], n):
+        results += part
+        if progress:
+            progress(len(results), n)
     return results
 
 
-def _stat(root: Path, paths: Sequence[str]) -> list[tuple[int, int]]:
-    """The size in bytes and the time of change in ns of each file."""
-
-    folder = os.open(root, os.O_RDONLY)
-
-    def one(i: int) -> tuple[int, int]:
-        try:
-            entry = os.stat(paths[i], dir_fd=folder)
-        except OSError as e:
-            raise InputError(f"{root / paths[i]}: cannot be read: {e.strerror}") from e
-        if not stat.S_ISREG(entry.st_mode):
-            raise InputError(f"{root / paths[i]}: not a plain file")
-        return entry.st_size, entry.st_mtime_ns
-
-    try:
-        return _each(one, len(paths))
-    finally:
-        os.close(folder)
+def _in_chunks(work: Callable[[range], T], n: int) -> Iterator[T]:
+    """Yield work(range) for 0..n-1 in pieces, in order. Threads do the work, unless the first is too quick for them."""
+    tasks = [range(i, min(i + _CHUNK, n)) for i in range(0, n, _CHUNK)]
+    start = time.perf_counter()
+    first = [work(task) for task in tasks[:1]]
+    slow = time.perf_counter() - start > _WORTH_A_THREAD * min(_CHUNK, n)
+    threads = ThreadPoolExecutor(min(16, 2 * (os.cpu_count() or 1))) if slow else contextlib.nullcontext()
+    with threads as pool:
+        yield from chain(first, (pool.map if pool else map)(work, tasks[1:]))
 
 
 def _listing_key(root: Path, paths: Sequence[str]) -> str:
-    listing = hashlib.sha256(b"kdcache listing 1\n")
-    for path, (size, changed) in zip(paths, _stat(root, paths), strict=True):
-        listing.update(os.fsencode(path) + f"\0{size} {changed}\n".encode())
-    return listing.hexdigest()
+    digest = hashlib.sha256(b"kdcache listing 1\n")
+    for lines in listing(root, paths, times=True):
+        digest.update(lines)
+    return digest.hexdigest()
 
 
 def _recall(home: Path, key: str, n: int) -> Folder | None:

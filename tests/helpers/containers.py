@@ -1,11 +1,13 @@
-"""Real images, and the containers of every kind that they can be put into."""
+"""Real images, and the containers of every kind that they can be put into: one writer each, in WRITERS."""
 
 import csv
 import io
 import json
 import os
 import tarfile
+from collections.abc import Callable
 from dataclasses import dataclass
+from functools import cache, partial
 from pathlib import Path
 from typing import Any
 
@@ -17,10 +19,10 @@ CLASSES = ("bloom", "roof")
 
 @dataclass(frozen=True)
 class Sample:
-    """One image file's content, and its class."""
+    """One image file's content, and its class: one of CLASSES, an id, or what is no label, for a test of that."""
 
     split: str  # train or val
-    label: str
+    label: Any
     name: str  # with its ending, and unique in its split
     content: bytes
 
@@ -29,10 +31,11 @@ class Sample:
         return f"{self.split}/{self.label}/{self.name}"
 
     @property
-    def id(self) -> int:
-        return CLASSES.index(self.label)
+    def id(self) -> Any:
+        return CLASSES.index(self.label) if self.label in CLASSES else self.label
 
 
+@cache
 def pictures(train: int = 17, val: int = 7, side: int = 0) -> list[Sample]:
     """Cuts of scikit-learn's two photographs as JPEG and PNG files, by class, of many sizes (or all of one side)."""
     from sklearn.datasets import load_sample_images
@@ -72,8 +75,8 @@ def write_csv(top: Path, samples: list[Sample], ids: bool = False) -> str:
 
 def write_jsonl(top: Path, samples: list[Sample]) -> str:
     write_folder(top, samples)
-    rows = [json.dumps({"file_name": s.path, "label": s.label, "split": s.split}) + "\n" for s in samples]
-    (top / "table.jsonl").write_text("".join(rows), encoding="utf-8")
+    rows = [{"file_name": s.path, "label": s.label, "split": s.split} for s in samples]
+    (top / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return f"files:{top}/table.jsonl"
 
 
@@ -92,7 +95,7 @@ def members(samples: list[Sample], json_labels: bool = False) -> list[tuple[str,
     for s in samples:
         stem = s.name.partition(".")[0]
         label = (f"{stem}.json", json.dumps({"label": s.label}).encode())
-        found += [(s.name, s.content), label if json_labels else (f"{stem}.cls", s.label.encode())]
+        found += [(s.name, s.content), label if json_labels else (f"{stem}.cls", str(s.label).encode())]
     return found
 
 
@@ -110,27 +113,31 @@ def hf_rows(samples: list[Sample]) -> Any:
     """The samples as a `datasets.Dataset`. Its classes are listed in the order of CLASSES."""
     import datasets  # slow, and most tests do without it
 
-    features = {"label": datasets.ClassLabel(names=list(CLASSES)), "n": datasets.Value("int64")}
+    named = all(s.label in CLASSES for s in samples)
+    features = {"n": datasets.Value("int64")} | ({"label": datasets.ClassLabel(names=list(CLASSES))} if named else {})
     rows: dict[str, list[Any]] = {
         "image": [{"bytes": s.content, "path": s.name} for s in samples],
         "label": [s.id for s in samples],
         "n": list(range(len(samples))),
     }
+    if not named:
+        whole = all(isinstance(label, int | None) for label in rows["label"])
+        features["label"] = datasets.Value("int64" if whole else "float64")
     return datasets.Dataset.from_dict(rows, features=datasets.Features(features | {"image": datasets.Image()}))
 
 
 def write_hf(top: Path, samples: list[Sample], form: str = "saved") -> str:
     """A Hugging Face data set, in files of a few samples: saved by save_to_disk, or as a folder of parquet files."""
-    import datasets
+    import datasets  # slow, and most tests do without it
 
     datasets.disable_progress_bars()
     splits = {name: [s for s in samples if s.split == split] for name, split in (("train", "train"), ("test", "val"))}
-    rows = datasets.DatasetDict({name: hf_rows(one) for name, one in splits.items() if one})
+    rows = datasets.DatasetDict({name: hf_rows(one) for name, one in splits.items()})
     if form == "saved":
-        rows.save_to_disk(str(top), num_shards={name: min(3, len(one)) for name, one in rows.items()})
+        rows.save_to_disk(str(top), num_shards={name: max(1, min(3, len(one))) for name, one in rows.items()})
         return f"hf:{top}"
     for name, one in rows.items():
-        parts = min(2, len(one))
+        parts = max(1, min(2, len(one)))
         for i in range(parts):
             (top / "data").mkdir(exist_ok=True)
             part = one.shard(parts, i, contiguous=True)
@@ -150,7 +157,8 @@ TOP = Path({top!r})
 FILES = json.loads((TOP / "files.json").read_text())
 
 class Own(torch.utils.data.Dataset):
-    classes = ["bloom", "roof"]
+    if {named}:
+        classes = ["bloom", "roof"]
 
     def __init__(self, split, form):
         self.rows = [row for row in FILES if row[2] == {{"train": "train", "eval": "val"}}[split]]
@@ -163,10 +171,10 @@ class Own(torch.utils.data.Dataset):
         path, label, _ = self.rows[i]
         if self.form == "bytes":
             return (TOP / path).read_bytes(), label
-        image = Image.open(TOP / path)
+        image = Image.open(io.BytesIO((TOP / path).read_bytes()))
         if self.form == "image":
             return image, label
-        return torch.from_numpy(np.array(image)).permute(2, 0, 1), np.int64(label)
+        return torch.from_numpy(np.array(image)).permute(2, 0, 1), np.int64(label) if type(label) is int else label
 
 def images(split):
     return Own(split, "image")
@@ -182,7 +190,8 @@ def half(split):
 
 def paths(split):
     rows = Own(split, "bytes").rows
-    return [str(TOP / row[0]) for row in rows], [row[1] for row in rows], Own.classes
+    found = [str(TOP / row[0]) for row in rows], [row[1] for row in rows]
+    return (*found, Own.classes) if {named} else found
 """
 
 
@@ -191,5 +200,32 @@ def write_module(top: Path, samples: list[Sample], function: str) -> str:
     write_folder(top, samples)
     (top / "files.json").write_text(json.dumps([(s.path, s.id, s.split) for s in samples]))
     name = f"own_{abs(hash(top))}"
-    (top / f"{name}.py").write_text(_MODULE.format(top=str(top)))
+    named = all(s.label in CLASSES for s in samples)
+    (top / f"{name}.py").write_text(_MODULE.format(top=str(top), named=named))
     return f"{name}:{function}"
+
+
+Write = Callable[[Path, list[Sample]], str]  # fills an empty folder, and gives the spec of the data
+WRITERS: dict[str, Write] = {
+    "folder": write_folder,
+    "csv": write_csv,
+    "jsonl": write_jsonl,
+    "hf": write_hf,
+    "hf parquet": partial(write_hf, form="parquet"),
+    "tars": write_tars,
+    "tars with json": partial(write_tars, json_labels=True),
+    "PIL images": partial(write_module, function="images"),
+    "bytes": partial(write_module, function="contents"),
+    "tensors": partial(write_module, function="tensors"),
+    "paths": partial(write_module, function="paths"),
+}
+OF_ITEMS = ("tars", "tars with json", "bytes", "hf", "hf parquet")  # whose fingerprints are of the same things
+OF_TEXT = ("csv", "tars")  # whose labels are written as text, without a type
+OF_COLUMNS = ("hf", "hf parquet")  # whose labels are a column of one type
+
+
+def files_of(top: Path, sample: Sample) -> list[Path]:
+    """The files in a container that hold the image of a sample: one of its own, or some with others' images."""
+    if (own := top / sample.path).exists():
+        return [own]
+    return [path for path in top.rglob("*") if path.is_file() and path.suffix in (".tar", ".arrow", ".parquet")]

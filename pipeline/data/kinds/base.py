@@ -14,7 +14,9 @@ import numpy as np
 import torch
 
 from kdcache.cache.errors import InputError
+from kdcache.pipeline.data.decode import in_one_line
 from kdcache.pipeline.data.imagefiles import FilesDone, Triple
+from kdcache.pipeline.data.labels import require_text
 
 TakesPath = Literal["never", "may", "must"]
 
@@ -90,8 +92,10 @@ class Described(_Contents, ABC):
         self._require(n > 0 and self.sizes.shape == (n, 2), "sizes must be [N, 2] with N > 0")
         self._require(self.sizes.dtype == np.int32 and ids.dtype == np.int64, "sizes are int32, labels int64")
         self._require(ids.shape in ((n, 0), (n, 1)), "labels must be [N, 1] or [N, 0]")
-        known = ids.size == 0 or (ids.min() >= 0 and ids.max() < len(self.class_names))
-        self._require(known, "labels must be places in class_names")
+        wrong = np.flatnonzero((ids < 0) | (ids >= len(self.class_names)))
+        first = f", but sample {wrong[0]} has {ids.flat[wrong[0]]}" if wrong.size else ""
+        self._require(not wrong.size, f"labels must be places in class_names{first}")
+        require_text(self.class_names, f"dataset {self.name}, split {self.split}")
 
     def _require(self, holds: bool, rule: str) -> None:
         if not holds:
@@ -130,7 +134,7 @@ class Described(_Contents, ABC):
         return None
 
     def where(self, index: int) -> str:
-        return str(self.file(index) or f"image {index} of {self.name}")
+        return in_one_line(self.file(index) or f"image {index} of {self.name}")
 
     def unreadable(self, progress: FilesDone | None = None) -> list[str]:
         return []

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any, Self
@@ -15,9 +15,20 @@ from kdcache.cache.errors import InputError
 from kdcache.pipeline.data import imagefiles
 from kdcache.pipeline.data.decode import decode_file
 from kdcache.pipeline.data.imagefiles import FilesDone
-from kdcache.pipeline.data.kinds.base import Described, drawn_places
+from kdcache.pipeline.data.kinds.base import Asked, Described, drawn_places
 
 FINGERPRINTED_FILES = 4096
+
+
+@dataclass(frozen=True, eq=False)
+class Listing:
+    """The files of one split, in its order, and what is known of them before any is read."""
+
+    root: Path
+    paths: tuple[str, ...]  # relative to root
+    labels: np.ndarray  # int64 [N, 1], or [N, 0] when unlabelled
+    class_names: tuple[str, ...]
+    note: str  # one line that tells what was found
 
 
 @dataclass(frozen=True, eq=False)
@@ -70,8 +81,8 @@ class FileDataset(Described):
         """Digest all paths and sizes, and the contents of FINGERPRINTED_FILES drawn files or, when `full`, of all."""
         n = len(self)
         digest = self._begun("files", full)
-        for path, size in zip(self.paths, imagefiles.file_sizes(self.root, self.paths), strict=True):
-            digest.update(os.fsencode(path) + f"\0{size}\n".encode())
+        for lines in imagefiles.listing(self.root, self.paths):
+            digest.update(lines)
         chosen = drawn_places(n, n if full else FINGERPRINTED_FILES)
         for content in imagefiles.file_digests(self.root, [self.paths[i] for i in chosen]):
             digest.update(content)
@@ -94,6 +105,31 @@ class FileDataset(Described):
             paths=(*before.paths, *self.paths),
             pixels=pixels,
         )
+
+
+def open_listing(
+    asked: Asked, name: str, own: Listing, train: Callable[[], tuple[Path, Sequence[str]]], *, apart: bool = False
+) -> FileDataset:
+    """Open the files of a split. train() gives the folder and the paths of the train split, whose mean and std count.
+
+    InputError names the first file that cannot be read.
+    """
+    found = imagefiles.load_folder(own.root, own.paths, asked.home)
+    of_train = found if asked.split == "train" else imagefiles.load_folder(*train(), asked.home, decode=False)
+    return FileDataset(
+        name=name,
+        split=asked.split,
+        labels=own.labels,
+        class_names=own.class_names,
+        sizes=found.sizes,
+        mean=of_train.mean,
+        std=of_train.std,
+        note=own.note,
+        root=own.root,
+        paths=own.paths,
+        pixels=found.images,
+        apart=apart,
+    )
 
 
 def below_one_root(name: str, paths: Sequence[str | os.PathLike[str]]) -> tuple[Path, tuple[str, ...]]:

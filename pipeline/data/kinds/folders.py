@@ -9,9 +9,11 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.imagefiles import FilesDone, left_out, list_images, load_folder, unreadable_files
+from kdcache.pipeline.data.decode import in_one_line
+from kdcache.pipeline.data.imagefiles import FilesDone, is_hidden, left_out, list_images, unreadable_files
 from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
-from kdcache.pipeline.data.kinds.files import FileDataset
+from kdcache.pipeline.data.kinds.files import FileDataset, Listing, open_listing
+from kdcache.pipeline.data.labels import require_text
 
 # Names of the folders of splits, in upper or lower case.
 TRAIN = ("train", "training")
@@ -23,17 +25,6 @@ _SPLITS = (*TRAIN, *VALIDATION, *TEST, *EVALUATION)
 HELD_OUT = 10  # where there are no split folders, every tenth image of a class belongs to the eval split
 _NAMED = 5  # classes that one message names
 _PURPOSE = {"train": "learn from", "eval": "evaluate on", "validation": "choose weights by"}
-
-
-@dataclass(frozen=True, eq=False)
-class Listing:
-    """The files of one split, in byte order of their paths."""
-
-    root: Path
-    paths: tuple[str, ...]  # relative to root
-    labels: np.ndarray  # int64 [N, 1], or [N, 0] when unlabelled
-    class_names: tuple[str, ...]
-    note: str  # one line that tells what was found
 
 
 @dataclass(frozen=True)
@@ -59,25 +50,11 @@ class ClassFolders(Kind):
     takes_folders: bool = True
 
     def open(self, asked: Asked) -> FileDataset:
-        files = self._list(asked)
-        found = load_folder(files.root, files.paths, asked.home)
-        train = found
-        if asked.split != "train":  # mean and std are always those of the train split
-            listing = self._list(replace(asked, split="train"))
-            train = load_folder(listing.root, listing.paths, asked.home, decode=False)
-        return FileDataset(
-            name=asked.name,
-            split=asked.split,
-            labels=files.labels,
-            class_names=files.class_names,
-            sizes=found.sizes,
-            mean=train.mean,
-            std=train.std,
-            root=files.root,
-            paths=files.paths,
-            pixels=found.images,
-            note=files.note,
-        )
+        def train() -> tuple[Path, tuple[str, ...]]:
+            of_train = self._list(replace(asked, split="train"))
+            return of_train.root, of_train.paths
+
+        return open_listing(asked, asked.name, self._list(asked), train)
 
     def splits(self, asked: Asked) -> tuple[str, ...]:
         """There is a validation split where val and test folders stand beside train, and test is the eval split."""
@@ -222,7 +199,7 @@ def note_of(place: object, split: str, n: int, names: Sequence[str], whole: bool
     if split == "train" and names:
         more = "" if len(names) <= _NAMED else f", ... {names[-1]}"
         line += f", {len(names):,} classes: {', '.join(names[:_NAMED])}{more}"
-    return line
+    return in_one_line(line)
 
 
 def held_out(labels: np.ndarray, every: int) -> np.ndarray:
@@ -242,7 +219,7 @@ def places_in_classes(labels: np.ndarray, ranks: np.ndarray) -> np.ndarray:
 def _folders(top: Path) -> tuple[str, ...]:
     """The names of the folders in `top`, in byte order. Hidden folders are left out."""
     try:
-        names = [entry.name for entry in top.iterdir() if entry.is_dir() and not entry.name.startswith(".")]
+        names = [entry.name for entry in top.iterdir() if entry.is_dir() and not is_hidden(entry.name)]
     except OSError as e:
         raise InputError(f"{top}: cannot be listed: {e.strerror}") from e
     return tuple(sorted(names, key=os.fsencode))
@@ -254,6 +231,7 @@ def _class_names(train: Path) -> tuple[str, ...]:
         raise InputError(
             f"{train}: has no class folders, as in {train}/CLASS/image.jpg; without classes, use --unlabelled"
         )
+    require_text(names, str(train))
     return names
 
 

@@ -11,12 +11,13 @@ import numpy as np
 from torch.utils.data import IterableDataset
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.imagefiles import FilesDone, load_folder, unreadable_files
+from kdcache.pipeline.data.decode import in_one_line
+from kdcache.pipeline.data.imagefiles import FilesDone, unreadable_files
 from kdcache.pipeline.data.kinds.arrays import Arrays, from_arrays
 from kdcache.pipeline.data.kinds.base import Asked, Described, Kind
 from kdcache.pipeline.data.kinds.containers.items import ItemDataset, require_labels, unreadable_items
-from kdcache.pipeline.data.kinds.containers.own import OwnSource, own_classes, survey
-from kdcache.pipeline.data.kinds.files import FileDataset, below_one_root
+from kdcache.pipeline.data.kinds.containers.own import OwnSource, own_classes, survey, whole_number
+from kdcache.pipeline.data.kinds.files import FileDataset, Listing, below_one_root, open_listing
 from kdcache.pipeline.data.kinds.folders import note_of
 from kdcache.pipeline.process.functions import call_function, import_function
 
@@ -129,35 +130,28 @@ def _of_paths(asked: Asked, found: Any, train: Any) -> FileDataset:
     if not _gives_paths(train):
         raise InputError(f"dataset {spec!r}: 'train' must give paths as {asked.split!r} does")
     root, paths = below_one_root(spec, found[0])
-    images = load_folder(root, paths, asked.home)
-    first = images if found is train else load_folder(*below_one_root(spec, train[0]), asked.home, decode=False)
     labels, names = np.empty((len(paths), 0), np.int64), tuple[str, ...]()
     if not asked.unlabelled:
-        flat, names = _labels(spec, found[1], len(paths)), _names(train, _labels(spec, train[1], len(train[0])))
-        require_labels(flat, names, lambda i: str(root / paths[i]))
+        flat, names = _labels(spec, found), _names(train, _labels(spec, train))
+        require_labels(flat, names, lambda i: in_one_line(root / paths[i]))
         labels = flat[:, None]
-    return FileDataset(
-        name=spec,
-        split=asked.split,
-        labels=labels,
-        class_names=names,
-        sizes=images.sizes,
-        mean=first.mean,
-        std=first.std,
-        note=note_of(spec, asked.split, len(paths), names),
-        root=root,
-        paths=paths,
-        pixels=images.images,
-        apart=True,
-    )
+    own = Listing(root, paths, labels, names, note_of(spec, asked.split, len(paths), names))
+    return open_listing(asked, spec, own, lambda: below_one_root(spec, train[0]), apart=True)
 
 
-def _labels(spec: str, given: Any, n: int) -> np.ndarray:
-    """Check labels, int64 [n]."""
+def _labels(spec: str, found: tuple[Any, ...]) -> np.ndarray:
+    """Check the labels of images or paths, int64 [N]. InputError names the first that is no whole number."""
+    samples, given = found[0], found[1]
+    rule = f"dataset {spec!r}: labels must be whole numbers [N]"
+    if isinstance(given, list | tuple):  # NumPy would make numbers of bools, and text of all where one is text
+        for i, label in enumerate(given):
+            if type(label) is int:
+                continue
+            name = str(samples[i]) if i < len(samples) and isinstance(samples[i], str | os.PathLike) else f"sample {i}"
+            whole_number(label, f"{rule}: {in_one_line(name)}")
     labels = np.asarray(given)
-    if labels.dtype.kind not in "iu" or labels.shape != (n,):
-        kind = f"{labels.dtype} {labels.shape}"
-        raise InputError(f"dataset {spec!r}: labels must be whole numbers [N], not {kind}")
+    if labels.dtype.kind not in "iu" or labels.shape != (len(samples),):
+        raise InputError(f"{rule}, not {labels.dtype} {labels.shape}")
     return labels.astype(np.int64)
 
 
@@ -174,7 +168,7 @@ def _arrays(spec: str, found: object) -> Arrays:
         raise InputError(f"dataset {spec!r}: {_RETURN}")
     images = np.asarray(found[0])
     if images.dtype != np.uint8 or images.ndim != 4 or images.shape[3] != 3 or not images.size:
-        kind = f"{images.dtype} {images.shape}"
-        raise InputError(f"dataset {spec!r}: images must be uint8 [N, H, W, 3], not {kind}")
-    labels = _labels(spec, found[1], len(images))
+        kind, empty = f"{images.dtype} {images.shape}", "has no samples; " if images.shape[:1] == (0,) else ""
+        raise InputError(f"dataset {spec!r}: {empty}images must be uint8 [N, H, W, 3], not {kind}")
+    labels = _labels(spec, (images, found[1]))
     return images, labels, _names(found, labels)

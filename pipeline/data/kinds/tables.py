@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import csv
 import json
+import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from functools import partial
 from itertools import pairwise
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -13,6 +15,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from kdcache.cache.errors import InputError
+from kdcache.pipeline.data.decode import in_one_line
 from kdcache.pipeline.data.imagefiles import FilesDone, load_folder, unreadable_files
 from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
 from kdcache.pipeline.data.kinds.files import FileDataset
@@ -103,7 +106,7 @@ def _part(table: Path, rows: Sequence[Row], split: str, *, labelled: bool) -> Pa
             raise InputError(f"{table}: has rows of train, but none of val, test or eval, as the eval split needs")
         evaluation = _sorted(table, by_split.pop(names[0])) if names else []
         unread = "".join(f"; {len(others):,} rows of {name} are not read" for name, others in by_split.items())
-    names_of = classes_of({str(row.label) for row in train}, str(table)) if labelled else ()
+    names_of = classes_of({str(row.label) for row in train}, partial(_where, table, train)) if labelled else ()
     chosen = train if split == "train" else evaluation
     labels = _labels(table, chosen, names_of) if labelled else np.zeros(len(chosen), np.int64)
     if whole:
@@ -113,6 +116,11 @@ def _part(table: Path, rows: Sequence[Row], split: str, *, labelled: bool) -> Pa
         chosen, labels = [chosen[i] for i in np.flatnonzero(kept)], labels[kept]
     column = labels[:, None] if labelled else np.empty((len(chosen), 0), np.int64)
     return Part(tuple(row.path for row in chosen), column, names_of, whole, unread)
+
+
+def _where(table: Path, rows: Sequence[Row], label: str) -> str:
+    """The first line that has the label."""
+    return f"{table}, line {min(row.line for row in rows if row.label == label)}"
 
 
 def _by_split(table: Path, rows: Sequence[Row]) -> dict[str, list[Row]]:
@@ -128,11 +136,11 @@ def _by_split(table: Path, rows: Sequence[Row]) -> dict[str, list[Row]]:
 
 def _sorted(table: Path, rows: Sequence[Row]) -> list[Row]:
     """By path in byte order. InputError for a path that stands there twice."""
-    ordered = sorted(rows, key=lambda row: row.path.encode())
+    ordered = sorted(rows, key=lambda row: row.path.encode("utf-8", "surrogateescape"))
     for one, other in pairwise(ordered):
         if one.path == other.path:
             first, second = sorted((one.line, other.line))
-            raise InputError(f"{table}, line {second}: {one.path} stands in line {first} already")
+            raise InputError(f"{table}, line {second}: {in_one_line(one.path)} stands in line {first} already")
     return ordered
 
 
@@ -156,8 +164,16 @@ def _read(asked: Asked) -> tuple[Path, list[Row]]:
         hint = " (parquet is not read yet: convert it)" if table.suffix.lower() == ".parquet" else ""
         raise InputError(f"{table}: is no table of a known kind, which are {_FORMATS}{hint}")
     rows = []
+    first: tuple[bool, int] | None = None  # whether labels are numbers, and the line that says so
     try:
         for line, path, label, split in read(table):
+            is_number = isinstance(label, int)
+            first = first or (is_number, line)
+            if is_number != first[0] and isinstance(label, str | int) and not asked.unlabelled:
+                raise InputError(
+                    f"{table}, line {line}: label {label!r} is {'a number' if is_number else 'text'}, and that of "
+                    f"line {first[1]} is {'a number' if first[0] else 'text'}: write all in one way"
+                )
             rows.append(_row(table, line, path, label, split, labelled=not asked.unlabelled))
     except UnicodeDecodeError as e:
         raise InputError(f"{table}: is not UTF-8 near row {len(rows) + 1}: save it as UTF-8") from e
@@ -170,7 +186,7 @@ def _read(asked: Asked) -> tuple[Path, list[Row]]:
 
 
 def _row(table: Path, line: int, path: Any, label: Any, split: Any, *, labelled: bool) -> Row:
-    if not isinstance(path, str) or not path or "\0" in path or not path.isprintable():
+    if not isinstance(path, str) or not path or not (path.isprintable() or _is_path(path)):
         raise InputError(f"{table}, line {line}: {path!r} is no path of a file")
     if not labelled:
         label = None
@@ -181,6 +197,14 @@ def _row(table: Path, line: int, path: Any, label: Any, split: Any, *, labelled:
     if not isinstance(split, str):
         raise InputError(f"{table}, line {line}: has no split")
     return Row(path, None if label is None else str(label), split, line)
+
+
+def _is_path(name: str) -> bool:
+    """Whether a name with unusual characters, such as a narrow space or a line break, can be that of a file."""
+    try:
+        return b"\0" not in os.fsencode(name)
+    except UnicodeEncodeError:
+        return False
 
 
 def _columns(table: Path, names: Sequence[str], line: int) -> dict[str, str]:

@@ -49,6 +49,22 @@ def on_rows(images: Tensor, rows: NDArray[np.int64], change: Callable[[Tensor, N
     return images
 
 
+def in_loops(images: Tensor) -> bool:
+    """Whether compiled loops change these images, in place of torch's operations."""
+    return images.device.type == "cpu"
+
+
+def by_loop(images: Tensor, loop: Callable[..., None], *drawn: NDArray[Any]) -> Tensor:
+    """Change images [B, 3, H, W] on a CPU by a compiled loop over pixels [B, H, W, 3] that works in place.
+
+    The images may be overwritten. The result has their memory format.
+    """
+    layout = torch.channels_last if images.stride(1) == 1 else torch.contiguous_format
+    pixels = images.permute(0, 2, 3, 1).contiguous()
+    loop(pixels.numpy(), *drawn)
+    return pixels.permute(0, 3, 1, 2).contiguous(memory_format=layout)
+
+
 def dense(images: Tensor) -> Tensor:
     """The images without gaps in memory; a copy only if they have any."""
     last = images.stride(1) == 1

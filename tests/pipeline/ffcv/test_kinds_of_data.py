@@ -21,6 +21,7 @@ from kdcache.tests.helpers.ffcv import Drawn, quiet
 OF_FILES = {
     "csv": containers.write_csv,
     "tars": containers.write_tars,
+    "hf": containers.write_hf,
     "bytes": partial(containers.write_module, function="contents"),
     "paths": partial(containers.write_module, function="paths"),
 }

@@ -16,6 +16,7 @@ from kdcache.cache.errors import InputError
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.sources.files import start_from
 from kdcache.pipeline.teachers.teacher import load_teacher
+from kdcache.pipeline.teachers.zoos import ALIASES
 from kdcache.tests.helpers.images import arrays_data
 
 CPU = torch.device("cpu")
@@ -351,6 +352,23 @@ def test_a_teacher_as_the_zoos_publish_it_answers_as_theirs(name, data, tmp_path
     spread = theirs.std()
     assert spread > 1e-3
     assert (ours - theirs).abs().max() < 1e-9 * (1 + theirs.abs().max())
+
+
+# The names in CRD's model_dict and in mdistiller's cifar_model_dict, tiny_imagenet_model_dict and imagenet_model_dict.
+DICTIONARIES = """
+    resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110 resnet8x4 resnet32x4 ResNet18 ResNet34 ResNet50
+    ResNet101 wrn_16_1 wrn_16_2 wrn_40_1 wrn_40_2 vgg8 vgg11 vgg13 vgg16 vgg19 mobile_half mobile_full MobileNetV1
+    MobileNetV2 mobilenetv2_tinyimagenet ShuffleV1 ShuffleV2
+"""
+
+
+@pytest.mark.parametrize("theirs", DICTIONARIES.split())
+def test_every_network_of_the_zoos_is_here(theirs):
+    ours = ALIASES.get(theirs, theirs)
+    ours = f"{ours}_cifar" if f"{ours}_cifar" in KEYS else ours
+    assert ours in KEYS or ours in ("resnet34", "resnet101")  # of which resnet18 and resnet50 are the samples
+    with torch.device("meta"):
+        build_network(ours, CLASSES, 32)
 
 
 def test_the_shapes_come_in_the_zoos_order():

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -66,7 +66,7 @@ class OwnSource:
             return _image(item[0] if isinstance(item, tuple | list) and item else item, where), None
         if not isinstance(item, tuple | list) or len(item) != 2:
             raise InputError(f"{where}: is {_kind(item)}, but must be (image, label)")
-        return _image(item[0], where), _label(item[1], where)
+        return _image(item[0], where), whole_number(item[1], where)
 
     def size(self, place: int) -> tuple[int, int]:
         return content_size(self.read(place)[0], self.where(place))
@@ -90,8 +90,8 @@ def _image(image: Any, where: str) -> Content:
     raise InputError(f"{where}: its image is {_kind(image)}, but must be {_FORMS}{hint}")
 
 
-def _label(label: Any, where: str) -> int:
-    """The label as a number; InputError for anything but one whole number."""
+def whole_number(label: Any, where: str) -> int:
+    """The label of the sample `where` as a number; InputError for anything but one whole number."""
     if isinstance(label, torch.Tensor | np.ndarray) and label.ndim == 0:
         label = label.item()
     if isinstance(label, bool | np.bool_) or not isinstance(label, int | np.integer):
@@ -141,15 +141,14 @@ def survey(source: OwnSource, home: Path) -> Survey:
     """
     n = _length(source)
     drawn = drawn_places(n, FINGERPRINTED_FILES).tolist()
-    looks = _looks(_Look(source, digests=True, twice=tuple(drawn[:_TWICE])), drawn)
+    looks = list(_looks(_Look(source, digests=True, twice=tuple(drawn[:_TWICE])), drawn))
     digests = {place: look[3] for place, look in zip(drawn, looks, strict=True)}
     key = hashlib.sha256(f"kdcache-own-dataset 1 {n} {source.labelled} {looks}".encode()).hexdigest()
     if known := _recalled(source, home, key, n, digests):
         return known
-    if len(drawn) < n:
-        looks = _looks(_Look(source), range(n))
-    labels = np.array([look[0] for look in looks] if source.labelled else [], np.int64)
-    sizes = np.array([look[1:3] for look in looks], np.int32)
+    found = _numbers(iter(looks) if len(drawn) == n else _looks(_Look(source), range(n)), n)
+    labels = found[:, 0].copy() if source.labelled else np.empty(0, np.int64)
+    sizes = found[:, 1:].astype(np.int32)
     pixels = small_pixels(source, _all(source), sizes)
     mean, std = statistics(pixels)
     about: dict[str, np.ndarray] = {"labels": labels, "sizes": sizes}
@@ -202,8 +201,13 @@ class _Look:
         return -1 if label is None else label, height, width, digest
 
 
-def _looks(look: _Look, places: Sequence[int]) -> list[_Found]:
-    return list(unless_wrong(in_workers(look, places, look.source.where)))
+def _looks(look: _Look, places: Sequence[int]) -> Iterator[_Found]:
+    return unless_wrong(in_workers(look, places, look.source.where))
+
+
+def _numbers(looks: Iterator[_Found], n: int) -> np.ndarray:
+    """Labels, heights and widths, int64 [n, 3]. Millions of samples take little memory on the way."""
+    return np.fromiter((look[:3] for look in looks), np.dtype((np.int64, 3)), n)
 
 
 def _recalled(source: OwnSource, home: Path, key: str, n: int, digests: dict[int, bytes]) -> Survey | None:

@@ -29,7 +29,8 @@ _COMPRESSED = {b"\x1f\x8b": "gzip", b"BZh": "bzip2", b"\xfd7zXZ": "xz", b"\x28\x
 class TarIndex:
     """The samples of one tar, in its order, and how many were left out because they hold no image.
 
-    names: of the images' members. labels: as they are written; None where there is none.
+    names: of the images' members. labels: as they are written; None where there is none. numbers, texts: the first
+    .json member whose label is a number, and the first one whose label is text.
     """
 
     offsets: list[int] = field(default_factory=list)
@@ -37,6 +38,8 @@ class TarIndex:
     names: list[str] = field(default_factory=list)
     labels: list[str | None] = field(default_factory=list)
     without_image: int = 0
+    numbers: str | None = None
+    texts: str | None = None
 
 
 @dataclass(frozen=True)
@@ -90,10 +93,16 @@ def _add(path: Path, fd: int, index: TarIndex, sample: dict[str, _Member]) -> No
     index.offsets.append(images[0].offset)
     index.lengths.append(images[0].length)
     index.names.append(images[0].name)
-    index.labels.append(next((_label(path, fd, sample[kind], kind) for kind in LABELS if kind in sample), None))
+    written = next((_label(path, fd, sample[kind], kind) for kind in LABELS if kind in sample), None)
+    index.labels.append(None if written is None else str(written))
+    if "json" in sample and "cls" not in sample and written is not None:
+        if isinstance(written, int):
+            index.numbers = index.numbers or f"{path}: {sample['json'].name}"
+        else:
+            index.texts = index.texts or f"{path}: {sample['json'].name}"
 
 
-def _label(path: Path, fd: int, member: _Member, kind: str) -> str | None:
+def _label(path: Path, fd: int, member: _Member, kind: str) -> str | int | None:
     """What a .cls member says, or `label` or `cls` in a .json member; None where the latter has neither."""
     where = f"{path}: {member.name}"
     if member.length > _MAX_LABEL:
@@ -112,7 +121,7 @@ def _label(path: Path, fd: int, member: _Member, kind: str) -> str | None:
         return None
     if isinstance(value, bool) or not isinstance(value, str | int) or value == "" or str(value).startswith("-"):
         raise InputError(f"{where}: label {str(value)[:40]!r} is neither a class name nor a whole number from 0 on")
-    return str(value)
+    return value
 
 
 def _members(path: Path, fd: int) -> Iterator[_Member]:

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.cache.errors import InputError
+from kdcache.pipeline.data.decode import in_one_line
 from kdcache.pipeline.data.imagefiles import FilesDone
 from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
 from kdcache.pipeline.data.kinds.containers.items import (
@@ -114,7 +115,7 @@ class TarSource:
         return len(self.offsets)
 
     def where(self, place: int) -> str:
-        return f"{self.tars[self.tar[place]]}: {self.names[place]}"
+        return in_one_line(f"{self.tars[self.tar[place]]}: {self.names[place]}")
 
     def read(self, place: int) -> tuple[bytes, None]:
         return self._bytes(place, int(self.lengths[place])), None
@@ -187,6 +188,11 @@ def _indexed(tars: tuple[Path, ...]) -> _Index:
             if isinstance(index, str):
                 raise InputError(index)
             found.append(index)
+    number, text = (
+        next(filter(None, (getattr(index, kind) for index in found)), None) for kind in ("numbers", "texts")
+    )
+    if number and text:
+        raise InputError(f"{text}: its label is text, and that of {number} is a number: write all in one way")
     counts = [len(index.offsets) for index in found]
     if not sum(counts):
         raise InputError(f"{tars[0]}{' and the others' if len(tars) > 1 else ''}: holds no sample with an image")
@@ -241,7 +247,11 @@ def _from_arrays(
 def _ids(learnt: _Index) -> dict[str, int]:
     """The id of each label of the train split."""
     _require_all(learnt)
-    return {name: i for i, name in enumerate(classes_of(learnt.texts, str(learnt.source.tars[0])))}
+
+    def where(text: str) -> str:
+        return learnt.source.where(int(np.flatnonzero(learnt.labels == learnt.texts.index(text))[0]))
+
+    return {name: i for i, name in enumerate(classes_of(learnt.texts, where))}
 
 
 def _require_all(index: _Index) -> None:

@@ -39,7 +39,7 @@ from kdcache.pipeline.views.draws import below, chance
 from kdcache.pipeline.views.operations.kinds import members
 from kdcache.pipeline.views.operations.kinds.members import LEVELS
 from kdcache.pipeline.views.operations.operation import Drawn, Stage, argument
-from kdcache.pipeline.views.operations.pixels import on_device
+from kdcache.pipeline.views.operations.pixels import by_loop, in_loops, on_device
 
 MEMBERS = (
     "Identity", "ShearX", "ShearY", "TranslateX", "TranslateY", "Rotate", "Brightness", "Color", "Contrast",
@@ -136,27 +136,27 @@ def changed(images: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], s
 
     The images may be overwritten.
     """
+    if in_loops(images):
+        return _by_loop(images, member, level, space)
     last = images.stride(1) == 1
-    change = _by_loops if images.device.type == "cpu" else _by_steps
-    pixels = change(images.permute(0, 2, 3, 1), member, level, space)
-    return pixels.permute(0, 3, 1, 2).contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
+    pixels = by_steps(images.permute(0, 2, 3, 1), member, level, space).permute(0, 3, 1, 2)
+    return pixels.contiguous(memory_format=torch.channels_last if last else torch.contiguous_format)
 
 
-def _by_loops(pixels: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:
-    """All changes of one image [H, W, 3] after the other, on a CPU."""
-    from kdcache.pipeline.views.operations.kinds import loops  # imports numba, which takes its time
+def _by_loop(images: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:
+    """All changes of one image after the other, on a CPU."""
+    from kdcache.pipeline.views.operations.kinds import memberloops  # imports numba, which takes its time
 
-    pixels = pixels.contiguous()
     kinds = _KINDS[member]
     place = level.astype(np.int64) + LEVELS
-    place += (member - np.where(kinds == loops.MOVED, SHEAR_X, BRIGHTNESS)) * (2 * LEVELS + 1)
-    moves, tones = matrices(space, *pixels.shape[1:3]), curves(space)
-    strengths = _strengths(level, space)
-    loops.change(pixels.numpy(), kinds, place, moves.reshape(-1, 2, 3), tones.reshape(-1, 256), strengths)
-    return pixels
+    place += (member - np.where(kinds == memberloops.MOVED, SHEAR_X, BRIGHTNESS)) * (2 * LEVELS + 1)
+    moves = matrices(space, *images.shape[2:]).reshape(-1, 2, 3)
+    return by_loop(
+        images, memberloops.change, kinds, place, moves, curves(space).reshape(-1, 256), _strengths(level, space)
+    )
 
 
-def _by_steps(pixels: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:
+def by_steps(pixels: Tensor, member: NDArray[np.int8], level: NDArray[np.int8], space: Space) -> Tensor:
     """The first change of all images [B, H, W, 3], then the second one, on any device."""
     for some, levels in zip(member.T, level.T, strict=True):
         pixels = _step(pixels, some, levels, space)

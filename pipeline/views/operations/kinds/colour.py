@@ -7,6 +7,7 @@ What is drawn has the distributions of torchvision's transforms, and applying gi
 from __future__ import annotations
 
 import itertools
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from decimal import ROUND_CEILING, ROUND_HALF_EVEN, Context, Decimal, localcontext
 from functools import lru_cache, partial
@@ -19,7 +20,17 @@ from torch import Tensor
 
 from kdcache.pipeline.views.draws import below, chance
 from kdcache.pipeline.views.operations.operation import Drawn, Stage, argument
-from kdcache.pipeline.views.operations.pixels import ONE, SMOOTHED, blend, gray, on_device, on_rows, smooth
+from kdcache.pipeline.views.operations.pixels import (
+    ONE,
+    SMOOTHED,
+    blend,
+    by_loop,
+    gray,
+    in_loops,
+    on_device,
+    on_rows,
+    smooth,
+)
 
 _SEXTANT = 1024  # steps of hue in a sixth of the circle
 _CIRCLE = 6 * _SEXTANT
@@ -64,6 +75,11 @@ class Color:
 
     def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
         order = _ORDERS[drawn["order"]]
+        if in_loops(images):
+            from kdcache.pipeline.views.operations.kinds import colourloops  # imports numba, which takes its time
+
+            factors = np.stack([drawn[name].astype(np.int64) for name in _PARTS], 1)
+            return by_loop(images, colourloops.jitter, order, factors)
         for place, (part, name) in itertools.product(range(len(_PARTS)), enumerate(_PARTS)):
             neutral = 0 if name == "hue" else ONE
             rows = np.flatnonzero((order[:, place] == part) & (drawn[name] != neutral))
@@ -87,6 +103,10 @@ class Gray:
         return {"gray": chance(words[:, 0], self.p).astype(np.uint8)}
 
     def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
+        if in_loops(images):
+            from kdcache.pipeline.views.operations.kinds import colourloops
+
+            return by_loop(images, colourloops.take_colour, drawn["gray"] > 0)
         return on_rows(images, np.flatnonzero(drawn["gray"]), lambda some, _: _without_colour(some))
 
 
@@ -132,6 +152,8 @@ class Blur:
     def apply(self, images: Tensor, drawn: Drawn) -> Tensor:
         side = min(images.shape[2:])
         kernels = {int(sigma): kernel(int(sigma), side) for sigma in np.unique(drawn["sigma"]) if sigma}
+        if in_loops(images):
+            return _smoothed(images, drawn["sigma"], kernels)
         # Kernels of the same reach are applied together; those that reach no other pixel change nothing.
         for reach in sorted({len(weights) - 1 for weights in kernels.values()} - {0}):
             table = np.zeros((_SIGMAS + 1, reach + 1), np.int32)
@@ -176,6 +198,19 @@ def _adjust(part: str, of_all: NDArray[np.int16], images: Tensor, rows: NDArray[
     if part == "contrast":
         levels = _mean(levels)
     return blend(images, levels, factors)
+
+
+def _smoothed(images: Tensor, sigmas: NDArray[np.uint8], kernels: Mapping[int, Sequence[int]]) -> Tensor:
+    """Images on a CPU, smoothed by the kernels of their sigmas [B]; 0 has none."""
+    from kdcache.pipeline.views.operations.kinds import colourloops
+
+    reaches = np.zeros(_SIGMAS + 1, np.int64)
+    for sigma, weights in kernels.items():
+        reaches[sigma] = len(weights) - 1
+    table = np.zeros((_SIGMAS + 1, reaches.max() + 1), np.int32)
+    for sigma, weights in kernels.items():
+        table[sigma, : len(weights)] = weights
+    return by_loop(images, colourloops.smooth, table[sigmas], reaches[sigmas])
 
 
 def _smooth(of_all: NDArray[np.int32], images: Tensor, rows: NDArray[np.int64]) -> Tensor:

@@ -50,7 +50,7 @@ class TestStrongRandAugment(OperationContract):
 @pytest.fixture
 def in_steps(monkeypatch):
     """Images on the CPU are changed as those on a GPU are."""
-    monkeypatch.setattr(auto, "_by_loops", auto._by_steps)
+    monkeypatch.setattr(auto, "in_loops", lambda images: False)
 
 
 @pytest.mark.usefixtures("in_steps")
@@ -329,7 +329,7 @@ def test_loops_on_a_cpu_give_the_bits_of_steps(space, size):
     order = np.random.default_rng(size).permutation(len(member))
     drawn = [np.stack([of, of[order], of[::-1]], 1) for of in (member, level)]
     images = images_of(*size).repeat(len(member) // 4 + 1, 1, 1, 1)[: len(member)]
-    expected = auto._by_steps(images.permute(0, 2, 3, 1), *drawn, SPACES[space]).permute(0, 3, 1, 2)
+    expected = auto.by_steps(images.permute(0, 2, 3, 1), *drawn, SPACES[space]).permute(0, 3, 1, 2)
     for layout in (torch.contiguous_format, torch.channels_last):
         got = changed(images.clone(memory_format=layout), *drawn, SPACES[space])
         assert torch.equal(got, expected) and got.is_contiguous(memory_format=layout)
@@ -343,5 +343,5 @@ def test_loops_on_a_cpu_give_the_bits_of_steps_on_large_images(size):
     for space in SPACES.values():
         some = np.random.default_rng(size).permutation(len(member))[: 2 * len(images)]
         drawn = [of[some].reshape(-1, 2) for of in (member, level)]
-        expected = auto._by_steps(images.permute(0, 2, 3, 1), *drawn, space).permute(0, 3, 1, 2)
+        expected = auto.by_steps(images.permute(0, 2, 3, 1), *drawn, space).permute(0, 3, 1, 2)
         assert torch.equal(changed(images.clone(), *drawn, space), expected)

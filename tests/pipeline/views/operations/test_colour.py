@@ -11,6 +11,7 @@ from PIL import Image, ImageEnhance, ImageOps
 from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms.v2 import functional as tv
 
+from kdcache.pipeline.views.operations.kinds import colour
 from kdcache.pipeline.views.operations.kinds.colour import Blur, Color, Gray, Solarize, Three, deviation, kernel
 from kdcache.pipeline.views.operations.pixels import ONE, SMOOTHED, blend, smooth
 from kdcache.tests.contracts.operations import OperationContract, pictures, words_of
@@ -39,6 +40,37 @@ class TestBlur(OperationContract):
 class TestThree(OperationContract):
     operation, size = Three(), (72, 65)
     drawn_digest, pixels_digest = "bd615ae573690909", "92dd9616a0ef5e25"
+
+
+@pytest.fixture
+def in_steps(monkeypatch):
+    """Images on the CPU are changed as those on a GPU are."""
+    monkeypatch.setattr(colour, "in_loops", lambda images: False)
+
+
+@pytest.mark.usefixtures("in_steps")
+class TestColorInSteps(TestColor):
+    pass
+
+
+@pytest.mark.usefixtures("in_steps")
+class TestThreeInSteps(TestThree):
+    pass
+
+
+@pytest.mark.parametrize("size", [(1, 1), (1, 5), (4, 1), (2, 3), (33, 34), (160, 97), (300, 224)])
+@pytest.mark.parametrize("operation", [Color(0.9, 2, 10, 0.5), Gray(0.5), Blur(0.9)])
+def test_loops_on_a_cpu_give_the_bits_of_steps(operation, size, monkeypatch):
+    n = 400 if size[0] < 20 else 24
+    images, drawn = pictures(n, *size), operation.draw(words_of(operation, n))
+    images[n // 2] = 200
+    in_loops = [
+        operation.apply(images.clone(memory_format=layout), drawn)
+        for layout in (torch.contiguous_format, torch.channels_last)
+    ]
+    monkeypatch.setattr(colour, "in_loops", lambda images: False)
+    expected = operation.apply(images.clone(), drawn)
+    assert torch.equal(in_loops[0], expected) and torch.equal(in_loops[1], expected)
 
 
 NEUTRAL = {"brightness": ONE, "contrast": ONE, "saturation": ONE, "hue": 0}
@@ -87,6 +119,16 @@ def test_the_hue_is_the_exact_one_rounded_and_at_most_a_level_from_torchvision()
     assert abs(ours.numpy() - 255 * exact).max() <= 0.5 + 1e-9
     theirs = torch.stack([tv.adjust_hue(image, step / 6144) for image, step in zip(images, steps, strict=True)])
     assert levels_apart(ours, theirs).max() <= 1
+
+
+def test_every_colour_turns_in_loops_as_it_does_in_steps(monkeypatch):
+    """For every fifteenth of all colours."""
+    values = torch.cartesian_prod(*[torch.arange(0, 256, step, dtype=torch.uint8) for step in (5, 3, 1)])
+    images = values[: len(values) // 96 * 96].view(96, 1, -1, 3).permute(0, 3, 1, 2)
+    steps = np.linspace(-3072, 3072, 96).astype(int)
+    in_loops = adjusted(images, hue=steps)
+    monkeypatch.setattr(colour, "in_loops", lambda images: False)
+    assert torch.equal(in_loops, adjusted(images, hue=steps))
 
 
 def test_the_parts_are_applied_in_the_order_that_was_drawn():

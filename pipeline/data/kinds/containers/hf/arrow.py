@@ -191,7 +191,7 @@ class _Column:
             np.int64
         )
         lengths = np.diff(bounds)
-        begin = content.address if content is not None else self.start
+        begin = content.address if content is not None and content.size else self.start
         inside = len(bounds) == len(bytes_) + 1 and self.start <= begin and begin + int(bounds[-1]) <= self.end
         if not inside or bounds[0] < 0 or (lengths < 0).any():
             raise InputError(f"{self.name}: its Arrow files are compressed or damaged: save it again with save_to_disk")

@@ -224,7 +224,13 @@ def _of_files(
 
 def _class_names(train: _Learnt) -> tuple[str, ...]:
     _require_labels(train)
-    return train.rows.texts if train.listed else classes_of(train.rows.texts, train.name)
+    if train.listed:
+        return train.rows.texts
+
+    def where(text: str) -> str:
+        return row_of(train.name, int(np.flatnonzero(train.rows.labels == train.rows.texts.index(text))[0]))
+
+    return classes_of(train.rows.texts, where)
 
 
 def _labels(own: _Learnt, names: Sequence[str]) -> np.ndarray:
