@@ -1,7 +1,7 @@
 """How fast a build reads the images of each kind of data, beside imagefolder; and what opening an index costs.
 
     python bench/kinds.py speed [--images 600] [--rounds 9]
-    python bench/kinds.py index [--samples 1281167] [--kinds imagefolder,table,paths,wds,own]
+    python bench/kinds.py index [--samples 1281167] [--kinds imagefolder,table,parquet,paths,wds,hf,own]
 
 speed: the same JPEG files of ImageNet's sizes (cuts of scikit-learn's two photographs, enlarged) in every kind of data.
 All kinds take turns, in an order that changes from round to round: each renders one view of every image at 224 pixels
@@ -25,6 +25,7 @@ import json
 import multiprocessing
 import os
 import random
+import re
 import resource
 import statistics
 import subprocess
@@ -32,7 +33,7 @@ import sys
 import tarfile
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -48,51 +49,48 @@ from kdcache.train.bench.bench import machine
 
 CLASSES, BATCH, AT_ONCE, IN_A_TAR, LINKS = 1000, 32, 20, 10_000, 64
 OWN = """
-import io
+import os
 from pathlib import Path
 
-import numpy as np
 import torch
 from PIL import Image
 from torchvision.io import ImageReadMode, decode_image
 
-FILES = sorted(Path({files!r}).rglob("*.jpg"))
+def files():
+    return sorted(os.path.join(folder, name) for folder, _, names in os.walk({files!r}) for name in names)
 
 class Own(torch.utils.data.Dataset):
     classes = [str(i) for i in range({classes})]
 
-    def __init__(self, read, n):
-        self.read, self.n = read, n
+    def __init__(self, read, n=None):
+        self.read, self.files = read, files()
+        self.n = n or len(self.files)
 
     def __len__(self):
         return self.n
 
     def __getitem__(self, i):
-        return self.read(FILES[i % len(FILES)]), i % {classes}
+        return self.read(self.files[i % len(self.files)]), i % {classes}
 
 def lazy(split):
-    return Own(Image.open, len(FILES))
+    return Own(Image.open)
 
 def converted(split):
-    return Own(lambda path: Image.open(path).convert("RGB"), len(FILES))
+    return Own(lambda path: Image.open(path).convert("RGB"))
 
 def contents(split):
-    return Own(lambda path: path.read_bytes(), len(FILES))
+    return Own(lambda path: Path(path).read_bytes())
 
 def tensors(split):
-    return Own(lambda path: decode_image(str(path), ImageReadMode.RGB), len(FILES))
+    return Own(lambda path: decode_image(path, ImageReadMode.RGB))
 
 def paths(split):
-    return [str(path) for path in FILES], [i % {classes} for i in range(len(FILES))]
+    found = files()
+    return found, [i % {classes} for i in range(len(found))]
 
 def many(split):
-    CONTENTS.extend(path.read_bytes() for path in FILES)
-    return Own(CONTENTS_OF, {samples})
-
-CONTENTS = []
-
-def CONTENTS_OF(path):
-    return CONTENTS[hash(path) % len(CONTENTS)]
+    contents = {{path: Path(path).read_bytes() for path in files()}}
+    return Own(contents.__getitem__, {samples})
 """
 
 
@@ -135,17 +133,18 @@ def write_tar(path: Path, first: int, contents: list[bytes], ending: str, classe
                 tar.addfile(about, io.BytesIO(member))
 
 
-def write_hf(folder: Path, contents: list[bytes]) -> Path:
+def write_hf(folder: Path, contents: Sequence[bytes], classes: int) -> Path:
+    """What save_to_disk writes, with a second split of the first two images."""
     import datasets  # an extra of kdcache's
+    import pyarrow
 
     datasets.disable_progress_bars()
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.ClassLabel(names=["0", "1"])})
-    rows = {
-        "image": [{"bytes": content, "path": None} for content in contents],
-        "label": [i % 2 for i in range(len(contents))],
-    }
-    whole = datasets.Dataset.from_dict(rows, features=features)
-    datasets.DatasetDict({"train": whole, "test": whole.select([0, 1])}).save_to_disk(str(folder))
+    splits = {}
+    for split, n in (("train", len(contents)), ("test", 2)):
+        images = pyarrow.array(contents[:n], pyarrow.large_binary())
+        table = pyarrow.table({"image": images, "label": [i % classes for i in range(n)]})
+        splits[split] = datasets.Dataset(datasets.table.InMemoryTable(table))
+    datasets.DatasetDict(splits).save_to_disk(str(folder))
     return folder
 
 
@@ -171,7 +170,7 @@ def speed_specs(work: Path, images: int) -> dict[str, str]:
         "imagefolder": f"imagefolder:{folder}",
         "files: csv": f"files:{work}/table.csv",
         "wds:": f"wds:{tars}",
-        "hf:": f"hf:{write_hf(work / 'hf', contents)}",
+        "hf:": f"hf:{write_hf(work / 'hf', contents, 2)}",
         "paths": f"{own}:paths",
         "own: bytes": f"{own}:contents",
         "own: PIL, unread": f"{own}:lazy",
@@ -261,6 +260,8 @@ def index_specs(work: Path, samples: int, kinds: list[str]) -> dict[str, str]:
         "imagefolder": lambda: f"imagefolder:{work}/images",
         "table": lambda: f"files:{write_table(work, samples)}",
         "paths": lambda: f"{write_module(work, work / 'images', 'bench_kinds_paths', CLASSES)}:paths",
+        "parquet": lambda: f"files:{write_parquet(work, samples)}",
+        "hf": lambda: f"hf:{write_hf(work / 'hf', [*tiny(LINKS)] * (samples // LINKS + 1), CLASSES)}",
         "wds": lambda: f"wds:{write_tars(work / 'tars', samples)}",
         "own": lambda: f"{write_module(work, work / 'few', 'bench_kinds_many', CLASSES, samples)}:many",
     }
@@ -268,7 +269,7 @@ def index_specs(work: Path, samples: int, kinds: list[str]) -> dict[str, str]:
     links[0].parent.mkdir()
     for path, content in zip(links, tiny(LINKS), strict=True):
         path.write_bytes(content)
-    if {"imagefolder", "table", "paths"} & set(kinds):
+    if {"imagefolder", "table", "parquet", "paths"} & set(kinds):
         for i in range(samples):
             if i < CLASSES:
                 (work / "images" / "train" / f"{i:04d}").mkdir(parents=True)
@@ -285,6 +286,14 @@ def write_table(work: Path, samples: int) -> Path:
         table.write("path,label,split\n")
         table.writelines(f"{path_of(i)},{i % CLASSES},train\n" for i in range(samples))
     return work / "table.csv"
+
+
+def write_parquet(work: Path, samples: int) -> Path:
+    import pyarrow.csv
+    import pyarrow.parquet
+
+    pyarrow.parquet.write_table(pyarrow.csv.read_csv(write_table(work, samples)), work / "table.parquet")
+    return work / "table.parquet"
 
 
 def write_tars(folder: Path, samples: int) -> Path:
@@ -325,13 +334,18 @@ def processor_seconds() -> float:
     return sum(one.ru_utime + one.ru_stime for one in used)
 
 
+def peak_kilobytes() -> int:
+    """Of this process alone; getrusage's begins with what its parent had."""
+    return int(re.search(r"VmHWM:\s*(\d+) kB", Path("/proc/self/status").read_text())[1])  # type: ignore[index]
+
+
 def open_one(spec: str) -> None:
     """What `opened` runs in a process of its own. Importing is not counted, and no memory of it is taken off."""
-    before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    before = peak_kilobytes()
     start, used = time.perf_counter(), processor_seconds()
     data = open_data(spec, "train")
     seconds, processor = time.perf_counter() - start, processor_seconds() - used
-    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
+    peak = peak_kilobytes()
     start = time.perf_counter()
     data.fingerprint()
     print(
@@ -353,7 +367,7 @@ def main() -> None:
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=9)
     parser.add_argument("--samples", type=int, default=1_281_167)
-    parser.add_argument("--kinds", default="imagefolder,table,paths,wds,own")
+    parser.add_argument("--kinds", default="imagefolder,table,parquet,paths,wds,hf,own")
     parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results" / "kinds.json")
     a = parser.parse_args()
     if a.part == "open":

@@ -8,6 +8,7 @@ from kdcache.pipeline.commandline.parameters import options_of
 from kdcache.pipeline.imports.imports import KINDS
 from kdcache.pipeline.stores import STORES
 from kdcache.tests.helpers.places import ROOT
+from kdcache.train.export.formats import FORMATS
 
 FILE = ROOT / "tests" / "data" / "flags.txt"
 
@@ -47,6 +48,7 @@ def test_the_flags_are_those_that_are_frozen() -> None:
     [
         ("build", "store", list(STORES), "StoreName in cache/records/choices.py"),
         ("pack", "to", [name for name, store in STORES.items() if store.pack], "FileStore in cache/records/choices.py"),
+        ("export", "to", list(FORMATS), "FormatName in train/export/config.py"),
         ("import", "kind", list(KINDS), "Kind in pipeline/imports/config.py"),
     ],
 )

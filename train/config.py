@@ -98,6 +98,13 @@ class EvalConfig:
     registry: Registry = None
     device: Device = None
     workers: Workers = None
+    predictions: Annotated[
+        str | None, Option("Write what it answers for each image; .csv or .parquet.", metavar="FILE", own=True)
+    ] = None
+    train_images: Annotated[
+        int | None,
+        Option("Compare it with its teacher on so many training images too [2,000].", metavar="N", own=True, ge=0),
+    ] = None
 
 
 @dataclass(frozen=True)

@@ -3,26 +3,34 @@
 from __future__ import annotations
 
 from collections.abc import Callable
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.cache.errors import InputError, MismatchError, NotFoundError
-from kdcache.pipeline.data.dataset import open_data
+from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.pipeline.commandline.terminal import figure
+from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.process.device import pick_device
-from kdcache.pipeline.stores import open_store
+from kdcache.pipeline.stores import Stored, open_store
 from kdcache.pipeline.teachers.networks import build_network, load_fitting
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.pipeline.trust import stored_data, stored_network
-from kdcache.train.evaluation.judge import Judge
+from kdcache.train.evaluation.analysis.analysis import Analysis, analyse, described
+from kdcache.train.evaluation.analysis.classes import names_of_classes
+from kdcache.train.evaluation.judge import Answers, Judge, training_answers
 from kdcache.train.evaluation.otherdata import labels_of_other, whole_of
 from kdcache.train.evaluation.parts import parts_of
 from kdcache.train.loaders.cached import require_data
 from kdcache.train.loop.watching import PARTNER
 from kdcache.train.plan.resuming import exists
+
+TRAIN_IMAGES = 2000
 
 
 def student_of(path: Path, state: dict[str, Tensor], notes: dict[str, Any], student: str | None = None) -> Classifier:
@@ -41,21 +49,26 @@ def _classifier(name: str, classes: int, path: Path, state: dict[str, Tensor], n
     return Classifier(network, tuple(notes["mean"]), tuple(notes["std"])).to(memory_format=torch.channels_last)
 
 
-def evaluate_run(
-    where: str,
-    data: str | None = None,
-    cache: str | None = None,
-    student: str | None = None,
-    teacher: str | None = None,
-    device: str | None = None,
-    workers: int | None = None,
-    registry: str | None = None,
-    say: Callable[[str], None] = print,
-) -> dict[str, Any]:
-    """Metrics of a run folder's last weights or of a weights file that kdcache wrote.
+@dataclass(frozen=True, eq=False)
+class Trained:
+    """A run's file of weights, read: its notes, the student with the weights in it, on the CPU, and their tensors."""
 
-    data: other than the run's they are any labelled data with its classes, matched by name, and there is no agreement
-    with the teacher. student, and teacher where one learnt beside it, name the networks where the file names functions.
+    path: Path
+    notes: dict[str, Any]
+    model: Classifier
+    state: dict[str, Tensor]
+
+    @property
+    def class_names(self) -> tuple[str, ...]:
+        """The name of each class that the student answers for; its number where the run's data have no name for it."""
+        notes = self.notes
+        return names_of_classes(notes["classes"], notes["class_names"], notes.get("class_ids") or [])
+
+
+def open_trained(where: str, student: str | None = None, what: str = "eval") -> Trained:
+    """Read a run folder's last weights, or a weights file that kdcache wrote; `what` says in errors what they are for.
+
+    student: names the network, where the file names a function.
     """
     path = Path(where)
     if not path.exists():
@@ -69,18 +82,91 @@ def evaluate_run(
         raise InputError(f"{path} was not written by kdcache: it does not say which network and data it belongs to")
     if not {"student", "classes", "data", "cache"} <= notes.keys():
         raise InputError(
-            f"{path} is a taught teacher, and eval is for students: kdcache info shows how good a cache's teacher is"
+            f"{path} is a taught teacher, and {what} is for students: kdcache info shows how good a cache's teacher is"
         )
+    return Trained(path, notes, student_of(path, state, notes, student), state)
+
+
+@dataclass(frozen=True, eq=False)
+class Examined:
+    """A student's answers for the evaluation images, and what they tell.
+
+    about: what other data it was asked about, if it was. figures: its `metrics`. images: the evaluation split, whose
+    labels need not be counted as the student's are. class_names: of the student's classes.
+    """
+
+    weights: Path
+    about: dict[str, Any]
+    figures: dict[str, float]
+    analysis: Analysis
+    answers: Answers
+    images: Dataset
+    class_names: tuple[str, ...]
+
+    def facts(self) -> dict[str, Any]:
+        """All of it but the answers, as plain data."""
+        return {"weights": str(self.weights), **self.about, **self.figures, "analysis": asdict(self.analysis)}
+
+    def text(self) -> str:
+        """The most of it, for people."""
+        lines = [f"{k:13} {v}" for k, v in (("weights", self.weights), *self.about.items())]
+        lines += [f"{k:13} {figure(k, v)}" for k, v in self.figures.items()]
+        return "\n".join([*lines, *described(self.analysis)])
+
+
+def evaluate_run(where: str, data: str | None = None, **how: Any) -> dict[str, Any]:
+    """Do what `examine_run` does, with the same arguments, and return the facts."""
+    return examine_run(where, data, **how).facts()
+
+
+def examine_run(
+    where: str,
+    data: str | None = None,
+    cache: str | None = None,
+    student: str | None = None,
+    teacher: str | None = None,
+    device: str | None = None,
+    workers: int | None = None,
+    registry: str | None = None,
+    train_images: int | None = None,
+    say: Callable[[str], None] = print,
+) -> Examined:
+    """Evaluate a run folder's last weights or a weights file that kdcache wrote.
+
+    data: other than the run's they are any labelled data with its classes, matched by name, and there is no agreement
+    with the teacher. student, and teacher where one learnt beside it, name the networks where the file names functions.
+    train_images: on how many training images the student is compared with its teacher too; None for 2,000 where the
+    cache and the images can be had here.
+    """
+    trained = open_trained(where, student)
     on = pick_device(device)
-    model = student_of(path, state, notes, student).to(on)
-    beside = _beside(path, notes, teacher, on)
+    model = trained.model.to(on)
+    beside = _beside(trained.path, trained.notes, teacher, on)
+    found, evaluation, labels, about = _judged_on(trained, data, cache, registry)
+    size, names = trained.notes["input_size"], trained.class_names
+    parts = {} if found is None else parts_of(found, registry, say)
+    answers = Judge(found, evaluation, size, on, workers, labels, parts).answers(model, beside)
+    training = None
+    if found is not None:
+        spec = data or trained.notes["data"]
+        training = _on_training_images(found, spec, train_images, say, model, size, on, workers, beside)
+    elif train_images:
+        raise InputError(f"--train-images: nothing is known of what a teacher answers for {about['data']}")
+    analysis = analyse(answers, names, training)
+    return Examined(trained.path, about, answers.figures(), analysis, answers, evaluation, names)
+
+
+def _judged_on(
+    trained: Trained, data: str | None, cache: str | None, registry: str | None
+) -> tuple[Stored | None, Dataset, NDArray[np.int64] | None, dict[str, Any]]:
+    """The cache and the images to evaluate on; for other data than the run's, labels and what to say in place of it."""
+    path, notes = trained.path, trained.notes
     if data is not None and cache is None and notes.get("class_ids"):
         other = open_data(data, "eval")
         if other.fingerprint(notes["full_contents"]) != notes["evaluation"]:
             other = whole_of(data, other)
             labels = labels_of_other(other, notes["class_names"], notes["class_ids"], path)
-            figures = Judge(None, other, notes["input_size"], on, workers, labels)(model, beside=beside)
-            return {"weights": str(path), "data": data, "images": len(other), **figures}
+            return None, other, labels, {"data": data, "images": len(other)}
     place = notes.get("cache_path")
     found = open_store(cache or (place if place and exists(place) else notes["cache"]), registry)
     if cache is None and found.key != notes["cache"]:
@@ -89,8 +175,30 @@ def evaluate_run(
         data or stored_data(notes["data"], path), "eval", unlabelled=found.identity.record.labels == 0
     )
     require_data(found, evaluation)
-    judge = Judge(found, evaluation, notes["input_size"], on, workers, parts=parts_of(found, registry, say))
-    return {"weights": str(path), **judge(model, beside=beside)}
+    return found, evaluation, None, {}
+
+
+def _on_training_images(
+    store: Stored,
+    data: str,
+    count: int | None,
+    say: Callable[[str], None],
+    *how: Any,
+) -> Answers | None:
+    """The student's answers for `count` images of a training view; None where there are none to be had.
+
+    What is asked for raises an error where it cannot be had; what is not asked for is left out, and `say` says so.
+    how: the model, its input size, device, worker processes and the teacher that learnt beside it.
+    """
+    if count == 0 or (count is None and "://" in store.where):  # a whole view would come over the network
+        return None
+    try:
+        return training_answers(store, data, count or TRAIN_IMAGES, *how)
+    except KdcacheError as e:
+        if count is not None:
+            raise
+        say(f"note: not compared with the teacher on training images: {e}")
+        return None
 
 
 def _beside(

@@ -95,7 +95,7 @@ def data_option(help: str, own: bool = False) -> Option:
 Data = Annotated[
     str,
     data_option(
-        "digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH, files:TABLE, wds:TARS or "
+        "digits, cifar10, cifar100, fashion-mnist, imagenet:PATH, imagefolder:PATH, files:TABLE, hf:PATH, wds:TARS or "
         "module:function."
     ),
 ]

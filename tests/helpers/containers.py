@@ -7,7 +7,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class Sample:
         return CLASSES.index(self.label) if self.label in CLASSES else self.label
 
 
-@cache
 def pictures(train: int = 17, val: int = 7, side: int = 0) -> list[Sample]:
     """Cuts of scikit-learn's two photographs as JPEG and PNG files, by class, of many sizes (or all of one side)."""
     from sklearn.datasets import load_sample_images
@@ -78,6 +77,19 @@ def write_jsonl(top: Path, samples: list[Sample]) -> str:
     rows = [{"file_name": s.path, "label": s.label, "split": s.split} for s in samples]
     (top / "table.jsonl").write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return f"files:{top}/table.jsonl"
+
+
+def write_parquet(top: Path, samples: list[Sample]) -> str:
+    """A table in a .parquet file. Names of classes are a category, as pandas calls it."""
+    import pyarrow as pa  # slow, and most tests do without it
+    import pyarrow.parquet as pq
+
+    write_folder(top, samples)
+    labels = pa.array([s.label for s in samples])
+    columns = {"more": [1.5] * len(samples), "Path": [s.path for s in samples], "split": [s.split for s in samples]}
+    table = pa.table(columns | {"target": labels.dictionary_encode() if pa.types.is_string(labels.type) else labels})
+    pq.write_table(table, top / "table.parquet", row_group_size=7)
+    return f"files:{top}/table.parquet"
 
 
 def write_tar(path: Path, members: list[tuple[str, bytes]], format: int = tarfile.PAX_FORMAT) -> Path:
@@ -211,6 +223,7 @@ WRITERS: dict[str, Write] = {
     "csv": write_csv,
     "jsonl": write_jsonl,
     "hf": write_hf,
+    "parquet": write_parquet,
     "hf parquet": partial(write_hf, form="parquet"),
     "tars": write_tars,
     "tars with json": partial(write_tars, json_labels=True),
@@ -221,7 +234,7 @@ WRITERS: dict[str, Write] = {
 }
 OF_ITEMS = ("tars", "tars with json", "bytes", "hf", "hf parquet")  # whose fingerprints are of the same things
 OF_TEXT = ("csv", "tars")  # whose labels are written as text, without a type
-OF_COLUMNS = ("hf", "hf parquet")  # whose labels are a column of one type
+OF_COLUMNS = ("hf", "hf parquet", "parquet")  # whose labels are a column of one type
 
 
 def files_of(top: Path, sample: Sample) -> list[Path]:

@@ -109,6 +109,8 @@ LINES = [
     ("eval run/last.safetensors", 2, "--student theirs:net"),
     ("eval run --student resnet8", 2, "do not fit"),
     ("eval beside", 2, "--student theirs:net"),
+    ("export run --to torchscript", 2, "--student theirs:net"),
+    ("export run --to torchscript --student ours:net", 2, "--data theirs:images"),
     ("build --teacher resnet8 --weights run/last.safetensors --data digits", 2, "do not fit"),
     ("plan --teacher resnet8 --weights run/last.safetensors --data digits", 2, "do not fit"),
     ("mix THEIRS OURS", 2, "data.name"),

@@ -1,7 +1,7 @@
 """The commands for students, from a cache; and those that show or measure the whole."""
 
 import sys
-from dataclasses import replace
+from dataclasses import asdict, replace
 from functools import partial
 from typing import Annotated
 
@@ -11,9 +11,10 @@ from kdcache.pipeline.commandline.options import (
     Option,
 )
 from kdcache.pipeline.commandline.parameters import from_signature
-from kdcache.pipeline.commandline.terminal import figure, of_run, say, show
+from kdcache.pipeline.commandline.terminal import of_run, say, show
 from kdcache.train.bench.config import BenchConfig
 from kdcache.train.config import EvalConfig, TrainConfig
+from kdcache.train.export.config import ExportConfig
 
 
 @command()
@@ -53,21 +54,47 @@ def train(
 @command("eval")
 @from_signature
 def evaluate(config: EvalConfig, as_json: Json = False) -> None:
-    """Evaluate a student: top-1, top-5, NLL, Brier score, ECE, agreement with the teacher and KL to it.
+    """Evaluate a student: top-1, top-5, NLL, Brier score, ECE, agreement with the teacher and KL to it; its worst
+    classes and largest confusions, and what temperature scaling would change. --json has all of it by class.
 
     RUN is a run folder, whose last weights are taken, or a weights file. With other data than the run's, classes are
     matched by name, and nothing is compared with the teacher.
 
     \b
     Example: kdcache eval runs/digits-resnet8-nkd-seed0
+             kdcache eval runs/digits-resnet8-nkd-seed0 --predictions answers.csv
              kdcache eval runs/birds/best.safetensors --data imagefolder:/data/other-birds
     """
-    from kdcache.train.evaluate import evaluate_run
+    from kdcache.train.evaluate import examine_run
+    from kdcache.train.evaluation.analysis.predictions import require_format, write_predictions
 
     asked = vars(config).copy()
-    found = evaluate_run(asked.pop("run"), **asked, say=say)
-    lines = [f"{k:13} {figure(k, v) if isinstance(v, float) else v}" for k, v in found.items()]
-    show(found, as_json, "\n".join(lines))
+    file = asked.pop("predictions")
+    if file is not None:
+        require_format(file)
+    found = examine_run(asked.pop("run"), **asked, say=say)
+    if file is not None:
+        write_predictions(file, found.answers, found.images.paths, found.class_names)
+        say(f"the predictions are in {file}")
+    show(found.facts(), as_json, found.text())
+
+
+@command()
+@from_signature
+def export(config: ExportConfig, as_json: Json = False) -> None:
+    """Write a student into one file that runs without kdcache, with a JSON beside it that tells how to prepare images.
+    It is run on evaluation images first and compared with the student.
+
+    RUN is a run folder, whose last weights are taken, or a weights file.
+
+    \b
+    Example: kdcache export runs/digits-resnet8-nkd-seed0 --to onnx
+             kdcache export runs/birds/best.safetensors --to torchscript --out birds.pt
+    """
+    from kdcache.train.export.export import export as run
+
+    result = run(config, say)
+    show(asdict(result), as_json, str(result))
 
 
 @command()
@@ -110,4 +137,4 @@ def bench(
     show(found, as_json, table(found))
 
 
-COMMANDS = (train, evaluate, demo, bench)
+COMMANDS = (train, evaluate, export, demo, bench)

@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import torch
 import torch.nn.functional as F
+from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.records.records import Records
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.teachers.teacher import Classifier
-from kdcache.pipeline.views.parameters import evaluation_view
+from kdcache.pipeline.views.parameters import ViewParameters, evaluation_view
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
 
@@ -19,14 +20,23 @@ _ECE_BINS = 15
 
 
 @torch.no_grad()
-def predict(model: Classifier, data: Dataset, renderer: Renderer, dtype: torch.dtype | None = None) -> Tensor:
+def predict(
+    model: Classifier,
+    data: Dataset,
+    renderer: Renderer,
+    dtype: torch.dtype | None = None,
+    view: ViewParameters | None = None,
+    samples: NDArray[np.int64] | None = None,
+) -> Tensor:
     """float32 logits [N, C] on the CPU for the unaugmented images, autocast to dtype; leaves the model in eval().
 
-    Ranks share the images: all of them have to call this, and the first one gets all logits, the others their own.
+    view: show the images in this view of all of them instead. samples: answer these alone, int64 [N]. Ranks share the
+    images: all of them have to call this, and the first one gets all logits, the others their own.
     """
     model.eval()
-    batches = np.split(np.arange(len(data)), range(_BATCH, len(data), _BATCH))
-    parameters = evaluation_view(data.sizes, whole=data.in_memory)
+    samples = np.arange(len(data)) if samples is None else samples
+    batches = np.split(samples, range(_BATCH, len(samples), _BATCH))
+    parameters = evaluation_view(data.sizes, whole=data.in_memory) if view is None else view
     shares = [[batches[i] for i in share] for share in np.array_split(np.arange(len(batches)), group.world())]
     out = []
     for images in renderer.batches(parameters, shares[group.rank()]):

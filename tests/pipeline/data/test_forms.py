@@ -65,7 +65,9 @@ def test_forms_that_are_refused(kind: str, tmp_path: Path, monkeypatch: pytest.M
         forms = tuple(form for form in forms if form is not empty)
     samples = samples_of(forms)
     spec = written(kind, tmp_path / "data", samples, monkeypatch)
-    named = {"folder": "{0}", "csv": "{0}", "jsonl": "{0}", "tars": "{0}", "paths": "{0}"}.get(kind, " {1}")
+    named = {"folder": "{0}", "csv": "{0}", "jsonl": "{0}", "parquet": "{0}", "tars": "{0}", "paths": "{0}"}.get(
+        kind, " {1}"
+    )
     with pytest.raises(InputError) as caught:
         open_data(spec, "train")
     assert "\n" not in str(caught.value) and "--list-unreadable" in str(caught.value)

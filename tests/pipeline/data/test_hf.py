@@ -1,5 +1,6 @@
 """Hugging Face data sets: forms, splits, columns, what is remembered, and one line for each mistake."""
 
+import json
 import os
 import shutil
 import signal
@@ -206,7 +207,6 @@ def with_image(image: Any) -> Callable[[], Any]:
         (lambda: rows(3, label=[0, 1, 1 << 30]), "label 1073741824 is no class: ids are 0 to"),
         (lambda: rows(3, label=["a", "", "b"]), "row 1: label '' is no class name"),
         (lambda: rows(3, label=[0] * 3, target=[1] * 3), r"label and target may each be the labels: \?label=label"),
-        (lambda: rows(0, label=[]), "has no rows"),
         (lambda: rows(3, label=[0] * 3).remove_columns("image"), "has no column of images, but label"),
         (lambda: datasets.Dataset.from_dict({"a": CONTENTS[:2], "b": CONTENTS[:2]}), "a and b may each be the images"),
         (with_image({"bytes": b"", "path": None}), "row 1: its image is empty"),
@@ -245,10 +245,12 @@ def test_files_that_are_none(top: Path) -> None:
 
 
 def test_an_empty_split_is_named_where_it_is_needed(top: Path) -> None:
-    spec = saved(top, datasets.DatasetDict({"train": rows(3, label=AB), "validation": rows(0, label=AB)}))
+    spec = saved(top, datasets.DatasetDict({"train": rows(3, label=AB), "validation": rows(3, label=AB)}))
+    state = top / "set/validation/state.json"  # datasets 4.0 saves no images without rows, later ones write this
+    state.write_text(json.dumps(json.loads(state.read_text()) | {"_data_files": []}))
     assert len(open_data(spec, "train")) == 3
     refused(spec, "split validation: has no rows", "eval")
-    refused(saved(top, datasets.DatasetDict({"train": rows(0, label=AB)}), "none"), "none: has no rows")
+    refused(f"hf:{top}/set/validation", "set/validation: has no rows")
 
 
 def test_compressed_arrow_files_are_refused(top: Path) -> None:

@@ -1,7 +1,10 @@
 """Tables of files: how they may be written, their splits, and one line for each mistake."""
 
+import sys
 from pathlib import Path
 
+import pyarrow as pa
+import pyarrow.parquet as pq
 import pytest
 
 from kdcache.cache.errors import InputError
@@ -139,10 +142,76 @@ def test_what_the_eval_split_lacks(top: Path) -> None:
         opened(top, "path,label,split\n0.png,a,train\n1.png,b,val\n", "eval")
     with pytest.raises(InputError, match="has no tenth image in any class"):
         opened(top, "path,label\n0.png,a\n", "eval")
-    for name, message in {"t.parquet": "parquet is not read yet", "t.txt": "is no table", "": "is no table"}.items():
-        with pytest.raises(InputError, match=message):
+    for name in ("t.txt", ""):
+        with pytest.raises(InputError, match=r"is no table of a known kind, which are \.csv, .* and \.parquet"):
             open_data(f"files:{top / name}", "train")
     with pytest.raises(InputError, match=r"gone\.csv: cannot be read: No such file"):
         open_data(f"files:{top}/gone.csv", "train")
     with pytest.raises(InputError, match="files needs a table: files:TABLE"):
         open_data("files", "train")
+
+
+def parquet(top: Path, asked: str, columns: dict[str, list[object]]) -> FileDataset:
+    pq.write_table(pa.table(columns), top / "t.parquet", row_group_size=2)
+    data = open_data(f"files:{top}/t.parquet", asked)
+    assert isinstance(data, FileDataset)
+    return data
+
+
+def test_parquet_is_read_as_the_same_rows_of_csv(top: Path) -> None:
+    rows = [
+        ("4.png", 1, "val"),
+        ("0.png", 1, "train"),
+        ("11.png", 0, "train"),
+        ("2.png", 2, "train"),
+        ("3.png", 0, "val"),
+    ]
+    text = "path,label,split\n" + "".join(f"{path},{label},{split}\n" for path, label, split in rows)
+    paths, labels, splits = (list(column) for column in zip(*rows, strict=True))
+    for split in ("train", "eval"):
+        data, same = parquet(top, split, {"file": paths, "Label": labels, "split": splits}), opened(top, text, split)
+        assert data.paths == same.paths and data.labels.tolist() == same.labels.tolist()
+        assert data.fingerprint() == same.fingerprint() and data.class_names == ("0", "1", "2")
+    assert len(open_data(f"files:{top}/t.parquet", "train", unlabelled=True)) == 3
+    held = parquet(top, "eval", {"path": [f"{i}.png" for i in range(12)], "label": ["é"] * 12})
+    assert held.paths == ("7.png",) and held.class_names == ("é",)
+
+
+@pytest.mark.parametrize(
+    ("columns", "message"),
+    [
+        ({"name": ["0.png"]}, r"t\.parquet: a column path is needed .*, there is 'name'"),
+        ({"path": ["0.png"], "file": ["a"]}, r"t\.parquet: path and file may each be the path"),
+        ({"path": ["0.png"], "label": [1.0]}, r"row 1: label 1\.0 is neither a class name nor a whole number"),
+        ({"path": ["0.png", "1.png"], "label": [True, False]}, "row 1: label True is neither"),
+        ({"path": ["0.png", "1.png"], "label": [0, None]}, "row 2: label None is neither"),
+        ({"path": ["0.png", "1.png"], "label": [0, -3]}, "row 2: label -3 is no class: ids begin at 0"),
+        ({"path": ["0.png", "1.png", None], "label": [0, 1, 1]}, "row 3: None is no path"),
+        ({"path": [1, 2], "label": [0, 1]}, "row 1: 1 is no path"),
+        ({"path": ["0.png", "1.png", "0.png"], "label": [0, 1, 1]}, r"row 3: 0\.png stands in row 1 already"),
+        ({"path": ["0.png"], "label": [0], "split": [None]}, "row 1: has no split"),
+        ({"path": ["0.png"], "label": [0], "split": ["x"]}, "row 1: split 'x' is none of train"),
+        ({"path": [], "label": []}, r"t\.parquet: has no rows"),
+    ],
+)
+def test_a_mistake_in_parquet_is_one_line(columns: dict[str, list[object]], message: str, top: Path) -> None:
+    with pytest.raises(InputError, match=message) as caught:
+        parquet(top, "train", columns)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_file_that_is_no_parquet_or_cannot_be_read(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    with pytest.raises(InputError, match=r"t\.parquet: cannot be read as parquet: ArrowInvalid: "):
+        opened(top, b"path,label", name="t.parquet")
+    with pytest.raises(InputError, match=r"gone\.parquet: cannot be read: "):
+        open_data(f"files:{top}/gone.parquet", "train")
+    monkeypatch.setitem(sys.modules, "pyarrow", None)
+    with pytest.raises(InputError, match=r"t\.parquet: needs the package pyarrow: pip install pyarrow"):
+        open_data(f"files:{top}/t.parquet", "train")
+
+
+def test_numbers_that_python_takes_for_equal_are_labels_of_their_own(top: Path) -> None:
+    with pytest.raises(InputError, match="line 2: label True is neither"):
+        opened(top, '{"path": "0.png", "label": 1}\n{"path": "1.png", "label": true}\n', name="t.jsonl")
+    with pytest.raises(InputError, match=r"line 2: label 1\.0 is neither"):
+        opened(top, '{"path": "0.png", "label": 1}\n{"path": "1.png", "label": 1.0}\n', name="t.jsonl")

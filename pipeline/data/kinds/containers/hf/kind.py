@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.data.imagefiles import FilesDone, load_folder, unreadable_files
+from kdcache.pipeline.data.imagefiles import FilesDone, unreadable_files
 from kdcache.pipeline.data.kinds.base import Asked, Described, Kind, TakesPath
 from kdcache.pipeline.data.kinds.containers.hf.arrow import ArrowSource, Rows, index_rows, row_of
 from kdcache.pipeline.data.kinds.containers.hf.library import HUB_NAME, load_splits, read_spec
@@ -30,7 +30,7 @@ from kdcache.pipeline.data.kinds.containers.items import (
     small_pixels,
     unreadable_items,
 )
-from kdcache.pipeline.data.kinds.files import FileDataset, below_one_root
+from kdcache.pipeline.data.kinds.files import FileDataset, Listing, below_one_root, open_listing
 from kdcache.pipeline.data.kinds.folders import EVALUATION, TEST, TRAIN, VALIDATION, note_of
 from kdcache.pipeline.data.labels import LABEL_COLUMNS, classes_of
 from kdcache.pipeline.data.memory import recall, remember
@@ -60,8 +60,6 @@ class HuggingFace(Kind):
         if whole:
             places, trained = (part_of(labels, split, found.named.text) for split in (asked.split, "train"))
         about: dict[str, Any] = {
-            "name": asked.name,
-            "split": asked.split,
             "labels": labels[places],
             "class_names": names,
             "note": note_of(found.named.text, asked.split, len(places), names, whole) + found.note,
@@ -74,6 +72,8 @@ class HuggingFace(Kind):
         mean, std = known_statistics(train.source, train_sizes, train.key, trained, known, asked.home)
         return ItemDataset(
             **about,
+            name=asked.name,
+            split=asked.split,
             sizes=sizes[places],
             mean=mean,
             std=std,
@@ -202,24 +202,13 @@ class _Learnt:
 def _of_files(
     found: _Found, own: tuple[_Learnt, np.ndarray], train: tuple[_Learnt, np.ndarray], about: dict[str, Any]
 ) -> FileDataset:
-    """The dataset of rows that name image files."""
+    """The dataset of rows that name image files. about: labels, class_names and note."""
     for learnt, _ in (own, train):
         if not learnt.rows.paths:
             raise InputError(f"{learnt.name}: its rows hold images, but those of the other split name files")
-    root, paths = found.files(*own)
-    images = first = load_folder(root, paths, found.asked.home)
-    if own is not train and found.asked.split != "train":
-        first = load_folder(*found.files(*train), found.asked.home, decode=False)
-    return FileDataset(
-        **about,
-        sizes=images.sizes,
-        mean=first.mean,
-        std=first.std,
-        root=root,
-        paths=paths,
-        pixels=images.images,
-        apart=found.evaluation is not None,
-    )
+    listed = Listing(*found.files(*own), **about)
+    apart = found.evaluation is not None
+    return open_listing(found.asked, found.asked.name, listed, lambda: found.files(*train), apart=apart)
 
 
 def _class_names(train: _Learnt) -> tuple[str, ...]:
@@ -227,8 +216,8 @@ def _class_names(train: _Learnt) -> tuple[str, ...]:
     if train.listed:
         return train.rows.texts
 
-    def where(text: str) -> str:
-        return row_of(train.name, int(np.flatnonzero(train.rows.labels == train.rows.texts.index(text))[0]))
+    def where(label: str) -> str:
+        return row_of(train.name, int(np.flatnonzero(train.rows.labels == train.rows.texts.index(label))[0]))
 
     return classes_of(train.rows.texts, where)
 

@@ -97,7 +97,8 @@ def load_splits(named: Named) -> dict[str, Any]:
         except InputError:
             raise
         except Exception as e:  # the library may raise anything
-            raise InputError(f"hf:{named.text}: cannot be opened: {first_sentence(e)}{_hint(named, e)}") from e
+            reason = first_sentence(e.__cause__ or e)  # what went wrong with a file, and not only that something did
+            raise InputError(f"hf:{named.text}: cannot be opened: {reason}{_hint(named, e)}") from e
     if not isinstance(splits, dict):
         splits = {str(splits.split): splits}
     return dict(splits)

@@ -1,0 +1,1 @@
+"""What a student's answers tell beside a few figures, and the table of them."""
