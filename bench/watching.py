@@ -22,6 +22,7 @@ import time
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
+from unittest.mock import patch
 
 import torch
 
@@ -29,6 +30,7 @@ from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.process.device import pick_device
+from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.process.screen import Verbosity, set_verbosity
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loop.logs.logs import Logged
@@ -44,6 +46,33 @@ def terminal() -> Any:
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
     threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(ours, 65536), b"")], daemon=True).start()
     return os.fdopen(theirs, "w")
+
+
+def drawing(seconds: float = 6.0) -> dict[str, float]:
+    """What a bar costs by itself, in the CPU time of this thread: its drawings, and a step between them."""
+    spent, draw = [], Progress._draw
+
+    def timed(self: Progress, now: float, note: str) -> None:
+        began = time.thread_time()
+        draw(self, now, note)
+        spent.append(time.thread_time() - began)
+
+    stream, steps, began, end = terminal(), 0, time.thread_time(), time.monotonic() + seconds
+    with (
+        patch.object(Progress, "_draw", timed),
+        Progress("epoch 3/20", 10**7, "steps", stream, facts=lambda: "loss 1.2345, lr 0.05") as progress,
+    ):
+        while time.monotonic() < end:
+            for _ in range(1000):
+                progress.advance(1)
+            steps += 1000
+            time.sleep(0.01)
+    own = time.thread_time() - began - sum(spent)
+    drawn = sum(spent[1:])  # the first one imports rich
+    return {
+        "drawings_a_second": len(spent) / seconds, "ms_a_drawing": 1000 * drawn / (len(spent) - 1),
+        "share_of_a_core": drawn / seconds, "us_a_step": 1e6 * own / steps,
+    }  # fmt: skip
 
 
 def runs(folder: Path, epochs: int, device: torch.device) -> dict[str, Callable[[], None]]:
@@ -116,11 +145,13 @@ def main() -> None:
         print(
             f"{name:14}{1000 * cpu / steps:8.3f} ms a step  {100 * (cpu / before - 1):+6.2f}% of the CPU time of {own}"
         )
+    bar = drawing()
+    print(f"a bar: {bar}")
     facts = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "device": str(device),
         "torch": str(torch.__version__), "python": platform.python_version(), "epochs": asked.epochs,
-        "steps_an_epoch": 1437 // 64, "rounds": asked.rounds, "figures": summary,
+        "steps_an_epoch": 1437 // 64, "rounds": asked.rounds, "figures": summary, "bar": bar,
     }  # fmt: skip
     if asked.out:
         asked.out.write_text(json.dumps(facts, indent=2) + "\n")
