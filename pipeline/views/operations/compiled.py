@@ -31,7 +31,7 @@ def compiled(signature: str) -> Callable[[Loop], Loop]:
     """
     if config.DISABLE_JIT:
         raise InputError(
-            "NUMBA_DISABLE_JIT is set, but kdcache changes pixels by compiled loops: unset NUMBA_DISABLE_JIT"
+            "NUMBA_DISABLE_JIT is set, but pixels are changed by compiled loops: unset NUMBA_DISABLE_JIT"
         )
 
     def compile_now(loop: Loop) -> Loop:
