@@ -1,5 +1,6 @@
 """The loggers: each of them by the contract, all of them as one, and one that somebody adds."""
 
+import csv
 import json
 import sys
 from ast import literal_eval
@@ -40,6 +41,14 @@ class TestTensorBoard(LoggerContract):
                 assert tag not in found.setdefault(event.step, {})
                 found[event.step][tag] = event.value
         return [found[step] for step in sorted(found)]
+
+
+class TestCsv(LoggerContract):
+    name = "metrics.csv"
+
+    def read(self, folder):
+        rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+        return [{k: literal_eval(v) for k, v in row.items() if v} for row in rows]
 
 
 class Toy:
