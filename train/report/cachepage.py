@@ -38,6 +38,8 @@ def cache_view(facts: dict[str, Any], anchor: str, pen: Pen) -> View:
         "notes": {
             "teacher": [*_why_not(facts), *(missing[k] for k in ("evaluation", "training") if k in missing)],
             "images": [f"Images are not shown: {missing['images']}"] if "images" in missing else [],
+            "stored": [missing["mass"]] if "mass" in missing else [],
+            "about": [f"Who built it cannot be read: {missing['built']}"] if "built" in missing else [],
         },
         "figures": _figures(held, trained),
         "sampled": _sampled(trained),
@@ -287,12 +289,18 @@ def label_text(labels: Sequence[int], names: Sequence[str]) -> str:
 def _lists(facts: dict[str, Any]) -> list[tuple[str, str, list[View]]]:
     """The hardest and the most ambiguous samples, each with what the teacher answers on average."""
     names, found = facts["names"], []
+    mixed = facts["identity"]["views"].get("mixed")
+    which = "of the evaluation images" if mixed else "of the training images"
+    seen = "" if mixed else ", on average of the views that were read"
     heads = {
         "hardest": (
-            "The hardest",
-            "The label has the least probability, on average of the views that were read. Wrong labels are found here.",
+            f"The hardest {which}",
+            f"The label has the least probability{seen}. Wrong labels are found here.",
         ),
-        "ambiguous": ("The most ambiguous", "The teacher is least sure: its answers have the greatest entropy."),
+        "ambiguous": (
+            f"The most ambiguous {which}",
+            f"The teacher is least sure: its answers have the greatest entropy{seen}.",
+        ),
     }
     for key, (head, about) in heads.items():
         rows = []

@@ -5,10 +5,11 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
 from kdcache.cache.files import replace_file
+from kdcache.cache.identity import SplitName
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.answers import teacher_top1
 from kdcache.pipeline.data.dataset import Dataset
@@ -18,11 +19,12 @@ from kdcache.train.plan.resuming import exists
 from kdcache.train.report.config import ReportConfig
 from kdcache.train.report.facts.caches import Samples, cache_facts
 from kdcache.train.report.facts.groups import runs_facts
-from kdcache.train.report.facts.pictures import class_names, listed, open_images, picture_facts
+from kdcache.train.report.facts.pictures import class_names, gallery, images_in, listed, open_images, told_of
 from kdcache.train.report.facts.runs import Run, runs_in
 from kdcache.train.report.page import MARK, page
 
 Say = Callable[[str], None]
+T = TypeVar("T")
 
 
 @dataclass
@@ -106,8 +108,11 @@ def _cache(stored: Stored, data: str | None, say: Say) -> dict[str, Any]:
     facts |= {"names": names, "hardest": [], "ambiguous": [], "gallery": []}
     if reason:
         facts["missing"]["images"] = reason
-    if samples is not None:
-        facts |= _samples(stored, samples, images, facts["missing"])
+    facts |= _listed(stored, samples, data, facts["missing"])
+    if images is not None and "train" in samples:
+        facts["gallery"] = (
+            _shown(lambda: gallery(stored, samples["train"], images_in(stored, images)), facts["missing"]) or []
+        )
     for what in ("evaluation", "training", "images"):
         if what in facts["missing"]:
             say(f"note: {facts['missing'][what]}")
@@ -123,14 +128,28 @@ def _images(stored: Stored, data: str | None) -> tuple[Dataset | None, str | Non
         return None, str(e)
 
 
-def _samples(stored: Stored, samples: Samples, images: Dataset | None, missing: dict[str, str]) -> dict[str, Any]:
-    """The lists of samples and the gallery; without pictures where they cannot be had."""
-    if images is not None:
-        try:
-            return picture_facts(stored, samples, images)
-        except KdcacheError as e:
-            missing["images"] = str(e)
-    return listed(stored, samples, None)
+def _listed(
+    stored: Stored, samples: dict[SplitName, Samples], data: str | None, missing: dict[str, str]
+) -> dict[str, Any]:
+    """The lists of samples; without pictures where they cannot be had."""
+    split = told_of(stored)
+    if split not in samples:
+        return {}
+    if "images" not in missing:
+        found = _shown(
+            lambda: listed(stored, samples[split], images_in(stored, open_images(stored, data, split))), missing
+        )
+        if found:
+            return found
+    return listed(stored, samples[split], None)
+
+
+def _shown(pictures: Callable[[], T], missing: dict[str, str]) -> T | None:
+    try:
+        return pictures()
+    except KdcacheError as e:
+        missing["images"] = str(e)
+        return None
 
 
 def _without_pictures(facts: dict[str, Any]) -> dict[str, Any]:

@@ -51,7 +51,9 @@ def test_caches_of_earlier_versions(name, tmp_path):
     assert "Images are not shown: " in page.text
     mixed = name.startswith("format-2")
     assert ("top1" in cache["training"]) != mixed and ("one right answer" in page.text) == mixed
-    assert bool(cache["hardest"]) != mixed and len(cache["ambiguous"]) == 12
+    few = cache["evaluation_samples"] if mixed else 12
+    assert len(cache["hardest"]) == len(cache["ambiguous"]) == min(12, few)
+    assert ("The hardest of the evaluation images" in page.text) == mixed
 
 
 def test_top_k_caches_say_what_is_stored(tmp_path):

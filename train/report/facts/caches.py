@@ -26,7 +26,7 @@ from kdcache.pipeline.stores import Stored
 from kdcache.train.report.facts.tally import Tally
 
 VIEWS = 4  # training views that are read at most
-BUDGET = 150_000_000  # stored values that are read of training views: some five million records of 20 classes
+BUDGET = 250_000_000  # stored values that are read of training views: some six million records of 20 classes
 SEED = 0  # of the parts that are read, where not all are
 PICKED = 12  # samples in each list
 SHOWN = 4  # answers of each sample
@@ -37,17 +37,17 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Samples:
-    """What the training views that were read say of each sample [N], as sums; `seen` counts the views.
+    """What the views that were read of a split say of each of its samples [N], as sums; `seen` counts the views.
 
     nll is None where the records do not hold the label's probability.
     """
 
+    split: SplitName
     views: tuple[int, ...]
     parts: tuple[int, ...]
     seen: NDArray[np.int32]
     entropy: NDArray[np.float32]
     nll: NDArray[np.float32] | None
-    right: NDArray[np.int32]
 
     @property
     def read(self) -> NDArray[np.int64]:
@@ -68,8 +68,8 @@ class Samples:
         return [int(at) for at in read[np.argsort(-means, kind="stable")[:count]]]
 
 
-def cache_facts(stored: Stored, names: Sequence[str]) -> tuple[dict[str, Any], Samples | None]:
-    """All facts of a cache that need no images; and what its training views say of each sample, if any was read.
+def cache_facts(stored: Stored, names: Sequence[str]) -> tuple[dict[str, Any], dict[SplitName, Samples]]:
+    """All facts of a cache that need no images; and of each split that was read, what is said of its samples.
 
     names: of the teacher's classes. `missing` among the facts holds, by name, why something cannot be told.
     """
@@ -96,12 +96,13 @@ def cache_facts(stored: Stored, names: Sequence[str]) -> tuple[dict[str, Any], S
     if isinstance(stored, Cache):
         facts["under_way"] = sorted(set(stored.train.committed()) - set(stored.views))
         facts["built"] = _tried(missing, "built", lambda: built(stored)) or []
-    facts["evaluation"] = _tried(missing, "evaluation", lambda: _evaluation(stored, names))
-    found = _tried(missing, "training", lambda: _training(stored, names))
-    if found is None:
-        return facts, None
-    facts["training"], samples = found
-    facts["mass"] = _tried(missing, "mass", lambda: _masses(stored, samples)) or {}
+    samples: dict[SplitName, Samples] = {}
+    if held := _tried(missing, "evaluation", lambda: _evaluation(stored, names)):
+        facts["evaluation"], samples["eval"] = held
+    if trained := _tried(missing, "training", lambda: _training(stored, names)):
+        facts["training"], of_views = trained
+        samples["train"] = of_views
+        facts["mass"] = _tried(missing, "mass", lambda: _masses(stored, of_views)) or {}
     return facts, samples
 
 
@@ -111,13 +112,15 @@ def shown_temperature(stored: Stored) -> float:
     return 1.0 if record.dense or 1.0 in record.temperatures else min(record.temperatures)
 
 
-def answers_of(stored: Stored, samples: list[int], views: tuple[int, ...]) -> dict[int, dict[int, Records]]:
-    """The records of some training samples by view and sample, each of one row."""
+def answers_of(
+    stored: Stored, split: SplitName, samples: list[int], views: tuple[int, ...]
+) -> dict[int, dict[int, Records]]:
+    """The records of some samples of a split by view and sample, each of one row."""
     found: dict[int, dict[int, Records]] = {}
     for view in views:
         found[view] = {}
-        for part in sorted({_part_of(stored, sample) for sample in samples}):
-            for first, records in _pieces(stored, "train", view, [part]):
+        for part in sorted({_part_of(stored, split, sample) for sample in samples}):
+            for first, records in _pieces(stored, split, view, [part]):
                 for sample in samples:
                     if first <= sample < first + len(records):
                         at = sample - first
@@ -159,14 +162,13 @@ def _ranked(stored: Stored) -> int:
     return record.k or record.classes
 
 
-def _evaluation(stored: Stored, names: Sequence[str]) -> dict[str, Any]:
+def _evaluation(stored: Stored, names: Sequence[str]) -> tuple[dict[str, Any], Samples]:
     """What the teacher answers on the evaluation split."""
     if "evaluation" in stored.identity.record.lacks:
         raise NotFoundError("the cache was imported without the teacher's answers on the evaluation split")
     tally = _tally(stored, "eval")
-    for _, records in _pieces(stored, "eval", 0):
-        tally.add(records)
-    return tally.facts(names, _ranked(stored))
+    _, samples = _read(stored, "eval", (0,), tuple(range(_parts(stored, "eval"))), tally)
+    return tally.facts(names, _ranked(stored)), samples
 
 
 def _training(stored: Stored, names: Sequence[str]) -> tuple[dict[str, Any], Samples]:
@@ -174,15 +176,30 @@ def _training(stored: Stored, names: Sequence[str]) -> tuple[dict[str, Any], Sam
     if not stored.views:
         raise NotFoundError("no view is complete yet: kdcache build goes on with it")
     views, parts = _chosen(stored)
-    tally, count = _tally(stored, "train"), stored.identity.data.samples
-    seen, entropy = np.zeros(count, np.int32), np.zeros(count, np.float32)
-    nll, right = np.zeros(count, np.float32), np.zeros(count, np.int32)
+    tally = _tally(stored, "train")
+    of_views, samples = _read(stored, "train", views, parts, tally)
+    share = len(samples.read) / stored.identity.data.samples
+    read = {"of_views": of_views, "parts": len(parts), "of_parts": _parts(stored, "train"), "share": share}
+    return {**tally.facts(names, _ranked(stored)), **read, "seed": SEED}, samples
+
+
+def _read(
+    stored: Stored,
+    split: SplitName,
+    views: tuple[int, ...],
+    parts: tuple[int, ...],
+    tally: Tally,
+) -> tuple[list[dict[str, Any]], Samples]:
+    """Count views in, and return what is told of each of them and of the samples."""
+    count = stored.identity.split(split).samples
+    seen = np.zeros(count, np.int32)
+    entropy, nll = np.zeros(count, np.float32), np.zeros(count, np.float32)
     labelled, of_views = False, []
-    total = len(views) * sum(len(_rows(stored, part)) for part in parts)
+    total = len(views) * sum(len(_rows(stored, split, part)) for part in parts)
     with Progress("report", total, "records") as progress:
         for view in views:
             sums = np.zeros(3)
-            for first, records in _pieces(stored, "train", view, parts):
+            for first, records in _pieces(stored, split, view, parts):
                 rows, found = slice(first, first + len(records)), tally.add(records)
                 seen[rows] += 1
                 entropy[rows] += found.entropy.numpy()
@@ -190,14 +207,11 @@ def _training(stored: Stored, names: Sequence[str]) -> tuple[dict[str, Any], Sam
                 if found.nll is not None and found.right is not None:
                     labelled = True
                     nll[rows] += found.nll.numpy()
-                    right[rows] += found.right.numpy()
                     sums[2] += int(found.right.sum())
                 progress.advance(len(records))
             top1 = sums[2] / sums[0] if labelled else None
             of_views.append({"view": view, "top1": top1, "entropy": sums[1] / sums[0]})
-    samples = Samples(views, parts, seen, entropy, nll if labelled else None, right)
-    read = {"of_views": of_views, "parts": len(parts), "of_parts": _parts(stored), "share": len(samples.read) / count}
-    return {**tally.facts(names, _ranked(stored)), **read, "seed": SEED}, samples
+    return of_views, Samples(split, views, parts, seen, entropy, nll if labelled else None)
 
 
 def _chosen(stored: Stored) -> tuple[tuple[int, ...], tuple[int, ...]]:
@@ -207,7 +221,7 @@ def _chosen(stored: Stored) -> tuple[tuple[int, ...], tuple[int, ...]]:
     width = 2 * record.k if record.k else record.classes
     values = stored.identity.data.samples * width
     views = tuple(some[: max(1, min(len(some), BUDGET // values))])
-    parts = _parts(stored)
+    parts = _parts(stored, "train")
     affordable = max(1, min(parts, int(parts * BUDGET / (values * len(views)))))
     drawn = np.random.Philox(key=SEED).random_raw(parts)
     return views, tuple(sorted(np.argsort(drawn, kind="stable")[:affordable].tolist()))
@@ -231,22 +245,20 @@ def _masses(stored: Stored, samples: Samples) -> dict[str, dict[str, float]]:
 # Parts
 
 
-def _parts(stored: Stored) -> int:
-    return stored.train.parts if isinstance(stored, Cache) else 1
+def _parts(stored: Stored, split: SplitName) -> int:
+    return stored.split(split).parts if isinstance(stored, Cache) else 1
 
 
-def _rows(stored: Stored, part: int) -> range:
-    return stored.train.rows(part) if isinstance(stored, Cache) else range(stored.identity.data.samples)
+def _rows(stored: Stored, split: SplitName, part: int) -> range:
+    return stored.split(split).rows(part) if isinstance(stored, Cache) else range(stored.identity.split(split).samples)
 
 
-def _part_of(stored: Stored, sample: int) -> int:
-    return sample // stored.train.part if isinstance(stored, Cache) else 0
+def _part_of(stored: Stored, split: SplitName, sample: int) -> int:
+    return sample // stored.split(split).part if isinstance(stored, Cache) else 0
 
 
-def _pieces(
-    stored: Stored, split: SplitName, view: int, parts: list[int] | tuple[int, ...] | None = None
-) -> Iterator[tuple[int, Records]]:
-    """The records of a view in pieces, each with its first sample; of all parts, or of some. Bytes are checked.
+def _pieces(stored: Stored, split: SplitName, view: int, parts: Sequence[int]) -> Iterator[tuple[int, Records]]:
+    """The records of some parts of a view in pieces, each with its first sample. Bytes are checked.
 
     A cache is read part by part, since a whole view can be larger than memory.
     """
@@ -256,7 +268,7 @@ def _pieces(
         return
     reader, record = stored.split(split), stored.identity.record_of(split)
     labels = reader.labels_in(view)
-    for part in range(reader.parts) if parts is None else parts:
+    for part in parts:
         rows = reader.rows(part)
         shard = reader.check_shard(view, part)
         yield from _cut(chunks.as_records(record, shard, labels[rows.start : rows.stop], stored.prior), rows.start)

@@ -45,7 +45,7 @@ _CPU = torch.device("cpu")
 
 @dataclass(frozen=True)
 class Images:
-    """The training images of a cache, found to be those that it was built from."""
+    """The images of a split of a cache, found to be those that it was built from."""
 
     data: Dataset
     renderer: Renderer
@@ -84,20 +84,24 @@ def class_names(stored: Stored, data: Dataset | None) -> list[str]:
     return [named.get(c, f"class {c}") for c in range(i.record.classes)]
 
 
-def picture_facts(stored: Stored, samples: Samples, data: Dataset) -> dict[str, Any]:
-    """The hardest and the most ambiguous samples and the gallery, with their pictures; KdcacheError as in `Images`."""
+def told_of(stored: Stored) -> SplitName:
+    """The split whose samples are listed: where training images are mixed, an answer is not to one image alone."""
+    return "eval" if stored.identity.views.mixed else "train"
+
+
+def images_in(stored: Stored, data: Dataset) -> Images:
+    """A split's images, and what renders them as the teacher was shown them; KdcacheError where this one cannot."""
     i = stored.identity
     renderer = Renderer(data, i.teacher.input_size, _CPU, policy_of(i.views, stored.where), 0, i.teacher.interpolation)
-    images = Images(data, renderer)
-    return {**listed(stored, samples, images), "gallery": _gallery(stored, samples, images)}
+    return Images(data, renderer)
 
 
 def listed(stored: Stored, samples: Samples, images: Images | None) -> dict[str, Any]:
     """The hardest and the most ambiguous samples, with pictures where the images are at hand."""
     hardest, ambiguous = samples.hardest(PICKED), samples.most_ambiguous(PICKED)
     temperature = shown_temperature(stored)
-    answers = answers_of(stored, sorted({*hardest, *ambiguous}), samples.views)
-    labels = stored.train.labels
+    answers = answers_of(stored, samples.split, sorted({*hardest, *ambiguous}), samples.views)
+    labels = (stored.train if samples.split == "train" else stored.evaluation).labels
 
     def told(sample: int) -> dict[str, Any]:
         seen = int(samples.seen[sample])
@@ -114,7 +118,7 @@ def listed(stored: Stored, samples: Samples, images: Images | None) -> dict[str,
     return {"hardest": [told(sample) for sample in hardest], "ambiguous": [told(sample) for sample in ambiguous]}
 
 
-def _gallery(stored: Stored, samples: Samples, images: Images) -> list[dict[str, Any]]:
+def gallery(stored: Stored, samples: Samples, images: Images) -> list[dict[str, Any]]:
     """Some samples, from easy to very hard ones, each as it is and in some views with what the teacher answers there.
 
     They are of one part, so that few parameters have to be compared with those of the commits.
@@ -128,7 +132,7 @@ def _gallery(stored: Stored, samples: Samples, images: Images) -> list[dict[str,
     chosen = list(dict.fromkeys(rows.start + int(order[int(share * (len(order) - 1))]) for share in GALLERY))
     views = stored.views[:_COLUMNS]
     drawn = {view: _drawn(stored, images.data, view, part, rows) for view in views}
-    answers = answers_of(stored, chosen, views)
+    answers = answers_of(stored, "train", chosen, views)
     labels, temperature = stored.train.labels, shown_temperature(stored)
     found = []
     for share, sample in zip(GALLERY, chosen, strict=False):
