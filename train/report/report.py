@@ -185,7 +185,8 @@ def _steps(runs: Sequence[Run], samples: int) -> int | None:
     found = set()
     for run in runs:
         batch, accumulate = run.settings.get("batch_size"), run.settings.get("accumulate")
-        if not isinstance(batch, int) or not isinstance(accumulate, int) or run.settings.get("validation"):
+        known = isinstance(batch, int) and isinstance(accumulate, int) and batch > 0 and accumulate > 0
+        if not known or run.settings.get("validation"):
             return None
         found.add(-(-(samples // batch) // accumulate))
     return found.pop() if len(found) == 1 else None
