@@ -26,7 +26,7 @@ _BEFORE: dict[str, Any] = {
 }  # fmt: skip
 # What may differ when a run is resumed: where things lie (the cache's key says what it and the data are), how many
 # ranks share a batch, where it is logged, and how often the student is evaluated and the state is kept.
-_FREE = {"cache_path", "data", "evaluate_every", "log", "ranks", "save_every", "teacher", "weights"}
+FREE = {"cache_path", "data", "evaluate_every", "log", "ranks", "save_every", "teacher", "weights"}
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class RunFolder:
 
     def _require_same(self, config: dict[str, Any]) -> None:
         raw, had, wanted = read_config(self.path), config_of(self.path), json.loads(_json(config))
-        names = [k for k in {**raw, **wanted} if had.get(k) != wanted.get(k) and k not in _FREE]
+        names = [k for k in {**raw, **wanted} if had.get(k) != wanted.get(k) and k not in FREE]
         if names:
             found = "; ".join(f"{k}: the run has {had.get(k)}, asked for {wanted.get(k)}" for k in names)
             raise InputError(f"{self.path} is another run and is not resumed: {found}")

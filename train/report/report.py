@@ -184,8 +184,10 @@ def _steps(runs: Sequence[Run], samples: int) -> int | None:
     """How many updates an epoch has in every run; None where they differ, or images were held out."""
     found = set()
     for run in runs:
-        batch, accumulate = run.settings.get("batch_size"), run.settings.get("accumulate")
+        batch, accumulate = (run.settings.get(name) for name in ("batch_size", "accumulate"))
         if not isinstance(batch, int) or not isinstance(accumulate, int) or run.settings.get("validation"):
+            return None
+        if batch < 1 or accumulate < 1:
             return None
         found.add(-(-(samples // batch) // accumulate))
     return found.pop() if len(found) == 1 else None

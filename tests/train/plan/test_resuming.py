@@ -129,7 +129,7 @@ def test_a_run_of_an_older_version_is_resumed(home, tmp_path, monkeypatch):
         with pytest.raises(KdcacheError, match=rf"not resumed: {name}\w*: the run has {had}.*, asked for "):
             train(replace(again, **{name: value}), quiet)
     # Every setting has such a value, or is not compared.
-    assert set(later) <= FIRST | set(config_of(out)) | runfolder._FREE
+    assert set(later) <= FIRST | set(config_of(out)) | runfolder.FREE
 
 
 UNUSUAL = (

@@ -56,7 +56,7 @@ def test_the_page_is_quiet_and_fits(files, page, width, dark):
 
 
 CONTRAST = """(() => {
-  const rgb = text => text.match(/[0-9.]+/g).map(Number);
+  const rgb = text => text.match(/[0-9.]+/g).map(n => text.startsWith("color(") ? 255 * n : +n);
   const light = ([r, g, b]) => [r, g, b].map(v => v / 255)
     .map(v => v <= 0.03928 ? v / 12.92 : ((v + 0.055) / 1.055) ** 2.4)
     .reduce((sum, v, i) => sum + v * [0.2126, 0.7152, 0.0722][i], 0);
@@ -67,11 +67,17 @@ CONTRAST = """(() => {
     }
     return [255, 255, 255];
   };
-  return Math.min(...[...document.querySelectorAll('p, b, span, th, h1, h2, h3, h4, dt, dd, a, summary, figcaption')]
-    .filter(one => one.innerText && one.checkVisibility()).map(one => {
-      const a = light(rgb(getComputedStyle(one).color)), b = light(behind(one));
-      return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
-    }));
+  const apart = (one, paper) => {
+    const a = light(rgb(getComputedStyle(one).color)), b = light(paper);
+    return (Math.max(a, b) + 0.05) / (Math.min(a, b) + 0.05);
+  };
+  const texts = 'p, b, span, th, td, h1, h2, h3, h4, dt, dd, a, summary, figcaption';
+  return Math.min(
+    ...[...document.querySelectorAll(texts)].filter(one => one.innerText && one.checkVisibility())
+      .map(one => apart(one, behind(one))),
+    ...[...document.querySelectorAll('.bars span')]
+      .map(one => apart(one, behind(one.parentElement.querySelector('i')))),
+  );
 })()"""
 
 

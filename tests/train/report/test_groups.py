@@ -88,11 +88,14 @@ def test_runs_that_are_not_finished_are_told_as_they_are(tmp_path):
 
 
 @pytest.mark.parametrize("name", ["metrics.jsonl", "summary.json"])
-@pytest.mark.parametrize("text", ["{", "[1]", "[" * 10_000])
+@pytest.mark.parametrize("text", ["{", "[1]", "[" * 10_000, '{"top1": 1}'])
 def test_a_file_that_kdcache_has_not_written_is_named(tmp_path, name, text):
     run = write_run(tmp_path / "run")
     (run / name).write_text(text)
-    with pytest.raises(CorruptError, match=f"{name} is not"):
+    if (name, text[:2]) == ("summary.json", '{"'):
+        assert read_run(run).summary == {"top1": 1}
+        return
+    with pytest.raises(CorruptError, match=rf"{name} (is not|names no epoch)"):
         read_run(run)
 
 

@@ -1,13 +1,18 @@
 """kdcache report of every kind of cache and of runs: what the page says, and what it says where something lacks."""
 
+import base64
+import io
 import json
 import re
 import shlex
 import shutil
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
+import torch
 from click.testing import CliRunner
+from PIL import Image
 
 from kdcache.cli import main
 from kdcache.pipeline.ensembles.config import MixConfig
@@ -16,9 +21,12 @@ from kdcache.pipeline.share import push
 from kdcache.tests.helpers.caches import Filled, identity
 from kdcache.tests.helpers.ensembles import answered
 from kdcache.tests.helpers.ffcv import packed_arrays
+from kdcache.tests.helpers.images import arrays_data
 from kdcache.tests.helpers.places import DATA
 from kdcache.tests.helpers.reports import HOSTILE, Markup, hostile_cache, write_run
+from kdcache.train.report import page as pages
 from kdcache.train.report.facts import caches as reading
+from kdcache.train.report.facts.pictures import SIDE, address, class_names
 
 pytestmark = pytest.mark.usefixtures("one_thread", "no_fsync", "own_home")
 
@@ -141,6 +149,37 @@ def test_pictures_are_shown_where_the_images_are(tmp_path):
     shutil.copy(next((tmp_path / "images").rglob("*.png")), other)
     wrong = invoke(f"{cache.path} --data imagefolder:{tmp_path / 'other'} --out {tmp_path / 'w.html'}")
     assert wrong.exit_code == 2 and "Error: " in wrong.stderr and not (tmp_path / "w.html").exists()
+
+
+def test_a_picture_is_as_large_as_the_page_shows_it():
+    """Small ones are exact; large ones lose what nobody sees."""
+    pixels = np.random.default_rng(0).integers(0, 256, (1, 3, 24, 20), np.uint8)
+    small = address(torch.from_numpy(pixels))
+    assert small.startswith("data:image/png;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(small.split(",")[1]))) as image:
+        assert np.array_equal(np.asarray(image), pixels[0].transpose(1, 2, 0))
+    large = address(torch.full((1, 3, 300, 200), 90, dtype=torch.uint8))
+    assert large.startswith("data:image/jpeg;base64,")
+    with Image.open(io.BytesIO(base64.b64decode(large.split(",")[1]))) as image:
+        assert image.size == (round(SIDE * 2 / 3), SIDE) and abs(int(np.asarray(image).mean()) - 90) <= 1
+
+
+def test_a_page_that_is_too_large_is_not_written(tmp_path, monkeypatch):
+    write_run(tmp_path / "run")
+    monkeypatch.setattr(pages, "MOST", 10_000)
+    result = invoke("run")
+    assert result.exit_code == 2 and "report on fewer" in result.output and not (tmp_path / "report.html").exists()
+
+
+def test_classes_have_the_names_of_the_data_where_the_teacher_counts_otherwise(tmp_path):
+    data = arrays_data(40, 6, 9)
+    cache = Filled(tmp_path / "c", identity(samples=40, classes=20)).cache
+    mapped = SimpleNamespace(
+        identity=cache.identity.model_copy(update={"class_map": "e" * 64}),
+        train=SimpleNamespace(labels=(data.labels + 5).astype(np.uint8)),
+    )
+    named = class_names(mapped, data)
+    assert named[5 + int(data.labels[0, 0])] == data.class_names[int(data.labels[0, 0])] and named[0] == "class 0"
 
 
 def test_names_are_shown_and_never_obeyed(tmp_path):

@@ -11,12 +11,12 @@ from typing import Any
 
 from kdcache.cache.errors import KdcacheError
 from kdcache.train.evaluate import examine_run
+from kdcache.train.loop.runfolder import FREE
 from kdcache.train.report.facts.compared import difference, estimate
 from kdcache.train.report.facts.runs import Run
 
 LOGGED = 300  # epochs at most in a curve; of more, every so many-th is taken, and the last one
-# Settings in which runs of one group may differ: where things lie, and how often something is done.
-_PLACES = {"cache_path", "data", "save_every", "evaluate_every", "ranks", "seed"}
+_ALIKE = FREE | {"seed"}  # settings in which runs of one group may differ
 
 
 @dataclass(frozen=True)
@@ -72,7 +72,7 @@ def runs_facts(runs: Sequence[Run], judged: int, how: dict[str, Any], say: Calla
 
 def flat(settings: Mapping[str, Any]) -> dict[str, Any]:
     """The settings that tell groups of runs apart: the loss's options by the loss's name, without places and seed."""
-    found = {k: v for k, v in settings.items() if k not in _PLACES and k != "loss_options"}
+    found = {k: v for k, v in settings.items() if k not in _ALIKE and k != "loss_options"}
     options = settings.get("loss_options")
     if isinstance(options, dict):
         found |= {f"{settings.get('loss')}: {k}": v for k, v in options.items()}

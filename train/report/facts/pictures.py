@@ -53,11 +53,11 @@ class Images:
     def whole(self, sample: int) -> str:
         """The sample as evaluation shows it, as the address that holds the picture itself."""
         shown = evaluation_view(self.data.sizes[sample : sample + 1], self.data.in_memory)
-        return _address(next(iter(self.renderer.batches(shown, [np.array([sample])], sample))))
+        return address(next(iter(self.renderer.batches(shown, [np.array([sample])], sample))))
 
     def view(self, drawn: ViewParameters, sample: int) -> str:
         """The sample with the parameters of one view."""
-        return _address(next(iter(self.renderer.batches(drawn, [np.array([sample])], sample))))
+        return address(next(iter(self.renderer.batches(drawn, [np.array([sample])], sample))))
 
 
 def open_images(stored: Stored, given: str | None, split: SplitName = "train") -> Dataset:
@@ -183,7 +183,7 @@ def _mixed(one: ViewParameters, size: tuple[int, int], labels: NDArray[Any]) -> 
     return {"partner": partner, "own": own, "theirs": theirs, "labels": labels[partner].tolist()}
 
 
-def _address(pixels: torch.Tensor) -> str:
+def address(pixels: torch.Tensor) -> str:
     """A picture uint8 [1, 3, H, W] as a data: address, no larger than the page shows it."""
     image = Image.fromarray(pixels[0].permute(1, 2, 0).contiguous().numpy())
     kind = "PNG" if max(image.size) <= _LOSSLESS else "JPEG"

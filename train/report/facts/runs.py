@@ -71,6 +71,8 @@ def read_run(path: Path, failed: str | None = None) -> Run:
     file = path / METRICS
     for number, text in enumerate(file.read_text(errors="replace").splitlines() if file.exists() else (), 1):
         line = _object(text, f"line {number} of {file}")
+        if not isinstance(line.get("epoch"), int):
+            raise CorruptError(f"line {number} of {file} names no epoch: leave this run out")
         lines.append({k: v for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)})
     summary = path / SUMMARY
     found = _object(summary.read_text(errors="replace"), str(summary)) if summary.exists() else None
