@@ -166,7 +166,7 @@ def test_a_teacher_is_not_taught_on_the_views_that_it_is_asked_about(home, data)
 def test_epochs_take_views_in_turn(home, data, monkeypatch):
     cache = open_cache(home / "default")
     read = []
-    monkeypatch.setattr(type(cache), "read", lambda self, view, out: read.append(view) or self.train.read(view, None))
+    monkeypatch.setattr(cache, "read", lambda view, out: read.append(view) or cache.train.read(view, None))
     loader = CachedLoader(cache, data, BATCH, views=2)
     for epoch in range(4):
         loader.set_epoch(epoch)
