@@ -79,6 +79,7 @@ SLOW = (
     "train/loaders",
     "train/loop",
     "train/plan",
+    "train/report/test_judged",
     "train/test_",
 )
 

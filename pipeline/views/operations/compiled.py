@@ -30,9 +30,7 @@ def compiled(signature: str) -> Callable[[Loop], Loop]:
     InputError where numba is told to compile nothing: Python's own loops would give other numbers.
     """
     if config.DISABLE_JIT:
-        raise InputError(
-            "NUMBA_DISABLE_JIT is set, but kdcache changes pixels by compiled loops: unset NUMBA_DISABLE_JIT"
-        )
+        raise InputError("NUMBA_DISABLE_JIT is set, but pixels are changed by compiled loops: unset NUMBA_DISABLE_JIT")
 
     def compile_now(loop: Loop) -> Loop:
         made: Loop
