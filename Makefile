@@ -9,6 +9,8 @@ READY := .venv/.ready
 , := ,
 # What the extra kdcache[ffcv] compiles against.
 FFCV_PACKAGES := g++ pkg-config python3-dev libturbojpeg0-dev libopencv-dev
+# Some tests look at pages in it.
+BROWSER_PACKAGES := chromium
 
 .PHONY: help demo test quick oldest lint format bench clean
 
@@ -44,7 +46,7 @@ oldest: .venv-oldest/.ready
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest
-	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt -e '.[test,tensorboard,timm]'
+	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt -e '.[test,hf,report,tensorboard,timm]'
 	@touch $@
 
 lint: $(READY)
@@ -85,6 +87,12 @@ $(READY): pyproject.toml constraints.txt __init__.py
 	    echo "installing what FFCV compiles against with apt-get: $(FFCV_PACKAGES)"; \
 	    export DEBIAN_FRONTEND=noninteractive; \
 	    { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(FFCV_PACKAGES) >/dev/null; } || true; \
+	fi
+	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
+	    echo "installing the browser of some tests with apt-get: $(BROWSER_PACKAGES)"; \
+	    export DEBIAN_FRONTEND=noninteractive; \
+	    { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(BROWSER_PACKAGES) >/dev/null; } || \
+	        echo "going on without it: tests that look at pages in a browser are skipped"; \
 	fi
 	@if ! { $(HAVE_FFCV_LIBRARIES) && $(call INSTALL,dev$(,)ffcv,.venv/ffcv-errors); }; then \
 	    echo "going on without FFCV; for it: sudo apt-get install $(FFCV_PACKAGES); then make clean test"; \

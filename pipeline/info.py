@@ -179,7 +179,7 @@ def describe(cache: Cache, found: dict[str, Any]) -> str:
     for one in found["built"]:
         who = {name: value for name, value in one.items() if name not in ("views", "first", "last", "command")}
         times = " to ".join(dict.fromkeys((one["first"], one["last"])))
-        lines.append(f"built        {_ranges(one['views'])} by {one.get('command', 'a command not known')}, {times}")
+        lines.append(f"built        {ranges(one['views'])} by {one.get('command', 'a command not known')}, {times}")
         lines.append("             " + ", ".join(f"{name} {value}" for name, value in who.items()))
     for group, fields in found["identity"].items():
         if isinstance(fields, dict):
@@ -209,7 +209,7 @@ def built(cache: Cache) -> list[dict[str, Any]]:
     return list(found.values())
 
 
-def _ranges(views: list[int]) -> str:
+def ranges(views: list[int]) -> str:
     """Numbers of views as people write them: views 0 to 3 and 7."""
     runs: list[list[int]] = []
     for view in views:

@@ -57,8 +57,10 @@ SLOW = (
     "cache/test_shared_folders",
     "cli/",
     "pipeline/build",
+    "pipeline/data/test_containers",
     "pipeline/data/test_decode.py::test_a_short_run_of_the_fuzz",
     "pipeline/data/test_decode.py::test_one_changed_byte_in_a_png",
+    "pipeline/data/test_forms",
     "pipeline/ffcv",
     "pipeline/imports",
     "pipeline/sheet",
@@ -77,6 +79,7 @@ SLOW = (
     "train/loaders",
     "train/loop",
     "train/plan",
+    "train/report/test_judged",
     "train/test_",
 )
 

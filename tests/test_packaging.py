@@ -46,7 +46,8 @@ def test_wheel_holds_the_package_and_nothing_else(wheel: Path, sources: list[Pat
     expected = {
         f"kdcache/{name.as_posix()}"
         for name in sources
-        if name.as_posix() in AT_ROOT or (name.parts[0] in FOLDERS and name.suffix == ".py")
+        if name.as_posix() in AT_ROOT
+        or (name.parts[0] in FOLDERS and (name.suffix == ".py" or name.parent.name == "templates"))
     }
     dist_info = f"kdcache-{kdcache.__version__}.dist-info/"
     with zipfile.ZipFile(wheel) as archive:

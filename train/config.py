@@ -16,6 +16,7 @@ Amp = Literal["bf16", "fp16"]
 
 DEFAULT_LOSS = "nkd"
 SAVE_EVERY = 300.0  # seconds
+LOGS = ("tensorboard", "csv", "wandb", "mlflow")
 
 
 def parse_losses(text: str) -> tuple[str, ...]:
@@ -36,6 +37,16 @@ def parse_caches(text: str) -> tuple[str, ...]:
     return (text,) if Path(text).exists() and text else tuple(filter(None, text.split(",")))
 
 
+def parse_log(text: str) -> str:
+    """The loggers of a list, each once, in the order of LOGS."""
+    asked = [name.strip() for name in text.split(",") if name.strip()]
+    if unknown := [name for name in asked if name not in (*LOGS, "none")]:
+        raise ValueError(f"{unknown[0]} is no logger: take some of {', '.join(LOGS)}, or none")
+    if not asked or ("none" in asked and len(set(asked)) > 1):
+        raise ValueError("name loggers, or none alone")
+    return ",".join(name for name in (*LOGS, "none") if name in asked)
+
+
 # One image has no statistics for a batch norm.
 BatchSize = Annotated[int | None, Option("Images a step [by dataset].", ge=2)]
 Epochs = Annotated[int | None, Option("[by dataset]", ge=1)]
@@ -50,7 +61,15 @@ ImageSize = Annotated[int | None, Option("The student's input size in pixels.", 
 class TeachConfig:
     """What to teach. None means the default for the dataset's kind (defaults.py)."""
 
-    teacher: Annotated[str, Option("A network's name.", metavar="NAME", is_code=names_function)]
+    teacher: Annotated[
+        str,
+        Option(
+            "A network's name.",
+            metavar="NAME",
+            is_code=names_function,
+            missing="the network to teach, such as --teacher resnet34.",
+        ),
+    ]
     data: Data = DATA
     augment: Augment = None
     epochs: Epochs = None
@@ -190,6 +209,14 @@ class TrainConfig:
         int,
         Option("How often the student is evaluated; after the last epoch always.", metavar="EPOCHS", ge=1),
     ] = 1
+    log: Annotated[
+        str | None,
+        Option(
+            "Log to tensorboard, csv, wandb, mlflow or none: see docs/logs.md. [tensorboard, where it is installed]",
+            metavar="NAME,...",
+            parse=parse_log,
+        ),
+    ] = None
     validation: Annotated[
         float | None,
         Option(

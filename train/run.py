@@ -13,10 +13,12 @@ import torch
 
 from kdcache import __version__
 from kdcache.cache.errors import KdcacheError, NotFoundError, UnreadableError
+from kdcache.pipeline.process.provenance import public, writer
 from kdcache.pipeline.teachers.sources.files import start_from
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train import group
 from kdcache.train.config import TrainConfig
+from kdcache.train.evaluation.gallery import gallery
 from kdcache.train.evaluation.judge import Judge
 from kdcache.train.evaluation.otherdata import class_ids, labels_of_other
 from kdcache.train.evaluation.parts import parts_of
@@ -24,6 +26,7 @@ from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.ffcv import FFCVLoader
 from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loop.cotrain import LearningTeacher
+from kdcache.train.loop.logs.logs import Logged
 from kdcache.train.loop.runfolder import RunFolder, best_of, config_of, goes_on
 from kdcache.train.loop.trainer import fit, new_classifier
 from kdcache.train.loop.watching import PARTNER
@@ -92,7 +95,7 @@ def _train(
     try:
         history = fit(
             model, loss, loader, plan.recipe, evaluate, folder, plan.notes, say, partner, config.save_every,
-            config.evaluate_every,
+            config.evaluate_every, _logged(plan, loader, partner),
         )  # fmt: skip
     except KdcacheError as e:
         where = plan.cache.where
@@ -103,6 +106,25 @@ def _train(
     if group.rank() == 0:
         folder.finish(summary)
     return summary
+
+
+def _logged(
+    plan: TrainPlan, loader: CachedLoader | OnlineLoader | FFCVLoader, partner: LearningTeacher | None
+) -> Logged | None:
+    """What loggers that were asked for get of the run: its settings, its cache, who trains it, and some views."""
+    if plan.asked.log is None or group.rank():
+        return None
+    identity = plan.cache.identity
+    facts = {
+        **plan.settings, "cache_teacher": identity.teacher.architecture, "cache_data": identity.data.name,
+        "cache_policy": identity.views.policy, "cache_views": len(plan.cache.views),
+        "provenance": writer(str(plan.device)),
+    }  # fmt: skip
+    ids, names = plan.notes["class_ids"], plan.notes["class_names"]
+    known = {i: name for i, name in zip(ids, names, strict=bool(ids)) if i is not None}
+    # A teacher that learns would learn from these views too.
+    pictures = gallery(loader, known, plan.recipe.dtype) if partner is None else None
+    return Logged(plan.asked.log, public(facts), pictures)
 
 
 def _loader(

@@ -69,6 +69,11 @@ class Records:
         moved = self._map(lambda t: t.to(device, non_blocking=True))
         return replace(moved, prior=None if self.prior is None else self.prior.to(device))
 
+    def pin_memory(self) -> Records:
+        """A copy in pinned memory. A DataLoader with pin_memory=True calls this."""
+        pinned = self._map(Tensor.pin_memory)
+        return replace(pinned, prior=None if self.prior is None else self.prior.pin_memory())
+
     def weighed_labels(self) -> Iterator[tuple[Tensor, Tensor | None]]:
         """Each column of labels int64 [B] with its weights [B]; where there are no weights, the first one alone."""
         if self.label_weights is None:

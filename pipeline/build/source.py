@@ -35,6 +35,7 @@ from kdcache.pipeline.views.policy import check_policy, parse_policy
 from kdcache.pipeline.views.render import RENDERER
 
 Say = Callable[[str], None]
+_PACKED = {".h5": "hdf5", ".beton": "ffcv"}  # what names of files that caches are packed into end with
 
 
 @dataclass(frozen=True, eq=False)
@@ -94,6 +95,10 @@ def draft_build(config: BuildConfig, say: Say = _quiet) -> Draft:
     device = pick_device(config.device)
     if config.out and "://" in config.out:
         raise InputError(f"--out {config.out}: caches are built in folders; --registry URL --push publishes them")
+    if config.out and (suffix := Path(config.out).suffix) in _PACKED and not Path(config.out).exists():
+        raise InputError(
+            f"--out {config.out}: a cache is built in a folder; with --store {_PACKED[suffix]} the file lies beside it"
+        )
     train = open_data(config.data, "train", unlabelled=config.unlabelled)
     evaluation = open_data(config.data, "eval", unlabelled=config.unlabelled)
     for note in filter(None, (train.note, evaluation.note)):

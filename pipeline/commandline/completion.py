@@ -21,7 +21,8 @@ LOSSES = "ce kd nkd tf-nkd uskd dkd ikl dist cmkd logit-std mse wsld gkd skew-kl
 NETWORKS = """
     resnet8 resnet14 resnet20 resnet32 resnet44 resnet56 resnet110 resnet8x4 resnet32x4 wrn_16_1 wrn_16_2 wrn_40_1
     wrn_40_2 vgg8 vgg11_cifar vgg13 vgg16_cifar vgg19_cifar mobilenet_v2_cifar shufflenet_v1_cifar
-    shufflenet_v2_cifar alexnet convnext_base convnext_large convnext_small convnext_tiny densenet121 densenet161
+    shufflenet_v2_cifar resnet20_a resnet32_a resnet44_a resnet56_a resnet110_a mobilenet_v1 mobilenet_v2_cifar_full
+    mobilenet_v2_tinyimagenet alexnet convnext_base convnext_large convnext_small convnext_tiny densenet121 densenet161
     densenet169 densenet201 efficientnet_b0 efficientnet_b1 efficientnet_b2 efficientnet_b3 efficientnet_b4
     efficientnet_b5 efficientnet_b6 efficientnet_b7 efficientnet_v2_l efficientnet_v2_m efficientnet_v2_s googlenet
     inception_v3 maxvit_t mnasnet0_5 mnasnet0_75 mnasnet1_0 mnasnet1_3 mobilenet_v2 mobilenet_v3_large

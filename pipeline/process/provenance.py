@@ -11,6 +11,7 @@ import sys
 import time
 from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
 import torch
 
@@ -52,7 +53,6 @@ def command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> st
     That is the value of a flag whose name says so, what stands in an address for a user or a query, and whatever a
     variable of the environment holds whose name says so.
     """
-    secrets = [value for name, value in environment.items() if len(value) > 5 and _SECRET_NAME.search(name)]
     program = Path(arguments[0]).name
     words, hide = ["kdcache" if program == "cli.py" else program], False
     for word in arguments[1:]:
@@ -64,13 +64,32 @@ def command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> st
         hide = bool(flag and _SECRET_NAME.search(flag[1]))
         if flag and hide and flag[2]:
             word, hide = f"{flag[1]}={_HIDDEN}", False
-        elif "://" in word:
-            word = _IN_URL.sub(lambda m: f"{_HIDDEN}@" if m[0].endswith("@") else f"{m[0][0]}{_HIDDEN}", word)
-        for secret in secrets:
-            word = word.replace(secret, _HIDDEN)
-        words.append(word)
+        words.append(without_secrets(word, environment))
     line = " ".join(word if _HIDDEN in word else shlex.quote(word) for word in words)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
+
+
+def without_secrets(text: str, environment: Mapping[str, str]) -> str:
+    """The text with *** for what stands in an address for a user or a query, and for secrets of the environment."""
+    if "://" in text:
+        text = _IN_URL.sub(lambda m: f"{_HIDDEN}@" if m[0].endswith("@") else f"{m[0][0]}{_HIDDEN}", text)
+    for name, value in environment.items():
+        if len(value) > 5 and _SECRET_NAME.search(name):
+            text = text.replace(value, _HIDDEN)
+    return text
+
+
+def public(facts: Mapping[str, Any]) -> dict[str, Any]:
+    """The same facts, nested or not, with all texts `without_secrets` of this process's environment."""
+
+    def shown(value: Any) -> Any:
+        if isinstance(value, Mapping):
+            return {name: shown(one) for name, one in value.items()}
+        if isinstance(value, list | tuple):
+            return [shown(one) for one in value]
+        return without_secrets(value, os.environ) if isinstance(value, str) else value
+
+    return {name: shown(value) for name, value in facts.items()}
 
 
 def _commit(folder: Path) -> str | None:

@@ -157,13 +157,14 @@ class Renderer:
         self._idle = None
 
     def batches(
-        self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]], first: int = 0
+        self, parameters: ViewParameters | Table, batches: Sequence[NDArray[np.int64]], first: int = 0
     ) -> Iterator[Tensor]:
         """uint8 [B, 3, H, W] for each batch of sample indices; parameters are those of samples first, first+1, ...
 
-        Where views are mixed, a batch may be of any samples: the partners' images are rendered as well.
+        Where views are mixed, a batch may be of any samples: the partners' images are rendered as well. Who asks for
+        a view many times gives its table, which takes time to make.
         """
-        table = Table(parameters, first)
+        table = parameters if isinstance(parameters, Table) else Table(parameters, first)
         batched = [table.batch(samples) for samples in batches]
         partners = self._on_device([at.partners for at in batched])
         for at, theirs, images in zip(batched, partners, self._cut(table, [at.rows for at in batched]), strict=True):

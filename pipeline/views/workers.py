@@ -68,7 +68,8 @@ class _Cutter(TorchDataset[Done]):
     reading: Reading
 
     def __getitem__(self, task: Task) -> Done:
-        if (worker := get_worker_info()) is None:
+        worker = get_worker_info()
+        if worker is None or worker.dataset is not self:  # none, or one of a loader that is not ours
             return self._all(task, lambda _: None)
 
         def note(sample: int) -> None:

@@ -7,7 +7,7 @@ import os
 import tarfile
 from collections.abc import Callable
 from dataclasses import dataclass
-from functools import cache, partial
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +35,6 @@ class Sample:
         return CLASSES.index(self.label) if self.label in CLASSES else self.label
 
 
-@cache
 def pictures(train: int = 17, val: int = 7, side: int = 0) -> list[Sample]:
     """Cuts of scikit-learn's two photographs as JPEG and PNG files, by class, of many sizes (or all of one side)."""
     from sklearn.datasets import load_sample_images

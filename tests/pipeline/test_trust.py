@@ -114,6 +114,7 @@ LINES = [
     ("build --teacher resnet8 --weights run/last.safetensors --data digits", 2, "do not fit"),
     ("plan --teacher resnet8 --weights run/last.safetensors --data digits", 2, "do not fit"),
     ("mix THEIRS OURS", 2, "data.name"),
+    ("report THEIRS run beside --out theirs.html", 0, "theirs.html"),
     ("push THEIRS --registry registry", 0, ""),
     ("pull THEIRS --registry registry --out pulled", 0, ""),
     ("ls --registry registry", 0, ""),

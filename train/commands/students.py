@@ -15,6 +15,7 @@ from kdcache.pipeline.commandline.terminal import of_run, say, show
 from kdcache.train.bench.config import BenchConfig
 from kdcache.train.config import EvalConfig, TrainConfig
 from kdcache.train.export.config import ExportConfig
+from kdcache.train.report.config import ReportConfig
 
 
 @command()
@@ -137,4 +138,22 @@ def bench(
     show(found, as_json, table(found))
 
 
-COMMANDS = (train, evaluate, export, demo, bench)
+@command("report")
+@from_signature
+def report_command(config: ReportConfig, as_json: Json = False) -> None:
+    """Write one HTML file about caches and runs, to look at: how good they are, and what they look like. A folder of
+    runs, such as a sweep's, stands for all runs in it.
+
+    \b
+    Example: kdcache report 1f0c2a
+             kdcache report 1f0c2a --data imagenet:/data/imagenet --out imagenet.html
+             kdcache report runs/sweep
+             kdcache report runs/digits-resnet8-nkd-seed0 runs/digits-resnet8-kd-seed0 --judge 0
+    """
+    from kdcache.train.report.report import report as run
+
+    found, text = run(config, say)
+    show(found, as_json, text)
+
+
+COMMANDS = (train, evaluate, export, report_command, demo, bench)

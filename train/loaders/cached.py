@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.identity import SplitName
 from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
@@ -37,6 +38,34 @@ def require_data(cache: Stored, data: Dataset) -> None:
     policy_of(cache.identity.views, cache.where)
     require_described(data, cache.identity, cache.where)
     (cache.train if data.split == "train" else cache.evaluation).require_sizes(data.sizes)
+
+
+def opened(cache: Cache, data: Dataset | str, split: SplitName = "train") -> Dataset:
+    """The split of the data, which is opened where `data` is a name. MismatchError unless the cache was built from it.
+
+    InputError for another split, and for a cache whose views cannot be drawn here.
+    """
+    unlabelled = cache.identity.record.labels == 0
+    found = open_data(data, split, unlabelled=unlabelled) if isinstance(data, str) else data
+    if found.split != split:
+        raise InputError(f"the {found.split} split of {found.name} was given, and the {split} split is asked for")
+    require_data(cache, found)
+    if cache.identity.views.policy == "foreign":
+        raise InputError(
+            f"{cache.where} was imported with views that only the transforms of its project can make: in a loop of "
+            "your own, cache.read(view) has the records, cache.train.view_arrays(view) the seeds (docs/stores.md)"
+        )
+    return found
+
+
+def complete_views(cache: Cache, views: int | None) -> tuple[int, ...]:
+    """The complete views of a cache, or the first so many of them. NotFoundError where there are not so many."""
+    found = cache.views[:views]
+    if not found:
+        raise NotFoundError(f"{cache.where} has no complete view: run kdcache build again to finish it")
+    if views is not None and views > len(found):
+        raise NotFoundError(f"{cache.where} has {len(found)} complete views, not {views}: build more")
+    return found
 
 
 def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
@@ -106,20 +135,8 @@ class CachedLoader(Epochs):
         workers: int | None = None,
         samples: NDArray[np.int64] | None = None,
     ) -> None:
-        unlabelled = cache.identity.record.labels == 0
-        self.cache = cache
-        self.data = open_data(data, "train", unlabelled=unlabelled) if isinstance(data, str) else data
-        require_data(cache, self.data)
-        if cache.identity.views.policy == "foreign":
-            raise InputError(
-                f"{cache.where} was imported with views that only the transforms of its project can make: in a loop of "
-                "your own, cache.read(view) has the records, cache.train.view_arrays(view) the seeds (docs/stores.md)"
-            )
-        self._views = cache.views[:views]
-        if not self._views:
-            raise NotFoundError(f"{cache.where} has no complete view: run kdcache build again to finish it")
-        if views is not None and views > len(self._views):
-            raise NotFoundError(f"{cache.where} has {len(self._views)} complete views, not {views}: build more")
+        self.cache, self.data = cache, opened(cache, data)
+        self._views = complete_views(cache, views)
         self._order = EpochOrder(
             len(self.data) if samples is None else samples, batch_size, rank, world, seed, cache.identity.views.mixed
         )

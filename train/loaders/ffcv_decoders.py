@@ -30,6 +30,7 @@ from kdcache.cache.errors import KdcacheError
 from kdcache.pipeline.ffcv.format import CRC_BYTES, CRC_TABLE, JPEG, checksum_seed
 from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.process.rank import cores
+from kdcache.pipeline.views.operations.compiled import kept
 
 # What an epoch's decoders read: the file's bytes, the images' lengths [N], boxes [N, 4], flips [N], the view and its
 # slot in the file.
@@ -39,7 +40,7 @@ _seed = njit(checksum_seed)
 
 
 # These kernels are not decoders, which FFCV compiles again for every loader: they are compiled once on a machine.
-@njit(cache=True, nogil=True, parallel=True)
+@kept(nogil=True, parallel=True)
 def _crop(index, pixels, metadata, content, boxes, flips):  # type: ignore[no-untyped-def]
     """Cut boxes of the images' own size, black beyond the edge, into pixels [B, H, W, 3]."""
     # In flat slices without a sign in their indices: four times as fast as [y, x, channel].
@@ -68,7 +69,7 @@ def _crop(index, pixels, metadata, content, boxes, flips):  # type: ignore[no-un
                     to[x] = source[x]
 
 
-@njit(cache=True, nogil=True)
+@kept(nogil=True)
 def _copy_records(index, rows, sound, starts, content, table, seeds):  # type: ignore[no-untyped-def]
     """Copy records into rows [B, R]; sound [B]: whether the CRC behind each is right."""
     width = rows.shape[1]

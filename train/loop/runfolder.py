@@ -21,12 +21,12 @@ ANEW = "remove it to start the run again"
 # The values that settings had before they existed: a run whose config.json lacks one was made with this value.
 _BEFORE: dict[str, Any] = {
     "accumulate": 1, "amp": None, "clip": None, "compile": False, "ema": None, "fresh_views": False,
-    "optimiser": "sgd", "renderer": RENDERER, "sgd_lr": None, "sgd_weight_decay": None, "stream": "views",
+    "log": None, "optimiser": "sgd", "renderer": RENDERER, "sgd_lr": None, "sgd_weight_decay": None, "stream": "views",
     "student_weights": None, "sync_bn": False, "validation": None,
 }  # fmt: skip
 # What may differ when a run is resumed: where things lie (the cache's key says what it and the data are), how many
-# ranks share a batch, and how often the student is evaluated and the state is kept.
-_FREE = {"cache_path", "data", "evaluate_every", "ranks", "save_every", "teacher", "weights"}
+# ranks share a batch, where it is logged, and how often the student is evaluated and the state is kept.
+FREE = {"cache_path", "data", "evaluate_every", "log", "ranks", "save_every", "teacher", "weights"}
 
 
 def config_of(path: Path) -> dict[str, Any]:
@@ -84,7 +84,7 @@ class RunFolder:
 
     def _require_same(self, config: dict[str, Any]) -> None:
         raw, had, wanted = read_config(self.path), config_of(self.path), json.loads(_json(config))
-        names = [k for k in {**raw, **wanted} if had.get(k) != wanted.get(k) and k not in _FREE]
+        names = [k for k in {**raw, **wanted} if had.get(k) != wanted.get(k) and k not in FREE]
         if names:
             found = "; ".join(f"{k}: the run has {had.get(k)}, asked for {wanted.get(k)}" for k in names)
             raise InputError(f"{self.path} is another run and is not resumed: {found}")

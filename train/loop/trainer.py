@@ -23,7 +23,7 @@ from kdcache.train.config import SAVE_EVERY
 from kdcache.train.loop.compiling import clear_compile_error, compiled
 from kdcache.train.loop.ema import WeightAverage
 from kdcache.train.loop.interrupts import Interrupts
-from kdcache.train.loop.logs.logs import Logs
+from kdcache.train.loop.logs.logs import Logged, Logs
 from kdcache.train.loop.optimisers import Recipe, Updater
 from kdcache.train.loop.runfolder import ANEW, RunFolder
 from kdcache.train.loop.watching import PARTNER, EpochLines, Glance, of_partner
@@ -221,12 +221,17 @@ class _Kept:
     """
 
     def __init__(
-        self, training: Training, folder: RunFolder | None, notes: dict[str, Any], say: Callable[[str], None]
+        self,
+        training: Training,
+        folder: RunFolder | None,
+        notes: dict[str, Any],
+        say: Callable[[str], None],
+        logged: Logged | None,
     ) -> None:
         self._training, self._notes, self._say = training, notes, say
         self.history = _resume(training, folder, say) if folder else []
         self._keeps, self._folder = folder is not None, None if group.rank() else folder
-        self._logs = Logs(self._folder.path, self.history, say) if self._folder else None
+        self._logs = Logs(self._folder.path, self.history, say, logged) if self._folder else None
         self._lines = EpochLines(training.recipe.epochs)
 
     def __enter__(self) -> _Kept:
@@ -260,6 +265,8 @@ class _Kept:
                 self._folder.save_weights(partner.model, partner.notes, theirs, of=f"{PARTNER}-")
             self._logs.line(line)
         self.save()
+        if self._logs and line["epoch"] == self._training.recipe.epochs:
+            self._logs.pictures(self._training.evaluated)
 
 
 def fit(
@@ -274,19 +281,20 @@ def fit(
     partner: Partner | None = None,
     save_every: float = SAVE_EVERY,
     evaluate_every: int = 1,
+    logged: Logged | None = None,
 ) -> list[dict[str, Any]]:
     """Train `model` in place, and return a line of metrics for each epoch. With a folder, go on from the state there.
 
     The state is saved after every epoch, every `save_every` seconds within an epoch, and when Ctrl-C or SIGTERM asks
     to stop. The current step is finished then, and KeyboardInterrupt is raised. notes: what goes into the weights
     files. partner: a network that learns in the same steps. evaluate_every: the number of epochs between evaluations;
-    the last epoch is always evaluated, and the lines of epochs without an evaluation have no metrics. KdcacheError if
-    a loss is no longer finite.
+    the last epoch is always evaluated, and the lines of epochs without an evaluation have no metrics. logged: what is
+    logged beside the folder's own files. KdcacheError if a loss is no longer finite.
     """
     training = Training(model, loss, recipe, len(loader), partner)
     wishes = group.Wishes()
     with (
-        _Kept(training, folder, notes or {}, with_room(say)) as kept,
+        _Kept(training, folder, notes or {}, with_room(say), logged) as kept,
         Interrupts() as interrupts,
         _progress(training, len(loader)) as progress,
     ):

@@ -24,6 +24,7 @@ from kdcache.train.evaluation.otherdata import class_ids
 from kdcache.train.evaluation.validation import held_out_part
 from kdcache.train.loaders.cached import require_data
 from kdcache.train.loaders.order import usual_batch
+from kdcache.train.loop.logs.logs import require_loggers
 from kdcache.train.loop.optimisers import Recipe, default_rates, require_autocast
 from kdcache.train.losses.base import Loss, Partnered
 from kdcache.train.losses.options import described, make_loss, options_of
@@ -98,7 +99,7 @@ class TrainPlan:
             "cache_path": place_of(cache.where), "ranks": group.world(), "sync_bn": asked.sync_bn,
             "validation": asked.validation, "teacher": asked.teacher, "save_every": asked.save_every,
             "weights": _placed_weights(asked.weights), "evaluate_every": asked.evaluate_every,
-            "student_weights": _placed_weights(asked.student_weights),
+            "student_weights": _placed_weights(asked.student_weights), "log": asked.log,
         }  # fmt: skip
 
     @property
@@ -191,6 +192,7 @@ def _require_possible(config: TrainConfig, device: torch.device) -> None:
     if config.sync_bn and (group.world() == 1 or device.type != "cuda"):
         raise InputError(f"--sync-bn is for ranks on GPUs (torchrun), not for {group.world()} on {device.type}")
     require_autocast(device, config.amp)
+    require_loggers(config.log)
     if config.fresh_views and not config.online:
         raise InputError("--fresh-views needs the live teacher: give --online too")
     if config.weights and not config.online:

@@ -19,7 +19,7 @@ from kdcache.train.config import TrainConfig
 _NAMED = (
     "student", "epochs", "batch_size", "lr", "weight_decay", "warmup", "seed", "views", "image_size", "online",
     "fresh_views", "teacher", "weights", "amp", "sync_bn", "optimiser", "accumulate", "clip", "ema", "compile",
-    "validation", "save_every", "evaluate_every", "student_weights",
+    "validation", "save_every", "evaluate_every", "student_weights", "log",
 )  # fmt: skip
 
 

@@ -17,6 +17,7 @@ from kdcache.cache.errors import InputError
 
 Loop = TypeVar("Loop", bound=Callable[..., Any])
 
+_NOWHERE = "no locator available"  # what numba says where no folder for machine code can be written
 # Without checks for divisions by zero, of which there are none.
 _OPTIONS = {"nogil": True, "error_model": "numpy"}
 
@@ -29,19 +30,31 @@ def compiled(signature: str) -> Callable[[Loop], Loop]:
     InputError where numba is told to compile nothing: Python's own loops would give other numbers.
     """
     if config.DISABLE_JIT:
-        raise InputError(
-            "NUMBA_DISABLE_JIT is set, but kdcache changes pixels by compiled loops: unset NUMBA_DISABLE_JIT"
-        )
+        raise InputError("NUMBA_DISABLE_JIT is set, but pixels are changed by compiled loops: unset NUMBA_DISABLE_JIT")
 
     def compile_now(loop: Loop) -> Loop:
         made: Loop
         try:
             made = njit(signature, cache=True, **_OPTIONS)(loop)
         except (RuntimeError, OSError, EOFError, UnpicklingError) as e:
-            if isinstance(e, RuntimeError) and "no locator available" not in str(e):
+            if isinstance(e, RuntimeError) and _NOWHERE not in str(e):
                 raise
             # No folder for it can be written, the disk is full, or what was kept is damaged: every process compiles.
             made = njit(signature, **_OPTIONS)(loop)
         return made
 
     return compile_now
+
+
+def kept(**options: bool) -> Callable[[Callable[..., Any]], Any]:
+    """Compile a loop when it is first called, for whatever types it gets, and keep it where that can be done."""
+
+    def prepare(loop: Callable[..., Any]) -> Any:
+        try:
+            return njit(cache=True, **options)(loop)
+        except RuntimeError as e:
+            if _NOWHERE not in str(e):
+                raise
+            return njit(**options)(loop)
+
+    return prepare

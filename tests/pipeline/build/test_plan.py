@@ -72,6 +72,7 @@ def test_whatever_runs_reads_the_plan(tmp_path, source, monkeypatch):
     [
         ({"augment": "crap"}, "unknown operation 'crap' in view policy 'crap': did you mean crop"),
         ({"out": "s3://bucket/c"}, "caches are built in folders"),
+        ({"out": "c.beton"}, "a cache is built in a folder; with --store ffcv the file lies beside it"),
         ({"device": "meta"}, "device 'meta' cannot be used here"),
     ],
 )

@@ -48,8 +48,8 @@ def samples():
     }
     segment = b"\xff\xee\xff\xff" + bytes(0xFFFD)  # as long as a segment can be
     more["z.jpg"] = more["z.jpg"][:2] + segment * 2 + more["z.jpg"][2:]
-    found += [Sample("train", "roof", name, content) for name, content in more.items()]
-    return sorted(found, key=lambda sample: sample.path.encode())
+    added = [Sample("train", "roof", name, content) for name, content in more.items()]
+    return sorted([*found, *added], key=lambda sample: sample.path.encode())
 
 
 def pack(spec, place):

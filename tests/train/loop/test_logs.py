@@ -1,7 +1,9 @@
 """The loggers: each of them by the contract, all of them as one, and one that somebody adds."""
 
+import csv
 import json
 import sys
+import time
 from ast import literal_eval
 
 import pytest
@@ -40,6 +42,14 @@ class TestTensorBoard(LoggerContract):
                 assert tag not in found.setdefault(event.step, {})
                 found[event.step][tag] = event.value
         return [found[step] for step in sorted(found)]
+
+
+class TestCsv(LoggerContract):
+    name = "metrics.csv"
+
+    def read(self, folder):
+        rows = csv.DictReader((folder / "metrics.csv").read_text().splitlines())
+        return [{k: literal_eval(v) for k, v in row.items() if v} for row in rows]
 
 
 class Toy:
@@ -97,6 +107,7 @@ def test_a_new_line_in_the_table_is_all_that_a_logger_takes(tmp_path):
 
     with pytest.raises(KeyboardInterrupt):
         train(tmp_path, 3, say=stop)
+    time.sleep(1.01)  # TensorBoard orders a run's files by the second, and those of one second by a name that may not
     history = train(tmp_path, 3, resume=True)
     assert [line["epoch"] for line in history] == [1, 2, 3]
     assert history == read_toy(tmp_path) == TestJsonLines().read(tmp_path)

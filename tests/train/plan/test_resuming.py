@@ -12,11 +12,11 @@ import pytest
 import torch
 from click.testing import CliRunner
 
-from kdcache import cli
 from kdcache.cache import KdcacheError
 from kdcache.cli import main
 from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.tests.helpers.training import metrics_of, quiet
+from kdcache.train.commands import students
 from kdcache.train.config import TrainConfig
 from kdcache.train.loop import runfolder
 from kdcache.train.loop.runfolder import config_of
@@ -129,7 +129,7 @@ def test_a_run_of_an_older_version_is_resumed(home, tmp_path, monkeypatch):
         with pytest.raises(KdcacheError, match=rf"not resumed: {name}\w*: the run has {had}.*, asked for "):
             train(replace(again, **{name: value}), quiet)
     # Every setting has such a value, or is not compared.
-    assert set(later) <= FIRST | set(config_of(out)) | runfolder._FREE
+    assert set(later) <= FIRST | set(config_of(out)) | runfolder.FREE
 
 
 UNUSUAL = (
@@ -148,7 +148,9 @@ def test_the_folder_is_all_that_is_needed_to_resume(home, tmp_path, monkeypatch)
 
     assert invoke("--cache", "c", *UNUSUAL, "--out", "whole").exit_code == 0
     with monkeypatch.context() as patch:
-        patch.setattr(cli, "say", lambda text: text.startswith("epoch 2/3") and signal.raise_signal(signal.SIGTERM))
+        patch.setattr(
+            students, "say", lambda text: text.startswith("epoch 2/3") and signal.raise_signal(signal.SIGTERM)
+        )
         assert invoke("--cache", "c", *UNUSUAL, "--out", "run").exit_code == 130
     differing = invoke("--resume", "--out", "run", "--epochs", "4", "--clip", "1", "--seed", "0")
     assert differing.exit_code == 2, differing.output

@@ -86,11 +86,11 @@ def confusions(predictions: NDArray[np.int64], labels: NDArray[np.int64], classe
 
 
 def described(found: PerClass, mixed_up: Confusions) -> list[str]:
-    """The lines that tell people of the worst classes and the largest confusions."""
-    known = [(accuracy, c) for c, accuracy in enumerate(found.accuracy) if accuracy is not None]
+    """The lines that tell people of the worst classes and the largest confusions; none where all is right."""
+    known = [(accuracy, c) for c, accuracy in enumerate(found.accuracy) if accuracy is not None and accuracy < 1]
     worst = [f"{found.names[c]} {100 * accuracy:.1f}% of {found.images[c]:,}" for accuracy, c in sorted(known)[:_SHOWN]]
     wrong = [
         f"{found.names[one.label]} as {found.names[one.prediction]} {one.images:,}" for one in mixed_up.largest[:_SHOWN]
     ]
-    lines = [f"worst classes {', '.join(worst)}"]
-    return [*lines, f"confused      {', '.join(wrong)}"] if wrong else lines
+    lines = (("worst classes", worst), ("confused", wrong))
+    return [f"{title:13} {', '.join(shown)}" for title, shown in lines if shown]

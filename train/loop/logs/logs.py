@@ -1,18 +1,26 @@
 """The loggers of a run: what each of them offers, the table of them, and all of them as one.
 
-A new logger is a file beside this one, a line in LOGGERS, and a row in tests/train/loop/test_logs.py.
+A new logger is a file beside this one, a line in LOGGERS, and a row in tests/train/loop/test_logs.py. One that a run
+has only if it is asked for also has a row in CHOICES and a name in train/config.py.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+import importlib.util
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol, runtime_checkable
 
-from kdcache.cache.errors import KdcacheError, kind_and_message
+from kdcache.cache.errors import InputError, KdcacheError, kind_and_message
+from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.train.loop.logs.csvfile import Csv
 from kdcache.train.loop.logs.jsonlines import JsonLines
+from kdcache.train.loop.logs.mlflow import MLflow
+from kdcache.train.loop.logs.services import Picture
 from kdcache.train.loop.logs.tensorboard import TensorBoard
+from kdcache.train.loop.logs.wandb import WandB
 
 
 class Logger(Protocol):
@@ -34,25 +42,107 @@ class Logger(Protocol):
         """Let go of files and threads; a second time, do nothing."""
 
 
+@runtime_checkable
+class TakesSettings(Protocol):
+    """A logger that has a place for what was asked for."""
+
+    def settings(self, facts: Mapping[str, Any]) -> None:
+        """Take the run's settings, its cache and its provenance, right after it was opened, also by a resumed run."""
+
+
+@runtime_checkable
+class TakesPictures(Protocol):
+    """A logger that has a place for images."""
+
+    def pictures(self, pictures: Sequence[Picture]) -> None:
+        """Take some views with what teacher and student say of them, at the end of a run."""
+
+
 # By the name that a message gives them, in the order in which they take a line.
-LOGGERS: dict[str, type[Logger]] = {"metrics.jsonl": JsonLines, "TensorBoard": TensorBoard}
+LOGGERS: dict[str, type[Logger]] = {
+    "metrics.jsonl": JsonLines,
+    "TensorBoard": TensorBoard,
+    "metrics.csv": Csv,
+    "wandb": WandB,
+    "MLflow": MLflow,
+}
+
+
+class Choice(NamedTuple):
+    """A logger that --log names. module, package: what it needs, as it is imported and as pip knows it."""
+
+    logger: str
+    module: str = ""
+    package: str = ""
+
+
+CHOICES = {
+    "tensorboard": Choice("TensorBoard", "tensorboard", "tensorboard"),
+    "csv": Choice("metrics.csv"),
+    "wandb": Choice("wandb", "wandb", "wandb"),
+    "mlflow": Choice("MLflow", "mlflow", "mlflow"),
+}
+_USUAL = "tensorboard"
+
+
+@dataclass(frozen=True)
+class Logged:
+    """What a run logs beside metrics.jsonl. names: as --log has them; None for TensorBoard, where it is installed.
+
+    facts: settings and provenance by name, nested where it helps. pictures: makes some views with what teacher and
+    student say of them; it is called after the last epoch, if a logger was asked for that takes images.
+    """
+
+    names: str | None = None
+    facts: Mapping[str, Any] = field(default_factory=dict)
+    pictures: Callable[[Classifier], list[Picture]] | None = None
+
+    def has(self, logger: str) -> bool:
+        """Whether the run has that row of LOGGERS."""
+        by = {choice.logger: name for name, choice in CHOICES.items()}
+        return logger not in by or by[logger] in (self.names or _USUAL).split(",")
+
+
+def require_loggers(names: str | None) -> None:
+    """InputError where a logger that is asked for needs a package that is not installed."""
+    for name in (names or "").split(","):
+        choice = CHOICES.get(name)
+        if choice and choice.module and importlib.util.find_spec(choice.module) is None:
+            raise InputError(f"--log {name} needs a package that is not installed: pip install {choice.package}")
 
 
 class Logs:
     """All loggers of a run as one. A KdcacheError names the one that fails; OSErrors name their files themselves."""
 
-    def __init__(self, folder: Path, done: Sequence[dict[str, Any]], say: Callable[[str], None]) -> None:
+    def __init__(
+        self, folder: Path, done: Sequence[dict[str, Any]], say: Callable[[str], None], logged: Logged | None = None
+    ) -> None:
         self._folder, self._open = folder, dict[str, Logger]()
+        self._logged = logged = logged or Logged()
         for name, kind in LOGGERS.items():
+            if not logged.has(name):
+                continue
             with self._named(name):
                 if (logger := kind.open(folder, done, say)) is not None:
                     self._open[name] = logger
+                if logged.facts and isinstance(logger, TakesSettings):
+                    logger.settings(logged.facts)
 
     def line(self, line: dict[str, Any]) -> None:
         """Give the figures of one epoch to all of them."""
         for name, logger in self._open.items():
             with self._named(name):
                 logger.line(line)
+
+    def pictures(self, model: Classifier) -> None:
+        """Give some views to those that take images, if loggers were asked for."""
+        taking = {name: logger for name, logger in self._open.items() if isinstance(logger, TakesPictures)}
+        if not taking or self._logged.names is None or self._logged.pictures is None:
+            return
+        pictures = self._logged.pictures(model)
+        for name, logger in taking.items():
+            with self._named(name):
+                logger.pictures(pictures)
 
     def close(self) -> None:
         """Close all of them, also those after one that fails; a second time, do nothing."""

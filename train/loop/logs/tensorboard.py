@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
+
+from kdcache.train.loop.logs.services import Picture, flat
 
 FOLDER = "tensorboard"
 
@@ -12,8 +14,8 @@ FOLDER = "tensorboard"
 class TensorBoard:
     """Writes into `tensorboard` in the run's folder. Readers drop what a killed run left there after its last state."""
 
-    def __init__(self, writer: Any) -> None:
-        self._writer = writer
+    def __init__(self, writer: Any, done: int) -> None:
+        self._writer, self._done = writer, done
 
     @classmethod
     def open(cls, folder: Path, done: Sequence[dict[str, Any]], say: Callable[[str], None]) -> TensorBoard | None:
@@ -22,11 +24,23 @@ class TensorBoard:
         except ImportError:
             say("note: no TensorBoard events are written: pip install tensorboard for them")
             return None
-        return cls(SummaryWriter(str(folder / FOLDER), purge_step=len(done) + 1))
+        return cls(SummaryWriter(str(folder / FOLDER), purge_step=len(done) + 1), len(done))
+
+    def settings(self, facts: Mapping[str, Any]) -> None:
+        if not self._done:
+            rows = [f"| {name} | {value} |" for name, value in flat(facts)]
+            self._writer.add_text("settings", "\n".join(["| | |", "|---|---|", *rows]), 0)
 
     def line(self, line: dict[str, Any]) -> None:
         for name, value in line.items():
             self._writer.add_scalar(name, value, line["epoch"])
+        self._done = line["epoch"]
+        self._writer.flush()
+
+    def pictures(self, pictures: Sequence[Picture]) -> None:
+        for picture in pictures:
+            self._writer.add_image(f"views/{picture.name}", picture.pixels, self._done, dataformats="HWC")
+        self._writer.add_text("views", "\n".join(f"- {p.name}: {p.caption}" for p in pictures), self._done)
         self._writer.flush()
 
     def close(self) -> None:

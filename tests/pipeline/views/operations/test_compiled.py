@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from kdcache.cache.errors import InputError
-from kdcache.pipeline.views.operations.compiled import compiled
+from kdcache.pipeline.views.operations.compiled import compiled, kept
 
 SIGNATURE = "i8(u1[::1])"
 
@@ -49,7 +49,7 @@ def test_damaged_machine_code_is_made_anew(folder, kind, size):
 
 def test_where_nothing_can_be_kept_every_process_compiles(monkeypatch):
     monkeypatch.setattr(numba.core.caching.CacheImpl, "_locator_classes", [])
-    assert works()
+    assert works() and kept(nogil=True)(total)(np.full(1000, 200, np.uint8)) == 200_000
 
 
 def test_a_full_disk_keeps_nothing(folder, monkeypatch):

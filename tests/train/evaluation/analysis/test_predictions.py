@@ -6,7 +6,6 @@ import sys
 from pathlib import Path
 
 import numpy as np
-import pyarrow.parquet
 import pytest
 import torch
 
@@ -23,6 +22,8 @@ from kdcache.train.evaluation.judge import Answers
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.run import train
 
+parquet = pytest.importorskip("pyarrow.parquet")
+
 
 @pytest.fixture(scope="module")
 def run(home, tmp_path_factory):
@@ -35,7 +36,7 @@ def test_both_tables_say_what_student_and_teacher_answer(home, run, tmp_path):
     found = json.loads(works(["eval", str(run), "--predictions", str(tmp_path / "a.csv"), "--json"]).stdout)
     text = works(["eval", str(run), "--predictions", str(tmp_path / "a.parquet")]).stdout
     assert "worst classes" in text and "analysis" not in text and len(text.splitlines()) < 20
-    table = pyarrow.parquet.read_table(tmp_path / "a.parquet").to_pydict()
+    table = parquet.read_table(tmp_path / "a.parquet").to_pydict()
     evaluation = open_data("digits", "eval")
     model = student_of(run, *read_weights(run / "last.safetensors")).eval()
     with torch.no_grad():
@@ -119,7 +120,7 @@ def test_names_are_kept_as_they_are(tmp_path, suffix):
         with file.open(newline="", encoding="utf-8") as f:
             table = list(csv.DictReader(f))
     else:
-        table = pyarrow.parquet.read_table(file).to_pylist()
+        table = parquet.read_table(file).to_pylist()
     assert [row["name"] for row in table] == [*images[:2], "bad\\udcff.png"]
     assert [row["label_name"] for row in table] == ["=SUM(A1)", "a\nb", "naïve"]
     assert [row["prediction_name"] for row in table] == ["=SUM(A1)", 'a,"b"', "naïve"]
@@ -138,7 +139,7 @@ def test_what_is_not_known_is_left_out(tmp_path, k, labelled):
     else:
         assert found["label"] == found["correct"] == [None] * 3
     write_predictions(str(tmp_path / "p.parquet"), answers(k, labelled), (), NAMES)
-    assert pyarrow.parquet.read_table(tmp_path / "p.parquet").to_pydict().keys() == found.keys()
+    assert parquet.read_table(tmp_path / "p.parquet").to_pydict().keys() == found.keys()
 
 
 def test_a_file_that_cannot_be_written_is_refused_before_anything_is_done(home, run, tmp_path, monkeypatch):

@@ -1,0 +1,1 @@
+"""`kdcache report`: one page of HTML about caches and runs, to look at."""
