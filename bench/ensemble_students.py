@@ -2,6 +2,7 @@
 
     python bench/ensemble_students.py --work FOLDER --data cifar10.npz
     python bench/ensemble_students.py --work FOLDER --quick
+    python bench/ensemble_students.py --report
 
 --data: x, tx (uint8 [N, 32, 32, 3]) and y, ty of the real CIFAR-10, divided as in study_data.py: three different
 networks are taught on nine tenths of the training images, and students learn from 2,500 of these. All caches hold the
@@ -10,7 +11,8 @@ decay are those that docs/study.md chose on held-out images with another teacher
 of one seed share their start, their order and their pixels. Figures are of the test images, after the last epoch.
 
 Seed by seed, and the pairs last: stopped or killed at any moment, the same command goes on, and the JSON holds whatever
-is done. --quick does the same with the embedded digits in less than a minute, to try the script.
+is done. --quick does the same with the embedded digits in less than a minute, to try the script. --report writes the
+tables of docs/ensembles.md from the JSON.
 """
 
 from __future__ import annotations
@@ -27,7 +29,7 @@ from typing import Any
 
 import torch
 from study_data import parts_of_evaluation
-from study_report import estimate, markdown, plain, signed
+from study_report import estimate, filled, markdown, plain, signed
 
 from kdcache.cache import open_cache
 from kdcache.cache.files import replace_file
@@ -45,6 +47,7 @@ from kdcache.train.evaluation.metrics import metrics, predict
 from kdcache.train.run import train
 from kdcache.train.teach import teach
 
+PAGE = Path(__file__).parents[1] / "docs" / "ensembles.md"
 LABELS = "labels"  # students of no teacher
 Caches = Mapping[str, Path]  # by what they are made of: a teacher's name, or several with + between them
 
@@ -151,14 +154,14 @@ def compared(students: Mapping[str, Any], whole: str, metric: Callable[[Any], fl
     return out
 
 
-def tables(found: Mapping[str, Any]) -> str:
-    """The teachers with their means, and the students by source, with paired differences."""
+def tables(found: Mapping[str, Any]) -> dict[str, str]:
+    """The teachers with their means, and their students by source, with paired differences."""
     whole = "+".join(found["setting"]["taught"])
     rows = [
         [name, f"{100 * of['top1']:.2f}", f"{of['nll']:.3f}", f"{of['ece']:.3f}", f"{100 * of['agreement'][whole]:.2f}"]
         for name, of in found["teachers"].items()
     ]
-    text = markdown(["teacher", "top-1, %", "NLL", "ECE", "names the mean's class, %"], rows)
+    teachers = markdown(["teacher", "top-1, %", "NLL", "ECE", "names the mean's class, %"], rows)
     gained = compared(found["students"], whole, lambda run: float(run["top1"]))
     rows = []
     for source in dict.fromkeys(run["source"] for run in found["students"].values()):
@@ -173,7 +176,7 @@ def tables(found: Mapping[str, Any]) -> str:
             ]
         )  # fmt: skip
     heads = ["students of", "seeds", "top-1, %", "NLL", "ECE", "name its class, %", "name the mean's class, %"]
-    return text + "\n\n" + markdown([*heads, "all teachers' mean - this, points"], rows)
+    return {"teachers": teachers, "students": markdown([*heads, "all teachers' mean - this, points"], rows)}
 
 
 _SHOWN = (("top1", (100, 2)), ("nll", (1, 4)), ("ece", (1, 4)))
@@ -181,22 +184,33 @@ _SHOWN = (("top1", (100, 2)), ("nll", (1, 4)), ("ece", (1, 4)))
 
 def jobs(names: Sequence[str], whole: str, seeds: int) -> list[tuple[str, int]]:
     """Source and seed of every run in their order: pairs come last."""
-    first = [LABELS, *(name for name in names if "+" not in name), whole]
+    first = [whole, *(name for name in names if "+" not in name), LABELS]
     pairs = [name for name in names if "+" in name and name != whole]
     return [(source, seed) for sources in (first, pairs) for seed in range(seeds) for source in sources]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True)
+    parser.add_argument("--work", type=Path)
     what = parser.add_mutually_exclusive_group(required=True)
     what.add_argument("--data", type=Path, metavar="NPZ")
     what.add_argument("--quick", action="store_true")
+    what.add_argument("--report", action="store_true")
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--no-pairs", action="store_true", help="leave out the mixes of two teachers")
     parser.add_argument("--amp", choices=["bf16"], help="teach and ask the teachers in bfloat16")
     parser.add_argument("--out", type=Path, default=Path("bench/results/ensemble_students.json"))
     a = parser.parse_args()
+    if a.report:
+        PAGE.write_text(filled(PAGE.read_text(), tables(json.loads(a.out.read_text()))))
+        return
+    if a.work is None:
+        parser.error("--work is missing")
+    run(a)
+
+
+def run(a: argparse.Namespace) -> None:
+    """Do what is left of the work, and print the tables."""
     os.environ["KDCACHE_HOME"] = str(a.work / "home")
     if a.data:
         os.environ["STUDY_DATA"] = str(a.data.resolve())
@@ -218,7 +232,7 @@ def main() -> None:
         found["seconds of the last call"] = {"clock": time.monotonic() - started, "cpu": time.process_time() - cpu}
         a.out.parent.mkdir(parents=True, exist_ok=True)
         replace_file(a.out, (json.dumps(found, indent=1) + "\n").encode())
-    print(tables(found))
+    print("\n\n".join(tables(found).values()))
 
 
 if __name__ == "__main__":

@@ -61,7 +61,15 @@ ImageSize = Annotated[int | None, Option("The student's input size in pixels.", 
 class TeachConfig:
     """What to teach. None means the default for the dataset's kind (defaults.py)."""
 
-    teacher: Annotated[str, Option("A network's name.", metavar="NAME", is_code=names_function)]
+    teacher: Annotated[
+        str,
+        Option(
+            "A network's name.",
+            metavar="NAME",
+            is_code=names_function,
+            missing="the network to teach, such as --teacher resnet34.",
+        ),
+    ]
     data: Data = DATA
     augment: Augment = None
     epochs: Epochs = None

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import shutil
 import time
 from collections.abc import Callable
@@ -11,6 +12,7 @@ from typing import Any
 
 import torch
 from filelock import FileLock
+from torch.utils.flop_counter import FlopCounterMode
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.records.choices import StoreName
@@ -22,10 +24,10 @@ from kdcache.pipeline.data.dataset import Dataset, list_unreadable, open_data
 from kdcache.pipeline.data.defaults import DATA, defaults_for
 from kdcache.pipeline.pack import PackResult, pack
 from kdcache.pipeline.process.functions import names_code
-from kdcache.pipeline.process.progress import percent
+from kdcache.pipeline.process.progress import duration, percent
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.share import build_shared, find_taught, open_plan, open_shared
-from kdcache.pipeline.teachers.networks import build_network, built_for
+from kdcache.pipeline.teachers.networks import built_for, outline
 from kdcache.pipeline.teachers.pixels import pixels_of_data
 from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 from kdcache.pipeline.teachers.weights import taught_file
@@ -38,10 +40,13 @@ from kdcache.train.loaders.live import PlainLoader
 from kdcache.train.loaders.order import usual_batch
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import RunFolder
-from kdcache.train.loop.trainer import fit, new_classifier
+from kdcache.train.loop.trainer import Training, fit, new_classifier
 from kdcache.train.losses import CE
 
 _POLL_SECONDS = 0.5
+_LONG = 90.0  # seconds of teaching on the digits, after which a smaller teacher is named
+_QUICK = "resnet20"
+_USUAL_SIZE = 224  # pixels, at which any network can be built
 
 
 @dataclass(frozen=True, eq=False)
@@ -91,16 +96,18 @@ def teach(config: TeachConfig, say: Callable[[str], None] = print) -> tuple[Path
         return _teach(config, device, group.said_once(say))
 
 
-def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]) -> tuple[Path, float]:
-    plan = _plan(config, say)
+def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None], views: int = 0) -> tuple[Path, float]:
+    """views: for how many views of a cache it answers afterwards, which is foretold too."""
+    plan, model = _plan(config, device, say)
     name, data, evaluation, size = config.teacher, plan.data, plan.evaluation, plan.size
-    model = new_classifier(name, len(data.class_names), size, data, device, config.seed, whose=f"{data.name} has")
     loader = PlainLoader(
         data, plan.policy, plan.batch, size, seed=config.seed, device=device, workers=config.workers,
         rank=group.rank(), world=group.world(),
     )  # fmt: skip
     folder = group.from_first(lambda: _open_folder(plan))
     say(f"teaching {name} on {data.name}: {plan.recipe.epochs} epochs of {len(data):,} images on {device}")
+    if data.name == DATA:
+        _foretell(plan, model, len(loader), views, say)
     renderer = Renderer(evaluation, size, device, workers=config.workers)
     labels = torch.from_numpy(evaluation.labels[:, 0])
 
@@ -117,8 +124,55 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
     return plan.path, history[-1]["top1"]
 
 
-def _plan(config: TeachConfig, say: Callable[[str], None]) -> TeachPlan:
-    """Look up the data and every default. InputError for data without classes, and for a teacher that is there."""
+def _foretell(plan: TeachPlan, model: Classifier, steps: int, views: int, say: Callable[[str], None]) -> None:
+    """Say how long it takes to teach it, and to build a cache of so many views by it afterwards.
+
+    A few steps and answers are timed, by a copy: the model and the random numbers that it draws stay as they are.
+    """
+    device = next(model.parameters()).device
+    devices = [device] if device.type == "cuda" else []
+    with torch.random.fork_rng(devices):
+        training = Training(copy.deepcopy(model), CE(), plan.recipe, steps)
+        rows = plan.batch // group.world()
+        images = torch.zeros((rows, 3, plan.size, plan.size), dtype=torch.uint8, device=device)
+        images = images.to(memory_format=torch.channels_last)
+        labels = torch.zeros(rows, dtype=torch.int64, device=device)
+
+        def step() -> None:
+            training.learn(images, labels, None)
+            training.update()
+
+        def answer() -> None:
+            with torch.inference_mode():
+                training.model.eval()(images)
+
+        training.model.train()
+        a_step, an_image = _seconds(step, device), _seconds(answer, device) / rows
+    seconds = plan.recipe.epochs * (steps * a_step + len(plan.evaluation) * an_image)
+    then = views * len(plan.data) + len(plan.evaluation)
+    later = f", and then to build {views} views of them about {duration(then * an_image)}" if views else ""
+    say(f"this takes about {duration(seconds)}{later}")
+    if seconds > _LONG:
+        say(f"note: a small network takes much less, such as --teacher {_QUICK}")
+
+
+def _seconds(run: Callable[[], None], device: torch.device) -> float:
+    """How long a run takes: the shorter of two, after a first one."""
+    times = []
+    for _ in range(3):
+        start = time.perf_counter()
+        run()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        times.append(time.perf_counter() - start)
+    return min(times[1:])
+
+
+def _plan(config: TeachConfig, device: torch.device, say: Callable[[str], None]) -> tuple[TeachPlan, Classifier]:
+    """Look up the data and every default, and make the network.
+
+    InputError for data without classes, for a teacher that is there, and for a network that does not fit the data.
+    """
     with group.one_first():
         data, evaluation = open_data(config.data, "train"), open_data(config.data, "eval")
     for note in filter(None, (data.note, evaluation.note)):
@@ -128,7 +182,11 @@ def _plan(config: TeachConfig, say: Callable[[str], None]) -> TeachPlan:
     path = taught_file(config.teacher, data)
     if path.exists() and not config.force:
         raise InputError(f"{config.teacher} is taught on {data.name} already ({path}): --force teaches it again")
+    size = _size_of(config.teacher, data)
+    model = _untaught(config, data, size, device)
     defaults = defaults_for(data)
+    if data.name == DATA:
+        defaults = defaults.to_teach(multiply_adds(model, size) + 2 * sum(w.numel() for w in model.parameters()))
     policy = parse_policy(config.augment or defaults.augment)
     batch = config.batch_size or usual_batch(defaults.train_batch, len(data), policy.mixed, group.world())
     recipe = Recipe(
@@ -137,7 +195,29 @@ def _plan(config: TeachConfig, say: Callable[[str], None]) -> TeachPlan:
         decay=defaults.decay if config.weight_decay is None else config.weight_decay,
         amp=config.amp,
     )
-    return TeachPlan(config, data, evaluation, str(policy), batch, _size_of(config.teacher, data), recipe, path)
+    return TeachPlan(config, data, evaluation, str(policy), batch, size, recipe, path), model
+
+
+def _untaught(config: TeachConfig, data: Dataset, size: int, device: torch.device) -> Classifier:
+    """The network before it is taught. InputError, which tells what helps, if it does not take images so small."""
+    name, classes = config.teacher, len(data.class_names)
+    try:
+        return new_classifier(name, classes, size, data, device, config.seed, whose=f"{data.name} has")
+    except InputError as e:
+        if data.name != DATA or names_code(name):
+            raise
+        outline(name, classes, _USUAL_SIZE)  # raises an error of its own for a name that no network has
+        raise InputError(f"{e}; on {DATA} take a network for small images, such as {_QUICK}") from e
+
+
+def multiply_adds(model: Classifier, size: int) -> int:
+    """The multiply-adds of the network's answer to one image, those of convolutions and products of matrices."""
+    image = torch.zeros((1, 3, size, size), dtype=torch.uint8, device=model.mean.device)
+    was_training = model.training
+    with torch.no_grad(), FlopCounterMode(display=False) as counter:
+        model.eval()(image)
+    model.train(was_training)
+    return int(counter.get_total_flops()) // 2
 
 
 def _open_folder(plan: TeachPlan) -> RunFolder:
@@ -163,8 +243,6 @@ def build_and_teach(
 
     teacher: whether its weights are pushed too. The teacher of the embedded digits is taught first where there is none.
     """
-    if config.data == DATA:
-        say(f"data: {DATA}, scikit-learn's 8x8 images, to try things out; --data names your own")
     shared = open_shared(registry, publish)
     draft = draft_build(config, say)
     if store == "ffcv" and parse_policy(draft.policy).mixed:
@@ -190,7 +268,8 @@ def _with_digits_teacher(draft: Draft, shared: Registry | None, say: Callable[[s
     weights = taught_file(config.teacher, data)
     if not weights.exists():
         require_topk(config, len(data.class_names))
-        build_network(config.teacher, len(data.class_names), _size_of(config.teacher, data))  # a known name?
+        # Raises an error of its own where there is no such network, or none for such images.
+        _untaught(TeachConfig(config.teacher), data, _size_of(config.teacher, data), draft.device)
         if found := find_taught(draft, shared, say):
             weights = found
         else:
@@ -212,7 +291,8 @@ def _teach_once(draft: Draft, taught: Path, say: Callable[[str], None]) -> None:
     with FileLock(taught.with_suffix(".lock")):
         if not taught.exists():
             say(f"no {name} has been taught on {DATA} yet: teaching one first")
-            _teach(TeachConfig(name), draft.device, say)  # without the other ranks
+            views = draft.config.views or draft.defaults.views
+            _teach(TeachConfig(name), draft.device, say, views)  # without the other ranks
 
 
 def unreadable_files(data: str, unlabelled: bool, say: Callable[[str], None]) -> list[str]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import TYPE_CHECKING, Annotated
 
 from kdcache.pipeline.commandline.options import Option
@@ -33,6 +33,17 @@ class Defaults:
     decay: float
     build_batch: int
 
+    def to_teach(self, work: int) -> Defaults:
+        """The defaults for teaching a network. work: its multiply-adds for an image, and two for each weight's update.
+
+        On the digits a large network gets fewer epochs, so that nobody waits for minutes before anything useful
+        happens, and a lower rate, with which it learns enough in them (bench/first_minutes.py measures that). On other
+        data nothing changes.
+        """
+        if self != _DIGITS or work <= _LARGE_WORK:
+            return self
+        return replace(self, epochs=max(_FEWEST_EPOCHS, round(self.epochs * _LARGE_WORK / work)), lr=_LARGE_RATE)
+
     def rate(self, batch: int) -> float:
         """The peak learning rate at another batch size, to which it is proportional."""
         return self.lr * batch / self.train_batch
@@ -52,6 +63,9 @@ class Defaults:
 _CPU_BATCHES = (128, 8), (48, 32)
 
 _DIGITS = Defaults("crop", 8, "resnet8", 20, 64, 0.05, 5e-4, 256)
+# On the digits: the work an image above which a network is large, the fewest epochs that such a network is taught, and
+# its peak learning rate.
+_LARGE_WORK, _FEWEST_EPOCHS, _LARGE_RATE = 40_000_000, 5, 0.01
 _SMALL = Defaults("crop,flip", 16, "resnet20", 60, 128, 0.1, 5e-4, 256)
 _FILES = Defaults("rrc,flip", 16, "resnet18", 100, 256, 0.1, 1e-4, 128)
 

@@ -20,7 +20,7 @@ def script():
 def test_what_is_stopped_early_leaves_whole_seeds_and_pairs_come_last(script):
     names = ["a", "b", "c", "a+b+c", "a+b", "a+c", "b+c"]
     assert script.jobs(names, "a+b+c", 2) == [
-        *((source, seed) for seed in (0, 1) for source in (script.LABELS, "a", "b", "c", "a+b+c")),
+        *((source, seed) for seed in (0, 1) for source in ("a+b+c", "a", "b", "c", script.LABELS)),
         *((source, seed) for seed in (0, 1) for source in ("a+b", "a+c", "b+c")),
     ]
     assert len(script.jobs(names[:4], "a+b+c", 3)) == 15
@@ -41,7 +41,7 @@ def test_the_tables_show_means_and_differences_of_equal_seeds(script):
     }
     gained = script.compared(found["students"], "a+b", lambda r: r["top1"])
     assert gained == {"labels": pytest.approx([0.16, 0.14]), "a": pytest.approx([0.06, 0.04])}
-    teachers, students = script.tables(found).split("\n\n")
+    teachers, students = script.tables(found).values()
     assert "| a | 60.00 | 1.000 | 0.100 | 80.00 |" in teachers
     line = next(line for line in students.splitlines() if line.startswith("| a |"))
     assert line.split(" | ")[1:3] == ["2", "52.00 ± 2.83"] and line.endswith("| +6.00, +4.00 |")

@@ -20,7 +20,7 @@ from kdcache.pipeline.commandline.options import (
 )
 from kdcache.pipeline.commandline.parameters import from_signature
 from kdcache.pipeline.commandline.terminal import say, show
-from kdcache.pipeline.data.defaults import data_option
+from kdcache.pipeline.data.defaults import DATA, data_option
 from kdcache.pipeline.ensembles.config import MixConfig
 from kdcache.pipeline.imports.config import ImportConfig
 from kdcache.pipeline.sheet.config import ViewsConfig
@@ -35,6 +35,7 @@ def teach(config: TeachConfig, as_json: Json = False) -> None:
 
     Example: kdcache teach --teacher resnet56 --data cifar10 --epochs 60
     """
+    _name_digits(config.data)
     from kdcache.train.teach import teach as run
 
     path, top1 = run(config, say)
@@ -70,6 +71,7 @@ def plan_command(config: BuildConfig, asked: ForecastConfig, registry: Registry 
     Example: kdcache plan --teacher resnet34
              kdcache plan --teacher resnet34 --data imagenet:/data/imagenet --gpus 8
     """
+    _name_digits(config.data)
     from kdcache.train.forecast.forecast import forecast
     from kdcache.train.forecast.table import table
 
@@ -101,6 +103,7 @@ def build(
 
     With a registry, what is published there is not computed again.
     """
+    _name_digits(config.data)
     from kdcache.train.teach import build_and_teach, unreadable_files
 
     if list_unreadable:
@@ -178,6 +181,12 @@ def import_command(config: ImportConfig, as_json: Json = False) -> None:
 
     result = import_logits(config, say)
     show(vars(result), as_json, str(result.path))
+
+
+def _name_digits(data: str) -> None:
+    """Say at once which data these are where the user may have named none: importing torch takes seconds."""
+    if data == DATA:
+        say(f"data: {DATA}, scikit-learn's 8x8 images, to try things out; --data names your own")
 
 
 COMMANDS = (teach, views_command, plan_command, build, pack, unpack, mix, import_command)
