@@ -15,7 +15,7 @@ class ExportConfig:
     """What to export: the last weights of a run folder, or a weights file. None means what the run has."""
 
     run: Annotated[str, Argument()]
-    to: Annotated[FormatName, Option("A file for ONNX's runtimes or for torch.jit.load.")]
+    to: Annotated[FormatName, Option("A file for ONNX's runtimes or for torch.jit.load.", own=True)]
     out: Annotated[str | None, Option("[beside the weights, with .onnx or .pt]", metavar="FILE", own=True)] = None
     data: Annotated[
         str | None, data_option("Images to check the exported network on [the run's evaluation images].", own=True)

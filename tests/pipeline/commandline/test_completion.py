@@ -44,7 +44,7 @@ def offered(words: str, home: Path) -> list[str]:
         ("train --loss skew", ["skew-kl", "skew-rkl"]),
         ("train --loss nkd,tf", ["nkd,tf-nkd"]),
         ("train --loss nkd --loss k", ["kd"]),
-        ("train --loss nkd --student resnet32", ["resnet32", "resnet32x4"]),
+        ("train --loss nkd --student resnet32", ["resnet32", "resnet32x4", "resnet32_a"]),
         ("build --teacher wide_resnet50", ["wide_resnet50_2"]),
         ("build --teacher resnet34 --data cifar", ["cifar10", "cifar100"]),
         ("build --store h", ["hdf5"]),

@@ -38,15 +38,19 @@ SAME_MEANING = {
 }
 # Those that mean something else in these commands, which no setting for all commands reaches.
 OWN = {
-    *((c, "out") for c in ("views", "build", "pack", "unpack", "mix", "train", "import", "pull", "demo", "bench")),
+    *(
+        (c, "out")
+        for c in ("views", "plan", "build", "pack", "unpack", "mix", "train", "import", "pull", "demo", "bench")
+    ),
+    *((command, "out") for command in ("export", "report")),
     *((command, "views") for command in ("views", "pack", "push", "pull")),
     *((command, "name") for command in ("push", "rm")),
     ("views", "samples"),
-    ("build", "batch-size"),
-    ("eval", "cache"),
-    ("eval", "data"),
-    ("eval", "student"),
-    ("eval", "teacher"),
+    *((command, "batch-size") for command in ("plan", "build")),
+    *(("eval", name) for name in ("cache", "data", "student", "teacher", "predictions", "train-images")),
+    *(("export", name) for name in ("data", "images", "student", "to")),
+    ("report", "data"),
+    ("plan", "samples"),
     ("import", "image-size"),
     ("import", "teacher"),
     ("mix", "weights"),
@@ -154,12 +158,12 @@ def test_a_setting_for_all_commands_reaches_those_of_its_meaning(name: str) -> N
 @pytest.mark.parametrize(
     ("toml", "option", "commands"),
     [
-        ("views = 16", "views", {"build", "train", "bench"}),
+        ("views = 16", "views", {"plan", "build", "train", "bench"}),
         ('amp = "fp16"', "amp", {"train"}),
-        ('amp = "bf16"', "amp", {"teach", "build", "train", "bench"}),
-        ('amp = "int8"', "amp", {"teach", "build", "train", "bench"}),  # of none: refused where it is used
+        ('amp = "bf16"', "amp", {"teach", "plan", "build", "train", "bench"}),
+        ('amp = "int8"', "amp", {"teach", "plan", "build", "train", "bench"}),  # of none: refused where it is used
         ("seed = [0, 1]", "seed", {"train"}),
-        ("seed = 1", "seed", {"teach", "views", "build", "train"}),
+        ("seed = 1", "seed", {"teach", "views", "plan", "build", "train"}),
         ('loss = ["ce", "nkd"]', "loss", {"train"}),
         ('loss = "dkd:beta=2,warmup=5"', "loss", {"train", "bench"}),
         ('optimizer = "adamw"', "optimiser", {"train"}),

@@ -298,7 +298,7 @@ def test_training_from_the_file_is_training_from_the_cache(tmp_path, monkeypatch
         metrics[name] = [{k: v for k, v in json.loads(line).items() if k != "seconds"} for line in lines]
     assert metrics["c"] == metrics["c.beton"] and len(metrics["c"]) == 2
     shutil.rmtree("c")
-    evaluated = json.loads(run("eval", "run-c.beton", "--json").output)
+    evaluated = json.loads(run("eval", "run-c.beton", "--json").stdout)
     assert evaluated["top1"] == metrics["c"][evaluated_epoch(metrics["c"])]["top1"]
     assert "give the cache that it was packed from" in run("info", "c.beton", status=2).output
     assert "give the cache itself" in run(*common, "--cache", "c.beton", "--online", status=2).output
