@@ -2,8 +2,8 @@
 
     python bench/plan.py --cifar PATH
 
-Three builds, one after the other: digits; CIFAR-10 (PATH is the folder that cifar10:PATH takes); and JPEG files of
-375x500, cut-outs of scikit-learn's photographs, of which the teacher sees 224 pixels. Each teacher is taught for one
+Three builds, one after the other: digits; CIFAR-10 (PATH has its images in train/CLASS and test/CLASS); and JPEG files
+of 375x500, cut-outs of scikit-learn's photographs, of which the teacher sees 224 pixels. Each teacher is taught for one
 epoch: time does not depend on what it has learnt, and bytes are compared with those of the same teacher's cache. Every
 plan and every build is a process of its own, and they take turns.
 """
@@ -28,7 +28,7 @@ from kdcache.train.bench.bench import machine
 
 CASES = {
     "digits": ("resnet8", "digits", "--views 16"),
-    "cifar10": ("resnet20", "cifar10:{cifar}", "--views 4"),
+    "cifar10": ("resnet20", "imagefolder:{cifar}", "--views 4 --augment crop,flip"),
     "files": ("resnet18", "imagefolder:{files}", "--views 16 --topk 5 --allow-low-accuracy"),
 }
 
@@ -66,7 +66,7 @@ def compare(teacher: str, data: str, options: str, seconds: float, rounds: int, 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--cifar", required=True, help="a folder with cifar-10-batches-py")
+    parser.add_argument("--cifar", required=True, help="a folder of CIFAR-10's images in train/CLASS and test/CLASS")
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seconds", type=float, default=60, help="of each plan, about")
     parser.add_argument("--rounds", type=int, default=3)

@@ -30,7 +30,8 @@ from kdcache.train.forecast.config import ForecastConfig
 _PLAIN, _VIEWS, _BARE, _IMAGES = 0.2, 0.55, 0.1, 0.15
 _RUN = 32  # neighbours that are probed together: in a cache too, neighbours are of one class and compress together
 _LOOKS = 0.25  # seconds between two looks at the clock, for which a GPU has to be waited for
-_KEPT = 2**26  # logits that are kept, at most: 256 MiB
+_USUAL = 2000  # images
+_KEPT = 2**24  # logits that are kept, at most: 64 MiB
 
 
 @dataclass(frozen=True, eq=False)
@@ -104,9 +105,9 @@ def try_out(plan: BuildPlan, config: ForecastConfig, say: Callable[[str], None])
     InputError where the teacher's answers give away that the cache would be wrong, as in a build (suspicions.py).
     """
     started = time.perf_counter()
-    source, batch = _part(plan, config.samples)
-    say(f"trying {len(source.train):,} of {len(plan.source.train):,} training images, for about {config.seconds:g} s")
+    say(f"trying the teacher out, for about {config.seconds:g} s")
     plain = _Plain(plan, config).run()
+    source, batch = _part(plan, config.samples or _affordable(plan, plain.rate * config.seconds * _VIEWS))
     logits, labels, resident, build = _views(plan, source, batch, config.seconds * _VIEWS)
     device, teacher = plan.source.teacher.device, plan.source.teacher
     bare = _timed(device, config.seconds * _BARE, ((len(resident), teacher.logits(resident)) for _ in repeat(None)))
@@ -115,6 +116,13 @@ def try_out(plan: BuildPlan, config: ForecastConfig, say: Callable[[str], None])
     return Probe(
         logits, labels, plain.images, plain.top1, plain.chance, plain.notes, rates, time.perf_counter() - started
     )
+
+
+def _affordable(plan: BuildPlan, answers: float) -> int:
+    """How many images can be tried in so many answers, in all views that are cut together; 2,000 at least."""
+    together = 1 if plan.source.train.in_memory else min(plan.views, plan.views_per_decode)
+    most = _KEPT // plan.source.teacher.classes
+    return max(_USUAL, min(int(answers), most) // together)
 
 
 def _part(plan: BuildPlan, most: int) -> tuple[Source, int]:
@@ -140,7 +148,9 @@ class _Plain:
         self._plan, self._seconds = plan, config.seconds * _PLAIN
         labels = plan.source.train_labels[:, :1].ravel()
         self._ids, self._first = np.unique(labels, return_index=True)
-        count = max(min(suspicions.count_of(len(self._ids), len(plan.source.train)), config.samples), 3 * plan.batch)
+        count = max(
+            min(suspicions.count_of(len(self._ids), len(plan.source.train)), config.samples or _USUAL), 3 * plan.batch
+        )
         self._index = suspicions.choose(labels, len(plan.source.train), count)
         self._labels = labels[self._index] if len(labels) else labels
         self.rate, self.images, self.notes = 0.0, 0, list[str]()
@@ -213,9 +223,10 @@ def _views(plan: BuildPlan, source: Source, batch: int, seconds: float) -> tuple
             first = numbers.stop
     clock.stop()
     renderer.close()
-    # Views that were cut off are as long as the shortest of them.
-    shortest = min(sum(map(len, some)) for some in logits.values())
-    views = sorted(logits)
+    # A view that was cut off is left out where others are whole; otherwise all are as long as the shortest of them.
+    lengths = {view: sum(map(len, some)) for view, some in logits.items()}
+    views = sorted(view for view in lengths if lengths[view] == len(rows)) or sorted(lengths)
+    shortest = min(lengths[view] for view in views)
     stacked = torch.stack([torch.cat(logits[view])[:shortest].cpu() for view in views])
     resident = next(renderer.batches(view_parameters(data, source.identity, 0, rows), [np.arange(batch)])).clone()
     renderer.close()
