@@ -32,12 +32,14 @@ from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.process.screen import Verbosity, set_verbosity
+from kdcache.train.config import TeachConfig
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loop.logs.logs import Logged
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import RunFolder
 from kdcache.train.loop.trainer import fit, new_classifier
 from kdcache.train.losses.families.nkd import NKD
+from kdcache.train.teach import teach
 
 
 def terminal() -> Any:
@@ -77,6 +79,7 @@ def drawing(seconds: float = 6.0) -> dict[str, float]:
 
 def runs(folder: Path, epochs: int, device: torch.device) -> dict[str, Callable[[], None]]:
     """By name, a whole training with or without what is to be measured."""
+    teach(TeachConfig("resnet8", epochs=1, device=str(device)), print)
     build(
         BuildConfig("resnet8", views=2, out=str(folder / "cache"), allow_low_accuracy=True, device=str(device)), print
     )
@@ -92,7 +95,7 @@ def runs(folder: Path, epochs: int, device: torch.device) -> dict[str, Callable[
         set_verbosity(Verbosity.USUAL if bar else Verbosity.QUIET)
         try:
             fit(
-                model, NKD(classes), loader, Recipe(epochs, 0.01), lambda m: {}, out, notes, lambda text: None,
+                model, NKD(), loader, Recipe(epochs, 0.01), lambda m: {}, out, notes, lambda text: None,
                 logged=Logged(log) if log else None,
             )  # fmt: skip
         finally:
@@ -117,6 +120,7 @@ def main() -> None:
     found: dict[str, list[tuple[float, float]]] = {}
     with tempfile.TemporaryDirectory() as folder:
         os.environ |= {"WANDB_MODE": "offline", "MLFLOW_ALLOW_FILE_STORE": "true", "TERM": "xterm-256color"}
+        os.environ["KDCACHE_HOME"] = str(Path(folder) / "home")
         os.environ["MLFLOW_TRACKING_URI"] = (Path(folder) / "mlruns").as_uri()
         cases = {
             name: run
