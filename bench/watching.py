@@ -7,6 +7,7 @@ processes of others do not change it; time on the wall stands beside it. The bar
 """
 
 import argparse
+import contextlib
 import fcntl
 import json
 import os
@@ -46,8 +47,14 @@ def terminal() -> Any:
     """A stream to a terminal of 120 columns, on which nobody looks."""
     ours, theirs = pty.openpty()
     fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", 40, 120, 0, 0))
-    threading.Thread(target=lambda: [None for _ in iter(lambda: os.read(ours, 65536), b"")], daemon=True).start()
+    threading.Thread(target=_read_all, args=(ours,), daemon=True).start()
     return os.fdopen(theirs, "w")
+
+
+def _read_all(descriptor: int) -> None:
+    with contextlib.suppress(OSError):  # the other end was closed
+        while os.read(descriptor, 65536):
+            pass
 
 
 def drawing(seconds: float = 6.0) -> dict[str, float]:
