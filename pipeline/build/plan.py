@@ -47,6 +47,11 @@ class BuildPlan:
         return self.identity.key
 
     @property
+    def views_together(self) -> int:
+        """How many views are computed from the same decoded images."""
+        return 1 if self.source.train.in_memory else min(self.views, self.views_per_decode)
+
+    @property
     def path(self) -> Path:
         """The folder of the cache."""
         return self.folder or caches_folder() / self.key

@@ -55,8 +55,9 @@ def forecast(
     probe = try_out(plan, asked, say)
     rows = by_classes(plan.identity.record, probe.logits, probe.labels)
     own = next(row for row in rows if row["k"] == plan.identity.record.k)
+    beside = _bytes_beside_records(plan)
     for row in rows:
-        row["cache_bytes"] = _cache_bytes(plan, row["k"], row["bytes"])
+        row["cache_bytes"] = round(beside + _cache_bytes(plan, row["k"], row["bytes"]))
     missing = {split: sum(len(s.rows) for s in shards if s.split.name == split) for split in ("train", "eval")}
     found = {
         "teacher": plan.identity.teacher.architecture, "data": config.data, "policy": plan.identity.views.policy,
@@ -97,15 +98,23 @@ def _times(plan: BuildPlan, probe: Probe, missing: dict[str, int], opened: float
     }  # fmt: skip
 
 
-def _cache_bytes(plan: BuildPlan, k: int | None, record_bytes: float) -> int:
-    """Bytes of the whole cache: records as they were weighed, all else as it will be, or nearly so."""
-    identity = plan.identity.model_copy(update={"record": plan.identity.record.model_copy(update={"k": k})})
-    total = float(len(canonical(identity)))
-    for split, views, data, labels in _splits(plan):
-        layout = SplitLayout(identity, split)
-        total += views * layout.samples * record_bytes
+def _bytes_beside_records(plan: BuildPlan) -> int:
+    """Bytes of the labels and the image sizes as they are stored, whatever the records hold."""
+    total = 0
+    for split, _, data, labels in _splits(plan):
+        layout = SplitLayout(plan.identity, split)
         total += _encoded(layout.labels, labels) if layout.labels.shape[1] else 0
         total += _encoded(layout.sizes, data.sizes) if layout.sizes else 0
+    return total
+
+
+def _cache_bytes(plan: BuildPlan, k: int | None, record_bytes: float) -> float:
+    """Bytes of records as they were weighed, and of the prior, the metadata and the commits, or nearly so."""
+    identity = plan.identity.model_copy(update={"record": plan.identity.record.model_copy(update={"k": k})})
+    total = float(len(canonical(identity)))
+    for split, views, *_ in _splits(plan):
+        layout = SplitLayout(identity, split)
+        total += views * layout.samples * record_bytes
         if layout.has_prior:
             total += sum(
                 math.prod(spec.shape) * np.dtype(spec.dtype).itemsize for spec in (layout.prior, layout.tail_sums)
@@ -116,7 +125,7 @@ def _cache_bytes(plan: BuildPlan, k: int | None, record_bytes: float) -> int:
             metadata |= dict(file for chunk in found for file in chunks.metadata_files(chunk))
             total += _COMMIT_BYTES + len(found) * _CHUNK_BYTES if found else 0
         total += sum(len(make()) for make in metadata.values())
-    return round(total)
+    return total
 
 
 def _encoded(spec: ArraySpec, rows: NDArray[Any]) -> int:
@@ -157,9 +166,10 @@ def _memory(plan: BuildPlan) -> dict[str, int]:
     here = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * unit
     largest = resource.getrusage(resource.RUSAGE_CHILDREN).ru_maxrss * unit
     part = min(plan.identity.part, len(plan.source.train))
-    together = 1 if plan.source.train.in_memory else min(plan.views, plan.views_per_decode)
     raw = sum(spec.chunk_bytes for spec in record_arrays(plan.identity.record, part, part))
-    found = {"host": here + 2 * raw * together} | ({} if plan.source.train.in_memory else {"a_worker": largest})
+    found = {"host": here + 2 * raw * plan.views_together} | (
+        {} if plan.source.train.in_memory else {"a_worker": largest}
+    )
     device = plan.source.teacher.device
     return found | ({"gpu": torch.cuda.max_memory_allocated(device)} if device.type == "cuda" else {})
 

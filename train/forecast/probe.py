@@ -107,11 +107,11 @@ def try_out(plan: BuildPlan, config: ForecastConfig, say: Callable[[str], None])
     started = time.perf_counter()
     say(f"trying the teacher out, for about {config.seconds:g} s")
     plain = _Plain(plan, config).run()
-    source, batch = _part(plan, config.samples or _affordable(plan, plain.rate * config.seconds * _VIEWS))
-    logits, labels, resident, build = _views(plan, source, batch, config.seconds * _VIEWS)
+    source = _part(plan, config.samples or _affordable(plan, plain.rate * config.seconds * _VIEWS))
+    logits, labels, resident, build = _views(plan, source, config.seconds * _VIEWS)
     device, teacher = plan.source.teacher.device, plan.source.teacher
     bare = _timed(device, config.seconds * _BARE, ((len(resident), teacher.logits(resident)) for _ in repeat(None)))
-    pixels = _timed(device, config.seconds * _IMAGES, _pixels(plan, source, batch))
+    pixels = _timed(device, config.seconds * _IMAGES, _pixels(plan, source))
     rates = {"build": build, "evaluation": plain.rate, "teacher": bare, "images": pixels}
     return Probe(
         logits, labels, plain.images, plain.top1, plain.chance, plain.notes, rates, time.perf_counter() - started
@@ -120,13 +120,12 @@ def try_out(plan: BuildPlan, config: ForecastConfig, say: Callable[[str], None])
 
 def _affordable(plan: BuildPlan, answers: float) -> int:
     """How many images can be tried in so many answers, in all views that are cut together; 2,000 at least."""
-    together = 1 if plan.source.train.in_memory else min(plan.views, plan.views_per_decode)
     most = _KEPT // plan.source.teacher.classes
-    return max(_USUAL, min(int(answers), most) // together)
+    return max(_USUAL, min(int(answers), most) // plan.views_together)
 
 
-def _part(plan: BuildPlan, most: int) -> tuple[Source, int]:
-    """The plan's source with whole batches of its training images, drawn in runs of neighbours; and the batch."""
+def _part(plan: BuildPlan, most: int) -> Source:
+    """The plan's source with whole batches of its training images, drawn in runs of neighbours."""
     source, samples = plan.source, len(plan.source.train)
     count = max(1, min(most, samples) // plan.batch) * plan.batch
     runs = -(-samples // _RUN)
@@ -135,7 +134,7 @@ def _part(plan: BuildPlan, most: int) -> tuple[Source, int]:
     chosen = np.sort(places[places < samples][:count])
     train = source.train.subset(chosen)
     identity = source.identity.model_copy(update={"data": describe_data(train, False)})
-    return replace(source, train=train, train_labels=source.train_labels[chosen], identity=identity), plan.batch
+    return replace(source, train=train, train_labels=source.train_labels[chosen], identity=identity)
 
 
 class _Plain:
@@ -194,10 +193,9 @@ class _Plain:
             self.top1, self.chance = found.accuracy, found.expected
 
 
-def _views(plan: BuildPlan, source: Source, batch: int, seconds: float) -> tuple[Tensor, Tensor, Tensor, float]:
+def _views(plan: BuildPlan, source: Source, seconds: float) -> tuple[Tensor, Tensor, Tensor, float]:
     """Logits and labels as in Probe, one batch of pixels as the teacher gets it, and the images a second."""
-    rows, data = range(len(source.train)), source.train
-    together = min(plan.views, 1 if data.in_memory else plan.views_per_decode)
+    rows, data, batch = range(len(source.train)), source.train, plan.batch
     renderer = teacher_renderer(data, source, plan.workers)
     clock, kept = _Clock(source.teacher.device, seconds), max(1, _KEPT // (len(rows) * source.teacher.classes))
     logits: dict[int, list[Tensor]] = {}
@@ -205,7 +203,7 @@ def _views(plan: BuildPlan, source: Source, batch: int, seconds: float) -> tuple
     more, first = True, 0
     with Progress("probe", len(rows) * plan.views, "records") as progress:
         while more and first < plan.views:
-            numbers = range(first, min(first + together, plan.views))
+            numbers = range(first, min(first + plan.views_together, plan.views))
             drawn = [view_parameters(data, source.identity, view, rows) for view in numbers]
             starts = [0] * len(drawn)
             found = answers(source, renderer, source.train_labels, drawn, starts, rows, batch)
@@ -234,12 +232,11 @@ def _views(plan: BuildPlan, source: Source, batch: int, seconds: float) -> tuple
         return stacked.clone(), torch.stack([labels[v][:shortest] for v in views]), resident, clock.rate()
 
 
-def _pixels(plan: BuildPlan, source: Source, batch: int) -> Iterator[tuple[int, Any]]:
+def _pixels(plan: BuildPlan, source: Source) -> Iterator[tuple[int, Any]]:
     """The images and the pixels of each batch of the views, without end."""
-    data, rows = source.train, range(len(source.train))
-    together = 1 if data.in_memory else plan.views_per_decode
+    data, rows, batch = source.train, range(len(source.train)), plan.batch
     renderer = teacher_renderer(data, source, plan.workers)
-    drawn = [view_parameters(data, source.identity, view, rows) for view in range(min(together, plan.views))]
+    drawn = [view_parameters(data, source.identity, view, rows) for view in range(plan.views_together)]
     batches: list[tuple[NDArray[np.int64], range]] = [
         (np.arange(i, i + batch), range(len(drawn))) for i in range(0, len(rows), batch)
     ]
