@@ -9,7 +9,6 @@ from dataclasses import dataclass, replace
 from itertools import islice
 from pathlib import Path
 
-import numpy as np
 import torch
 
 from kdcache.cache.errors import InputError, MismatchError
@@ -29,7 +28,6 @@ from kdcache.pipeline.build.spool import SPOOL_SECONDS, WAITING_SECONDS, clear, 
 from kdcache.pipeline.process import provenance
 from kdcache.pipeline.process.progress import Progress, duration, percent, size
 from kdcache.pipeline.process.rank import this_rank
-from kdcache.pipeline.views.parameters import evaluation_view
 from kdcache.pipeline.views.render import Renderer
 
 _TIMED = 512  # images of the probe, at most
@@ -187,11 +185,8 @@ def _probe(plan: BuildPlan, images: int, renderer: Renderer, say: Say) -> tuple[
     InputError where the teacher's answers give away that the cache would be wrong (suspicions.py).
     """
     source, teacher, batch = plan.source, plan.source.teacher, plan.batch
-    data, labels = source.train, source.train_labels[:, :1].ravel()
-    ids, first = np.unique(labels, return_index=True)
-    index = suspicions.choose(labels, len(data), suspicions.count_of(len(ids), images))
-    batches = [index[i : i + batch] for i in range(0, len(index), batch)]
-    rendered = renderer.batches(evaluation_view(data.sizes, whole=data.in_memory), batches)
+    trial = suspicions.choose_trial(source, lambda classes: suspicions.count_of(classes, images))
+    index, rendered = trial.samples, trial.rendered(source, renderer, batch)
     timed = list(islice(rendered, -(-_TIMED // batch)))
     suspicions.require_steady(teacher.logits, teacher.model, timed[0], plan.identity.teacher.numeric)
     start = time.monotonic()
@@ -203,9 +198,7 @@ def _probe(plan: BuildPlan, images: int, renderer: Renderer, say: Say) -> tuple[
             answered.append(teacher.logits(pixels).cpu())
             progress.advance(len(pixels))
     logits = torch.cat(answered)
-    names = {int(i): data.class_names[at] for i, at in zip(ids, data.labels[first, :1].ravel(), strict=True)}
-    known = labels[index] if names else labels
-    for note in suspicions.examine(logits, index, known, names, plan.allow_low_accuracy):
+    for note in suspicions.examine(logits, index, trial.labels, trial.names, plan.allow_low_accuracy):
         say(f"note: {note}")
     some = slice(None, None, -(-len(index) // _TIMED))
     return rate, _record_bytes(source, logits[some], torch.from_numpy(source.train_labels[index][some]))

@@ -7,7 +7,7 @@ Shapes: M images that are probed, C the teacher's classes, D those of them that 
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from math import comb
 from typing import NamedTuple
 
@@ -18,6 +18,9 @@ from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from kdcache.cache.errors import InputError
+from kdcache.pipeline.build.source import Source
+from kdcache.pipeline.views.parameters import evaluation_view
+from kdcache.pipeline.views.render import Renderer
 
 _ALLOW = "--allow-low-accuracy builds all the same"
 _PER_CLASS, _TOGETHER = 16, 4
@@ -56,6 +59,32 @@ def choose(labels: NDArray[np.int64], samples: int, count: int) -> NDArray[np.in
         rank[by_class], first[by_class] = np.arange(samples) - begins, by_class[begins]
         shuffled = shuffled[np.lexsort((rank, first, rank // _TOGETHER))]
     return np.sort(shuffled[:count]).astype(np.int64)
+
+
+class Trial(NamedTuple):
+    """Training images that a teacher is tried out with, as they are, without augmentation.
+
+    samples: [M]; labels: [M] in the teacher's classes, [0] where unlabelled; names: those of the data's classes, by the
+    teacher's ids.
+    """
+
+    samples: NDArray[np.int64]
+    labels: NDArray[np.int64]
+    names: dict[int, str]
+
+    def rendered(self, source: Source, renderer: Renderer, batch: int) -> Iterator[Tensor]:
+        """The images in batches, uint8 [B, 3, S, S]."""
+        batches = [self.samples[i : i + batch] for i in range(0, len(self.samples), batch)]
+        return renderer.batches(evaluation_view(source.train.sizes, whole=source.train.in_memory), batches)
+
+
+def choose_trial(source: Source, count: Callable[[int], int]) -> Trial:
+    """Choose images to try the teacher out with. count: how many, by the number of classes that the data have."""
+    data, labels = source.train, source.train_labels[:, :1].ravel()
+    ids, first = np.unique(labels, return_index=True)
+    samples = choose(labels, len(data), count(len(ids)))
+    names = {int(i): data.class_names[at] for i, at in zip(ids, data.labels[first, :1].ravel(), strict=True)}
+    return Trial(samples, labels[samples] if names else labels, names)
 
 
 def mapped_answers(logits: Tensor, ids: NDArray[np.int64]) -> NDArray[np.int64]:

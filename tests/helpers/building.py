@@ -26,7 +26,7 @@ def first(count):
         return (pixels[:count], labels[:count], names) if split == "train" else (pixels, labels, names)
     return few
 
-one, two, three, seven = first(1), first(2), first(3), first(7)
+one, pair, three, seven = first(1), first(2), first(3), first(7)
 
 def net(classes, width=8, stride=2, side=3):
     with torch.random.fork_rng():

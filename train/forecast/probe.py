@@ -23,7 +23,6 @@ from kdcache.pipeline.build.plan import BuildPlan
 from kdcache.pipeline.build.source import Source
 from kdcache.pipeline.data.split import describe_data
 from kdcache.pipeline.process.progress import Progress
-from kdcache.pipeline.views.parameters import evaluation_view
 from kdcache.train.forecast.config import ForecastConfig
 
 # How the time is divided: plain images, views, the bare teacher, the images alone.
@@ -145,23 +144,18 @@ class _Plain:
 
     def __init__(self, plan: BuildPlan, config: ForecastConfig) -> None:
         self._plan, self._seconds = plan, config.seconds * _PLAIN
-        labels = plan.source.train_labels[:, :1].ravel()
-        self._ids, self._first = np.unique(labels, return_index=True)
-        count = max(
-            min(suspicions.count_of(len(self._ids), len(plan.source.train)), config.samples or _USUAL), 3 * plan.batch
+        images, most = len(plan.source.train), config.samples or _USUAL
+        self._trial = suspicions.choose_trial(
+            plan.source, lambda classes: max(min(suspicions.count_of(classes, images), most), 3 * plan.batch)
         )
-        self._index = suspicions.choose(labels, len(plan.source.train), count)
-        self._labels = labels[self._index] if len(labels) else labels
         self.rate, self.images, self.notes = 0.0, 0, list[str]()
         self.top1: float | None = None
         self.chance: float | None = None
 
     def run(self) -> _Plain:
-        source, batch, index = self._plan.source, self._plan.batch, self._index
-        data, teacher = source.train, source.teacher
-        renderer = teacher_renderer(data, source, self._plan.workers)
-        batches = [index[i : i + batch] for i in range(0, len(index), batch)]
-        rendered = renderer.batches(evaluation_view(data.sizes, whole=data.in_memory), batches)
+        source, teacher = self._plan.source, self._plan.source.teacher
+        renderer = teacher_renderer(source.train, source, self._plan.workers)
+        rendered = self._trial.rendered(source, renderer, self._plan.batch)
         clock, answered = _Clock(teacher.device, self._seconds), []
         with closing(_generator(rendered)) as images:
             first = next(images)
@@ -180,13 +174,13 @@ class _Plain:
         return self
 
     def _examine(self, logits: Tensor) -> None:
-        data, self.images = self._plan.source.train, len(logits)
-        labels = self._labels[: self.images]
-        names = {
-            int(i): data.class_names[at] for i, at in zip(self._ids, data.labels[self._first, :1].ravel(), strict=True)
-        }
-        allow = self._plan.allow_low_accuracy
-        self.notes = suspicions.examine(logits, self._index[: self.images], labels, names, allow)
+        self.images = len(logits)
+        samples, labels, names = (
+            self._trial.samples[: self.images],
+            self._trial.labels[: self.images],
+            self._trial.names,
+        )
+        self.notes = suspicions.examine(logits, samples, labels, names, self._plan.allow_low_accuracy)
         if names:
             answered = suspicions.mapped_answers(logits, np.array(sorted(names), np.int64))
             found = suspicions.agreement(labels, answered)

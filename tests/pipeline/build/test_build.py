@@ -181,7 +181,7 @@ def test_whether_the_teacher_is_compiled_depends_on_neither_what_is_left_nor_ran
     def compiled(of, records, choice=None):
         monkeypatch.setattr(plan, "WORTH_COMPILING", records)
         planned = plan.plan_build(settings(compile=choice), of)
-        return build_module._compiled(planned, quiet).source.teacher.compiled is not None
+        return build_module.compiled(planned, quiet).source.teacher.compiled is not None
 
     usual = 150 * 16
     assert compiled(on_gpu, usual) and not compiled(on_gpu, usual + 1) and not compiled(source, usual)

@@ -48,7 +48,7 @@ def mixed_by_hand(source, view):
     return torch.from_numpy(np.stack(found).astype(np.uint8)), partner
 
 
-@pytest.mark.parametrize(("name", "samples", "part"), [("one", 1, 4), ("two", 2, 1), ("three", 3, 2), ("seven", 7, 3)])
+@pytest.mark.parametrize(("name", "samples", "part"), [("one", 1, 4), ("pair", 2, 1), ("three", 3, 2), ("seven", 7, 3)])
 def test_partners_are_found_in_any_number_of_samples_and_beyond_the_part(tmp_path, name, samples, part):
     """Of an odd number one stays alone; parts are smaller than the data, and do not divide them."""
     config = settings(
