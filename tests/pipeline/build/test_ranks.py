@@ -87,7 +87,8 @@ def test_a_killed_rank_is_started_again_and_the_build_goes_on(taught, tmp_path, 
         out, err = ended(process)
     assert process.returncode == 0 and json.loads(out)["views"] == 6
     assert any(f"pid: {dead}" in line and "exitcode: -9" in line for line in err)
-    assert not list((tmp_path / "c" / "leases").iterdir())
+    # A process that is killed while it writes its lease leaves a temporary file, which later builds remove by its age.
+    assert not [file for file in (tmp_path / "c" / "leases").iterdir() if file.suffix != ".tmp"]
     (weights,) = home.glob("teachers/*/*.safetensors")
     build(BuildConfig("resnet8", str(weights), views=6, device="cpu", out=str(tmp_path / "alone")), lambda line: None)
     assert content(tmp_path / "alone") == content(tmp_path / "c")
