@@ -1,6 +1,7 @@
 """How fast a build reads the images of each kind of data, beside imagefolder; and what opening an index costs.
 
     python bench/kinds.py speed [--images 600] [--rounds 9]
+    python bench/kinds.py build [--images 600] [--rounds 9]
     python bench/kinds.py index [--samples 1281167] [--kinds imagefolder,table,parquet,paths,wds,hf,own]
 
 speed: the same JPEG files of ImageNet's sizes (cuts of scikit-learn's two photographs, enlarged) in every kind of data.
@@ -9,6 +10,9 @@ by as many worker processes as there are cores, which is all that a build does b
 rates of the same round. Rates by processor time, of this process and its workers, hold on a busy machine too. Decoding
 alone is timed in one process, by processor time, 20 images at a time in turns. "PIL, RGB" is what torchvision's own
 Datasets give: user's code decodes with PIL there, and kdcache cannot make it quicker.
+
+build: `kdcache build` of one view of the same files by a ResNet-18 at 224 pixels: whole builds, each in a process of
+its own, in turns. images_per_second is what the teacher answered for by the seconds that the build itself states.
 
 index: the train split is opened for the first and for the second time, each in a process of its own, and with labels.
 Files are hard links to 64 images, in 1,000 folders. Of the tars every second is a link to another. The Dataset gives
@@ -216,6 +220,36 @@ def speed(work: Path, images: int, rounds: int) -> dict[str, Any]:
     }
 
 
+def builds(work: Path, images: int, rounds: int) -> dict[str, Any]:
+    """Images/s of whole builds from every kind, and how they compare with imagefolder's."""
+    specs = speed_specs(work, images)
+    env = {**os.environ, "KDCACHE_HOME": str(work / "home"), "PYTHONPATH": str(work)}
+
+    def kdcache(*words: str) -> dict[str, Any]:
+        command = [sys.executable, "-m", "kdcache.cli", *words, "--json"]
+        found = json.loads(subprocess.run(command, env=env, check=True, stdout=subprocess.PIPE).stdout)
+        assert isinstance(found, dict)
+        return found
+
+    kdcache("teach", "--teacher", "resnet18", "--data", specs["imagefolder"], "--epochs", "1")
+    (weights,) = (work / "home").glob("teachers/*/*.safetensors")
+    rates: dict[str, list[float]] = {name: [] for name in specs}
+    for turn in range(rounds):
+        for name in random.Random(turn).sample(list(specs), len(specs)):
+            out = str(work / f"cache-{turn}-{list(specs).index(name)}")
+            options = ("--views", "1", "--allow-low-accuracy", "--out", out)
+            built = kdcache(
+                "build", "--teacher", "resnet18", "--weights", str(weights), "--data", specs[name], *options
+            )
+            rates[name].append(built["teacher_images"] / built["seconds"])
+    return {
+        "command": f"python bench/kinds.py build --images {images} --rounds {rounds}",
+        "images": images,
+        "images_per_second": {name: spread(rate) for name, rate in rates.items()},
+        "relative_to_imagefolder": {name: against(rate, rates["imagefolder"]) for name, rate in rates.items()},
+    }
+
+
 def with_workers() -> float:
     """Seconds of processor time of this process and of its workers, which go on living."""
     ticks = 0
@@ -362,7 +396,7 @@ def open_one(spec: str) -> None:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("part", choices=["speed", "index", "open"])
+    parser.add_argument("part", choices=["speed", "build", "index", "open"])
     parser.add_argument("spec", nargs="?", help="what `index` opens in processes of its own")
     parser.add_argument("--images", type=int, default=600)
     parser.add_argument("--rounds", type=int, default=9)
@@ -377,7 +411,10 @@ def main() -> None:
         work = Path(place)
         sys.path.insert(0, place)
         load = os.getloadavg()[0]
-        found = speed(work, a.images, a.rounds) if a.part == "speed" else index(work, a.samples, a.kinds.split(","))
+        if a.part == "index":
+            found = index(work, a.samples, a.kinds.split(","))
+        else:
+            found = (speed if a.part == "speed" else builds)(work, a.images, a.rounds)
     results = json.loads(a.out.read_text()) if a.out.exists() else {}
     results[a.part] = {"machine": machine(), "load_average": load, **found}
     a.out.write_text(json.dumps(results, indent=2) + "\n")
