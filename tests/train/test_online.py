@@ -13,6 +13,7 @@ from kdcache.tests.helpers.training import BATCH, quiet, student, teacher_of
 from kdcache.train.config import TrainConfig
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.live import OnlineLoader
+from kdcache.train.loaders.slabs import Slab
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.trainer import fit
 from kdcache.train.losses import IKL
@@ -62,7 +63,7 @@ class SlabsFromTheTeacher:
 
     def __init__(self, cache, source, batch):
         self._inner = CachedLoader(cache, source.train, batch)
-        self._inner._read = self._read
+        self._inner._slabs._read = self._read
         self._source = source
 
     def _read(self, view, spare):
@@ -73,7 +74,7 @@ class SlabsFromTheTeacher:
             None, *(torch.cat([getattr(p, f) for p in parts]) for f in ("gaps", "target_gap", "tail", "labels")), 10, ()
         )
         parameters = view_parameters(self._source.train, self._source.identity, view, rows)
-        return whole, parameters
+        return Slab(whole, parameters)
 
     def set_epoch(self, epoch):
         self._inner.set_epoch(epoch)

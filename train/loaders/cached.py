@@ -110,13 +110,17 @@ class CachedLoader(Epochs):
     that batch_size has to be even for each rank. batch_size is that of all `world` ranks together; samples that fill no
     batch are left out of the epoch.
 
-    Epoch e takes complete view e mod V. The first iterator reads epoch 0 and each later one the epoch after the last
-    that was begun, from its first batch on; set_epoch(e), also as sampler.set_epoch(e), chooses another. `epoch` and
-    `view` say what is read.
+    Epoch e takes complete view e mod V, unless crops_per_decode says otherwise. The first iterator reads epoch 0 and
+    each later one the epoch after the last that was begun, from its first batch on; set_epoch(e), also as
+    sampler.set_epoch(e), chooses another. `epoch` and `view` say what is read.
 
     data: a Dataset, or its name as in --data. image_size: pixels for the student, by default those of the images
     (in memory) or of the teacher (files). views: use only the first so many. samples: train on these alone, places in
     ascending order. Raises MismatchError when the data are not the cache's, NotFoundError when no view is complete.
+
+    crops_per_decode: a batch holds B / m images, each in m views one after the other, so that a file is decoded once
+    for m crops. m epochs are a round, in which every image is taken once in each of m views: after it, every image has
+    been seen in the same views as after m epochs without. InputError where B is no multiple of m.
     """
 
     def __init__(
@@ -133,12 +137,13 @@ class CachedLoader(Epochs):
         views: int | None = None,
         workers: int | None = None,
         samples: NDArray[np.int64] | None = None,
+        crops_per_decode: int = 1,
     ) -> None:
         self.cache, self.data = cache, opened(cache, data)
         self._views = complete_views(cache, views)
-        self._order = EpochOrder(
-            len(self.data) if samples is None else samples, batch_size, rank, world, seed, cache.identity.views.mixed
-        )
+        mixed, chosen = cache.identity.views.mixed, len(self.data) if samples is None else samples
+        self._order = EpochOrder(chosen, batch_size, rank, world, seed, mixed, crops_per_decode)
+        self._require_crops(cache.where, mixed)
         self._device = torch.device(device)
         self._renderer = renderer_for(cache, self.data, image_size, self._device, workers)
         self._mean, self._std = (
@@ -153,11 +158,11 @@ class CachedLoader(Epochs):
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """Yield the same batches with uint8 images, not normalised. start: skip so many batches without rendering."""
         epoch = self._order.next_epoch
-        with self._slabs.taken([self._view_of(epoch)], [self._view_of(epoch + 1)]) as (slab,):
+        with self._slabs.taken(self._views_of(epoch), self._views_after(epoch)) as slabs:
             self._order.begin(epoch)
-            batches = self._order.batches(epoch, partners_of(slab.parameters))[start:]
-            rendered = self._renderer.batches(slab.table, batches)
-            for images, (labels, records) in zip(rendered, slab.gathered(batches), strict=True):
+            batches = self._order.batches(epoch, partners_of(slabs[0].parameters))[start:]
+            rendered = self._renderer.crops([slab.table for slab in slabs], batches)
+            for images, (labels, records) in zip(rendered, slabs[0].gathered(batches, *slabs[1:]), strict=True):
                 yield images, labels, records
 
     def _read(self, view: int, spare: Records | None) -> Slab:

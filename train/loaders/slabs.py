@@ -31,9 +31,9 @@ class Slab:
         """The parameters as a renderer takes them."""
         return Table(self.parameters, 0)
 
-    def gathered(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Tensor, Records]]:
-        """Labels and records of each batch of samples."""
-        return gathered(self.records, batches)
+    def gathered(self, batches: Sequence[NDArray[np.int64]], *others: Slab) -> Iterator[tuple[Tensor, Records]]:
+        """Labels and records of each batch of samples; with other views, those of a sample follow each other."""
+        return gathered(self.records, batches, *(slab.records for slab in others))
 
 
 Read = Callable[[int, Records | None], Slab]  # a view, and records whose memory may be used again
