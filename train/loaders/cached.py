@@ -1,13 +1,11 @@
 """CachedLoader: batches of (images, labels, records), in which a cache's records meet their pixels.
 
-The records of an epoch are one slab on the device, gathered by index. The next epoch's slab is read ahead in a thread.
+The records of an epoch are one slab on the device (slabs.py), gathered by index.
 """
 
 from __future__ import annotations
 
-from collections import Counter
 from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import replace
 
 import numpy as np
@@ -27,7 +25,8 @@ from kdcache.pipeline.views.operations.kinds.mix import label_weights
 from kdcache.pipeline.views.parameters import DrawnView, Parameters, draw_as, imported_view
 from kdcache.pipeline.views.policy import policy_of
 from kdcache.pipeline.views.render import RENDERER, Renderer, normalised
-from kdcache.train.loaders.order import EpochOrder, Epochs, gathered
+from kdcache.train.loaders.order import EpochOrder, Epochs
+from kdcache.train.loaders.slabs import Slab, Slabs
 
 
 def require_data(cache: Stored, data: Dataset) -> None:
@@ -151,9 +150,7 @@ class CachedLoader(Epochs):
         self._mean, self._std = (
             torch.tensor(v, device=self._device).view(1, 3, 1, 1) * 255 for v in (self.data.mean, self.data.std)
         )
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdcache-slab")
-        self._slabs: dict[int, Future[tuple[Records, Parameters]]] = {}
-        self._in_use = Counter[int]()
+        self._slabs = Slabs(self._read, reuse=self._device.type == "cpu")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
         for images, labels, records in self.steps():
@@ -162,40 +159,18 @@ class CachedLoader(Epochs):
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """Yield the same batches with uint8 images, not normalised. start: skip so many batches without rendering."""
         epoch = self._order.next_epoch
-        now, after = self._view_of(epoch), self._view_of(epoch + 1)
-        spare = self._drop_others(now, after)
-        for view in (now, after):
-            if view not in self._slabs:
-                self._slabs[view] = self._thread.submit(self._read, view, spare)
-                spare = None
-        records, parameters = self._slabs[now].result()
-        self._order.begin(epoch)
-        batches = self._order.batches(epoch, partners_of(parameters))[start:]
-        rendered = self._renderer.batches(parameters, batches)
-        self._in_use[now] += 1
-        try:
-            for images, (labels, answers) in zip(rendered, gathered(records, batches), strict=True):
-                yield images, labels, answers
-        finally:
-            self._in_use[now] -= 1
+        with self._slabs.taken([self._view_of(epoch)], [self._view_of(epoch + 1)]) as (slab,):
+            self._order.begin(epoch)
+            batches = self._order.batches(epoch, partners_of(slab.parameters))[start:]
+            rendered = self._renderer.batches(slab.table, batches)
+            for images, (labels, records) in zip(rendered, slab.gathered(batches), strict=True):
+                yield images, labels, records
 
-    def _drop_others(self, *wanted: int) -> Records | None:
-        """Forget the slabs of other views and those that could not be read; return one that can be reused, or None."""
-        spare = None
-        for view, slab in list(self._slabs.items()):
-            sound = slab.done() and slab.exception() is None
-            if view not in wanted or (slab.done() and not sound):
-                del self._slabs[view]
-                # Not while an earlier iterator, which may go on, takes batches from it.
-                if sound and self._device.type == "cpu" and not self._in_use[view]:
-                    spare = slab.result()[0]
-        return spare
-
-    def _read(self, view: int, spare: Records | None) -> tuple[Records, Parameters]:
+    def _read(self, view: int, spare: Records | None) -> Slab:
         drawn = stored_view(self.cache, self.data, view)
         records = self.cache.read(view, spare)
         shares = shares_of(drawn, records.labels.shape[1], self._renderer.size)
-        return replace(records, label_weights=shares).to(self._device), drawn
+        return Slab(replace(records, label_weights=shares).to(self._device), drawn)
 
 
 def renderer_for(
