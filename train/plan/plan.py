@@ -126,7 +126,10 @@ class TrainPlan:
             f"{images // self.batch:,} steps, and {crops} epochs take every image once in each of those views"
         )
         if rest := self.recipe.epochs % crops:
-            told += f"; {self.recipe.epochs} epochs end after {rest} of {crops}, with as large a part of the images"
+            told += (
+                f"; {self.recipe.epochs} is no multiple of {crops}, so {rest}/{crops} of the images are taken in "
+                f"{crops} views more than the others"
+            )
         return told
 
     def __str__(self) -> str:

@@ -1,6 +1,9 @@
 """Loaders that take every image in several views at once: the same records, as often, and what cannot be."""
 
+import json
 from collections import Counter
+from dataclasses import replace
+from types import SimpleNamespace
 
 import numpy as np
 import pytest
@@ -10,10 +13,13 @@ from kdcache.cache import KdcacheError, open_cache
 from kdcache.pipeline.views.parameters import draw_as
 from kdcache.pipeline.views.render import Renderer
 from kdcache.tests.helpers.training import BATCH, teacher_of
+from kdcache.train.config import TrainConfig
 from kdcache.train.evaluation.validation import held_out_part
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.live import OnlineLoader
 from kdcache.train.loaders.order import EpochOrder, Epochs
+from kdcache.train.plan.feeds import FFCVFeed
+from kdcache.train.run import train
 
 
 class Bare(Epochs):
@@ -112,3 +118,23 @@ def test_more_crops_than_views_are_refused(home, data):
     for more, there in (({}, 3), ({"views": 2}, 2)):
         with pytest.raises(KdcacheError, match=f"--crops-per-decode 4 takes 4 views at once, and {there} of .*default"):
             CachedLoader(cache, data, 128, crops_per_decode=4, **more)
+
+
+def test_what_ffcv_decodes_is_refused():
+    feed = FFCVFeed(SimpleNamespace(where="digits.beton"))
+    with pytest.raises(KdcacheError, match=r"is of no use for digits\.beton, which FFCV decodes once for every crop"):
+        feed.loader(None, 128, False, print, crops_per_decode=2)
+
+
+def test_a_run_tells_what_its_batches_and_epochs_hold_and_is_resumed_as_it_was(home, tmp_path):
+    said, out = [], tmp_path / "run"
+    config = TrainConfig("ce", cache=str(home / "default"), student="resnet8", crops_per_decode=3, out=str(out))
+    assert train(replace(config, epochs=4, batch_size=300), said.append)["epochs"] == 4
+    told = [line for line in said if line.startswith("each batch")]
+    assert told == [
+        "each batch of 300 holds 100 images in 3 views, an epoch has 4 steps, and 3 epochs take every image once in "
+        "each of those views; 4 is no multiple of 3, so 1/3 of the images are taken in 3 views more than the others"
+    ]
+    (out / "summary.json").unlink()
+    train(TrainConfig(out=str(out), resume=True), said.append)
+    assert told[0] in said[-3:] and json.loads((out / "config.json").read_text())["crops_per_decode"] == 3
