@@ -69,7 +69,7 @@ class SlabsFromTheTeacher:
     def draw(self, view):
         return view_parameters(self._source.train, self._source.identity, view, range(len(self._source.train)))
 
-    def compare(self, view, drawn):
+    def compare(self, view, drawn, hurry):
         pass
 
     def read(self, wanted, drawn, spare, hurry):

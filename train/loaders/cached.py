@@ -26,7 +26,7 @@ from kdcache.pipeline.data.split import require_described
 from kdcache.pipeline.process.rank import cores
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.views.operations.kinds.mix import label_weights
-from kdcache.pipeline.views.parameters import ViewParameters, draw_as, imported_view
+from kdcache.pipeline.views.parameters import DrawnView, Parameters, draw_as, imported_view
 from kdcache.pipeline.views.policy import policy_of
 from kdcache.pipeline.views.render import RENDERER, Renderer, normalised
 from kdcache.train.loaders.order import EpochOrder, Epochs
@@ -71,24 +71,29 @@ def complete_views(cache: Cache, views: int | None) -> tuple[int, ...]:
     return found
 
 
-def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
+def stored_view(cache: Cache, data: Dataset, view: int) -> Parameters:
     """The view's parameters, drawn again or as imported, compared with the digests of its commits."""
     drawn = drawn_view(cache, data, view)
     require_as_built(cache, view, drawn)
     return drawn
 
 
-def drawn_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
-    """The view's parameters, drawn again or as imported, before anything has been compared with them."""
+def drawn_view(cache: Cache, data: Dataset, view: int) -> Parameters:
+    """The view's parameters, drawn again or as imported, before anything has been compared with them.
+
+    Those of image files are not kept, but drawn again for each batch, unless views are mixed.
+    """
     views = cache.identity.views
     if views.imported:
         return imported_view(cache.train.view_arrays(view), data.sizes, f"view {view} of {cache.where}")
     if views.renderer != RENDERER:
         raise MismatchError(f"{cache.where} was rendered by {views.renderer}, this kdcache renders by {RENDERER}")
-    return draw_as(views, view, range(len(data)), data.sizes)
+    if data.in_memory or views.mixed:
+        return draw_as(views, view, range(len(data)), data.sizes)
+    return DrawnView(views, view, data.sizes)
 
 
-def require_as_built(cache: Cache, view: int, drawn: ViewParameters) -> None:
+def require_as_built(cache: Cache, view: int, drawn: Parameters, threads: int = 1) -> None:
     """MismatchError unless the digests in the view's commits are those of these parameters."""
     store = cache.train
 
@@ -96,8 +101,8 @@ def require_as_built(cache: Cache, view: int, drawn: ViewParameters) -> None:
         rows = store.rows(part)
         return drawn[rows.start : rows.stop].digest() == store.commit(shard_name(view, part)).parameters
 
-    with ThreadPoolExecutor(min(THREADS, cores()), thread_name_prefix="kdcache-views") as threads:
-        for part, as_built in enumerate(threads.map(same, range(store.parts))):
+    with ThreadPoolExecutor(threads, thread_name_prefix="kdcache-views") as pool:
+        for part, as_built in enumerate(pool.map(same, range(store.parts))):
             if not as_built:
                 raise MismatchError(
                     f"view {view}, part {part} of {cache.where} was built with other view parameters than this "
@@ -105,7 +110,7 @@ def require_as_built(cache: Cache, view: int, drawn: ViewParameters) -> None:
                 )
 
 
-def shares_of(drawn: ViewParameters, labels: int, size: tuple[int, int]) -> Tensor | None:
+def shares_of(drawn: Parameters, labels: int, size: tuple[int, int]) -> Tensor | None:
     """The shares [N, 2] that labels have in mixed images of that height and width.
 
     labels: how many a record has. None where images are not mixed, or have no labels.
@@ -115,7 +120,7 @@ def shares_of(drawn: ViewParameters, labels: int, size: tuple[int, int]) -> Tens
     return torch.from_numpy(label_weights(drawn.mixing.drawn, *size))
 
 
-def partners_of(drawn: ViewParameters) -> NDArray[np.int64] | None:
+def partners_of(drawn: Parameters) -> NDArray[np.int64] | None:
     """The partner of each sample, where the view is mixed."""
     return None if drawn.mixing is None else drawn.mixing.partners
 
@@ -202,7 +207,7 @@ class _Reader:
         """The slabs that an epoch takes its batches from."""
         return [Wanted(self._views[epoch % len(self._views)], None if self._whole else epoch)]
 
-    def batches(self, epoch: int, drawn: Callable[[], ViewParameters]) -> list[NDArray[np.int64]]:
+    def batches(self, epoch: int, drawn: Callable[[], Parameters]) -> list[NDArray[np.int64]]:
         """This rank's batches of an epoch. drawn: gives the parameters of the epoch's view."""
 
         def ordered() -> list[NDArray[np.int64]]:
@@ -217,23 +222,28 @@ class _Reader:
                 self._known = {e: of for e, of in self._known.items() if abs(e - epoch) == 1} | {epoch: own}
             return self._known[epoch]
 
-    def draw(self, view: int) -> ViewParameters:
+    def draw(self, view: int) -> Parameters:
         return drawn_view(self._cache, self._data, view)
 
-    def compare(self, view: int, drawn: ViewParameters) -> None:
-        require_as_built(self._cache, view, drawn)
+    def compare(self, view: int, drawn: Parameters, hurry: bool) -> None:
+        require_as_built(self._cache, view, drawn, _threads(hurry))
 
-    def read(self, wanted: Wanted, drawn: Callable[[], ViewParameters], spare: Records | None, hurry: bool) -> Held:
+    def read(self, wanted: Wanted, drawn: Callable[[], Parameters], spare: Records | None, hurry: bool) -> Held:
         if wanted.epoch is None:
             records, samples = self._cache.read(wanted.view, spare), None
         else:
             samples = np.sort(np.concatenate(self.batches(wanted.epoch, drawn)))
-            records = self._cache.read(wanted.view, spare, samples, min(THREADS, cores()) if hurry else 1)
+            records = self._cache.read(wanted.view, spare, samples, _threads(hurry))
         if self._cache.identity.views.mixed:
             shares = shares_of(drawn(), records.labels.shape[1], self._size)
             shares = shares if shares is None or samples is None else shares[torch.from_numpy(samples)]
             records = replace(records, label_weights=shares)
         return Held(records.to(self._device), samples)
+
+
+def _threads(hurry: bool) -> int:
+    """Threads that read: one where nobody waits, which leaves the cores to the training and takes least memory."""
+    return min(THREADS, cores()) if hurry else 1
 
 
 def renderer_for(

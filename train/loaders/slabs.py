@@ -18,7 +18,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.records.records import Records
-from kdcache.pipeline.views.parameters import ViewParameters
+from kdcache.pipeline.views.parameters import Parameters
 from kdcache.train.loaders.order import gathered
 
 
@@ -43,12 +43,12 @@ class Slab:
     Pixels can so be rendered while records are still read and parameters compared with those of the build.
     """
 
-    _drawn: Future[ViewParameters]
+    _drawn: Future[Parameters]
     _compared: Future[None]
     _held: Future[Held]
 
     @property
-    def parameters(self) -> ViewParameters:
+    def parameters(self) -> Parameters:
         """Those of all samples."""
         return self._drawn.result()
 
@@ -83,24 +83,24 @@ class Slab:
         yield from gathered(records, batches)
 
     @property
-    def _parts(self) -> tuple[Future[ViewParameters], Future[None], Future[Held]]:
+    def _parts(self) -> tuple[Future[Parameters], Future[None], Future[Held]]:
         return self._drawn, self._compared, self._held
 
 
 class Reader(Protocol):
     """What reads slabs."""
 
-    def draw(self, view: int) -> ViewParameters:
+    def draw(self, view: int) -> Parameters:
         """The parameters of a view."""
 
-    def compare(self, view: int, drawn: ViewParameters) -> None:
-        """MismatchError unless the view was built with these parameters."""
+    def compare(self, view: int, drawn: Parameters, hurry: bool) -> None:
+        """MismatchError unless the view was built with these parameters. hurry: whether somebody waits."""
 
-    def read(self, wanted: Wanted, drawn: Callable[[], ViewParameters], spare: Records | None, hurry: bool) -> Held:
+    def read(self, wanted: Wanted, drawn: Callable[[], Parameters], spare: Records | None, hurry: bool) -> Held:
         """The records of a view.
 
         drawn: gives the view's parameters, which may have to be waited for. spare: records that nobody needs any more,
-        whose memory is to be used again. hurry: whether somebody waits for these.
+        whose memory is to be used again. hurry: whether somebody waits.
         """
 
 
@@ -144,7 +144,7 @@ class Slabs:
             return self._slabs[wanted]
         reader, memory = self._reader, spare.pop() if spare else None
 
-        def draw() -> ViewParameters:
+        def draw() -> Parameters:
             for other in first:
                 other.settle()
             return reader.draw(wanted.view)
@@ -155,7 +155,7 @@ class Slabs:
             return reader.read(wanted, drawn.result, memory, hurry=not first)
 
         drawn = self._drawing.submit(draw)
-        compared = self._drawing.submit(lambda: reader.compare(wanted.view, drawn.result()))
+        compared = self._drawing.submit(lambda: reader.compare(wanted.view, drawn.result(), hurry=not first))
         slab = self._slabs[wanted] = Slab(drawn, compared, self._reading.submit(read))
         return slab
 
