@@ -20,6 +20,7 @@ from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.split import require_described
+from kdcache.pipeline.process.device import numbered
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.views.operations.kinds.mix import label_weights
 from kdcache.pipeline.views.parameters import ViewParameters, draw_as, imported_view
@@ -139,7 +140,7 @@ class CachedLoader(Epochs):
         self._order = EpochOrder(
             len(self.data) if samples is None else samples, batch_size, rank, world, seed, cache.identity.views.mixed
         )
-        self._device = torch.device(device)
+        self._device = numbered(device)
         self._renderer = renderer_for(cache, self.data, image_size, self._device, workers)
         self._mean, self._std = (
             torch.tensor(v, device=self._device).view(1, 3, 1, 1) * 255 for v in (self.data.mean, self.data.std)
@@ -164,7 +165,10 @@ class CachedLoader(Epochs):
         drawn = stored_view(self.cache, self.data, view)
         records = self.cache.read(view, spare)
         shares = shares_of(drawn, records.labels.shape[1], self._renderer.size)
-        return Slab(replace(records, label_weights=shares).to(self._device), drawn)
+        records = replace(records, label_weights=shares).to(self._device)
+        if self._device.type == "cuda":  # it is there then for every stream, not only for this thread's
+            torch.cuda.current_stream(self._device).synchronize()
+        return Slab(records, drawn)
 
 
 def renderer_for(
