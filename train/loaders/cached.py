@@ -23,7 +23,7 @@ from kdcache.pipeline.data.split import require_described
 from kdcache.pipeline.process.device import numbered
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.views.operations.kinds.mix import label_weights
-from kdcache.pipeline.views.parameters import ViewParameters, draw_as, imported_view
+from kdcache.pipeline.views.parameters import DrawnView, Parameters, draw_as, imported_view
 from kdcache.pipeline.views.policy import policy_of
 from kdcache.pipeline.views.render import RENDERER, Renderer, normalised
 from kdcache.train.loaders.order import EpochOrder, Epochs
@@ -68,15 +68,21 @@ def complete_views(cache: Cache, views: int | None) -> tuple[int, ...]:
     return found
 
 
-def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
-    """The view's parameters, drawn again or as imported, compared with the digests of its commits."""
+def stored_view(cache: Cache, data: Dataset, view: int) -> Parameters:
+    """The view's parameters, drawn again or as imported, compared with the digests of its commits.
+
+    Those of image files are not kept, but drawn again for each batch, unless views are mixed.
+    """
+    drawn: Parameters
     views, store = cache.identity.views, cache.train
     if views.imported:
         drawn = imported_view(store.view_arrays(view), data.sizes, f"view {view} of {cache.where}")
     elif views.renderer != RENDERER:
         raise MismatchError(f"{cache.where} was rendered by {views.renderer}, this kdcache renders by {RENDERER}")
-    else:
+    elif data.in_memory or views.mixed:
         drawn = draw_as(views, view, range(len(data)), data.sizes)
+    else:
+        drawn = DrawnView(views, view, data.sizes)
     for part in range(store.parts):
         rows = store.rows(part)
         if drawn[rows.start : rows.stop].digest() != store.commit(shard_name(view, part)).parameters:
@@ -87,7 +93,7 @@ def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
     return drawn
 
 
-def shares_of(drawn: ViewParameters, labels: int, size: tuple[int, int]) -> Tensor | None:
+def shares_of(drawn: Parameters, labels: int, size: tuple[int, int]) -> Tensor | None:
     """The shares [N, 2] that labels have in mixed images of that height and width.
 
     labels: how many a record has. None where images are not mixed, or have no labels.
@@ -97,7 +103,7 @@ def shares_of(drawn: ViewParameters, labels: int, size: tuple[int, int]) -> Tens
     return torch.from_numpy(label_weights(drawn.mixing.drawn, *size))
 
 
-def partners_of(drawn: ViewParameters) -> NDArray[np.int64] | None:
+def partners_of(drawn: Parameters) -> NDArray[np.int64] | None:
     """The partner of each sample, where the view is mixed."""
     return None if drawn.mixing is None else drawn.mixing.partners
 

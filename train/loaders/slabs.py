@@ -14,7 +14,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.records.records import Records
-from kdcache.pipeline.views.parameters import ViewParameters
+from kdcache.pipeline.views.parameters import Parameters
 from kdcache.pipeline.views.table import Table
 from kdcache.train.loaders.order import gathered
 
@@ -24,7 +24,7 @@ class Slab:
     """The records of one view, on the device, and the parameters by which its pixels are rendered."""
 
     records: Records
-    parameters: ViewParameters
+    parameters: Parameters
 
     @cached_property
     def table(self) -> Table:
