@@ -164,8 +164,7 @@ class Cache:
     ) -> Records:
         """All records of one view; NotFoundError if it is not complete, CorruptError if bytes are damaged.
 
-        out: records on the CPU, of as many samples, that are no longer needed: their memory is used again, since new
-        memory takes time. samples: ascending places, to read these alone.
+        out: as many records on the CPU whose memory is used again. samples: ascending places, to read these alone.
         """
         return self.train.read(view, self.prior, out, samples, threads)
 

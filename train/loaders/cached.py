@@ -23,6 +23,7 @@ from kdcache.cache.store.layout import shard_name
 from kdcache.cache.store.split import THREADS
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.split import require_described
+from kdcache.pipeline.process.device import numbered
 from kdcache.pipeline.process.rank import cores
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.views.operations.kinds.mix import label_weights
@@ -163,7 +164,7 @@ class CachedLoader(Epochs):
         self._order = EpochOrder(
             len(self.data) if samples is None else samples, batch_size, rank, world, seed, cache.identity.views.mixed
         )
-        self._device = torch.device(device)
+        self._device = numbered(device)
         self._renderer = renderer_for(cache, self.data, image_size, self._device, workers)
         self._mean, self._std = (
             torch.tensor(v, device=self._device).view(1, 3, 1, 1) * 255 for v in (self.data.mean, self.data.std)
@@ -238,7 +239,10 @@ class _Reader:
             shares = shares_of(drawn(), records.labels.shape[1], self._size)
             shares = shares if shares is None or samples is None else shares[torch.from_numpy(samples)]
             records = replace(records, label_weights=shares)
-        return Held(records.to(self._device), samples)
+        records = records.to(self._device)
+        if self._device.type == "cuda":  # it is there then for every stream, not only for this thread's
+            torch.cuda.current_stream(self._device).synchronize()
+        return Held(records, samples)
 
 
 def _threads(hurry: bool) -> int:
