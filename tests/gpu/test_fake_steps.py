@@ -301,7 +301,7 @@ def test_views_of_another_size_come_from_pinned_memory(policy, monkeypatch):
             assert pin
             self.size = size
 
-        def run(self, tasks, held):
+        def run(self, tasks, *_):
             return (torch.empty((*task.flips.shape, *self.size, 3), dtype=torch.uint8) for task in tasks)
 
         def next(self, done):
