@@ -171,14 +171,15 @@ class Renderer:
         for at, theirs, images in zip(batched, partners, self._cut(table, [at.rows for at in batched]), strict=True):
             yield self._mixed(images, table, at, theirs)
 
-    def crops(self, tables: Sequence[Table], batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
+    def crops(self, parameters: Sequence[Parameters | Table], batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
         """uint8 [B * m, 3, H, W] for each batch of B samples, each in m views: sample i in view j is image i * m + j.
 
         An image file is decoded once for all m. Views that are mixed have to be of one pairing.
         """
-        if len(tables) == 1:
-            yield from self.batches(tables[0], batches)
+        if len(parameters) == 1:
+            yield from self.batches(parameters[0], batches)
             return
+        tables = [of if isinstance(of, Table) else Table(of, 0) for of in parameters]
         batched = [tables[0].batch(samples) for samples in batches]
         partners = self._on_device([at.partners for at in batched])
         in_all = self._cut_in_all(tables, [at.rows for at in batched])
@@ -225,8 +226,10 @@ class Renderer:
                 resized = tv.resize(pixels, list(self.size), InterpolationMode(self.interpolation), antialias=True)
                 flips = torch.from_numpy(held.flips[rows]).view(-1, 1, 1, 1)
                 resized = torch.where(flips, resized.flip(3), resized)
-                images = resized.contiguous(memory_format=torch.channels_last).to(self.device)
-                yield self._policy.apply(images, held.drawn, rows)
+                images = resized.contiguous(memory_format=torch.channels_last)
+                if self.device.type == "cuda":  # from pinned memory, so that no step waits for the copy
+                    images = images.pin_memory()
+                yield self._policy.apply(images.to(self.device, non_blocking=True), held.drawn, rows)
         else:
             yield from (images for *_, images in self._by_workers([table], [(rows, (0,)) for rows in batches]))
 

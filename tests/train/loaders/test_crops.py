@@ -85,12 +85,14 @@ def test_each_image_comes_in_its_views_with_the_records_of_each(home, data, crop
 def test_ranks_share_a_batch_and_an_epoch_goes_on_from_any_batch(home, data):
     cache = open_cache(home / "default")
     alone, *parts = (CachedLoader(cache, data, BATCH, *of, crops_per_decode=2) for of in ((0, 1), (0, 2), (1, 2)))
-    for loader in (alone, *parts):
-        loader.set_epoch(3)
-    whole = list(alone.steps())
-    for (images, labels, _), *theirs in zip(whole[4:], *(part.steps(4) for part in parts), strict=True):
-        assert torch.equal(torch.cat([of[0] for of in theirs]), images)
-        assert torch.equal(torch.cat([of[1] for of in theirs]), labels)
+    for epoch, start in ((2, 0), (3, 4)):
+        for loader in (alone, *parts):
+            loader.set_epoch(epoch)
+        whole = list(alone.steps())
+        for (images, labels, records), *theirs in zip(whole[start:], *(p.steps(start) for p in parts), strict=True):
+            assert torch.equal(torch.cat([of[0] for of in theirs]), images)
+            assert torch.equal(torch.cat([of[1] for of in theirs]), labels)
+            assert torch.equal(torch.cat([of[2].gaps for of in theirs]), records.gaps)
 
 
 @pytest.mark.parametrize("fresh", [False, True])
