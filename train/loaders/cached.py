@@ -135,9 +135,9 @@ class CachedLoader(Epochs):
     that batch_size has to be even for each rank. batch_size is that of all `world` ranks together; samples that fill no
     batch are left out of the epoch.
 
-    Epoch e takes complete view e mod V, unless crops_per_decode says otherwise. The first iterator reads epoch 0 and each later one the epoch after the last
-    that was begun, from its first batch on; set_epoch(e), also as sampler.set_epoch(e), chooses another. `epoch` and
-    `view` say what is read.
+    Epoch e takes complete view e mod V, unless crops_per_decode says otherwise. The first iterator reads epoch 0 and
+    each later one the epoch after the last that was begun, from its first batch on; set_epoch(e), also as
+    sampler.set_epoch(e), chooses another. `epoch` and `view` say what is read.
 
     data: a Dataset, or its name as in --data. image_size: pixels for the student, by default those of the images
     (in memory) or of the teacher (files). views: use only the first so many. samples: train on these alone, places in
@@ -174,7 +174,7 @@ class CachedLoader(Epochs):
         self._mean, self._std = (
             torch.tensor(v, device=self._device).view(1, 3, 1, 1) * 255 for v in (self.data.mean, self.data.std)
         )
-        self._reader = _Reader(cache, self.data, self._order, world, self._renderer.size, self._device)
+        self._reader = _Reader(cache, self.data, self._order, self._views_of, world, self._renderer.size, self._device)
         self._slabs = Slabs(self._reader, reuse=self._device.type == "cpu")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
@@ -184,9 +184,7 @@ class CachedLoader(Epochs):
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """Yield the same batches with uint8 images, not normalised. start: skip so many batches without rendering."""
         epoch, begun = self._order.next_epoch, False
-        now = self._reader.wanted(epoch, self._views_of(epoch))
-        after = self._reader.wanted(epoch + self._order.crops, self._views_after(epoch))
-        with self._slabs.taken(now, after) as slabs:
+        with self._slabs.taken(self._reader.wanted(epoch), self._reader.after(epoch)) as slabs:
             batches = self._reader.batches(epoch, lambda: slabs[0].parameters)[start:]
             # Pixels first: the records of a first epoch are still being read.
             rendered = self._renderer.crops([slab.parameters for slab in slabs], batches)
@@ -203,17 +201,23 @@ class _Reader:
     """Reads the slabs of a CachedLoader: whole views, or on one of several ranks what an epoch uses there."""
 
     def __init__(
-        self, cache: Cache, data: Dataset, order: EpochOrder, world: int, size: tuple[int, int],
+        self, cache: Cache, data: Dataset, order: EpochOrder, views_of: Callable[[int], list[int]], world: int, size: tuple[int, int],
         device: torch.device,
     ) -> None:  # fmt: skip
-        self._cache, self._data, self._order = cache, data, order
+        self._cache, self._data, self._order, self._views_of = cache, data, order, views_of
         self._whole, self._size, self._device = world == 1, size, device
         self._known: dict[int, list[NDArray[np.int64]]] = {}
         self._lock = Lock()
 
-    def wanted(self, epoch: int, views: Sequence[int]) -> list[Wanted]:
-        """The slabs of views that an epoch takes its batches from."""
-        return [Wanted(view, None if self._whole else epoch - epoch % self._order.crops) for view in views]
+    def wanted(self, epoch: int) -> list[Wanted]:
+        """The slabs that an epoch takes its batches from."""
+        first = None if self._whole else epoch - epoch % self._order.crops
+        return [Wanted(view, first) for view in self._views_of(epoch)]
+
+    def after(self, epoch: int) -> list[Wanted]:
+        """What of the next round is read meanwhile: a view more in each epoch, so that in the last one it is whole."""
+        crops = self._order.crops
+        return self.wanted(epoch + crops)[: epoch % crops + 1]
 
     def batches(self, epoch: int, drawn: Callable[[], Parameters]) -> list[NDArray[np.int64]]:
         """This rank's batches of an epoch. drawn: gives the parameters of the epoch's view."""

@@ -229,11 +229,6 @@ class Epochs:
         first = epoch - epoch % crops
         return [self._in_turn(number) for number in range(first, first + crops)]
 
-    def _views_after(self, epoch: int) -> list[int]:
-        """What of the next round is to be read meanwhile: a view more in each epoch, and all in the last one."""
-        crops = self._order.crops
-        return self._views_of(epoch + crops)[: epoch % crops + 1]
-
     def _in_turn(self, number: int) -> int:
         return number if self._views is None else self._views[number % len(self._views)]
 
