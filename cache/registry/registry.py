@@ -20,17 +20,20 @@ import secrets
 import shlex
 import shutil
 import socket
+import sys
 import time
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
 from kdcache.cache.registry.backends import open_objects
+from kdcache.cache.registry.bucket import BucketCache
 from kdcache.cache.registry.localstore import LocalStore
+from kdcache.cache.registry.objects import RemoteObjects
 from kdcache.cache.registry.teachers import SharedTeachers
 from kdcache.cache.store.cache import Cache
 
@@ -74,7 +77,8 @@ class Registry:
         self.objects = open_objects(url)
         self.url, self.teachers = self.objects.url, SharedTeachers(self.objects)
         self._mirror = local / "registries" / hashlib.sha256(self.objects.address.encode()).hexdigest()[:16]
-        self._store = LocalStore(local / "chunks", store_bytes)
+        self._chunks = local / "chunks"
+        self._store = LocalStore(self._chunks, store_bytes)
 
     @property
     def _listing(self) -> str:
@@ -191,6 +195,14 @@ class Registry:
                 f"{where} is that of cache {identity.key[:12]}, not of {key[:12]}: it was tampered with"
             )
         return Cache(self.objects.place(prefix, identity, self._mirror / key, self._store))
+
+    def building(self, identity: Identity) -> BucketCache:
+        """A cache in this bucket as one of those who build it there. It need not exist yet.
+
+        All that is put there is kept here too, until there is more in the local store than its readers allow.
+        """
+        objects = cast("RemoteObjects", self.objects)  # who has no folder can fetch
+        return BucketCache(objects, identity, self._mirror / identity.key, LocalStore(self._chunks, sys.maxsize))
 
     def folder(self, key: str) -> Path | None:
         """The folder in which the cache of that key is built right in the registry; None over a network."""
