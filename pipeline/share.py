@@ -17,7 +17,7 @@ from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFou
 from kdcache.cache.home import caches_folder, home, list_caches, open_cache, open_registry
 from kdcache.cache.packing import choose_views
 from kdcache.cache.registry.bucket import BucketCache, require_create_only
-from kdcache.cache.registry.registry import Registry, check_name, split_url
+from kdcache.cache.registry.registry import Registry, check_name, in_bucket, split_url
 from kdcache.cache.registry.transfer import Moved, count, into_bucket, into_folder, into_objects, require_movable
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.answers import teacher_top1
@@ -235,7 +235,7 @@ def _build_there(plan: BuildPlan, there: Path, shared: Registry, say: Say, teach
 
 def _build_in_bucket(plan: BuildPlan, shared: Registry, say: Say, teacher: bool, whole: bool) -> BuildResult:
     """Build in a bucket, beginning with what this machine has of the cache, which need not be whole views."""
-    bucket, moved = shared.building(plan.identity), Moved()
+    bucket, moved = in_bucket(shared, plan.identity), Moved()
     with _alone(plan.key):
         if _is_cache(plan.path):
             moved = into_bucket(Cache(plan.path), bucket, range(plan.views))

@@ -196,14 +196,6 @@ class Registry:
             )
         return Cache(self.objects.place(prefix, identity, self._mirror / key, self._store))
 
-    def building(self, identity: Identity) -> BucketCache:
-        """A cache in this bucket as one of those who build it there. It need not exist yet.
-
-        All that is put there is kept here too, until there is more in the local store than its readers allow.
-        """
-        objects = cast("RemoteObjects", self.objects)  # who has no folder can fetch
-        return BucketCache(objects, identity, self._mirror / identity.key, LocalStore(self._chunks, sys.maxsize))
-
     def folder(self, key: str) -> Path | None:
         """The folder in which the cache of that key is built right in the registry; None over a network."""
         return self.objects.folder(f"caches/{key}")
@@ -268,6 +260,15 @@ class Registry:
             return None
         path = f"{folder}/{names[-1]}"
         return parse(Published, self.objects.read(path, _MOST_SMALL_BYTES), f"{self.url}/{path}", "remove it")
+
+
+def in_bucket(shared: Registry, identity: Identity) -> BucketCache:
+    """A cache in a registry's bucket as one of those who build it there. It need not exist yet.
+
+    What is put there is kept here too, until a reader finds more in the local store than it allows.
+    """
+    objects = cast("RemoteObjects", shared.objects)  # whoever has no folder can fetch
+    return BucketCache(objects, identity, shared._mirror / identity.key, LocalStore(shared._chunks, sys.maxsize))
 
 
 def may_be_name(text: str) -> bool:
