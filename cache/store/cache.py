@@ -25,6 +25,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
@@ -33,6 +34,7 @@ from kdcache.cache.store.hdf5 import PackedFile
 from kdcache.cache.store.leases import FolderLeases, Leases
 from kdcache.cache.store.place import Folder, Place, path_of
 from kdcache.cache.store.publish import SplitStore, require_folder
+from kdcache.cache.store.split import THREADS
 
 if TYPE_CHECKING:  # torch takes seconds to import, and listing, moving or checking a cache needs no tensors
     import torch
@@ -156,13 +158,14 @@ class Cache:
         """Whether the prior is committed, or a cache of this kind has none."""
         return not self.train.layout.has_prior or self.train.has("prior")
 
-    def read(self, view: int, out: Records | None = None) -> Records:
+    def read(
+        self, view: int, out: Records | None = None, samples: NDArray[np.int64] | None = None, threads: int = THREADS
+    ) -> Records:
         """All records of one view; NotFoundError if it is not complete, CorruptError if bytes are damaged.
 
-        out: another view's records on the CPU that are no longer needed. Their memory is used again, because getting
-        new memory takes much of the time.
+        out: as many records on the CPU whose memory is used again. samples: ascending places, to read these alone.
         """
-        return self.train.read(view, self.prior, out)
+        return self.train.read(view, self.prior, out, samples, threads)
 
     def read_evaluation(self) -> Records:
         """The records of the unaugmented evaluation split."""
