@@ -5,7 +5,7 @@ The records of an epoch are one slab on the device (slabs.py), gathered by index
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Lock
@@ -201,8 +201,8 @@ class _Reader:
     """Reads the slabs of a CachedLoader: whole views, or on one of several ranks what an epoch uses there."""
 
     def __init__(
-        self, cache: Cache, data: Dataset, order: EpochOrder, views_of: Callable[[int], list[int]], world: int, size: tuple[int, int],
-        device: torch.device,
+        self, cache: Cache, data: Dataset, order: EpochOrder, views_of: Callable[[int], list[int]], world: int,
+        size: tuple[int, int], device: torch.device,
     ) -> None:  # fmt: skip
         self._cache, self._data, self._order, self._views_of = cache, data, order, views_of
         self._whole, self._size, self._device = world == 1, size, device
