@@ -163,8 +163,9 @@ class SplitReader(CommitReader):
     @cached_property
     def labels(self) -> NDArray[Any]:
         """Class ids [N, L] of the samples, L being the number of labels that a single sample has."""
-        parts, spec = self.load("labels"), self.layout.labels
-        labels = np.concatenate(parts) if parts else np.empty(spec.shape, spec.dtype)
+        spec = self.layout.labels
+        labels = np.empty(spec.shape, spec.dtype)
+        self.load("labels", {spec.name: labels})
         if labels.size and int(labels.max()) >= self._record.classes:
             where = self._place.locate(f"{self.prefix}labels")
             raise CorruptError(f"{where} holds a class id above {self._record.classes - 1}; {self._remedy('labels')}")
@@ -186,14 +187,19 @@ class SplitReader(CommitReader):
     @cached_property
     def sizes(self) -> NDArray[np.int32]:
         """[N, 2] height and width of the images of a dataset in files."""
-        sizes = np.concatenate(self.load("sizes"))
+        assert self.layout.sizes is not None
+        sizes = np.empty(self.layout.sizes.shape, np.int32)
+        self.load("sizes", {"sizes": sizes})
         if int(sizes.min()) < 1:
             where = self._place.locate(f"{self.prefix}sizes")
             raise CorruptError(f"{where} holds sizes below 1; {self._remedy('sizes')}")
         return sizes
 
     def require_sizes(self, sizes: NDArray[np.int32]) -> None:
-        """MismatchError unless these are the cache's, since a view's parameters depend on them."""
+        """MismatchError unless these are the cache's, since a view's parameters depend on them.
+
+        Equal ones take the place of the cache's own, so that both are held once.
+        """
         if self.layout.sizes is None:
             return
         if len(wrong := np.flatnonzero((self.sizes != sizes).any(1))):
@@ -202,6 +208,7 @@ class SplitReader(CommitReader):
                 f"{self.where} was built from images of other sizes ({len(wrong)} of {self.samples} differ; sample "
                 f"{wrong[0]} was {h} x {w}, now {height} x {width})"
             )
+        self.__dict__["sizes"] = sizes
 
     def read(self, view: int, prior: torch.Tensor | None, out: Records | None = None) -> Records:
         """All records of a view, checked, in memory as they are stored. out: records whose memory is used again."""
