@@ -187,6 +187,9 @@ class SplitReader(CommitReader):
     @cached_property
     def sizes(self) -> NDArray[np.int32]:
         """[N, 2] height and width of the images of a dataset in files."""
+        return self._sizes()
+
+    def _sizes(self) -> NDArray[np.int32]:
         assert self.layout.sizes is not None
         sizes = np.empty(self.layout.sizes.shape, np.int32)
         self.load("sizes", {"sizes": sizes})
@@ -196,19 +199,17 @@ class SplitReader(CommitReader):
         return sizes
 
     def require_sizes(self, sizes: NDArray[np.int32]) -> None:
-        """MismatchError unless these are the cache's, since a view's parameters depend on them.
-
-        Equal ones take the place of the cache's own, so that both are held once.
-        """
+        """MismatchError unless these are the cache's, since a view's parameters depend on them."""
         if self.layout.sizes is None:
             return
-        if len(wrong := np.flatnonzero((self.sizes != sizes).any(1))):
-            (h, w), (height, width) = self.sizes[wrong[0]], sizes[wrong[0]]
+        own = vars(self).get("sizes")
+        own = self._sizes() if own is None else own  # not kept, since the dataset holds the same
+        if len(wrong := np.flatnonzero((own != sizes).any(1))):
+            (h, w), (height, width) = own[wrong[0]], sizes[wrong[0]]
             raise MismatchError(
                 f"{self.where} was built from images of other sizes ({len(wrong)} of {self.samples} differ; sample "
                 f"{wrong[0]} was {h} x {w}, now {height} x {width})"
             )
-        self.__dict__["sizes"] = sizes
 
     def read(self, view: int, prior: torch.Tensor | None, out: Records | None = None) -> Records:
         """All records of a view, checked, in memory as they are stored. out: records whose memory is used again."""

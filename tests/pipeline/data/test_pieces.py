@@ -12,6 +12,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from kdcache.cache.errors import InputError
+from kdcache.pipeline.build import suspicions
 from kdcache.pipeline.data import imagefiles
 from kdcache.pipeline.data.imagefiles import Paths, list_images
 from kdcache.pipeline.data.kinds import base, folders
@@ -111,3 +112,27 @@ def test_drawing_places_takes_no_memory_for_each_sample() -> None:
     peak = tracemalloc.get_traced_memory()[1]
     tracemalloc.stop()
     assert peak < 16_000_000  # a piece of 2^18 numbers and what chooses among them; at once it took 192 MB
+
+
+def chosen_at_once(labels: np.ndarray, samples: int, count: int) -> np.ndarray:
+    """The samples that a teacher is tried out with, as every release chose them."""
+    shuffled = np.argsort(np.random.Philox(key=7).random_raw(samples), kind="stable")
+    y = labels[shuffled]
+    by_class = np.argsort(y, kind="stable")
+    begins = np.searchsorted(y[by_class], y[by_class])
+    rank, first = np.empty_like(by_class), np.empty_like(by_class)
+    rank[by_class], first[by_class] = np.arange(samples) - begins, by_class[begins]
+    return np.sort(shuffled[np.lexsort((rank, first, rank // 4))][:count])
+
+
+@pytest.mark.parametrize(("classes", "count"), [(1, 128), (10, 128), (10, 777), (400, 128), (400, 1300), (3, 5000)])
+def test_the_samples_that_a_teacher_is_tried_out_with_are_chosen_in_pieces(
+    classes: int, count: int, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    rng = np.random.default_rng(classes)
+    labels = np.minimum(rng.integers(0, classes, 3000), rng.integers(0, classes, 3000))  # some classes are rare
+    for piece in (100, 1 << 18):
+        monkeypatch.setattr(suspicions, "_PIECE", piece)
+        assert np.array_equal(suspicions.choose(labels, 3000, count), chosen_at_once(labels, 3000, count))
+        ids, first = suspicions._first_of_each(labels)
+        assert all(map(np.array_equal, (ids, first), np.unique(labels, return_index=True)))
