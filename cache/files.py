@@ -165,6 +165,23 @@ def read_bounded(path: Path, limit: int) -> bytes:
         return f.read(size)
 
 
+def read_plain(path: Path, limit: int) -> bytes:
+    """The bytes of a file that its user may have put behind a link; CorruptError as in `read_bounded`.
+
+    A pipe or a device in its place is refused at once, since reading it might never end.
+    """
+    with _opened(path) as (f, size):
+        if size > limit:
+            raise CorruptError(f"{path} is longer than the {limit} bytes allowed")
+        return f.read()
+
+
+def require_plain(path: Path) -> None:
+    """Raise what `read_plain` does where a file cannot be read at all, for one that other code opens by its name."""
+    with _opened(path):
+        pass
+
+
 def read_range(path: Path, offset: int, size: int, *, short: bool = False) -> bytes:
     """`size` bytes from `offset`; CorruptError if the file ends before that, or with `short` as many as there are."""
     with _opened(path) as (f, length):

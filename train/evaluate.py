@@ -17,9 +17,10 @@ from kdcache.pipeline.commandline.terminal import figure
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.stores import Stored, open_store
+from kdcache.pipeline.teachers.checkpoints import open_checkpoint
 from kdcache.pipeline.teachers.networks import build_network, load_fitting
 from kdcache.pipeline.teachers.teacher import Classifier
-from kdcache.pipeline.teachers.weights import read_weights
+from kdcache.pipeline.teachers.weights import notes_of, read_weights
 from kdcache.pipeline.trust import stored_data, stored_network
 from kdcache.train.evaluation.analysis.analysis import Analysis, analyse, described
 from kdcache.train.evaluation.analysis.classes import names_of_classes
@@ -63,10 +64,12 @@ class Trained:
         return names_of_classes(notes["classes"], notes["class_names"], notes.get("class_ids") or [])
 
 
-def open_trained(where: str, student: str | None = None, what: str = "eval") -> Trained:
+def open_trained(
+    where: str, student: str | None = None, what: str = "eval", say: Callable[[str], None] = print
+) -> Trained:
     """Read a run folder's last weights, or a weights file that kdcache wrote; `what` says in errors what they are for.
 
-    student: names the network, where the file names a function.
+    student: names the network, where the file names a function. say: gets a note where the file has no checksums.
     """
     path = Path(where)
     if not path.exists():
@@ -75,13 +78,16 @@ def open_trained(where: str, student: str | None = None, what: str = "eval") -> 
         path = path / "last.safetensors"
         if not path.exists():
             raise NotFoundError(f"{where} is no run with a whole epoch: it has no {path.name}")
-    state, notes = read_weights(path)
+    checkpoint = open_checkpoint(path)
+    state, notes = checkpoint.tensors, notes_of(checkpoint)
     if not notes:
         raise InputError(f"{path} was not written by kdcache: it does not say which network and data it belongs to")
-    if not {"student", "classes", "data", "cache"} <= notes.keys():
+    if not {"student", "classes", "data", "cache", "evaluation", "full_contents"} <= notes.keys():
         raise InputError(
             f"{path} is a taught teacher, and {what} is for students: kdcache info shows how good a cache's teacher is"
         )
+    if not checkpoint.checked:
+        say(f"note: {path} has no checksums, since an earlier kdcache wrote it: damage to it would not be found")
     return Trained(path, notes, student_of(path, state, notes, student), state)
 
 
@@ -136,7 +142,7 @@ def examine_run(
     train_images: on how many training images the student is compared with its teacher too; None for 2,000 where the
     cache and the images can be had here.
     """
-    trained = open_trained(where, student)
+    trained = open_trained(where, student, say=say)
     on = pick_device(device)
     model = trained.model.to(on)
     beside = _beside(trained.path, trained.notes, teacher, on)
@@ -186,5 +192,7 @@ def _beside(
     if not file.exists():
         raise NotFoundError(f"{path} learnt beside a teacher, whose weights are not there any more: {file}")
     state, theirs = read_weights(file)
+    if not teacher and "network" not in theirs:
+        raise InputError(f"{file} does not say which network it holds the weights of: give --teacher NAME")
     name = teacher or stored_network(theirs["network"], file, "--teacher")
     return _classifier(name, notes["classes"], file, state, theirs).to(device), theirs["input_size"]

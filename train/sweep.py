@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import statistics
 from collections.abc import Callable, Collection, Sequence
 from dataclasses import replace
@@ -11,6 +10,7 @@ from typing import Any
 
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, machine_error
 from kdcache.cache.files import replace_file
+from kdcache.cache.sealed import read_sealed, sealed
 from kdcache.train import group
 from kdcache.train.config import TrainConfig
 from kdcache.train.loop.runfolder import config_of
@@ -54,7 +54,7 @@ def asked_before(out: str | None) -> tuple[tuple[str, ...], tuple[int, ...]] | N
     if not file.exists():
         return None
     try:
-        found = json.loads(file.read_text())
+        found = read_sealed(file, "remove it, and give --loss and --seed")
         asked = [(str(run["loss"]), int(run["seed"])) for run in found["runs"]]
         losses, seeds = found.get("asked", zip(*asked, strict=True))
         return tuple(dict.fromkeys(map(str, losses))), tuple(dict.fromkeys(map(int, seeds)))
@@ -132,7 +132,7 @@ def _write(
     result = {"cache": key, "asked": [list(losses), list(seeds)], "runs": runs, "losses": compared}
     if group.rank() == 0:
         out.mkdir(parents=True, exist_ok=True)
-        replace_file(out / FILE, (json.dumps(result, indent=2) + "\n").encode())
+        replace_file(out / FILE, sealed(result))
     return result
 
 

@@ -10,10 +10,12 @@ from pathlib import Path
 from typing import Any, NamedTuple
 
 from kdcache.cache.errors import InputError
+from kdcache.cache.files import read_plain
 
 FILE = "kdcache.toml"
 _PREFIX = "KDCACHE_"
 _OWN = {"KDCACHE_HOME"}
+_MOST_BYTES = 1 << 24
 
 
 class KnownOption(NamedTuple):
@@ -54,10 +56,10 @@ def load_settings(commands: Options, environment: Mapping[str, str], file: Path)
 
 
 def _from_file(found: dict[str, dict[str, Setting]], commands: Options, file: Path) -> None:
-    if not file.exists():
+    if not os.path.lexists(file):
         return
     try:
-        content = tomllib.loads(file.read_text(encoding="utf-8"))
+        content = tomllib.loads(read_plain(file, _MOST_BYTES).decode("utf-8"))
     except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
         raise InputError(f"{file} is not valid TOML: {e}") from e
     tables = {key: value for key, value in content.items() if isinstance(value, dict)}

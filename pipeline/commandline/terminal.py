@@ -46,7 +46,7 @@ def confirm(question: str, yes: bool) -> None:
     """
     if yes:
         return
-    if not sys.stdin.isatty():
+    if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():  # None where a shell has closed it
         raise InputError(f"there is no terminal to ask on: give --yes ({question})")
     if not click.confirm(safe(question), err=True):
         click.echo("nothing was removed", err=True)

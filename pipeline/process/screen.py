@@ -55,16 +55,16 @@ def is_wanted(text: str) -> bool:
     return _asked > Verbosity.QUIET or text.lstrip().startswith("warning: ")
 
 
-def is_live(stream: TextIO) -> bool:
-    """Whether a line on the stream can be written anew, as a bar is."""
-    return stream.isatty() and not _is_dumb()
+def is_live(stream: TextIO | None) -> bool:
+    """Whether a line on the stream can be written anew, as a bar is. A stream that a shell has closed is None."""
+    return stream is not None and stream.isatty() and not _is_dumb()
 
 
-def has_colours(stream: TextIO) -> bool:
+def has_colours(stream: TextIO | None) -> bool:
     """Whether to write colours, by the rules that rich has too: NO_COLOR, TERM, FORCE_COLOR, and the stream itself."""
     if os.environ.get("NO_COLOR") or _is_dumb():
         return False
-    return bool(os.environ.get("FORCE_COLOR")) or stream.isatty()
+    return bool(os.environ.get("FORCE_COLOR")) or (stream is not None and stream.isatty())
 
 
 def _is_dumb() -> bool:
@@ -132,5 +132,5 @@ class WorkerStream:
 
 def begin_worker() -> None:
     """Have this process, a worker of one that may show a bar, write to standard error without breaking the bar."""
-    if sys.__stderr__ is not None and is_live(sys.__stderr__):
+    if is_live(sys.__stderr__):
         sys.stderr = WorkerStream(sys.__stderr__)

@@ -8,6 +8,7 @@ All of that is written here as one dictionary, whose keys are the names on the w
 
 from __future__ import annotations
 
+import hashlib
 import re
 import shlex
 import warnings
@@ -21,7 +22,8 @@ import torch
 from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
-from kdcache.cache.errors import InputError, first_sentence
+from kdcache.cache.errors import CorruptError, InputError, first_sentence
+from kdcache.cache.files import sha256
 
 State = dict[str, Tensor]
 
@@ -35,6 +37,7 @@ _WRAPPERS = ("module", "_orig_mod", "model", "net", "network", "student", "teach
 _AVERAGED = re.compile(r"(^|[._])(ema|swa|avg|averaged)([._]|$)")
 # A file may hold dictionaries that contain themselves, many times over.
 _DEEPEST = 8
+_IS_HASH = re.compile(r"[0-9a-f]{64}")
 _MOST = 1_000_000
 
 # Reads what torch.load refuses to read as tensors alone; {} are the two files.
@@ -112,7 +115,7 @@ class Checkpoint:
     """The tensors in a file by the names on the way to them.
 
     boxes: the places at which dictionaries begin. notes: kdcache's own, as text. part: where the user says that the
-    network's tensors are.
+    network's tensors are. checked: whether the file had checksums of all that is here, as kdcache writes them.
     """
 
     path: Path
@@ -120,6 +123,7 @@ class Checkpoint:
     boxes: frozenset[str] = frozenset()
     notes: str | None = None
     part: str | None = None
+    checked: bool = False
 
     def find(
         self,
@@ -197,8 +201,9 @@ def open_checkpoint(file: str | Path) -> Checkpoint:
     if not path.is_file():
         raise InputError(f"{path} is a folder, not a weights file" if path.is_dir() else f"no weights file at {path}")
     if path.suffix == ".safetensors":
-        tensors, notes = _read_safetensors(path)
-        return Checkpoint(path, tensors, notes=notes, part=part)
+        tensors, about = _read_safetensors(path)
+        checked = _require_sound(path, tensors, about)
+        return Checkpoint(path, tensors, notes=about.get("kdcache"), part=part, checked=checked)
     tensors, boxes = {}, set[str]()
     _flatten(_loaded(path), path, "", 0, tensors, boxes)
     return Checkpoint(path, tensors, frozenset(boxes), part=part)
@@ -262,9 +267,40 @@ def _command(code: str, path: Path) -> str:
     return f"python -c {shlex.quote(code)}" if set(code) & set('"$`\\!') else f'python -c "{code}"'
 
 
-def _read_safetensors(path: Path) -> tuple[State, str | None]:
+def weights_hash(state: State) -> str:
+    """The sha256, in hexadecimal, of the tensors' names, types, shapes and bytes, in the order of their names."""
+    h = hashlib.sha256()
+    for name in sorted(state):
+        t = state[name].detach().cpu().contiguous()
+        h.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
+        h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
+    return h.hexdigest()
+
+
+def checksums(state: State, notes: str) -> dict[str, str]:
+    """What a file of kdcache's says of its own tensors and notes, so that damage to either is found."""
+    return {"notes_sha256": sha256(notes.encode()), "weights_sha256": weights_hash(state)}
+
+
+def _require_sound(path: Path, state: State, about: Mapping[str, str]) -> bool:
+    """Whether a file has checksums of tensors and notes. CorruptError where they are not those of what it holds."""
+    had = {name: about[name] for name in ("notes_sha256", "weights_sha256") if name in about}
+    if "notes_sha256" in had and _IS_HASH.fullmatch(path.stem):
+        # A teacher that an earlier version filed has the hash of its tensors in its name alone.
+        had.setdefault("weights_sha256", path.stem)
+    if had:
+        found = checksums(state, about.get("kdcache", ""))
+        if odd := [name.removesuffix("_sha256") for name in had if had[name] != found[name]]:
+            raise CorruptError(
+                f"{path} is damaged, its {' and '.join(odd)} are not those that were written: copy it again, or remove "
+                "it and run the command that wrote it"
+            )
+    return len(had) == 2
+
+
+def _read_safetensors(path: Path) -> tuple[State, dict[str, str]]:
     try:
         with safe_open(path, "pt") as f:
-            return {k: f.get_tensor(k) for k in f.keys()}, (f.metadata() or {}).get("kdcache")  # noqa: SIM118
-    except SafetensorError as e:
+            return {k: f.get_tensor(k) for k in f.keys()}, f.metadata() or {}  # noqa: SIM118
+    except (SafetensorError, AttributeError, KeyError, RuntimeError, TypeError, ValueError) as e:
         raise InputError(f"{path} is damaged, or no safetensors file: {e}") from e

@@ -2,14 +2,12 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import pydantic
-import torch
 from pydantic import BaseModel, ConfigDict, Field
 from safetensors.torch import save
 from torch import Tensor
@@ -19,19 +17,10 @@ from kdcache.cache.files import replace_file
 from kdcache.cache.home import teachers_folder
 from kdcache.cache.records.choices import Interpolation
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.teachers.checkpoints import Checkpoint, open_checkpoint
+from kdcache.pipeline.teachers.checkpoints import Checkpoint, checksums, open_checkpoint
+from kdcache.pipeline.teachers.checkpoints import weights_hash as weights_hash
 from kdcache.pipeline.teachers.networks import canonical_name
 from kdcache.pipeline.teachers.pixels import RGB
-
-
-def weights_hash(state: dict[str, Tensor]) -> str:
-    """The sha256, in hexadecimal, of the tensors' names, types, shapes and bytes, in the order of their names."""
-    h = hashlib.sha256()
-    for name in sorted(state):
-        t = state[name].detach().cpu().contiguous()
-        h.update(f"{name}\0{t.dtype}\0{tuple(t.shape)}\0".encode())
-        h.update(t.reshape(-1).view(torch.uint8).numpy().tobytes())
-    return h.hexdigest()
 
 
 def taught_file(name: str, data: Dataset) -> Path:
@@ -42,9 +31,24 @@ def taught_file(name: str, data: Dataset) -> Path:
 
 def write_weights(path: Path, state: Mapping[str, Tensor], notes: dict[str, Any]) -> None:
     """Write a state dict as safetensors, with notes that read_weights gives back."""
+    replace_file(path, saved(state, notes))
+
+
+def saved(state: Mapping[str, Tensor], notes: Mapping[str, Any]) -> bytes:
+    """A safetensors file of a state dict, with notes, and with checksums of both that are looked at when it is read.
+
+    KeyError for tensors of a type that safetensors does not have.
+    """
+    text = json.dumps(notes)
     # safetensors refuses shared memory and channels_last.
     plain = {k: v.detach().cpu().contiguous().clone() for k, v in state.items()}
-    replace_file(path, save(plain, {"kdcache": json.dumps(notes)}))
+    content = memoryview(save(plain))
+    # safetensors writes several notes in an order that changes from one process to the next.
+    end = 8 + int.from_bytes(content[:8], "little")
+    about = {"__metadata__": {"kdcache": text, **checksums(plain, text)}, **json.loads(bytes(content[8:end]))}
+    header = json.dumps(about, separators=(",", ":"), ensure_ascii=False).encode()
+    header += b" " * (-len(header) % 8)  # tensors begin at a multiple of 8 bytes
+    return b"".join((len(header).to_bytes(8, "little"), header, content[end:]))
 
 
 class _Notes(BaseModel):
@@ -62,6 +66,12 @@ class _Notes(BaseModel):
     data: str | None = None
     cache: str | None = None
     cache_path: str | None = None
+    class_ids: tuple[int | None, ...] | None = None
+    evaluation: str | None = None
+    full_contents: bool | None = None
+    beside_teacher: bool | None = None
+    # Only in the file of a teacher that learnt beside a student, which has `classes` too:
+    network: str | None = None
 
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:

@@ -12,12 +12,11 @@ import os
 from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
-from typing import Any, Literal
+from typing import Literal
 
 import safetensors.torch
 from filelock import FileLock
 from safetensors import SafetensorError
-from torch import Tensor
 
 from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
@@ -27,7 +26,7 @@ from kdcache.cache.registry.registry import DIGITS, Registry
 from kdcache.cache.registry.teachers import MOST_TEACHER_BYTES, weights_among
 from kdcache.pipeline.process.progress import size
 from kdcache.pipeline.teachers.teacher import Teacher
-from kdcache.pipeline.teachers.weights import read_weights, weights_hash
+from kdcache.pipeline.teachers.weights import read_weights, saved, weights_hash
 
 Say = Callable[[str], None]
 Published = Literal["published", "there", "kept back", "not here", "too large"]
@@ -43,7 +42,7 @@ def keep(teacher: Teacher, say: Say) -> None:
     about = teacher.identity.model_dump(mode="json", exclude={"weights", "numeric"})
     notes = {**about, "class_names": teacher.class_names or ()}
     try:
-        content = _saved(teacher.model.network.state_dict(), notes)
+        content = saved(teacher.model.network.state_dict(), notes)
     except KeyError as e:
         say(f"note: the teacher's weights are not filed, safetensors has no {e.args[0]}")
         return
@@ -52,14 +51,6 @@ def keep(teacher: Teacher, say: Say) -> None:
         say(f"note: the teacher's weights are not filed, {folder} cannot be written")
         return
     files.replace_file(path, content)
-
-
-def _saved(state: dict[str, Tensor], notes: dict[str, Any]) -> bytes:
-    """Make a file of these weights, with a hash of the notes, which the hash of the tensors does not cover."""
-    text = json.dumps(notes)
-    # safetensors refuses tensors that share memory.
-    plain = {name: t.detach().cpu().contiguous().clone() for name, t in state.items()}
-    return safetensors.torch.save(plain, {"kdcache": text, "notes_sha256": files.sha256(text.encode())})
 
 
 def find_weights(teacher: TeacherIdentity, registries: Sequence[Registry], say: Say) -> Path | None:
@@ -151,8 +142,7 @@ def publish(teacher: TeacherIdentity, cache: str, shared: Registry, say: Say) ->
 
 
 def _refiled(taught: Path) -> bytes:
-    state, notes = read_weights(taught)
-    return _saved(state, notes)
+    return saved(*read_weights(taught))
 
 
 def named_weights(text: str, registries: Sequence[Registry], say: Say) -> str:

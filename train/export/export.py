@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import tempfile
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
@@ -15,8 +16,8 @@ import torch
 from torch import Tensor, nn
 
 from kdcache import __version__
-from kdcache.cache.errors import InputError, MismatchError, first_sentence
-from kdcache.cache.files import replace_file
+from kdcache.cache.errors import InputError, KdcacheError, MismatchError, first_sentence
+from kdcache.cache.files import read_plain, replace_file
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.teachers.teacher import Classifier
@@ -31,6 +32,7 @@ from kdcache.train.loop.runfolder import config_of
 
 KIND = "kdcache export 1"
 _BATCH = 64
+_MOST_ABOUT_BYTES = 1 << 26
 _TOLERANCE = 1e-3  # of the largest logit, or of 1 where that is less
 # Settings of a run that tell nothing of the student but where things lay, or how the run was kept.
 _PLACES = {"cache_path", "data", "evaluate_every", "ranks", "save_every", "student_weights", "teacher", "weights"}
@@ -74,7 +76,7 @@ def export(config: ExportConfig, say: Callable[[str], None] = print) -> Exported
     InputError for a student that cannot be exported, MismatchError where the exported network answers otherwise.
     """
     kind = FORMATS[config.to]
-    trained = open_trained(config.run, config.student, "export")
+    trained = open_trained(config.run, config.student, "export", say)
     out = Path(config.out) if config.out else trained.path.with_suffix(kind.suffix)
     about = out.with_name(f"{out.name}.json")
     _require_free(out, about, kind)
@@ -99,11 +101,11 @@ def _require_free(out: Path, about: Path, kind: Format) -> None:
     if out.suffix != kind.suffix:
         raise InputError(f"--out {out}: the name has to end in {kind.suffix}")
     try:
-        ours = json.loads(about.read_bytes())["kind"] == KIND
-    except (OSError, ValueError, KeyError, TypeError):
+        ours = json.loads(read_plain(about, _MOST_ABOUT_BYTES))["kind"] == KIND
+    except (KdcacheError, ValueError, RecursionError, LookupError, TypeError):
         ours = False
     for path in (out, about):
-        if path.exists() and not ours:
+        if os.path.lexists(path) and not ours:
             raise InputError(f"{path} exists, and kdcache export has not written it: give another --out")
 
 

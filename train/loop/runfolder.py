@@ -5,18 +5,29 @@ from __future__ import annotations
 import io
 import json
 import os
+import zipfile
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import pydantic
 import torch
+from pydantic import BaseModel, ConfigDict
 
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
-from kdcache.cache.files import replace_file
+from kdcache.cache.files import read_plain, replace_file, sha256
+from kdcache.cache.sealed import read_sealed, sealed
 from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 from kdcache.pipeline.views.render import RENDERER
 from kdcache.train.losses.options import LOSSES
 
 ANEW = "remove it to start the run again"
+_OTHER_OUT = "give another --out"
+METRICS, METRICS_SEAL = "metrics.jsonl", "metrics_sha256"
+# A state's checksum stands where a zip file, which it is, has room for a comment. It covers all that is before it.
+_MARK = b"kdcache sha256 "
+_DIGITS = 64
+_MOST_LINES_BYTES = 1 << 30
 
 # The values that settings had before they existed: a run whose config.json lacks one was made with this value.
 _BEFORE: dict[str, Any] = {
@@ -38,18 +49,59 @@ def config_of(path: Path) -> dict[str, Any]:
     return config
 
 
+class _Config(BaseModel):
+    """What the settings must be where a run has them; there are more."""
+
+    model_config = ConfigDict(extra="allow", strict=True)
+    loss: str | None = None
+    loss_options: dict[str, Any] = {}
+    student: str | None = None
+    teacher: str | None = None
+    cache: str | None = None
+    cache_path: str | None = None
+    data: str | None = None
+    seed: int = 0
+    epochs: int = 1
+    batch_size: int = 1
+    lr: float = 0.0
+    views: int | None = None
+    image_size: int | None = None
+
+
 def read_config(path: Path) -> dict[str, Any]:
-    """The settings of the run in a folder."""
+    """The settings of the run in a folder. CorruptError where they are not those that were written."""
     file = path / "config.json"
     try:
-        config = json.loads(file.read_text())
-    except FileNotFoundError:
+        config = read_sealed(file, _OTHER_OUT)
+        _Config.model_validate(config)
+    except NotFoundError:
         raise NotFoundError(f"{path} is no run folder: it has no config.json") from None
-    except ValueError as e:  # also where it is no text
-        raise CorruptError(f"{file} is not valid JSON ({e}): give another --out") from e
-    if not isinstance(config, dict):
-        raise CorruptError(f"{file} is not what kdcache writes: give another --out")
+    except pydantic.ValidationError as e:
+        reason = f"{e.errors()[0]['loc'][0]}: {e.errors()[0]['msg']}"
+        raise CorruptError(f"{file} is not what kdcache writes ({reason}): {_OTHER_OUT}") from e
     return config
+
+
+def read_lines(path: Path, summary: dict[str, Any] | None) -> bytes:
+    """The content of metrics.jsonl in a run's folder; b"" where there is none.
+
+    CorruptError where it is not what a finished run's `summary`, as `summary_of` gives it, was written with.
+    """
+    file = path / METRICS
+    content = read_plain(file, _MOST_LINES_BYTES) if os.path.lexists(file) else b""
+    had = (summary or {}).get(METRICS_SEAL)
+    if had is not None and had != sha256(content):
+        raise CorruptError(f"{file} is not what kdcache wrote, by the checksum in summary.json: leave this run out")
+    return content
+
+
+def summary_of(path: Path, advice: str) -> dict[str, Any] | None:
+    """What summary.json of a run's folder holds, with the checksum of metrics.jsonl; None before the run is finished.
+
+    CorruptError where it is not what was written, which ends with `advice`.
+    """
+    file = path / "summary.json"
+    return read_sealed(file, advice) if os.path.lexists(file) else None
 
 
 def goes_on(path: Path, resume: bool) -> bool:
@@ -74,33 +126,44 @@ class RunFolder:
                 raise InputError(f"{path} holds a run already: give --resume to go on with it, or another --out")
             self._require_same(config)
         elif file.exists():
-            replace_file(file, _json(config))  # it ended before its first whole epoch: nothing to keep
+            replace_file(file, sealed(config, sort=True))  # it ended before its first whole epoch: nothing to keep
         elif resume:
             raise InputError(f"{path} holds no run to resume: leave --resume out to start one")
         elif path.exists() and any(path.iterdir()):
             raise InputError(f"{path} is not empty and is no run: give another --out")
         else:
-            replace_file(file, _json(config))
+            replace_file(file, sealed(config, sort=True))
 
     def _require_same(self, config: dict[str, Any]) -> None:
-        raw, had, wanted = read_config(self.path), config_of(self.path), json.loads(_json(config))
+        raw, had, wanted = read_config(self.path), config_of(self.path), json.loads(json.dumps(config))
         names = [k for k in {**raw, **wanted} if had.get(k) != wanted.get(k) and k not in FREE]
         if names:
             found = "; ".join(f"{k}: the run has {had.get(k)}, asked for {wanted.get(k)}" for k in names)
             raise InputError(f"{self.path} is another run and is not resumed: {found}")
 
-    def load_state(self) -> dict[str, Any] | None:
-        """The state that save_state kept last, or None if there is none. CorruptError if it cannot be read."""
+    def load_state(self, say: Callable[[str], None] = lambda line: None) -> dict[str, Any] | None:
+        """The state that save_state kept last, or None if there is none. CorruptError if it is not what was kept.
+
+        `say` gets a note where it has no checksum, as those of earlier versions.
+        """
         file = self.path / "state.pt"
-        if not file.exists():
+        if not os.path.lexists(file):
             return None
+        content = read_plain(file, file.stat().st_size)
+        if not _is_sealed(file, content):
+            say(
+                f"note: {file} has no checksum, since an earlier kdcache wrote it: only a part of what could have been "
+                "damaged in it would be found"
+            )
         try:
-            state: dict[str, Any] = torch.load(file, map_location="cpu", weights_only=True)
-        except OSError:
+            if (damaged := zipfile.ZipFile(io.BytesIO(content)).testzip()) is not None:
+                raise CorruptError(f"{file} is damaged, in {damaged}: {ANEW}")
+            state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
+        except CorruptError:
             raise
         except Exception as e:  # bytes that are no pickle raise whatever comes first
             raise CorruptError(f"{file} cannot be read ({type(e).__name__}): {ANEW}") from e
-        if not isinstance(state, dict) or state.keys() != {"history", "training"}:
+        if not isinstance(state, dict) or state.keys() != {"history", "training"} or not _are_lines(state["history"]):
             raise CorruptError(f"{file} is not what this kdcache writes: {ANEW}")
         return state
 
@@ -118,22 +181,20 @@ class RunFolder:
         """After the weights and metrics of a whole epoch, so that a kill in between repeats only its end."""
         content = io.BytesIO()
         torch.save({"history": history, "training": training}, content)
-        replace_file(self.path / "state.pt", content.getvalue())
+        replace_file(self.path / "state.pt", _sealed_zip(content.getvalue()))
 
     def finish(self, summary: dict[str, Any]) -> None:
-        replace_file(self.path / "summary.json", _json(summary))
+        """Write the summary of a finished run, with the checksums of itself and of metrics.jsonl."""
+        replace_file(
+            self.path / "summary.json",
+            sealed({**summary, METRICS_SEAL: sha256(read_lines(self.path, None))}, sort=True),
+        )
 
     def read_summary(self) -> dict[str, Any] | None:
-        """The summary of a finished run; None before that."""
-        file = self.path / "summary.json"
-        if not file.exists():
-            return None
-        try:
-            summary = json.loads(file.read_text())
-        except ValueError:  # also where it is no text
-            summary = None
-        if not isinstance(summary, dict):
-            raise CorruptError(f"{file} is not what kdcache writes: remove it, and --resume writes it again")
+        """The summary of a finished run, as `finish` was given it; None before that."""
+        summary = summary_of(self.path, "remove it, and --resume writes it again")
+        if summary is not None:
+            summary.pop(METRICS_SEAL, None)
         return summary
 
 
@@ -143,5 +204,22 @@ def best_of(history: list[dict[str, Any]]) -> dict[str, Any] | None:
     return max(reversed(lines), key=lambda line: float(line["validation_top1"]), default=None)
 
 
-def _json(value: dict[str, Any]) -> bytes:
-    return (json.dumps(value, indent=2, sort_keys=True) + "\n").encode()
+def _are_lines(history: object) -> bool:
+    return isinstance(history, list) and all(isinstance(x, dict) and isinstance(x.get("epoch"), int) for x in history)
+
+
+def _sealed_zip(content: bytes) -> bytes:
+    """The zip file with a comment that holds the checksum of all that stands before it."""
+    length = len(_MARK) + _DIGITS
+    begin = content[:-2] + length.to_bytes(2, "little") + _MARK  # a zip file without a comment ends with its length, 0
+    return begin + sha256(begin).encode()
+
+
+def _is_sealed(file: Path, content: bytes) -> bool:
+    """Whether the content has a checksum. CorruptError where that is not its own."""
+    begin, digest = content[:-_DIGITS], content[-_DIGITS:]
+    if not begin.endswith(_MARK):
+        return False
+    if sha256(begin).encode() != digest:
+        raise CorruptError(f"{file} is damaged, by the checksum in it: {ANEW}")
+    return True

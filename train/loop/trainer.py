@@ -342,12 +342,12 @@ def _evaluated(
 
 def _resume(training: Training, folder: RunFolder, say: Callable[[str], None]) -> list[dict[str, Any]]:
     """Put the training back as it was, and return the lines of the epochs that are done."""
-    state = group.from_first(folder.load_state)
+    state = group.from_first(lambda: folder.load_state(say))
     if state is None:
         return []
     try:
         training.load_state_dict(state["training"])
-    except (KeyError, RuntimeError, TypeError, ValueError) as e:
+    except (AttributeError, LookupError, RuntimeError, TypeError, ValueError) as e:
         raise CorruptError(f"{folder.path / 'state.pt'} belongs to another network: {ANEW}") from e
     within = f" and {training.batch} batches" if training.batch else ""
     say(f"resuming {folder.path} after epoch {training.epoch}{within} of {training.recipe.epochs}")

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import math
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -12,8 +11,9 @@ from typing import Any, ClassVar, NamedTuple, Self
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.errors import CorruptError, kind_and_message
+from kdcache.cache.errors import CorruptError, NotFoundError, kind_and_message
 from kdcache.cache.files import replace_file
+from kdcache.cache.sealed import read_sealed, sealed
 
 PROJECT = "kdcache"
 SWEEP = "sweep.json"
@@ -113,7 +113,7 @@ class Service:
     def keep(self) -> None:
         """Write down how far the service has come, and what else stands in `state`."""
         self.state |= {"run": self.run, "epoch": self._sent}
-        replace_file(self.folder / self.file, (json.dumps(self.state, indent=2) + "\n").encode())
+        replace_file(self.folder / self.file, sealed(self.state))
 
     def skip(self, epoch: int) -> None:
         """The service has the lines up to this epoch already."""
@@ -176,11 +176,11 @@ def flat(facts: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]
 
 def _read(file: Path) -> dict[str, Any]:
     try:
-        found = json.loads(file.read_text())
+        found = read_sealed(file, "remove it, and a new run is logged")
         if not isinstance(found["run"], str | None) or not isinstance(found["epoch"], int):
             raise TypeError("run or epoch")
-    except FileNotFoundError:
+    except NotFoundError:
         return {}
-    except (ValueError, TypeError, KeyError) as e:
+    except (TypeError, KeyError) as e:
         raise CorruptError(f"{file} is not what kdcache writes ({e}): remove it, and a new run is logged") from e
     return dict(found)

@@ -2,17 +2,18 @@
 
 from __future__ import annotations
 
-import json
 import math
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from kdcache.cache.errors import CorruptError
-from kdcache.train.loop.runfolder import config_of
+from kdcache.cache.sealed import read_sealed, unsealed
+from kdcache.train.loop.runfolder import METRICS, METRICS_SEAL, config_of, read_lines, summary_of
 from kdcache.train.sweep import FILE as SWEEP
 
-CONFIG, SUMMARY, METRICS = "config.json", "summary.json", "metrics.jsonl"
+CONFIG = "config.json"
+_LEFT_OUT = "leave this run out"
 
 
 @dataclass(frozen=True)
@@ -68,32 +69,23 @@ def runs_in(path: Path) -> list[Run]:
 def read_run(path: Path, failed: str | None = None) -> Run:
     """Read a run folder; CorruptError for a file that is not what kdcache writes."""
     lines = []
-    file, summary = path / METRICS, path / SUMMARY
-    texts = file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else []
-    if texts and not texts[-1].endswith("\n") and not summary.exists():
+    file, summary = path / METRICS, summary_of(path, _LEFT_OUT)
+    texts = read_lines(path, summary).decode(errors="replace").splitlines(keepends=True)
+    if texts and not texts[-1].endswith("\n") and summary is None:
         texts.pop()  # the run is just writing it, or was stopped by a full disk
     for number, text in enumerate(texts, 1):
-        line = _object(text, f"line {number} of {file}")
+        line = unsealed(text.encode(), f"line {number} of {file}", _LEFT_OUT)
         if not isinstance(line.get("epoch"), int):
-            raise CorruptError(f"line {number} of {file} names no epoch: leave this run out")
+            raise CorruptError(f"line {number} of {file} names no epoch: {_LEFT_OUT}")
         lines.append({k: v for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)})
-    found = _object(summary.read_text(errors="replace"), str(summary)) if summary.exists() else None
-    return Run(path, config_of(path), lines, found, failed)
-
-
-def _object(text: str, where: str) -> dict[str, Any]:
-    try:
-        found = json.loads(text)
-    except (ValueError, RecursionError) as e:
-        raise CorruptError(f"{where} is not valid JSON ({e}): leave this run out") from e
-    if not isinstance(found, dict):
-        raise CorruptError(f"{where} is not what kdcache writes: leave this run out")
-    return found
+    if summary is not None:
+        summary.pop(METRICS_SEAL, None)
+    return Run(path, config_of(path), lines, summary, failed)
 
 
 def _failures(file: Path) -> dict[str, str]:
     """Why runs of a sweep failed, by their folders' names."""
-    runs = _object(file.read_text(errors="replace"), str(file)).get("runs")
+    runs = read_sealed(file, "give its run folders").get("runs")
     try:
         return {Path(run["run"]).name: str(run["error"]) for run in runs or () if "error" in run}
     except (TypeError, KeyError) as e:

@@ -1,0 +1,51 @@
+"""JSON files of kdcache's own that carry a checksum of themselves, so that a changed value is not taken for what was
+written. People can still read them, and change them on purpose if they remove the line of the checksum."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+from kdcache.cache.errors import CorruptError
+from kdcache.cache.files import read_plain, sha256
+
+_SEAL = "sha256"
+_MOST_BYTES = 1 << 28
+
+
+def sealed(value: Mapping[str, Any], *, sort: bool = False) -> bytes:
+    """The JSON text of an object, with its checksum under the name "sha256"."""
+    return (json.dumps({**value, _SEAL: _digest(value)}, indent=2, sort_keys=sort) + "\n").encode()
+
+
+def read_sealed(file: Path, advice: str) -> dict[str, Any]:
+    """Read an object that `sealed` wrote, or one without a checksum, as versions before it wrote them.
+
+    NotFoundError where there is no file, CorruptError where it is not what was written; both end with `advice`.
+    """
+    return unsealed(read_plain(file, _MOST_BYTES), str(file), advice)
+
+
+def unsealed(content: bytes, where: str, advice: str) -> dict[str, Any]:
+    """Do what `read_sealed` does, for the content of a file that lies at `where`."""
+    try:
+        value = json.loads(content)
+    except (ValueError, RecursionError) as e:  # also where it is no text
+        raise CorruptError(f"{where} is not valid JSON ({e}): {advice}") from e
+    if not isinstance(value, dict):
+        raise CorruptError(f"{where} is not what kdcache writes: {advice}")
+    had = value.pop(_SEAL, None)
+    if had is not None and had != _digest(value):
+        raise CorruptError(
+            f"{where} is not what kdcache wrote, by the checksum in it: {advice}; if you changed it on purpose, remove "
+            f'its "{_SEAL}"'
+        )
+    return value
+
+
+def _digest(value: Mapping[str, Any]) -> str:
+    """The checksum of a value as it is after it was written and read."""
+    plain = json.loads(json.dumps(value))
+    return sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
