@@ -132,5 +132,5 @@ class WorkerStream:
 
 def begin_worker() -> None:
     """Have this process, a worker of one that may show a bar, write to standard error without breaking the bar."""
-    if is_live(sys.__stderr__):
+    if sys.__stderr__ is not None and is_live(sys.__stderr__):
         sys.stderr = WorkerStream(sys.__stderr__)

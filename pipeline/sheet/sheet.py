@@ -15,7 +15,7 @@ import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.files import replace_file
+from kdcache.cache.files import read_range, replace_file
 from kdcache.cache.records.pairs import VIEWS_A_PAIRING
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.defaults import defaults_for
@@ -104,9 +104,8 @@ def _place(out: str) -> Path:
     if not path.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {path.parent}")
     if path.exists():
-        with path.open("rb") as file:
-            if file.read(len(_PNG)) != _PNG:
-                raise InputError(f"--out {out} is there already and is no PNG: give another name")
+        if read_range(path, 0, len(_PNG), short=True) != _PNG:
+            raise InputError(f"--out {out} is there already and is no PNG: give another name")
     return path
 
 

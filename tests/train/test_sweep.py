@@ -14,6 +14,7 @@ import pytest
 from click.testing import CliRunner
 
 from kdcache.cache import KdcacheError
+from kdcache.cache.sealed import read_sealed
 from kdcache.cli import main
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
@@ -56,7 +57,7 @@ def test_every_combination_is_trained_as_alone_and_compared(home, tmp_path):
     losses, seeds = ["ce", "dkd:beta=2,warmup=3"], [0, 4]
     result = sweep(TrainConfig("ce", out=str(tmp_path / "s"), **SETTINGS), losses, seeds, quiet)
     assert [(r["loss"], r["seed"]) for r in result["runs"]] == [(x, s) for x in losses for s in seeds]
-    assert json.loads((tmp_path / "s" / "sweep.json").read_text()) == result
+    assert read_sealed(tmp_path / "s" / "sweep.json", "") == result
     assert sorted(p.name for p in (tmp_path / "s").iterdir() if p.is_dir()) == [
         "ce-seed0", "ce-seed4", "dkd-beta=2-warmup=3-seed0", "dkd-beta=2-warmup=3-seed4",
     ]  # fmt: skip
@@ -115,7 +116,7 @@ def test_the_folder_is_all_that_a_sweep_needs_to_go_on(home, tmp_path):
     asked = ["--loss", "ce", "--loss", "dkd:beta=2,warmup=3", "--seed", "0,4", "--validation", "0.2"]
     whole = json.loads(invoke(*asked, "--out", out, "--json").stdout)
     shutil.rmtree(out / "dkd-beta=2-warmup=3-seed4")
-    kept = json.loads((out / "sweep.json").read_text())
+    kept = read_sealed(out / "sweep.json", "")
     (out / "sweep.json").write_text(json.dumps({**kept, "runs": kept["runs"][:2]}))  # as it was when it was killed
     resumed = CliRunner().invoke(main, ["train", "--resume", "--out", str(out), "--json"], catch_exceptions=False)
     assert resumed.exit_code == 0, resumed.output

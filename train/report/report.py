@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
-from kdcache.cache.files import replace_file
+from kdcache.cache.files import read_range, replace_file
 from kdcache.cache.identity import SplitName
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.answers import teacher_top1
@@ -69,9 +69,8 @@ def _place(out: str) -> Path:
     if not path.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {path.parent}")
     if path.exists():
-        with path.open("rb") as file:
-            if file.read(len(MARK)) != MARK:
-                raise InputError(f"--out {out} is there already and is no report: give another name")
+        if read_range(path, 0, len(MARK), short=True) != MARK:
+            raise InputError(f"--out {out} is there already and is no report: give another name")
     return path
 
 

@@ -19,7 +19,7 @@ from kdcache.tests.helpers.training import metrics_of, quiet
 from kdcache.train.commands import students
 from kdcache.train.config import TrainConfig
 from kdcache.train.loop import runfolder
-from kdcache.train.loop.runfolder import config_of
+from kdcache.train.loop.runfolder import config_of, read_config
 from kdcache.train.losses import NKD
 from kdcache.train.run import train
 
@@ -117,7 +117,7 @@ def test_a_run_of_an_older_version_is_resumed(home, tmp_path, monkeypatch):
     monkeypatch.setattr(NKD, "options_before", lambda: {"gamma": 9.0})
     out, config = tmp_path / "run", TrainConfig("nkd:gamma=9", str(home / "default"), epochs=1, batch_size=512)
     want = train(replace(config, out=str(out)), quiet)
-    later = json.loads((out / "config.json").read_text())
+    later = read_config(out)
     older = {k: v for k, v in later.items() if k in FIRST}
     del older["loss_options"]["gamma"]
     (out / "config.json").write_text(json.dumps(older))
@@ -186,7 +186,7 @@ def test_the_folder_is_all_that_is_needed_to_resume(home, tmp_path, monkeypatch)
 def test_a_function_that_only_the_folder_names_is_not_called(home, tmp_path, monkeypatch):
     out = tmp_path / "run"
     train(TrainConfig("ce", str(home / "default"), epochs=1, batch_size=512, out=str(out)), quiet)
-    had = json.loads((out / "config.json").read_text())
+    had = read_config(out)
     for name in ("data", "student"):
         (out / "config.json").write_text(json.dumps({**had, name: "os:abort"}))
         with pytest.raises(KdcacheError, match=rf"names the \w+ 'os:abort', .*: .* give --{name} os:abort"):

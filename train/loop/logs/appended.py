@@ -8,7 +8,8 @@ from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from kdcache.cache.files import replace_file, sync_folder
+from kdcache.cache.errors import KdcacheError
+from kdcache.cache.files import read_bounded, replace_file, sync_folder
 
 
 class AppendedFile:
@@ -54,8 +55,8 @@ class AppendedFile:
 
 def _holds(path: Path, content: bytes) -> bool:
     try:
-        return path.read_bytes() == content
-    except FileNotFoundError:
+        return read_bounded(path, len(content)) == content
+    except KdcacheError:  # it is missing, longer, or no plain file
         return False
 
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import importlib.util
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol, runtime_checkable
@@ -143,15 +143,22 @@ class Logs:
         self, folder: Path, done: Sequence[dict[str, Any]], say: Callable[[str], None], logged: Logged | None = None
     ) -> None:
         self._folder, self._open = folder, dict[str, Logger]()
-        self._logged = logged = logged or Logged()
-        for name, kind in LOGGERS.items():
-            if not logged.has(name):
-                continue
-            with self._named(name):
-                if (logger := kind.open(folder, done, say)) is not None:
-                    self._open[name] = logger
-                if logged.facts and isinstance(logger, TakesSettings):
-                    logger.settings(logged.facts)
+        self._logged = logged or Logged()
+        try:
+            for name in LOGGERS:
+                if self._logged.has(name):
+                    self._begin(name, done, say)
+        except BaseException:
+            with suppress(KdcacheError, OSError):  # the error to show is the first
+                self.close()
+            raise
+
+    def _begin(self, name: str, done: Sequence[dict[str, Any]], say: Callable[[str], None]) -> None:
+        with self._named(name):
+            if (logger := LOGGERS[name].open(self._folder, done, say)) is not None:
+                self._open[name] = logger
+            if self._logged.facts and isinstance(logger, TakesSettings):
+                logger.settings(self._logged.facts)
 
     def line(self, line: dict[str, Any]) -> None:
         """Give the figures of one epoch to all of them."""

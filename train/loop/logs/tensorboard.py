@@ -87,20 +87,26 @@ class _Events:
         # Readers take a run's files by their names, in which the second comes first.
         name = f"events.out.tfevents.{int(time.time()):010d}.{socket.gethostname()}.{os.getpid()}.{next(_opened)}"
         self._file = AppendedFile(folder / name, b"")
-        self.add(0, file_version="brain.Event:2")
-        self.add(first, session_log=SessionLog(status=SessionLog.START))
+        begin = _event(first, session_log=SessionLog(status=SessionLog.START))
+        self._head = _event(0, file_version="brain.Event:2") + begin  # written with the first event
 
     def add(self, step: int, **what: Any) -> None:
         """Append an event of one kind, such as a `summary`."""
-        from tensorboard.compat.proto.event_pb2 import Event
-        from tensorboard.summary.writer.record_writer import RecordWriter
-
-        record = io.BytesIO()
-        RecordWriter(record).write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
-        self._file.append(record.getvalue())
+        self._file.append(self._head + _event(step, **what))
+        self._head = b""
 
     def close(self) -> None:
         self._file.close()
+
+
+def _event(step: int, **what: Any) -> bytes:
+    """An event as it stands in a file: with its length and checksums."""
+    from tensorboard.compat.proto.event_pb2 import Event
+    from tensorboard.summary.writer.record_writer import RecordWriter
+
+    record = io.BytesIO()
+    RecordWriter(record).write(Event(wall_time=time.time(), step=step, **what).SerializeToString())
+    return record.getvalue()
 
 
 def _markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
