@@ -160,8 +160,11 @@ class _Stream:
 class ClusterBuilder(Builder):
     """A builder whose shards are answered for by the workers of a pool, each of them some shards at a time."""
 
-    def __init__(self, pool: Pool, *given: Any) -> None:
-        super().__init__(*given, {})
+    def __init__(
+        self, pool: Pool, plan: BuildPlan, cache: Cache, leases: Leases, spools: Path, writer: Mapping[str, str],
+        progress: Progress, say: Callable[[str], None],
+    ) -> None:  # fmt: skip
+        super().__init__(plan, cache, leases, spools, writer, progress, say, {})
         self._pool = pool
         self._streams: dict[Any, _Stream] = {}
 
