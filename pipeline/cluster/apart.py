@@ -4,19 +4,17 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
 from kdcache.cache.identity import SplitName
+from kdcache.pipeline.cluster.place import Place, at_this_node
 from kdcache.pipeline.views.parameters import ViewParameters
 from kdcache.pipeline.views.policy import policy_of
 from kdcache.pipeline.views.render import Batch, Renderer
-
-if TYPE_CHECKING:
-    from kdcache.pipeline.cluster.worker import Place
 
 _BATCHES = 4  # that one task renders
 _WAITING = 2  # batches of pixels of one task that may wait to be fetched
@@ -73,8 +71,6 @@ def rendered(
     place: Place, split: SplitName, parameters: list[ViewParameters], batches: list[Batch], first: int
 ) -> Iterator[Rendered]:
     """The task: batches in their views, on one CPU."""
-    from kdcache.pipeline.cluster.worker import at_this_node
-
     with at_this_node():
         key = (place.identity.key, place.folder, split)
         if key not in _renderers:

@@ -26,8 +26,9 @@ from kdcache.pipeline.build.source import Say
 from kdcache.pipeline.build.spool import Writer
 from kdcache.pipeline.cluster import session
 from kdcache.pipeline.cluster.layout import Layout, lay_out
+from kdcache.pipeline.cluster.place import Place, versions
 from kdcache.pipeline.cluster.pool import Hand, LostError, Pool, outcome
-from kdcache.pipeline.cluster.worker import Block, Job, Place, Work, versions
+from kdcache.pipeline.cluster.worker import Block, Job, Work
 from kdcache.pipeline.data import memory
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.process.screen import Detail

@@ -31,7 +31,7 @@ class Pool:
         import ray
 
         self.layout = layout
-        self._given = [job, place]
+        self._given = job, place
         self._actor = ray.remote(Worker).options(
             num_cpus=layout.cpus, num_gpus=layout.gpus, max_restarts=-1, max_task_retries=0
         )
@@ -57,7 +57,7 @@ class Pool:
 
         surplus = len(self._opening) + self.size - min(count, _MOST)
         for _ in range(-surplus):
-            self._open(Hand(self._actor.remote(self._given)))
+            self._open(Hand(self._actor.remote()))
         for reference in list(self._opening)[::-1][: max(0, surplus)]:
             ray.kill(self._opening.pop(reference).actor)
             surplus -= 1
@@ -112,7 +112,7 @@ class Pool:
 
     def _open(self, hand: Hand) -> None:
         # Ray retries it until there is room for the worker, on whatever node.
-        self._opening[hand.actor.open.options(max_task_retries=-1).remote()] = hand
+        self._opening[hand.actor.open.options(max_task_retries=-1).remote(*self._given)] = hand
 
     def close(self) -> None:
         """Let all workers go."""

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import importlib.metadata
-import os
 import pickle
 import re
 import socket
-import sys
 import time
-import traceback
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
-from contextlib import contextmanager, suppress
+from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from typing import Any, NamedTuple
 
@@ -20,9 +15,8 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.cache.errors import InputError, KdcacheError, MismatchError, kind_and_message, machine_error
-from kdcache.cache.home import home
-from kdcache.cache.identity import Identity, SplitName
+from kdcache.cache.errors import InputError, kind_and_message
+from kdcache.cache.identity import SplitName
 from kdcache.cache.records.encoding import tail_distribution
 from kdcache.pipeline.build.answers import Copy, Renders, answers, require_sound, teacher_renderer, view_parameters
 from kdcache.pipeline.build.build import compiled, probe
@@ -30,65 +24,13 @@ from kdcache.pipeline.build.builder import AHEAD, way_of
 from kdcache.pipeline.build.plan import BuildPlan
 from kdcache.pipeline.build.source import Source
 from kdcache.pipeline.cluster.apart import Apart
-from kdcache.pipeline.data import memory
-from kdcache.pipeline.data.dataset import Dataset, open_data
-from kdcache.pipeline.data.split import describe_data
+from kdcache.pipeline.cluster.place import Place, at_this_node
+from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process import provenance
 from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.teachers.teacher import Teacher
 
 _SECONDS, _BYTES = 1.0, 8 * 2**20  # after which answers are sent: many small messages would keep the builder busy
-_PACKAGES = ("torch", "torchvision", "numpy", "pillow")  # whose versions decide about the bits of records
-_ON = " (on the Ray node "
-
-
-def versions() -> dict[str, str]:
-    """The versions that have to be the same on all nodes, so that every shard is computed alike."""
-    found = {}
-    for name in _PACKAGES:
-        with suppress(importlib.metadata.PackageNotFoundError):
-            found[name] = importlib.metadata.version(name)
-    return {"kdcache": provenance.writer()["kdcache"], **found}
-
-
-@dataclass(frozen=True, eq=False)
-class Place:
-    """Where the command runs, which is how its words are meant: names of the user's modules, paths, versions.
-
-    data, unlabelled: which dataset. prints: the fingerprints of its splits, from a sample of the contents. learnt: what
-    was learnt at the data's first opening, so that not every node reads the header of every image.
-    """
-
-    data: str
-    unlabelled: bool
-    identity: Identity
-    prints: Mapping[SplitName, str]
-    learnt: Mapping[str, bytes]
-    home: str
-    folder: str
-    modules: tuple[str, ...]
-    versions: Mapping[str, str]
-
-    def enter(self) -> None:
-        """Make this process one in which those words mean the same. MismatchError for other versions."""
-        mine = versions()
-        differ = {name: theirs for name, theirs in self.versions.items() if mine.get(name) != theirs}
-        if wrong := [f"{name} {mine.get(name)} instead of {theirs}" for name, theirs in differ.items()]:
-            raise MismatchError(f"records differ between versions, and this node has {', '.join(wrong)}")
-        os.environ["KDCACHE_HOME"] = self.home
-        sys.path += [folder for folder in self.modules if folder not in sys.path]
-        with suppress(OSError):  # it matters only to relative paths, and the error for those names the path
-            os.chdir(self.folder)
-        memory.bring(home(), self.learnt)
-
-    def open(self, split: SplitName) -> Dataset:
-        """Open a split of the data. MismatchError where this node has other data than the machine of the command."""
-        data = open_data(self.data, split, unlabelled=self.unlabelled)
-        has = self.identity.data if split == "train" else self.identity.evaluation
-        has = has.model_copy(update={"fingerprint": self.prints[split], "full_contents": False})
-        if found := has.differences(describe_data(data, False), "the command's machine has", "this node has"):
-            raise MismatchError(f"{self.data} is not the same data on every node: {'; '.join(found)}")
-        return data
 
 
 @dataclass(frozen=True, eq=False)
@@ -142,29 +84,27 @@ class Work(NamedTuple):
 class Worker:
     """An actor that answers for shards. It opens data and teacher when it is first asked to."""
 
-    def __init__(self, given: Sequence[Any]) -> None:
-        """given: references to the job and to the place, which Ray resolves in no list: a worker that is started again
-        needs them again.
-        """
-        self._given = given
+    def __init__(self) -> None:
         self._job: Job
-        self._place: Place
-        self._plan: BuildPlan | None = None
-        self._renderers: dict[str, Renders] = {}
+        self._plan: BuildPlan
+        self._renderers: dict[str, Renders]
 
-    def open(self) -> Opened:
-        """Open the data and the teacher, where that has not happened. KdcacheError, as from every method, names the
-        node.
+    def open(self, job: Job, place: Place) -> Opened:
+        """Open the data and the teacher: first of all, and again where Ray has started the worker anew.
+
+        A KdcacheError, as from every method, names the node.
         """
         with at_this_node():
-            teacher = self._opened().source.teacher
+            self._job, self._renderers = job, {}
+            self._plan = _opened(job, place)
+            teacher = self._plan.source.teacher
             return Opened(socket.gethostname(), _kind(teacher), _about(teacher))
 
     def probe(self, images: int) -> tuple[float, float, list[str]]:
         """What `probe` finds for a build of so many images, and what it says."""
         said: list[str] = []
         with at_this_node():
-            plan = self._opened()
+            plan = self._plan
             renderer = teacher_renderer(plan.source.train, plan.source, plan.workers)
             rate, record_bytes = probe(plan, images, renderer, said.append)
         return rate, record_bytes, said
@@ -172,7 +112,7 @@ class Worker:
     def answer(self, work: Work) -> Iterator[list[Block]]:
         """The records of shards, in the order and in the batches of a build in one process."""
         with at_this_node():
-            plan = self._opened()
+            plan = self._plan
             source, identity = plan.source, plan.identity
             data = source.train if work.split == "train" else source.evaluation
             drawn = [view_parameters(data, identity, view, work.rows) for view in work.views]
@@ -197,34 +137,13 @@ class Worker:
         """The records of some rows, once they are on the host. InputError where they cannot be stored."""
         arrays, finite, sums = copy.arrive()
         where = f"view {work.views[place]}, sample {{}} of {work.split}"
-        require_sound(arrays, finite, where, rows, self._opened().identity.record.classes)
+        require_sound(arrays, finite, where, rows, self._plan.identity.record.classes)
         return Block(place, rows, arrays, sums)
-
-    def _opened(self) -> BuildPlan:
-        if self._plan is not None:
-            return self._plan
-        import ray
-
-        job, place = self._job, self._place = ray.get(list(self._given))
-        place.enter()
-        torch.set_num_threads(job.threads)
-        device = pick_device(job.device)
-        try:
-            teacher: Teacher = pickle.loads(job.teacher)
-        except Exception as e:  # the user's own classes may be missing here, or need what is missing
-            raise InputError(f"the teacher's network cannot be made here: {kind_and_message(e)}") from e
-        model = teacher.model.to(device).to(memory_format=torch.channels_last)
-        source = Source(
-            place.open("train"), place.open("eval"), job.labels["train"], job.labels["eval"],
-            replace(teacher, model=model, device=device), place.identity, job.defaults,
-        )  # fmt: skip
-        self._plan = compiled(BuildPlan(source=source, **job.plan), lambda line: None)
-        return self._plan
 
     def _renderer(self, data: Dataset, split: SplitName) -> Renders:
         """What renders the images of a split; that of the other one ends with its processes."""
         if split not in self._renderers:
-            plan, job = self._opened(), self._job
+            plan, job = self._plan, self._job
             files = not data.in_memory and job.decoders
             self._renderers = {
                 split: Apart(job.place, split, plan.source.teacher.device, job.decoders)
@@ -232,6 +151,23 @@ class Worker:
                 else teacher_renderer(data, plan.source, plan.workers)
             }
         return self._renderers[split]
+
+
+def _opened(job: Job, place: Place) -> BuildPlan:
+    """The build's plan with data and teacher of this node. InputError where they cannot be opened."""
+    place.enter()
+    torch.set_num_threads(job.threads)
+    device = pick_device(job.device)
+    try:
+        teacher: Teacher = pickle.loads(job.teacher)
+    except Exception as e:  # the user's own classes may be missing here, or need what is missing
+        raise InputError(f"the teacher's network cannot be made here: {kind_and_message(e)}") from e
+    model = teacher.model.to(device).to(memory_format=torch.channels_last)
+    source = Source(
+        place.open("train"), place.open("eval"), job.labels["train"], job.labels["eval"],
+        replace(teacher, model=model, device=device), place.identity, job.defaults,
+    )  # fmt: skip
+    return compiled(BuildPlan(source=source, **job.plan), lambda line: None)
 
 
 def _about(teacher: Teacher) -> dict[str, str]:
@@ -242,18 +178,3 @@ def _kind(teacher: Teacher) -> str:
     """How logits are computed here, as `way_of` tells it, and by what: other GPUs give other last bits."""
     name = torch.cuda.get_device_name(teacher.device) if teacher.device.type == "cuda" else ""
     return "_".join([way_of(teacher), *re.findall(r"[A-Za-z0-9]+", name)])
-
-
-@contextmanager
-def at_this_node() -> Iterator[None]:
-    """Have every error be a KdcacheError whose line ends with the node. Ray's logs have the whole of other errors."""
-    try:
-        yield
-    except KdcacheError as e:
-        if _ON in str(e):  # from a task that decodes for this worker, elsewhere
-            raise
-        raise type(e)(f"{e}{_ON}{socket.gethostname()})") from None
-    except Exception as e:
-        traceback.print_exc()
-        reason = machine_error(e) or f"a worker failed: {kind_and_message(e)}"
-        raise InputError(f"{reason}{_ON}{socket.gethostname()})") from None
