@@ -257,7 +257,7 @@ def build_and_teach(
     draft = _with_digits_teacher(draft, shared, say)
     plan = open_plan(draft, shared, say)
     with nullcontext(plan) if ray is None else on_cluster(plan, config, ray) as plan:
-        built = build_shared(plan, shared, publish, say, teacher)
+        built = build_shared(plan, shared, publish, say, teacher, whole=store != "zarr")
     if store == "zarr" or this_rank().rank:
         return built, None
     return built, pack(built.path, store, data=plan.source.train, say=say)

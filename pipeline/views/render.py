@@ -209,8 +209,10 @@ class Renderer:
                 resized = tv.resize(pixels, list(self.size), InterpolationMode(self.interpolation), antialias=True)
                 flips = torch.from_numpy(held.flips[rows]).view(-1, 1, 1, 1)
                 resized = torch.where(flips, resized.flip(3), resized)
-                images = resized.contiguous(memory_format=torch.channels_last).to(self.device)
-                yield self._policy.apply(images, held.drawn, rows)
+                images = resized.contiguous(memory_format=torch.channels_last)
+                if self.device.type == "cuda":  # from pinned memory, so that no step waits for the copy
+                    images = images.pin_memory()
+                yield self._policy.apply(images.to(self.device, non_blocking=True), held.drawn, rows)
         else:
             yield from (images for *_, images in self._by_workers([table], [(rows, (0,)) for rows in batches]))
 
