@@ -101,11 +101,11 @@ class Cluster:
 
     def _workers(self, plan: BuildPlan) -> Pool:
         if self._pool is None:
-            self._pool = Pool(self._layout, *_given(plan, self._config, self._layout))
+            self._pool = Pool(self._layout, *given(plan, self._config, self._layout))
         return self._pool
 
 
-def _given(plan: BuildPlan, config: BuildConfig, layout: Layout) -> tuple[Any, Any]:
+def given(plan: BuildPlan, config: BuildConfig, layout: Layout) -> tuple[Any, Any]:
     """What workers are given, as Ray's objects. InputError for a teacher that cannot be sent."""
     import ray
 
