@@ -31,7 +31,7 @@ def require_address(address: str) -> None:
     if importlib.util.find_spec("ray") is None:
         raise InputError("--ray needs the package ray: pip install 'kdcache[ray]'")
     if this_rank().world > 1:
-        raise InputError("--ray starts processes by itself: run kdcache without torchrun")
+        raise InputError("--ray starts processes by itself: run it without torchrun")
 
 
 @contextmanager

@@ -239,5 +239,5 @@ def test_ray_is_asked_for_where_it_is_missing(monkeypatch):
         result = invoke("build --teacher resnet8 --ray")
     assert result.exit_code == 2 and result.stderr.endswith("--ray needs the package ray: pip install 'kdcache[ray]'\n")
     monkeypatch.setattr(session, "this_rank", lambda: Rank(1, 2, 1, 2))
-    with pytest.raises(KdcacheError, match="run kdcache without torchrun"):
+    with pytest.raises(KdcacheError, match="run it without torchrun"):
         session.require_address("auto")
