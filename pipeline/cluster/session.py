@@ -29,7 +29,7 @@ def require_address(address: str) -> None:
     if address != HERE and not _ADDRESS.fullmatch(address):
         raise InputError(f"--ray {address} is no address: give auto, HOST:PORT (as 10.0.0.1:6379), or --ray alone")
     if importlib.util.find_spec("ray") is None:
-        raise InputError("--ray needs the package ray: pip install 'kdcache[ray]'")
+        raise InputError("--ray needs the package ray: pip install ray")
     if this_rank().world > 1:
         raise InputError("--ray starts processes by itself: run it without torchrun")
 
