@@ -249,7 +249,7 @@ def build_and_teach(
         raise InputError(f"--store ffcv has no place for mixed views ({draft.policy}): take --store zarr or hdf5")
     draft = _with_digits_teacher(draft, shared, say)
     plan = open_plan(draft, shared, say)
-    built = build_shared(plan, shared, publish, say, teacher)
+    built = build_shared(plan, shared, publish, say, teacher, whole=store != "zarr")
     if store == "zarr" or this_rank().rank:
         return built, None
     return built, pack(built.path, store, data=plan.source.train, say=say)

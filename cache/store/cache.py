@@ -31,7 +31,7 @@ from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
 from kdcache.cache.identity import MAX_JSON_BYTES, Identity, SplitName, canonical, parse
 from kdcache.cache.store.hdf5 import PackedFile
-from kdcache.cache.store.leases import Leases
+from kdcache.cache.store.leases import FolderLeases, Leases
 from kdcache.cache.store.place import Folder, Place, path_of
 from kdcache.cache.store.publish import SplitStore, require_folder
 from kdcache.cache.store.split import THREADS
@@ -135,8 +135,7 @@ class Cache:
     @property
     def views(self) -> tuple[int, ...]:
         """The complete views. There are none until the prior is there too, which follows the last shard of view 0."""
-        complete = self.train.complete_views()
-        return complete if self._has_prior or 0 not in complete else ()
+        return self.train.complete_views() if self._has_prior else ()
 
     @property
     def evaluation_views(self) -> tuple[int, ...]:
@@ -228,7 +227,7 @@ class Cache:
             if folder.is_symlink():
                 raise CorruptError(f"{folder} is a symbolic link, which is not followed: remove it")
             files.make_folder(folder)
-        with Leases(self.path, self._token, say) as leases:
+        with FolderLeases(self.path, self._token, say) as leases:
             self._finish(leases)
             yield leases
             self._finish(leases)

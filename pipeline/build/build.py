@@ -14,6 +14,7 @@ import torch
 from kdcache.cache.errors import InputError, MismatchError
 from kdcache.cache.files import make_folder
 from kdcache.cache.identity import id_dtype
+from kdcache.cache.registry.bucket import BucketCache
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import record_arrays
@@ -52,10 +53,16 @@ def build(config: BuildConfig, say: Say = print, source: Source | None = None) -
     return carry_out(plan_build(config, source or open_source(config, say)), say)
 
 
-def carry_out(plan: BuildPlan, say: Say = print, begun: Callable[[], object] = lambda: None) -> BuildResult:
+def carry_out(
+    plan: BuildPlan,
+    say: Say = print,
+    begun: Callable[[], object] = lambda: None,
+    bucket: BucketCache | None = None,
+) -> BuildResult:
     """Build, extend or complete the cache of a plan; a complete one is only named.
 
-    begun: called once the cache is there, before anything is computed for it.
+    begun: called once the cache is there, before anything is computed for it. bucket: the same cache in a bucket, where
+    it is built instead of in the plan's folder.
 
     Any number of builds of one cache, on machines that share its folder, share the work; each returns when all of it
     is done. Killed at any moment, a later one goes on where it was; on the same machine it loses no more teacher time
@@ -66,14 +73,14 @@ def carry_out(plan: BuildPlan, say: Say = print, begun: Callable[[], object] = l
     `views_per_decode` for files, `WAITING_JOBS` batches of records, and the pixels that `Renderer` states.
     """
     start = time.monotonic()
-    todo = missing_shards(plan)
-    spools = spool_folder(plan.path, plan.key)
-    if not todo and (cache := Cache(plan.path)).finished:
+    todo = missing_shards(plan, bucket)
+    spools, where = spool_folder(plan.path, plan.key), str(plan.path) if bucket is None else bucket.where
+    if not todo and (cache := bucket or Cache(plan.path)).finished:
         _require_same_data(plan, cache)
         clear(spools, cache)
         cache.tidy()
         begun()
-        say(f"cache {plan.key[:12]} has all of {plan.views} views already: nothing to compute ({plan.path})")
+        say(f"cache {plan.key[:12]} has all of {plan.views} views already: nothing to compute ({where})")
         return _result(plan, cache, 0, start)
     _require_buildable(plan)
     source, images = plan.source, sum(len(shard.rows) for shard in todo)
@@ -83,10 +90,9 @@ def carry_out(plan: BuildPlan, say: Say = print, begun: Callable[[], object] = l
     )
     renderer = teacher_renderer(source.train, source, plan.workers)
     if images:
-        _foretell(plan, images, len(todo), renderer, say)
+        _foretell(plan, images, len(todo), renderer, where, say)
         plan = compiled(plan, say)
-    make_folder(plan.path)
-    cache = Cache.create(plan.path, plan.identity)
+    cache = _made(plan) if bucket is None else bucket.begin()
     begun()
     computed = _fill(plan, cache, todo, images, spools, renderer, say)
     clear(spools, cache)
@@ -96,6 +102,11 @@ def carry_out(plan: BuildPlan, say: Say = print, begun: Callable[[], object] = l
     told = "" if top1 is None else f"; teacher's top-1 on the evaluation split {percent(top1)}"
     say(f"done in {duration(result.seconds)}: {size(result.bytes)}{share}{told}")
     return result
+
+
+def _made(plan: BuildPlan) -> Cache:
+    make_folder(plan.path)
+    return Cache.create(plan.path, plan.identity)
 
 
 def _fill(
@@ -150,12 +161,12 @@ def _require_place(path: Path) -> None:
         raise InputError(f"{path} is not empty and is no cache: give another --out")
 
 
-def _foretell(plan: BuildPlan, images: int, shards: int, renderer: Renderer, say: Say) -> None:
+def _foretell(plan: BuildPlan, images: int, shards: int, renderer: Renderer, where: str, say: Say) -> None:
     """Try the teacher out and say what the build will take; InputError where its answers are suspicious."""
     rate, record_bytes = _probe(plan, images, renderer, say)
     say(
         f"to compute: {images:,} records on {plan.source.teacher.device}, about {duration(images / rate)} at "
-        f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {plan.path}"
+        f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {where}"
     )
     if plan.batch / rate > _LOST_AT_MOST - SPOOL_SECONDS - WAITING_SECONDS:
         lost = duration(plan.batch / rate)

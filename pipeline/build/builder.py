@@ -60,13 +60,16 @@ class Shard(NamedTuple):
         return ("eval-" if self.split.name == "eval" else "") + self.name
 
 
-def missing_shards(plan: BuildPlan) -> list[Shard]:
+def missing_shards(plan: BuildPlan, cache: Cache | None = None) -> list[Shard]:
     """The shards that are still to be computed: those of the evaluation split first, then view after view.
 
-    MismatchError where another cache lies in the place.
+    cache: the one that is built, where that is not the one in the plan's folder. MismatchError where another cache lies
+    in that folder.
     """
     path, identity = plan.path, plan.identity
-    if (path / "identity.json").exists():
+    if cache is not None:
+        train, evaluation = plan.source.splits(cache)
+    elif (path / "identity.json").exists():
         cache = Cache(path)
         cache.identity.require(identity, str(path))
         train, evaluation = plan.source.splits(cache)

@@ -44,3 +44,12 @@ def test_what_would_part_pairs_is_refused():
 def test_the_usual_batch_holds_whole_pairs_for_each_rank():
     assert [usual_batch(256, n, mixed=False, world=3) for n in (1000, 101)] == [256, 101]
     assert [usual_batch(256, n, mixed=True, world=3) for n in (1000, 101, 4)] == [252, 96, 6]
+
+
+@pytest.mark.parametrize("samples", [1, 100, 65_535, 65_536, 70_001])
+def test_an_order_made_in_place_is_the_one_of_every_release(samples):
+    words = np.random.Philox(key=np.array([5, 1], np.uint64), counter=np.array([0, 2, 0, 0], np.uint64))
+    low = np.uint64((1 << samples.bit_length()) - 1)
+    numbers = np.sort(words.random_raw(samples) & ~low | np.arange(samples, dtype=np.uint64))
+    got = np.concatenate(epoch_batches(samples, 1, 5, 2)) if samples < 200 else epoch_batches(samples, samples, 5, 2)[0]
+    assert np.array_equal(got, (numbers & low).astype(np.int64)) and got.dtype == np.int64
