@@ -1,4 +1,4 @@
-"""How long the first batch of an epoch takes to come, and what each rank holds meanwhile; writes JSON.
+"""How long the first batch of an epoch takes to come; writes JSON. What ranks hold is in memory.py.
 
     python bench/first_batch.py [--before COMMIT] [--size imagenet-1k,imagenet-21k] [--work FOLDER] [--out FILE]
 
@@ -10,8 +10,6 @@ is a set of processes of its own, one for each rank, which begin together:
     first        from making a loader to the first batch
     fourth       to the fourth, when all worker processes are busy
     turned       from the end of the first epoch's last batch to the next epoch's first, which was read ahead
-    held         MiB of a rank (PSS) in its second epoch, with the next view read ahead, over what it had before
-    peak         the most until then
 
 With --before the same is done by the code of an older commit, in turns.
 """
@@ -22,7 +20,6 @@ import argparse
 import io
 import json
 import os
-import re
 import statistics
 import subprocess
 import sys
@@ -37,6 +34,9 @@ import torch
 from PIL import Image
 from torchvision.io import decode_jpeg
 
+sys.path.insert(0, str(Path(__file__).parent))
+from versions import checked_out
+
 from kdcache.cache import Cache, Identity
 from kdcache.cache.identity import DataIdentity, RecordIdentity, TeacherIdentity, ViewsIdentity, id_dtype
 from kdcache.pipeline.views.parameters import draw
@@ -44,9 +44,8 @@ from kdcache.pipeline.views.render import RENDERER
 from kdcache.train import CachedLoader
 from kdcache.train.bench.bench import machine
 
-ROOT = Path(__file__).parent.parent
 SIZES = {"imagenet-1k": (1_281_167, 1000, 20), "imagenet-21k": (14_200_000, 21_841, 100), "small": (40_000, 1000, 20)}
-PART, VIEWS, BATCH, RANKS, MIB = 262_144, 2, 256, (1, 2), 2**20
+PART, VIEWS, BATCH, RANKS = 262_144, 2, 256, (1, 2)
 
 
 class Synthetic:
@@ -100,9 +99,14 @@ def made(path: Path, samples: int, classes: int, k: int) -> Path:
     )
     evaluation = data.model_copy(update={"split": "eval", "samples": 1, "name": "synthetic"})
     identity = Identity(
-        teacher=teacher, data=data, evaluation=evaluation, views=ViewsIdentity(policy="rrc,flip", seed=0, renderer=RENDERER),
-        record=record, class_map=None, part=min(PART, samples),
-    )  # fmt: skip
+        teacher=teacher,
+        data=data,
+        evaluation=evaluation,
+        views=ViewsIdentity(policy="rrc,flip", seed=0, renderer=RENDERER),
+        record=record,
+        class_map=None,
+        part=min(PART, samples),
+    )
     cache, images = Cache.create(path, identity), Synthetic(samples, classes)
     if cache.complete and len(cache.views) == VIEWS:
         return path
@@ -132,20 +136,12 @@ def made(path: Path, samples: int, classes: int, k: int) -> Path:
     return path
 
 
-def memory(field: str, file: str) -> float:
-    """A figure of this process, in MiB, as the system counts it."""
-    found = re.search(rf"^{field}:\s*(\d+) kB", Path(f"/proc/self/{file}").read_text(), re.MULTILINE)
-    assert found is not None
-    return int(found[1]) / 1024
-
-
 def run_rank(path: str, size: str, rank: int, world: int) -> None:
     """One rank: begins when its parent says so, and prints what it found."""
     torch.set_num_threads(1)
     samples, classes, _ = SIZES[size]
     cache, data = Cache(Path(path)), Synthetic(samples, classes)
     workers = max(1, (os.cpu_count() or 1) // world)
-    before = memory("Pss", "smaps_rollup")
     print("ready", flush=True)
     sys.stdin.readline()
     started = time.perf_counter()
@@ -161,10 +157,7 @@ def run_rank(path: str, size: str, rank: int, world: int) -> None:
     steps = loader.steps()
     next(steps)
     turned = time.perf_counter() - turned
-    until_read(loader)
-    held = memory("Pss", "smaps_rollup") - before
-    found = {"first": seconds[0], "fourth": seconds[3], "turned": turned, "held": held}
-    print(json.dumps({**found, "peak": memory("VmHWM", "status") - before}), flush=True)
+    print(json.dumps({"first": seconds[0], "fourth": seconds[3], "turned": turned}), flush=True)
     sys.stdin.readline()
     steps.close()
 
@@ -178,7 +171,7 @@ def until_read(loader: CachedLoader) -> None:
 
 
 def case(code: Path, path: Path, size: str, world: int) -> dict[str, float]:
-    """What the ranks found: the slowest time, the sum of what they hold."""
+    """The seconds of the slowest rank."""
     env = {**os.environ, "PYTHONPATH": str(code), "OMP_NUM_THREADS": "1"}
     ranks = [
         subprocess.Popen(
@@ -195,7 +188,7 @@ def case(code: Path, path: Path, size: str, world: int) -> dict[str, float]:
     for rank in ranks:
         say(rank)
         assert rank.wait(60) == 0
-    return {name: (sum if name in ("held", "peak") else max)(one[name] for one in found) for name in found[0]}
+    return {name: max(one[name] for one in found) for name in found[0]}
 
 
 def say(rank: subprocess.Popen[str]) -> None:
@@ -236,24 +229,11 @@ def of_size(size: str, versions: dict[str, Path], rounds: int, place: Path) -> d
         for world in RANKS:
             for version, code in versions.items():
                 found.setdefault(f"{version}, {world} ranks", []).append(case(code, path, size, world))
-    slab = sum(t.nbytes for t in vars(Cache(path).read(0)).values() if isinstance(t, torch.Tensor)) / MIB
     medians = {
         name: {what: round(statistics.median(one[what] for one in all_), 3) for what in all_[0]}
         for name, all_ in found.items()
     }
-    return {"samples": samples, "k": k, "slab_mib": slab, **medians}
-
-
-def checked_out(place: Path, commit: str | None) -> Path:
-    """A folder in which `kdcache` is the package as of that commit, or as it is here."""
-    place.mkdir()
-    if commit is None:
-        (place / "kdcache").symlink_to(ROOT)
-        return place
-    (place / "kdcache").mkdir()
-    archive = subprocess.run(["git", "archive", commit], cwd=ROOT, check=True, capture_output=True).stdout
-    subprocess.run(["tar", "-x", "-C", str(place / "kdcache")], input=archive, check=True)
-    return place
+    return {"samples": samples, "k": k, "seconds": medians}
 
 
 if __name__ == "__main__":

@@ -194,7 +194,7 @@ def _distances(
     split.store.require_sizes(split.data.sizes)
     _require_parameters(split, source, view)
     index = drawn_places(len(split.data), count, key=11 + view)
-    stored = split.store.read(view, cache.prior)[torch.from_numpy(index)]
+    stored = split.store.read(view, cache.prior, samples=index)
     return index, _total_variation(stored, _answer(source, split, view, index, progress), cache.prior)
 
 
