@@ -58,6 +58,7 @@ SLOW = (
     "cache/test_shared_folders",
     "cli/",
     "pipeline/build",
+    "pipeline/cluster/test_ray",
     "pipeline/data/test_containers",
     "pipeline/data/test_decode.py::test_a_short_run_of_the_fuzz",
     "pipeline/data/test_decode.py::test_one_changed_byte_in_a_png",
