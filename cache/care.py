@@ -34,7 +34,7 @@ from kdcache.cache.registry.localstore import LOCAL_STORE_BYTES, LocalStore
 from kdcache.cache.registry.registry import KEY, Registry, split_url
 from kdcache.cache.registry.teachers import weights_among
 from kdcache.cache.store.cache import Cache
-from kdcache.cache.store.leases import Leases
+from kdcache.cache.store.leases import FolderLeases, Leases
 
 HOUR, DAY = 3600.0, 86400.0
 _TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp|\..+\.packing")
@@ -114,7 +114,7 @@ def _remove_folder(cache: Cache) -> None:
     for name in ("commits", "eval", "eval/commits"):  # before anything in them is looked for
         if (path / name).is_symlink():
             (path / name).unlink()
-    with Leases(path, secrets.token_hex(8), lambda _: None) as leases:
+    with FolderLeases(path, secrets.token_hex(8), lambda _: None) as leases:
         _require_alone(leases, path)
         for file in _in_order(cache):
             (path / file).unlink(missing_ok=True)

@@ -94,7 +94,7 @@ def open_cache(where: str | os.PathLike[str], registry: str | None = None, store
         # A folder comes before a file that was packed from it.
         folders = [p for p in local if p.is_dir()]
         if len({p.name[:64] for p in local}) == 1 and len(folders or local) == 1:
-            return Cache((folders or local)[0])
+            return _nearest(Cache((folders or local)[0]), registry, store_bytes)
         if local:
             found = ", ".join(p.name[:16] + p.name[64:] for p in local)
             raise InputError(f"several caches begin with {text}: {found}; give more digits")
@@ -103,10 +103,23 @@ def open_cache(where: str | os.PathLike[str], registry: str | None = None, store
         key = shared.find(text)
         # A copy that was pulled or built here comes before one that is far away.
         here = caches_folder() / key
-        return Cache(here) if (here / "identity.json").exists() else shared.cache(key)
+        if (here / "identity.json").exists():
+            return _nearest(Cache(here), registry, store_bytes)
+        return shared.cache(key)
     if _SHORT.fullmatch(text):
         raise NotFoundError(f"no cache at {text}: give at least four digits of a key, see kdcache ls")
     raise NotFoundError(f"no cache at {text}, and none with that key in {caches_folder()}: see kdcache ls")
+
+
+def _nearest(own: Cache, registry: str | None, store_bytes: int | None) -> Cache:
+    """A cache that is here; but the same one in the registry if the one here holds no view.
+
+    So it is on a machine that has built a cache together with others in a bucket.
+    """
+    if own.views or registry is None:
+        return own
+    shared = open_registry(registry, store_bytes)
+    return shared.cache(own.key) if shared.has(own.key) else own
 
 
 def list_caches() -> tuple[list[Cache], list[str]]:

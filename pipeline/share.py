@@ -3,8 +3,9 @@
 from __future__ import annotations
 
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import dataclass, field, replace
 from functools import partial
 from pathlib import Path
@@ -15,8 +16,9 @@ from kdcache import __version__
 from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
 from kdcache.cache.home import caches_folder, home, list_caches, open_cache, open_registry
 from kdcache.cache.packing import choose_views
-from kdcache.cache.registry.registry import Registry, check_name, split_url
-from kdcache.cache.registry.transfer import Moved, count, into_folder, into_objects, require_movable
+from kdcache.cache.registry.bucket import BucketCache, require_create_only
+from kdcache.cache.registry.registry import Registry, check_name, in_bucket, split_url
+from kdcache.cache.registry.transfer import Moved, count, into_bucket, into_folder, into_objects, require_movable
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.answers import teacher_top1
 from kdcache.pipeline.build.build import BuildResult, carry_out
@@ -139,13 +141,17 @@ def _pull(cache: Cache, path: Path, views: Sequence[int]) -> Moved:
 
 def _result(done: str, moved: Moved, cache: Cache, where: str, views: int, start: float, say: Say) -> ShareResult:
     seconds = time.monotonic() - start
+    _say_kept(moved, say)
+    say(f"{done} {views} views of cache {cache.key[:12]}: {size(moved.bytes)} in {duration(seconds)}, {where}")
+    return ShareResult(cache.key, where, views, moved.bytes, moved.new, moved.there, seconds, moved.kept)
+
+
+def _say_kept(moved: Moved, say: Say) -> None:
     if moved.kept:
         say(
             f"note: {len(moved.kept)} parts stay as they are: they were there already with other records, as another "
             f"machine computes them ({', '.join(moved.kept[:3])}{', ...' if len(moved.kept) > 3 else ''})"
         )
-    say(f"{done} {views} views of cache {cache.key[:12]}: {size(moved.bytes)} in {duration(seconds)}, {where}")
-    return ShareResult(cache.key, where, views, moved.bytes, moved.new, moved.there, seconds, moved.kept)
 
 
 def open_shared(registry: str | None, publish: bool) -> Registry | None:
@@ -155,7 +161,11 @@ def open_shared(registry: str | None, publish: bool) -> Registry | None:
     if registry is None:
         return None
     shared = open_registry(registry, store_bytes=0)
-    return shared.require_writable() if publish else shared
+    if publish:
+        shared.require_writable()
+        if shared.objects.folder("leases") is None:
+            require_create_only(shared.objects)
+    return shared
 
 
 def open_plan(draft: Draft, shared: Registry | None, say: Say) -> BuildPlan:
@@ -177,22 +187,30 @@ def _open_teacher(draft: Draft, shared: Registry | None, say: Say) -> Source:
 
 
 def build_shared(
-    plan: BuildPlan, shared: Registry | None, publish: bool = False, say: Say = print, teacher: bool = True
+    plan: BuildPlan,
+    shared: Registry | None,
+    publish: bool = False,
+    say: Say = print,
+    teacher: bool = True,
+    whole: bool = False,
 ) -> BuildResult:
     """Pull the views that are published, and build the others.
 
-    publish: push the result. teacher: whether the teacher's weights are pushed too. In a registry that is a folder, the
-    cache is built right there, so that all who build it divide the work by leases.
+    publish: build it in the registry, where all who build it divide the work by leases. teacher: whether the teacher's
+    weights are pushed too. whole: whether all views are to lie here too in the end.
     """
     if shared is None:
         return carry_out(plan, say, partial(_keep, plan.source, say))
     plan = _as_published(plan, shared, say)
-    if publish and plan.folder is None and (there := shared.folder(plan.key)):
+    there = shared.folder(plan.key)
+    if publish and there is None:
+        return _build_in_bucket(plan, shared, say, teacher, whole or plan.folder is not None)
+    if publish and there is not None and plan.folder is None:
         return _build_there(plan, there, shared, say, teacher)
     if _lacks(plan.path, plan.views) and shared.has(plan.key):
         _fetch(shared.cache(plan.key), plan.path, plan.views, say)
     result = carry_out(plan, say, partial(_keep, plan.source, say))
-    if publish and this_rank().rank == 0:  # no process comes here before the whole cache is built
+    if publish and this_rank().rank == 0:  # into a folder from --out; no process comes here before all is built
         cache = Cache(plan.path)
         _publish(cache, shared, [v for v in cache.views if v < plan.views], say, teacher)
     return result
@@ -213,6 +231,61 @@ def _build_there(plan: BuildPlan, there: Path, shared: Registry, say: Say, teach
     if result.teacher_images and this_rank().rank == 0:
         shared.record(Cache(plan.path), __version__, result.teacher_top1)
     return result
+
+
+def _build_in_bucket(plan: BuildPlan, shared: Registry, say: Say, teacher: bool, whole: bool) -> BuildResult:
+    """Build in a bucket, beginning with what this machine has of the cache, which need not be whole views."""
+    bucket, moved = in_bucket(shared, plan.identity), Moved()
+    with _alone(plan.key):
+        if _is_cache(plan.path):
+            moved = into_bucket(Cache(plan.path), bucket, range(plan.views))
+    if moved.new:
+        say(f"put {moved.new} parts of cache {plan.key[:12]} that are here into {shared.url} ({size(moved.bytes)})")
+    _say_kept(moved, say)
+
+    def begun() -> None:
+        _keep(plan.source, say)
+        if this_rank().rank == 0:
+            _publish_teacher(bucket, shared, say, teacher)
+
+    result = carry_out(plan, say, begun, bucket)
+    if this_rank().rank == 0:
+        theirs = shared.open(plan.key)
+        if result.teacher_images or moved.new:
+            shared.record(theirs, __version__, result.teacher_top1)
+        _settle(plan, bucket, theirs, whole, say)
+    return result
+
+
+def _settle(plan: BuildPlan, bucket: BucketCache, theirs: Cache, whole: bool, say: Say) -> None:
+    """Have the cache here too: all its views if nobody else has computed any of them, or if the whole is wanted.
+
+    Else it holds what readers of every view need, and their records are read from the bucket.
+    """
+    own = Cache(plan.path).train if _is_cache(plan.path) else None
+    lacking = sorted(set(range(plan.views)) - _complete(plan.path))
+    names = [name for name in theirs.train.layout.shards(lacking) if own is None or not own.has(name)]
+    at_hand = bucket.at_hand(names)
+    with _alone(plan.key):
+        if at_hand or whole:
+            _pull(theirs, plan.path, lacking)
+        else:
+            into_folder(theirs, plan.path, [])
+    if at_hand:
+        bucket.drop(names)
+    elif not whole:
+        say(
+            f"other machines have computed some of the {plan.views} views: kdcache train reads them from the registry, "
+            f"kdcache pull {plan.key[:12]} copies them here"
+        )
+
+
+@contextmanager
+def _alone(key: str) -> Iterator[None]:
+    """Only one of this machine's processes moves that cache at a time."""
+    (home() / "remote").mkdir(parents=True, exist_ok=True)
+    with FileLock(home() / "remote" / f"{key}.lock"):
+        yield
 
 
 def _keep(source: Source, say: Say) -> None:
@@ -296,8 +369,7 @@ def _fetch(theirs: Cache, path: Path, views: int, say: Say) -> None:
     """Copy those of the first `views` views that are complete there but not here."""
     if not theirs.complete:
         return
-    (home() / "remote").mkdir(parents=True, exist_ok=True)
-    with FileLock(home() / "remote" / f"{theirs.key}.lock"):  # only one of several processes pulls
+    with _alone(theirs.key):
         wanted = sorted({v for v in theirs.views if v < views} - _complete(path))
         if wanted or not (_is_cache(path) and Cache(path).complete):
             say(f"{len(wanted)} of {views} views of cache {theirs.key[:12]} are in {theirs.where}")

@@ -67,8 +67,10 @@ class Records:
         return self._map(lambda t: t[index] if isinstance(index, slice) else t.index_select(0, index))
 
     def to(self, device: torch.device | str) -> Records:
-        moved = self._map(lambda t: t.to(device, non_blocking=True))
-        return replace(moved, prior=None if self.prior is None else self.prior.to(device))
+        """The same records on a device. The host waits for copies to itself alone, which it could read too early."""
+        ahead = torch.device(device).type != "cpu"
+        moved = self._map(lambda t: t.to(device, non_blocking=ahead))
+        return replace(moved, prior=None if self.prior is None else self.prior.to(device, non_blocking=ahead))
 
     def pin_memory(self) -> Records:
         """A copy in pinned memory. A DataLoader with pin_memory=True calls this."""

@@ -45,6 +45,19 @@ class LocalStore:
                 self._keep(file, content)
         return content
 
+    def keep(self, stored: StoredFile, content: Content) -> None:
+        """Keep bytes of that digest, which did not come over a network."""
+        self.get(stored, lambda: content)
+
+    def has(self, stored: StoredFile) -> bool:
+        """Whether the bytes of that digest seem to be here; they are checked when they are read."""
+        file = self._folder / stored.sha256[:2] / stored.sha256
+        return file.is_file() and file.stat().st_size == stored.size
+
+    def drop(self, stored: StoredFile) -> None:
+        """Remove the bytes of that digest, which are kept elsewhere too."""
+        (self._folder / stored.sha256[:2] / stored.sha256).unlink(missing_ok=True)
+
     def _keep(self, file: Path, content: Content) -> None:
         # Not synced: what a crash leaves does not match its digest, and is fetched again.
         temporary = file.with_name(f".{secrets.token_hex(8)}.tmp")

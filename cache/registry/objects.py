@@ -65,6 +65,9 @@ class Objects(Protocol):
     def newest(self, folder: str) -> float:
         """When the latest of the objects below a folder was made, in seconds since 1970; 0 where there is none."""
 
+    def times(self, folder: str) -> dict[str, float]:
+        """When each object at any depth below a folder was made, in seconds since 1970, by their paths from there."""
+
     def changed(self, path: str) -> float:
         """When the object was made, in seconds since 1970; NotFoundError if there is none."""
 

@@ -20,17 +20,20 @@ import secrets
 import shlex
 import shutil
 import socket
+import sys
 import time
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Literal
+from typing import Literal, cast
 
 from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
 from kdcache.cache.registry.backends import open_objects
+from kdcache.cache.registry.bucket import BucketCache
 from kdcache.cache.registry.localstore import LocalStore
+from kdcache.cache.registry.objects import RemoteObjects
 from kdcache.cache.registry.teachers import SharedTeachers
 from kdcache.cache.store.cache import Cache
 
@@ -74,7 +77,8 @@ class Registry:
         self.objects = open_objects(url)
         self.url, self.teachers = self.objects.url, SharedTeachers(self.objects)
         self._mirror = local / "registries" / hashlib.sha256(self.objects.address.encode()).hexdigest()[:16]
-        self._store = LocalStore(local / "chunks", store_bytes)
+        self._chunks = local / "chunks"
+        self._store = LocalStore(self._chunks, store_bytes)
 
     @property
     def _listing(self) -> str:
@@ -256,6 +260,15 @@ class Registry:
             return None
         path = f"{folder}/{names[-1]}"
         return parse(Published, self.objects.read(path, _MOST_SMALL_BYTES), f"{self.url}/{path}", "remove it")
+
+
+def in_bucket(shared: Registry, identity: Identity) -> BucketCache:
+    """A cache in a registry's bucket as one of those who build it there. It need not exist yet.
+
+    What is put there is kept here too, until a reader finds more in the local store than it allows.
+    """
+    objects = cast("RemoteObjects", shared.objects)  # whoever has no folder can fetch
+    return BucketCache(objects, identity, shared._mirror / identity.key, LocalStore(shared._chunks, sys.maxsize))
 
 
 def may_be_name(text: str) -> bool:

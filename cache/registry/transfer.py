@@ -12,12 +12,13 @@ import os
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
+from functools import partial
 from pathlib import Path
 
 from kdcache.cache.errors import CorruptError, InputError, MismatchError
 from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
-from kdcache.cache.registry.kinds.network import other
+from kdcache.cache.registry.bucket import BucketCache, put_commit
 from kdcache.cache.registry.objects import Objects
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.chunks import metadata_files
@@ -64,18 +65,25 @@ def into_folder(
                     raise CorruptError(f"{Path(where, name)} is a symbolic link, which is not followed: remove it")
     target = Cache.create(folder, source.identity)
     begun()
-
-    def move(item: _Item) -> Moved:
-        store, name = item
-        into = target.split(store.split)
-        if into.has(name):
-            return _compared(into.commit(name), store, name)
-        contents = store.files_of(name)
-        into.adopt(name, store.commit_bytes(name), contents)
-        return Moved(sum(map(len, contents.values())), 1)
-
     with target.writing():
-        return _all(source, views, move, advance)
+        return _all(list(source.contents(views)), partial(_adopted, target), advance)
+
+
+def into_bucket(source: Cache, target: BucketCache, views: Sequence[int]) -> Moved:
+    """Copy what `source` has of these views, whole or not, and of what belongs to them, into a bucket."""
+    target.begin()
+    return _all([(store, name) for store, name in source.contents(views) if store.has(name)], partial(_adopted, target))
+
+
+def _adopted(target: Cache, item: _Item) -> Moved:
+    """Have the target adopt a commit, if it has none of that name."""
+    store, name = item
+    into = target.split(store.split)
+    if into.has(name):
+        return _compared(into.commit(name), store, name)
+    contents = store.files_of(name)
+    into.adopt(name, store.commit_bytes(name), contents)
+    return Moved(sum(map(len, contents.values())), 1)
 
 
 def into_objects(
@@ -108,20 +116,13 @@ def into_objects(
                 for file, metadata in metadata_files(chunk):
                     if store.prefix + file not in there:
                         put(store.prefix + file, metadata())  # what another version of zarr wrote will do too
-                # If another publisher's bytes lie there uncommitted, ours go elsewhere, since neither may change.
-                stored = mine.files[chunk.file]
-                content = contents[stored.sha256]
-                if not put(store.prefix + chunk.file, content) and not put(other(stored), content):
-                    raise CorruptError(
-                        f"{objects.url}/{prefix}/{other(stored)} does not have the digest that it is named by"
-                    )
-            if put(commit, store.commit_bytes(name)):
+            if put_commit(objects, prefix, store, mine, store.commit_bytes(name), contents):
                 return Moved(sum(map(len, contents.values())), 1)
         where = f"{objects.url}/{prefix}/{commit}"
         theirs = objects.read(f"{prefix}/{commit}", MAX_JSON_BYTES)
         return _compared(parse(Commit, theirs, where, "ask whoever keeps the registry to remove it"), store, name)
 
-    return _all(source, views, move, advance)
+    return _all(list(source.contents(views)), move, advance)
 
 
 def _compared(theirs: Commit, store: SplitStore, name: str) -> Moved:
@@ -131,11 +132,11 @@ def _compared(theirs: Commit, store: SplitStore, name: str) -> Moved:
     return Moved(there=1) if theirs.content() == mine.content() else Moved(there=1, kept=[name])
 
 
-def _all(source: Cache, views: Sequence[int], move: Callable[[_Item], Moved], advance: Advance) -> Moved:
-    items = list(source.contents(views))
-    shards = [(store, name) for store, name in items if store is source.train and parse_shard_name(name)]
+def _all(items: list[_Item], move: Callable[[_Item], Moved], advance: Advance = lambda n: None) -> Moved:
+    """Move commits; the shards of training views come after all others, which their readers need too."""
+    shards = [(store, name) for store, name in items if store.split == "train" and parse_shard_name(name)]
     first = [item for item in items if item not in shards]
-    largest = max(sum(chunk.spec.max_file_bytes for chunk in store.chunks(name)) for store, name in items)
+    largest = max((sum(chunk.spec.max_file_bytes for chunk in store.chunks(name)) for store, name in items), default=1)
     moved = Moved()
     with ThreadPoolExecutor(max(1, min(_THREADS, _MEMORY // largest)), thread_name_prefix="kdcache-move") as threads:
         for some in (first, shards):

@@ -25,14 +25,16 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from numpy.typing import NDArray
 
 from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
 from kdcache.cache.identity import MAX_JSON_BYTES, Identity, SplitName, canonical, parse
 from kdcache.cache.store.hdf5 import PackedFile
-from kdcache.cache.store.leases import Leases
+from kdcache.cache.store.leases import FolderLeases, Leases
 from kdcache.cache.store.place import Folder, Place, path_of
 from kdcache.cache.store.publish import SplitStore, require_folder
+from kdcache.cache.store.split import THREADS
 
 if TYPE_CHECKING:  # torch takes seconds to import, and listing, moving or checking a cache needs no tensors
     import torch
@@ -133,8 +135,7 @@ class Cache:
     @property
     def views(self) -> tuple[int, ...]:
         """The complete views. There are none until the prior is there too, which follows the last shard of view 0."""
-        complete = self.train.complete_views()
-        return complete if self._has_prior or 0 not in complete else ()
+        return self.train.complete_views() if self._has_prior else ()
 
     @property
     def evaluation_views(self) -> tuple[int, ...]:
@@ -157,13 +158,14 @@ class Cache:
         """Whether the prior is committed, or a cache of this kind has none."""
         return not self.train.layout.has_prior or self.train.has("prior")
 
-    def read(self, view: int, out: Records | None = None) -> Records:
+    def read(
+        self, view: int, out: Records | None = None, samples: NDArray[np.int64] | None = None, threads: int = THREADS
+    ) -> Records:
         """All records of one view; NotFoundError if it is not complete, CorruptError if bytes are damaged.
 
-        out: another view's records on the CPU that are no longer needed. Their memory is used again, because getting
-        new memory takes much of the time.
+        out: as many records on the CPU whose memory is used again. samples: ascending places, to read these alone.
         """
-        return self.train.read(view, self.prior, out)
+        return self.train.read(view, self.prior, out, samples, threads)
 
     def read_evaluation(self) -> Records:
         """The records of the unaugmented evaluation split."""
@@ -225,7 +227,7 @@ class Cache:
             if folder.is_symlink():
                 raise CorruptError(f"{folder} is a symbolic link, which is not followed: remove it")
             files.make_folder(folder)
-        with Leases(self.path, self._token, say) as leases:
+        with FolderLeases(self.path, self._token, say) as leases:
             self._finish(leases)
             yield leases
             self._finish(leases)

@@ -1,14 +1,16 @@
 """Leases, by which several builders of one cache, on one machine or many, divide its shards among themselves.
 
-Each builder has one small file, leases/TOKEN.json, which it touches every few seconds. To lease a shard, it makes a
-hard link to that file, named after the shard. Only one builder can make that link, over NFS too, and one touch of the
-file renews all leases of its builder. A builder is taken for dead when it has not touched its file for the time that
-the file states, or when its process ran on this machine and has ended. That time is taken from the file system's own
-clock: other builders compare with a file of theirs that they have just touched. A dead builder's lease NAME.0 is taken
-over by making NAME.1, which again only one builder can.
+Every builder gives signs of life, several in the time that it states. Whoever gives none for that time is taken for
+dead, and so is a builder whose process ran on this machine and has ended. A lease is something that only one builder
+can make: NAME.0 for a free shard, and NAME.1 to take NAME.0 over from the dead.
 
 A builder that was stopped and wakes up may find its work leased to another. That costs double work and no more:
-publish.py decides what becomes part of the cache, whoever holds which lease.
+whoever holds which lease, it is decided elsewhere what becomes part of the cache (publish.py, registry/bucket.py).
+
+There are two kinds, for a folder (here) and for a bucket (registry/leases.py). In a folder each builder has one small
+file, leases/TOKEN.json, which it touches every few seconds. A lease is a hard link to that file, named after the shard.
+Only one builder can make that link, over NFS too, and one touch of the file renews all leases of its builder. Time is
+taken from the file system's own clock: other builders compare with a file of theirs that they have just touched.
 
 filelock's SoftFileLease comes close, but takes a lease over by exchanging two names, which NFS refuses.
 """
@@ -20,19 +22,22 @@ import shutil
 import socket
 import threading
 import time
+from abc import ABC, abstractmethod
 from collections.abc import Callable
+from contextlib import suppress
 from functools import cache
 from pathlib import Path
 
 from pydantic import Field
 
 from kdcache.cache import files
-from kdcache.cache.errors import NotFoundError
+from kdcache.cache.errors import NotFoundError, UnreadableError
 from kdcache.cache.identity import Strict, canonical, parse
 
 EXPIRES = 60.0  # seconds without a sign of life
+MOST_BYTES = 4096  # of what describes a builder
 _BEATS = 4  # signs of life in that time
-_MAX_BYTES = 4096
+_LEAVING = 10.0  # seconds that a sign of life under way may still take when the builder ends
 
 
 class Owner(Strict):
@@ -50,15 +55,14 @@ class Owner(Strict):
         return f"{self.host} (process {self.process}, since {self.since})"
 
 
-class Leases:
-    """This process as one of the builders of the cache at `path`. After a `with` it holds no lease any more.
+class Leases(ABC):
+    """This process as one of the builders of a cache. After a `with` it holds no lease any more.
 
-    token: the builder's name, also that of its folder in scratch/. say: is called with a line when a lease is lost.
+    token: the builder's name. say: is called with a line when a lease is lost.
     """
 
-    def __init__(self, path: Path, token: str, say: Callable[[str], None]) -> None:
-        self._folder, self._scratch, self._say = path / "leases", path / "scratch", say
-        self._file = self._folder / f"{token}.json"
+    def __init__(self, token: str, say: Callable[[str], None]) -> None:
+        self._say = say
         self._owner = Owner(
             token=token,
             host=socket.gethostname(),
@@ -68,7 +72,7 @@ class Leases:
             since=time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             seconds=EXPIRES,
         )
-        self._held: dict[str, Path] = {}
+        self._held: dict[str, str] = {}  # the lease of each name
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="leases", daemon=True)
 
@@ -79,41 +83,37 @@ class Leases:
 
     def __exit__(self, *exc: object) -> None:
         self._stop.set()
-        self._thread.join()
+        self._thread.join(_LEAVING)
         for name in list(self._held):
             self.release(name)
-        shutil.rmtree(self._scratch / self._owner.token, ignore_errors=True)
-        self._file.unlink(missing_ok=True)
+        self._leave()
 
     def take(self, name: str) -> bool:
         """Lease `name`, unless a live builder has it."""
-        links, last, number = self._links(name), None, 0
-        if links:
-            last, number = self._owner_of(links[-1]), int(links[-1].suffix[1:]) + 1
+        leases, last, number = self._leases(name), None, 0
+        if leases:
+            last, number = self._owner_of(leases[-1]), _number(leases[-1]) + 1
             if last is None:  # given back just now
                 return False
-            if self._living(links[-1]):
+            if self._living(leases[-1]):
                 return last == self._owner
-        self._touch()
-        link = self._folder / f"{name}.{number}"
-        try:
-            os.link(self._file, link)
-        except (FileExistsError, FileNotFoundError):  # another was quicker, or has just taken this one for dead
+        lease = f"{name}.{number}"
+        if not self._make(lease):  # another was quicker, or has just taken this one for dead
             return False
-        if links and self._owner_of(links[-1]) != last:
+        if leases and self._owner_of(leases[-1]) != last:
             # Its owner woke up and gave it back, and another builder may have begun again at 0.
-            link.unlink(missing_ok=True)
+            self._remove(lease)
             return False
-        for old in links:
-            old.unlink(missing_ok=True)
-        self._held[name] = link
+        for old in leases:
+            self._remove(old)
+        self._held[name] = lease
         return True
 
     def release(self, name: str) -> None:
         """Give a lease back; a lost one is left alone."""
-        link = self._held.pop(name, None)
-        if link and self._is_mine(link):
-            link.unlink(missing_ok=True)
+        lease = self._held.pop(name, None)
+        if lease and self._is_mine(lease):
+            self._remove(lease)
 
     def lost(self, name: str) -> bool:
         """Whether this builder does not hold `name`, or no longer does."""
@@ -121,16 +121,90 @@ class Leases:
 
     def holder(self, name: str) -> Owner | None:
         """The live builder that has `name`."""
-        links = self._links(name)
-        return self._living(links[-1]) if links else None
+        leases = self._leases(name)
+        return self._living(leases[-1]) if leases else None
 
     def others(self) -> list[Owner]:
         """The other live builders."""
-        found = (self._living(self._folder / name) for name in files.names(self._folder) if name.endswith(".json"))
+        found = (self._living(name) for name in self._names() if name.endswith(".json"))
         return [owner for owner in found if owner and owner != self._owner]
 
+    @abstractmethod
     def clear(self) -> None:
         """Remove what dead builders left behind, and nothing of a live one."""
+
+    def _leases(self, name: str) -> list[str]:
+        """The leases of a name: the last one counts, and earlier ones were taken over."""
+        found = (lease.rpartition(".") for lease in self._names())
+        return [f"{name}.{n}" for n in sorted(int(n) for of, _, n in found if of == name and n.isdecimal())]
+
+    def _beat(self) -> None:
+        failing = False
+        while not self._stop.wait(self._owner.seconds / _BEATS):
+            try:
+                lost = self._renew()
+                failing = False
+            except (OSError, UnreadableError) as e:
+                if not failing:
+                    reason = f"{e.filename}: {e.strerror}" if isinstance(e, OSError) else str(e).partition(": check")[0]
+                    self._say(f"{reason}: other builds may take this one for dead, and do its work")
+                failing = True
+                continue
+            for name in lost:
+                if self._held.pop(name, None):
+                    self._say(
+                        f"lost the lease of {name} ({self._owner.seconds:g} s without a sign of life): "
+                        "another build may compute it too, and the first to finish counts"
+                    )
+
+    # What the kinds differ in. A lease is named NAME.NUMBER, a builder's sign of life TOKEN.json.
+
+    @abstractmethod
+    def _touch(self) -> object:
+        """Give a sign of life."""
+
+    @abstractmethod
+    def _renew(self) -> list[str]:
+        """Give a sign of life; the names whose leases are lost. OSError or UnreadableError where that fails."""
+
+    @abstractmethod
+    def _leave(self) -> None:
+        """Remove this builder's sign of life."""
+
+    @abstractmethod
+    def _names(self) -> list[str]:
+        """The names of all leases and signs of life."""
+
+    @abstractmethod
+    def _owner_of(self, name: str) -> Owner | None:
+        """The builder that a lease or a sign of life belongs to; None where it is gone."""
+
+    @abstractmethod
+    def _living(self, name: str) -> Owner | None:
+        """The same builder, if it lives."""
+
+    @abstractmethod
+    def _make(self, lease: str) -> bool:
+        """Make a lease of this builder's; whether it was this call that made it."""
+
+    @abstractmethod
+    def _is_mine(self, lease: str) -> bool:
+        """Whether a lease is there and this builder's."""
+
+    @abstractmethod
+    def _remove(self, lease: str) -> None:
+        """Remove a lease, if it is there."""
+
+
+class FolderLeases(Leases):
+    """This process as one of the builders of the cache in a folder. token: names its folder in scratch/ too."""
+
+    def __init__(self, path: Path, token: str, say: Callable[[str], None]) -> None:
+        super().__init__(token, say)
+        self._folder, self._scratch = path / "leases", path / "scratch"
+        self._file = self._folder / f"{token}.json"
+
+    def clear(self) -> None:
         for folder in (self._folder, self._scratch):
             for path in map(folder.joinpath, files.names(folder)):
                 if path.name in ("decided", self._owner.token) or self._in_use(path):
@@ -146,36 +220,10 @@ class Leases:
                 return self._touch() - path.stat().st_mtime <= EXPIRES
             except FileNotFoundError:
                 return False
-        owner = self._folder / f"{path.name}.json" if path.parent == self._scratch else path
-        return self._living(owner) is not None
-
-    def _is_mine(self, link: Path) -> bool:
-        try:
-            return link.samefile(self._file)
-        except FileNotFoundError:
-            return False
-
-    def _links(self, name: str) -> list[Path]:
-        numbers = [n for lease, _, n in (file.rpartition(".") for file in files.names(self._folder)) if lease == name]
-        return [self._folder / f"{name}.{n}" for n in sorted(map(int, filter(str.isdecimal, numbers)))]
-
-    def _owner_of(self, path: Path) -> Owner | None:
-        try:
-            return parse(Owner, files.read_bounded(path, _MAX_BYTES), str(path), "remove it")
-        except NotFoundError:
-            return None
-
-    def _living(self, path: Path) -> Owner | None:
-        """The builder that a file or link belongs to, if it lives."""
-        owner = self._owner_of(path)
-        try:
-            touched = path.stat().st_mtime  # after it was opened, because that makes an NFS client ask the server
-        except FileNotFoundError:
-            return None
-        return None if owner is None or _ended(owner) or self._touch() - touched > owner.seconds else owner
+        return self._living(f"{path.name}.json" if path.parent == self._scratch else path.name) is not None
 
     def _touch(self) -> float:
-        """Show that this builder lives. Returns the time by the file system's clock, in seconds."""
+        """Returns the time by the file system's clock, in seconds."""
         while True:
             try:
                 os.utime(self._file)
@@ -183,26 +231,55 @@ class Leases:
             except FileNotFoundError:  # the first time, or another builder took this one for dead
                 files.publish(self._file, canonical(self._owner), self._folder)
 
-    def _beat(self) -> None:
-        failing = False
-        while not self._stop.wait(self._owner.seconds / _BEATS):
-            try:
-                lost = [name for name, link in list(self._held.items()) if not self._is_mine(link)]
-                os.utime(self._file)
-                failing = False
-            except FileNotFoundError:
-                pass  # the next `take` makes it again
-            except OSError as e:
-                if not failing:
-                    self._say(f"{e.filename}: {e.strerror}: other builds may take this one for dead, and do its work")
-                failing = True
-                continue
-            for name in lost:
-                if self._held.pop(name, None):
-                    self._say(
-                        f"lost the lease of {name} ({self._owner.seconds:g} s without a sign of life): "
-                        "another build may compute it too, and the first to finish counts"
-                    )
+    def _renew(self) -> list[str]:
+        lost = [name for name, lease in list(self._held.items()) if not self._is_mine(lease)]
+        with suppress(FileNotFoundError):  # the next `take` makes it again
+            os.utime(self._file)
+        return lost
+
+    def _leave(self) -> None:
+        shutil.rmtree(self._scratch / self._owner.token, ignore_errors=True)
+        self._file.unlink(missing_ok=True)
+
+    def _names(self) -> list[str]:
+        return files.names(self._folder)
+
+    def _owner_of(self, name: str) -> Owner | None:
+        path = self._folder / name
+        try:
+            return parse(Owner, files.read_bounded(path, MOST_BYTES), str(path), "remove it")
+        except NotFoundError:
+            return None
+
+    def _living(self, name: str) -> Owner | None:
+        owner = self._owner_of(name)
+        try:
+            # After it was opened, because that makes an NFS client ask the server.
+            touched = (self._folder / name).stat().st_mtime
+        except FileNotFoundError:
+            return None
+        return None if owner is None or ended(owner) or self._touch() - touched > owner.seconds else owner
+
+    def _make(self, lease: str) -> bool:
+        self._touch()
+        try:
+            os.link(self._file, self._folder / lease)
+        except (FileExistsError, FileNotFoundError):
+            return False
+        return True
+
+    def _is_mine(self, lease: str) -> bool:
+        try:
+            return (self._folder / lease).samefile(self._file)
+        except FileNotFoundError:
+            return False
+
+    def _remove(self, lease: str) -> None:
+        (self._folder / lease).unlink(missing_ok=True)
+
+
+def _number(lease: str) -> int:
+    return int(lease.rpartition(".")[2])
 
 
 @cache
@@ -224,7 +301,7 @@ def _started(process: int) -> int | None:
     return -1 if fields[0] in "ZX" else int(fields[19])
 
 
-def _ended(owner: Owner) -> bool:
+def ended(owner: Owner) -> bool:
     """Whether a builder's process is known to have ended, which only its own machine can tell."""
     if owner.machine is None or owner.machine != _machine():
         return False

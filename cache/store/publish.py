@@ -100,7 +100,7 @@ class SplitStore(SplitReader):
 
         sums = np.zeros(self.layout.prior.shape)
         for part in range(self.parts):
-            sums += self.read_shard(0, part)["tail_sums"][0]
+            sums += self.load(shard_name(0, part), only=("tail_sums",))[0][0]
         self._write_whole("prior", class_prior(torch.from_numpy(sums)).numpy(), writer)
 
     def _write_whole(self, name: str, array: NDArray[Any], writer: Mapping[str, str]) -> None:

@@ -163,8 +163,9 @@ class SplitReader(CommitReader):
     @cached_property
     def labels(self) -> NDArray[Any]:
         """Class ids [N, L] of the samples, L being the number of labels that a single sample has."""
-        parts, spec = self.load("labels"), self.layout.labels
-        labels = np.concatenate(parts) if parts else np.empty(spec.shape, spec.dtype)
+        spec = self.layout.labels
+        labels = np.empty(spec.shape, spec.dtype)
+        self.load("labels", {spec.name: labels})
         if labels.size and int(labels.max()) >= self._record.classes:
             where = self._place.locate(f"{self.prefix}labels")
             raise CorruptError(f"{where} holds a class id above {self._record.classes - 1}; {self._remedy('labels')}")
@@ -186,7 +187,12 @@ class SplitReader(CommitReader):
     @cached_property
     def sizes(self) -> NDArray[np.int32]:
         """[N, 2] height and width of the images of a dataset in files."""
-        sizes = np.concatenate(self.load("sizes"))
+        return self._sizes()
+
+    def _sizes(self) -> NDArray[np.int32]:
+        assert self.layout.sizes is not None
+        sizes = np.empty(self.layout.sizes.shape, np.int32)
+        self.load("sizes", {"sizes": sizes})
         if int(sizes.min()) < 1:
             where = self._place.locate(f"{self.prefix}sizes")
             raise CorruptError(f"{where} holds sizes below 1; {self._remedy('sizes')}")
@@ -196,15 +202,28 @@ class SplitReader(CommitReader):
         """MismatchError unless these are the cache's, since a view's parameters depend on them."""
         if self.layout.sizes is None:
             return
-        if len(wrong := np.flatnonzero((self.sizes != sizes).any(1))):
-            (h, w), (height, width) = self.sizes[wrong[0]], sizes[wrong[0]]
+        own = vars(self).get("sizes")
+        own = self._sizes() if own is None else own  # not kept, since the dataset holds the same
+        if len(wrong := np.flatnonzero((own != sizes).any(1))):
+            (h, w), (height, width) = own[wrong[0]], sizes[wrong[0]]
             raise MismatchError(
                 f"{self.where} was built from images of other sizes ({len(wrong)} of {self.samples} differ; sample "
                 f"{wrong[0]} was {h} x {w}, now {height} x {width})"
             )
 
-    def read(self, view: int, prior: torch.Tensor | None, out: Records | None = None) -> Records:
-        """All records of a view, checked, in memory as they are stored. out: records whose memory is used again."""
+    def read(
+        self,
+        view: int,
+        prior: torch.Tensor | None,
+        out: Records | None = None,
+        samples: NDArray[np.int64] | None = None,
+        threads: int = THREADS,
+    ) -> Records:
+        """All records of a view, checked, in memory as they are stored. out: records whose memory is used again.
+
+        samples: places in ascending order, to read the records of these alone. Parts that hold none of them are not
+        read. Every other part is checked as a whole, and each thread holds one array of one part at a time.
+        """
         missing = set(range(self.parts)) - self.committed().get(view, set())
         if missing:
             raise NotFoundError(
@@ -212,18 +231,40 @@ class SplitReader(CommitReader):
                 + self._place.more(view)
             )
         slab = {} if out is None else chunks.as_arrays(out)
-        first = self.check_shard(view, 0, slab)
-        if not slab and self.parts == 1:
-            slab = first
+        chosen = None if samples is None else _in_parts(samples, self.part)
+        first, *others = range(self.parts) if chosen is None else chosen
+
+        def read_part(part: int) -> Arrays:
+            if chosen is None:
+                return self.check_shard(view, part, slab)
+            places, rows = chosen[part]
+            return self._chosen_rows(view, part, rows, {name: array[places] for name, array in slab.items()})
+
+        of_first = read_part(first)
+        if not slab and not others:
+            slab = dict(of_first)
         elif not slab:
             # Memory is taken only now that a shard was found to have the sizes that the identity claims.
-            slab = {spec.name: np.empty(spec.shape, spec.dtype) for spec in self.layout.records}
+            count = self.samples if samples is None else len(samples)
+            slab = {spec.name: np.empty((count, *spec.shape[1:]), spec.dtype) for spec in self.layout.records}
             for name, rows in slab.items():
-                rows[: self.part] = first[name]
-        del first
-        with ThreadPoolExecutor(THREADS, thread_name_prefix="kdcache-read") as threads:
-            list(threads.map(lambda part: self.check_shard(view, part, slab), range(1, self.parts)))
-        return chunks.as_records(self._record, slab, self.labels_in(view), prior)
+                rows[: len(of_first[name])] = of_first[name]
+        del of_first
+        with ThreadPoolExecutor(threads, thread_name_prefix="kdcache-read") as pool:
+            list(pool.map(read_part, others))
+        labels = self.labels_in(view)
+        return chunks.as_records(self._record, slab, labels if samples is None else labels[samples], prior)
+
+    def _chosen_rows(self, view: int, part: int, rows: NDArray[np.int64], out: Arrays) -> Arrays:
+        """Some rows of each array of records in a shard, in `out` if given, checked like `check_shard`'s."""
+
+        def chosen(file: str, stored: StoredFile, chunk: Chunk) -> NDArray[Any]:
+            name, whole = chunk.spec.name, self._place.rows(file, stored, chunk)
+            self._require_sound(view, part, name, whole)
+            return np.take(whole, rows, 0, out.get(name), mode="clip")  # which, unlike "raise", needs no buffer
+
+        names = [spec.name for spec in self.layout.records]
+        return dict(zip(names, self._each(shard_name(view, part), chosen, names), strict=True))
 
     def view_arrays(self, view: int) -> dict[str, NDArray[Any]]:
         """How an imported view was made, by name: boxes [N, 4] and flips [N], or seeds [N]."""
@@ -243,7 +284,20 @@ class SplitReader(CommitReader):
             raise CorruptError(f"{commit}: there is no part {part}, the last one is {self.parts - 1}; remove it")
         shard = self.read_shard(view, part, out)
         for name, rows in shard.items():
-            if problem := chunks.unsound(name, rows, self._record.classes):
-                again = self._remedy(shard_name(view, part))
-                raise CorruptError(f"view {view}, part {part} of {self.where}: {name} holds {problem}; {again}")
+            self._require_sound(view, part, name, rows)
         return shard
+
+    def _require_sound(self, view: int, part: int, name: str, rows: NDArray[Any]) -> None:
+        if problem := chunks.unsound(name, rows, self._record.classes):
+            again = self._remedy(shard_name(view, part))
+            raise CorruptError(f"view {view}, part {part} of {self.where}: {name} holds {problem}; {again}")
+
+
+def _in_parts(samples: NDArray[np.int64], part: int) -> dict[int, tuple[slice, NDArray[np.int64]]]:
+    """The parts that hold ascending samples: which of the samples these are, and their rows in the part."""
+    parts, starts = np.unique(samples // part, return_index=True)
+    stops = [*starts[1:].tolist(), len(samples)]
+    return {
+        number: (slice(start, stop), samples[start:stop] - number * part)
+        for number, start, stop in zip(parts.tolist(), starts.tolist(), stops[: len(parts)], strict=True)
+    } or {0: (slice(0, 0), samples)}

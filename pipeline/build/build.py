@@ -14,6 +14,7 @@ import torch
 from kdcache.cache.errors import InputError, MismatchError
 from kdcache.cache.files import make_folder
 from kdcache.cache.identity import id_dtype
+from kdcache.cache.registry.bucket import BucketCache
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import record_arrays
@@ -52,10 +53,16 @@ def build(config: BuildConfig, say: Say = print, source: Source | None = None) -
     return carry_out(plan_build(config, source or open_source(config, say)), say)
 
 
-def carry_out(plan: BuildPlan, say: Say = print, begun: Callable[[], object] = lambda: None) -> BuildResult:
+def carry_out(
+    plan: BuildPlan,
+    say: Say = print,
+    begun: Callable[[], object] = lambda: None,
+    bucket: BucketCache | None = None,
+) -> BuildResult:
     """Build, extend or complete the cache of a plan; a complete one is only named.
 
-    begun: called once the cache is there, before anything is computed for it.
+    begun: called once the cache is there, before anything is computed for it. bucket: the same cache in a bucket, where
+    it is built instead of in the plan's folder.
 
     Any number of builds of one cache, on machines that share its folder, share the work; each returns when all of it
     is done. Killed at any moment, a later one goes on where it was; on the same machine it loses no more teacher time
@@ -66,14 +73,14 @@ def carry_out(plan: BuildPlan, say: Say = print, begun: Callable[[], object] = l
     `views_per_decode` for files, `WAITING_JOBS` batches of records, and the pixels that `Renderer` states.
     """
     start = time.monotonic()
-    todo = missing_shards(plan)
-    spools = spool_folder(plan.path, plan.key)
-    if not todo and (cache := Cache(plan.path)).finished:
+    todo = missing_shards(plan, bucket)
+    spools, where = spool_folder(plan.path, plan.key), str(plan.path) if bucket is None else bucket.where
+    if not todo and (cache := bucket or Cache(plan.path)).finished:
         _require_same_data(plan, cache)
         clear(spools, cache)
         cache.tidy()
         begun()
-        say(f"cache {plan.key[:12]} has all of {plan.views} views already: nothing to compute ({plan.path})")
+        say(f"cache {plan.key[:12]} has all of {plan.views} views already: nothing to compute ({where})")
         return _result(plan, cache, 0, start)
     _require_buildable(plan)
     source, images = plan.source, sum(len(shard.rows) for shard in todo)
@@ -81,12 +88,11 @@ def carry_out(plan: BuildPlan, say: Say = print, begun: Callable[[], object] = l
         f"cache {plan.key[:12]}: {plan.identity.teacher.architecture} on {plan.identity.data.name}, "
         f"{plan.identity.views.policy}, {plan.views} views of {len(source.train):,} samples"
     )
-    renderer = teacher_renderer(source.train, source, plan.workers)
+    renderer = None if plan.elsewhere else teacher_renderer(source.train, source, plan.workers)
     if images:
-        _foretell(plan, images, len(todo), renderer, say)
-        plan = compiled(plan, say)
-    make_folder(plan.path)
-    cache = Cache.create(plan.path, plan.identity)
+        _foretell(plan, images, len(todo), renderer, where, say)
+        plan = plan if plan.elsewhere else compiled(plan, say)
+    cache = _made(plan) if bucket is None else bucket.begin()
     begun()
     computed = _fill(plan, cache, todo, images, spools, renderer, say)
     clear(spools, cache)
@@ -98,8 +104,13 @@ def carry_out(plan: BuildPlan, say: Say = print, begun: Callable[[], object] = l
     return result
 
 
+def _made(plan: BuildPlan) -> Cache:
+    make_folder(plan.path)
+    return Cache.create(plan.path, plan.identity)
+
+
 def _fill(
-    plan: BuildPlan, cache: Cache, todo: list[Shard], images: int, spools: Path, renderer: Renderer, say: Say
+    plan: BuildPlan, cache: Cache, todo: list[Shard], images: int, spools: Path, renderer: Renderer | None, say: Say
 ) -> int:
     """Commit labels, sizes and the shards that are missing, as one of the builders; how many images were computed."""
     teacher = plan.source.teacher
@@ -111,8 +122,10 @@ def _fill(
             split.store.write_labels(split.labels.astype(id_dtype(teacher.classes)), writer)
             split.store.write_sizes(split.data.sizes, writer)
         with Progress("build", images, "images") as progress:
-            builder = Builder(plan, cache, leases, spools, writer, progress, say, {"train": renderer})
-            return builder.build(todo)
+            if plan.elsewhere:
+                return plan.elsewhere.builder(plan, cache, leases, spools, writer, progress, say).build(todo)
+            renderers = {"train": renderer} if renderer else {}
+            return Builder(plan, cache, leases, spools, writer, progress, say, renderers).build(todo)
 
 
 def _result(plan: BuildPlan, cache: Cache, computed: int, start: float) -> BuildResult:
@@ -150,12 +163,16 @@ def _require_place(path: Path) -> None:
         raise InputError(f"{path} is not empty and is no cache: give another --out")
 
 
-def _foretell(plan: BuildPlan, images: int, shards: int, renderer: Renderer, say: Say) -> None:
+def _foretell(plan: BuildPlan, images: int, shards: int, renderer: Renderer | None, where: str, say: Say) -> None:
     """Try the teacher out and say what the build will take; InputError where its answers are suspicious."""
-    rate, record_bytes = _probe(plan, images, renderer, say)
+    if plan.elsewhere:
+        (rate, record_bytes), device = plan.elsewhere.probe(plan, images, say), plan.elsewhere.where
+    else:
+        renderer = renderer or teacher_renderer(plan.source.train, plan.source, plan.workers)
+        (rate, record_bytes), device = probe(plan, images, renderer, say), str(plan.source.teacher.device)
     say(
-        f"to compute: {images:,} records on {plan.source.teacher.device}, about {duration(images / rate)} at "
-        f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {plan.path}"
+        f"to compute: {images:,} records on {device}, about {duration(images / rate)} at "
+        f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {where}"
     )
     if plan.batch / rate > _LOST_AT_MOST - SPOOL_SECONDS - WAITING_SECONDS:
         lost = duration(plan.batch / rate)
@@ -179,7 +196,7 @@ def compiled(plan: BuildPlan, say: Say) -> BuildPlan:
     return replace(plan, source=replace(plan.source, teacher=teacher))
 
 
-def _probe(plan: BuildPlan, images: int, renderer: Renderer, say: Say) -> tuple[float, float]:
+def probe(plan: BuildPlan, images: int, renderer: Renderer, say: Say) -> tuple[float, float]:
     """The teacher's images/s and the bytes of a record, from seeded images without augmentation.
 
     InputError where the teacher's answers give away that the cache would be wrong (suspicions.py).

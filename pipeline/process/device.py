@@ -28,6 +28,14 @@ def pick_device(name: str | None) -> torch.device:
     return device
 
 
+def numbered(device: torch.device | str) -> torch.device:
+    """The device with its number: "cuda" alone means another one in a thread that has not chosen its own."""
+    found = torch.device(device)
+    if found.type == "cuda" and found.index is None:
+        return torch.device("cuda", torch.cuda.current_device())
+    return found
+
+
 def _instead() -> str:
     """What to ask for instead, also where torchrun started more ranks than there are GPUs."""
     here, gpus = this_rank().local_world, torch.cuda.device_count()

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -51,6 +52,21 @@ class Classifier(nn.Module):
         return logits
 
 
+@contextmanager
+def _no_tf32() -> Iterator[None]:
+    """float32 means float32 within, so that a cache depends neither on the card nor on what its surroundings have set.
+
+    NVIDIA's containers, for one, set TF32 for products of matrices.
+    """
+    before = torch.get_float32_matmul_precision()
+    torch.set_float32_matmul_precision("highest")
+    try:
+        with torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False):
+            yield
+    finally:
+        torch.set_float32_matmul_precision(before)
+
+
 @dataclass(frozen=True, eq=False)
 class Teacher:
     """A network that only answers.
@@ -78,14 +94,11 @@ class Teacher:
         """
         assert not self.model.training
         bf16 = self.identity.numeric == "bf16"
-        # float32 means float32: no TF32, so that a cache does not depend on the card.
-        with (
-            torch.inference_mode(),
-            torch.backends.cudnn.flags(enabled=True, benchmark=True, allow_tf32=False),
-            torch.autocast(self.device.type, torch.bfloat16, enabled=bf16),
-        ):
+        with torch.inference_mode(), _no_tf32(), torch.autocast(self.device.type, torch.bfloat16, enabled=bf16):
             if self.compiled is None:
                 return self.model(images).float()  # type: ignore[no-any-return]
+            # Views that were cut together have gaps in memory, for which it would be compiled again.
+            images = images.contiguous(memory_format=torch.channels_last)
             # The next answer overwrites what a CUDA graph gives.
             return self.compiled(images).float().clone()
 

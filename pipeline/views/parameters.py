@@ -9,7 +9,7 @@ from __future__ import annotations
 import hashlib
 from collections.abc import Mapping
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, ClassVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -80,8 +80,8 @@ class ViewParameters:
     def digest(self) -> str:
         """The sha256 of the parameters, in hexadecimal. Each commit holds it, and a reader compares it."""
         h = hashlib.sha256(_DIGEST_OF_OPERATIONS if self.drawn or self.mixing else _DIGEST)
-        h.update(np.ascontiguousarray(self.boxes, "<i4").tobytes())
-        h.update(np.ascontiguousarray(self.flips, "u1").tobytes())
+        h.update(np.ascontiguousarray(self.boxes, "<i4").data)
+        h.update(np.ascontiguousarray(self.flips, "u1").data)
         named = dict(self.drawn)
         if self.mixing is not None:
             named["mix"] = {"partners": self.mixing.partners, **self.mixing.drawn}
@@ -89,8 +89,46 @@ class ViewParameters:
             for what, rows in arrays.items():
                 little = np.ascontiguousarray(rows, rows.dtype.newbyteorder("<"))
                 h.update(f"{name}.{what} {little.dtype.str} {little.shape[1:]}\0".encode())
-                h.update(little.tobytes())
+                h.update(little.data)
         return h.hexdigest()
+
+
+@dataclass(frozen=True, eq=False)
+class DrawnView:
+    """A view of all N samples of a cache that keeps none of their parameters: whoever asks has them drawn again.
+
+    For views that are not mixed. sizes int32 [N, 2]: height and width of the images.
+    """
+
+    views: ViewsIdentity
+    view: int
+    sizes: NDArray[np.int32]
+    mixing: ClassVar[None] = None
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: slice | NDArray[np.int64]) -> ViewParameters:
+        samples = range(len(self))[index] if isinstance(index, slice) else index
+        return draw_as(self.views, self.view, samples, self.sizes)
+
+
+@dataclass(frozen=True, eq=False)
+class EvaluationView:
+    """The unaugmented view of N samples, as `evaluation_view` gives it for those that are asked for."""
+
+    sizes: NDArray[np.int32]
+    whole: bool
+    mixing: ClassVar[None] = None
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: slice | NDArray[np.int64]) -> ViewParameters:
+        return evaluation_view(self.sizes[index], self.whole)
+
+
+Parameters = ViewParameters | DrawnView | EvaluationView
 
 
 def draw(

@@ -6,6 +6,7 @@ and train on the same renderer and CPU class, with any number of workers.
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterator, Sequence
 from functools import partial
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -24,7 +25,7 @@ from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.rank import cores
 from kdcache.pipeline.views.operations.kinds.mix import mixed
 from kdcache.pipeline.views.operations.operation import of_rows
-from kdcache.pipeline.views.parameters import ViewParameters
+from kdcache.pipeline.views.parameters import Parameters, ViewParameters
 from kdcache.pipeline.views.policy import Policy, parse_policy
 from kdcache.pipeline.views.table import Rows, Table
 from kdcache.pipeline.views.workers import Done, Task, Workers
@@ -157,7 +158,7 @@ class Renderer:
         self._idle = None
 
     def batches(
-        self, parameters: ViewParameters | Table, batches: Sequence[NDArray[np.int64]], first: int = 0
+        self, parameters: Parameters | Table, batches: Sequence[NDArray[np.int64]], first: int = 0
     ) -> Iterator[Tensor]:
         """uint8 [B, 3, H, W] for each batch of sample indices; parameters are those of samples first, first+1, ...
 
@@ -170,8 +171,25 @@ class Renderer:
         for at, theirs, images in zip(batched, partners, self._cut(table, [at.rows for at in batched]), strict=True):
             yield self._mixed(images, table, at, theirs)
 
+    def crops(self, parameters: Sequence[Parameters | Table], batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
+        """uint8 [B * m, 3, H, W] for each batch of B samples, each in m views: sample i in view j is image i * m + j.
+
+        An image file is decoded once for all m. Views that are mixed have to be of one pairing.
+        """
+        if len(parameters) == 1:
+            yield from self.batches(parameters[0], batches)
+            return
+        tables = [of if isinstance(of, Table) else Table(of, 0) for of in parameters]
+        batched = [tables[0].batch(samples) for samples in batches]
+        partners = self._on_device([at.partners for at in batched])
+        in_all = self._cut_in_all(tables, [at.rows for at in batched])
+        for at, theirs, views in zip(batched, partners, in_all, strict=True):
+            whole = [self._mixed(images, table, at, theirs) for images, table in zip(views, tables, strict=True)]
+            pixels = torch.stack([images.permute(0, 2, 3, 1) for images in whole], 1)  # channels_last stays
+            yield pixels.flatten(0, 1).permute(0, 3, 1, 2)
+
     def views(
-        self, parameters: Sequence[ViewParameters], batches: Sequence[Batch], first: int = 0
+        self, parameters: Sequence[Parameters], batches: Sequence[Batch], first: int = 0
     ) -> Iterator[tuple[int, int, Tensor]]:
         """Yield every batch in each of its views: the places of batch and view, and the pixels as `batches` gives them.
 
@@ -193,24 +211,39 @@ class Renderer:
 
     def _cut(self, table: Table, batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
         """The images of rows of the table before they are mixed, uint8 [m, 3, H, W] for each batch of rows."""
-        if self._pixels is not None and (table.boxes[:, 2:] == self.size).all():
+        held = table.held
+        if held is not None and self._pixels is not None and (held.boxes[:, 2:] == self.size).all():
             samples, boxes, flips = (
-                torch.from_numpy(of).to(self.device) for of in (table.samples, table.boxes, table.flips)
+                torch.from_numpy(of).to(self.device) for of in (table.samples, held.boxes, held.flips)
             )
             order = torch.split(order_on(self.device, batches), [len(batch) for batch in batches])
             for rows, index in zip(batches, order, strict=True):
                 images = self._pixels.crops(samples[index], boxes[index], flips[index])
-                yield self._policy.apply(images, table.drawn, rows)
-        elif (whole := self.data.pixels) is not None and _whole(table.boxes, self.data):
+                yield self._policy.apply(images, held.drawn, rows)
+        elif held is not None and (whole := self.data.pixels) is not None and _whole(held.boxes, self.data):
             for rows in batches:
-                pixels = whole[torch.from_numpy(table.samples[rows])].permute(0, 3, 1, 2)
+                pixels = whole[torch.from_numpy(table.samples_of(rows))].permute(0, 3, 1, 2)
                 resized = tv.resize(pixels, list(self.size), InterpolationMode(self.interpolation), antialias=True)
-                flips = torch.from_numpy(table.flips[rows]).view(-1, 1, 1, 1)
+                flips = torch.from_numpy(held.flips[rows]).view(-1, 1, 1, 1)
                 resized = torch.where(flips, resized.flip(3), resized)
-                images = resized.contiguous(memory_format=torch.channels_last).to(self.device)
-                yield self._policy.apply(images, table.drawn, rows)
+                images = resized.contiguous(memory_format=torch.channels_last)
+                if self.device.type == "cuda":  # from pinned memory, so that no step waits for the copy
+                    images = images.pin_memory()
+                yield self._policy.apply(images.to(self.device, non_blocking=True), held.drawn, rows)
         else:
             yield from (images for *_, images in self._by_workers([table], [(rows, (0,)) for rows in batches]))
+
+    def _cut_in_all(
+        self, tables: Sequence[Table], batches: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The images of rows of the tables before they are mixed, of each table for each batch of rows."""
+        if self._pixels is not None and not self._policy.geometry.resizes:
+            yield from zip(*(self._cut(table, batches) for table in tables), strict=True)
+            return
+        cut = self._by_workers(tables, [(rows, range(len(tables))) for rows in batches])
+        for _ in batches:
+            yield tuple(next(cut)[2] for _ in tables)
+        next(cut, None)  # to its end, where it keeps the workers
 
     def _mixed(self, images: Tensor, table: Table, at: Rows, partners: Tensor | None) -> Tensor:
         """Mix what is to be mixed."""
@@ -229,32 +262,40 @@ class Renderer:
         """Batches of rows before they are mixed.
 
         On a CPU the workers change pixels too: threads of this process would wait for cores that the workers have.
+        Tasks are made when the workers have room for them, so that those of an epoch are never held together.
         """
         there = self.device.type == "cpu"
-        tasks: list[Task] = []
-        counts = []
-        for rows, places in batches:
-            step = max(1, _CUTS // len(places))
-            chosen = [tables[place] for place in places]
-            new = [_task(rows[i : i + step], chosen, there) for i in range(0, len(rows), step)]
-            tasks += new
-            counts.append(len(new))
-        workers, ahead = min(self.workers, len(tasks)), 2 * max(counts, default=0)
+        steps = [max(1, _CUTS // len(places)) for _, places in batches]
+        counts = [-(-len(rows) // step) for (rows, _), step in zip(batches, steps, strict=True)]
+        cuts_each = max(
+            (min(len(rows), step) * len(to) for (rows, to), step in zip(batches, steps, strict=True)), default=0
+        )
+        under_way: deque[list[ViewParameters]] = deque()  # the parameters of each batch that is not through
+
+        def tasks() -> Iterator[Task]:
+            for (rows, places), step in zip(batches, steps, strict=True):
+                samples, drawn = tables[0].samples_of(rows), [tables[place].of(rows) for place in places]
+                under_way.append(drawn)
+                for piece in (slice(i, i + step) for i in range(0, len(rows), step)):
+                    yield _task(samples[piece], [one[piece] for one in drawn], there)
+
+        workers, ahead = min(self.workers, sum(counts)), 2 * max(counts, default=0)
         if (loader := self._idle) is None or not loader.serves(workers, ahead):
             cut = partial(render, size=self.size, interpolation=self.interpolation)
             pin = self.device.type == "cuda"
             if there:  # what operations import and compile is inherited by the worker processes
-                self._policy.apply(torch.empty((0, 3, *self.size), dtype=torch.uint8), tables[0].drawn, np.arange(0))
+                none = np.arange(0)
+                self._policy.apply(torch.empty((0, 3, *self.size), dtype=torch.uint8), tables[0].of(none).drawn, none)
             loader = Workers(self.data, cut, self._policy.apply, self.size, workers, ahead, pin)
         # No other call may have it before this one is through.
         self._idle = None
-        done = loader.run(tasks, 2 * max(counts, default=0))
+        done = loader.run(tasks(), cuts_each, 2 * max(counts, default=0))
         for number, (rows, places) in enumerate(batches):
             cuts = [self._ready(loader.next(done)) for _ in range(counts[number])]
             pixels = cuts[0] if len(cuts) == 1 else torch.cat(cuts)
-            for j, place in enumerate(places):
+            for j, (place, drawn) in enumerate(zip(places, under_way.popleft(), strict=True)):
                 images = pixels[:, j].permute(0, 3, 1, 2)
-                yield number, place, images if there else self._policy.apply(images, tables[place].drawn, rows)
+                yield number, place, images if there else self._policy.apply(images, drawn.drawn, np.arange(len(rows)))
         self._idle = loader
 
     def _ready(self, pixels: Done) -> Tensor:
@@ -280,13 +321,13 @@ def _chosen(images: Tensor, places: Tensor) -> Tensor:
     return chosen.permute(0, 3, 1, 2)
 
 
-def _task(rows: NDArray[np.int64], tables: Sequence[Table], with_operations: bool) -> Task:
-    boxes, flips = ([getattr(table, name)[rows] for table in tables] for name in ("boxes", "flips"))
+def _task(samples: NDArray[np.int64], views: Sequence[ViewParameters], with_operations: bool) -> Task:
+    boxes, flips = [view.boxes for view in views], [view.flips for view in views]
     drawn = {
-        name: {what: np.stack([table.drawn[name][what][rows] for table in tables], 1) for what in arrays}
-        for name, arrays in (tables[0].drawn.items() if with_operations else ())
+        name: {what: np.stack([view.drawn[name][what] for view in views], 1) for what in arrays}
+        for name, arrays in (views[0].drawn.items() if with_operations else ())
     }
     cuts = {
         name: {what: of.reshape(-1, *of.shape[2:]) for what, of in arrays.items()} for name, arrays in drawn.items()
     }
-    return Task(tables[0].samples[rows], np.stack(boxes, 1), np.stack(flips, 1), cuts)
+    return Task(samples, np.stack(boxes, 1), np.stack(flips, 1), cuts)

@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.pipeline.views.operations.operation import Drawn
-from kdcache.pipeline.views.parameters import ViewParameters
+from kdcache.pipeline.views.parameters import Parameters, ViewParameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -26,32 +26,55 @@ class Rows:
 class Table:
     """The samples first, first + 1, ... in one view, and behind them their partners that are not among them.
 
-    samples int64 [m], boxes int32 [m, 4], flips bool [m] and drawn, by operation, are of all rows. mixing is drawn for
-    the samples alone.
+    held: the parameters of all m rows without mixing; None where they are drawn when rows are asked for, so that the
+    table takes no memory for its samples. mixing is drawn for the samples alone.
     """
 
-    def __init__(self, parameters: ViewParameters, first: int) -> None:
+    def __init__(self, parameters: Parameters, first: int) -> None:
         n, mixing = len(parameters), parameters.mixing
-        self._first, self._partner_rows = first, None
-        self.samples = np.arange(first, first + n)
-        self.boxes, self.flips = parameters.boxes, parameters.flips
-        self.drawn: dict[str, Drawn] = dict(parameters.drawn)
+        self._first, self._count, self._parameters = first, n, parameters
+        self._partner_rows = None
+        self.held: ViewParameters | None = None
         self.mixing: Drawn | None = None
+        if not isinstance(parameters, ViewParameters):
+            return
+        self.held = ViewParameters(parameters.boxes, parameters.flips, parameters.drawn)
         if mixing is None:
             return
         self.mixing = mixing.drawn
         among = (mixing.partners >= first) & (mixing.partners < first + n)
         self._partner_rows = np.where(among, mixing.partners - first, n + np.arange(n))
+        self._others = mixing.partners[:0]  # the samples of the rows from n on
         if (theirs := mixing.theirs) is not None:
-            self.samples = np.concatenate([self.samples, mixing.partners])
-            self.boxes = np.concatenate([self.boxes, theirs.boxes])
-            self.flips = np.concatenate([self.flips, theirs.flips])
-            self.drawn = {name: _joined(rows, theirs.drawn[name]) for name, rows in self.drawn.items()}
-        self._places = np.full(len(self.samples), -1)  # of rows in a batch, while it is put together
+            self._others = mixing.partners
+            self.held = ViewParameters(
+                np.concatenate([parameters.boxes, theirs.boxes]),
+                np.concatenate([parameters.flips, theirs.flips]),
+                {name: _joined(rows, theirs.drawn[name]) for name, rows in parameters.drawn.items()},
+            )
+        self._places = np.full(n + len(self._others), -1)  # of rows in a batch, while it is put together
+
+    @property
+    def samples(self) -> NDArray[np.int64]:
+        """The samples of all rows, int64 [m]."""
+        own = np.arange(self._first, self._first + self._count)
+        return own if self._partner_rows is None else np.concatenate([own, self._others])
+
+    def samples_of(self, rows: NDArray[np.int64]) -> NDArray[np.int64]:
+        """The samples of some rows."""
+        found = rows + self._first
+        if self._partner_rows is not None:
+            others = rows >= self._count
+            found[others] = self._others[rows[others] - self._count]
+        return found
+
+    def of(self, rows: NDArray[np.int64]) -> ViewParameters:
+        """The parameters of some rows, without mixing."""
+        return (self._parameters if self.held is None else self.held)[rows]
 
     def batch(self, samples: NDArray[np.int64]) -> Rows:
         """The rows that a batch of samples is rendered from. A batch that holds both of each pair needs no others."""
-        own = samples - self._first
+        own = samples - self._first if self._first else samples
         if self._partner_rows is None:
             return Rows(own)
         wanted, at = self._partner_rows[own], self._places

@@ -12,7 +12,7 @@ import sys
 import threading
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from types import TracebackType
 from weakref import WeakSet
 
@@ -110,6 +110,16 @@ class _Cutter(TorchDataset[Done]):
         return cuts
 
 
+class _Tasks:
+    """The tasks of whatever run is under way: a DataLoader asks for them anew in each."""
+
+    def __init__(self) -> None:
+        self.of_this_run: Iterator[Task] = iter(())
+
+    def __iter__(self) -> Iterator[Task]:
+        return self.of_this_run
+
+
 class Workers:
     """Processes that cut views of `size` from a dataset's images and wait for tasks between the runs.
 
@@ -120,7 +130,7 @@ class Workers:
     def __init__(
         self, data: Dataset, cut: Cut, change: Change, size: tuple[int, int], workers: int, ahead: int, pin: bool
     ) -> None:
-        self._workers, self._tasks = workers, list[Task]()
+        self._workers, self._tasks = workers, _Tasks()
         self._cutter = _Cutter(data, cut, change, size, Reading(workers))
         self._cut_bytes = 3 * size[0] * size[1]
         self._each = max(2, -(-ahead // workers)) if workers else None  # tasks that a worker has under way or done
@@ -142,16 +152,17 @@ class Workers:
         """Whether there are that many workers, and so many tasks may be ahead."""
         return self._workers >= workers and (self._each is None or self._each * self._workers >= ahead)
 
-    def run(self, tasks: list[Task], held: int) -> Iterator[Done]:
-        """The results of the tasks, in their order. held: how many of them are in use at once."""
+    def run(self, tasks: Iterator[Task], cuts: int, held: int) -> Iterator[Done]:
+        """The results of the tasks, in their order. A task is taken from `tasks` when there is room for it.
+
+        cuts: the most that a task has. held: how many results are in use at once.
+        """
         if self._each is not None:
-            cuts = max((task.flips.size for task in tasks), default=0)
             most = (self._each * self._workers + held) * cuts * self._cut_bytes
             # Half of it is left to others: other workers of this process, and processes that start in this moment.
             shared = 2 * most * this_rank().local_world <= shared_memory_free()
-            for task in tasks:
-                task.shared = shared
-        self._tasks[:] = tasks
+            tasks = (replace(task, shared=shared) for task in tasks)
+        self._tasks.of_this_run = tasks
         with _uninterrupted():
             try:
                 return iter(self._loader)

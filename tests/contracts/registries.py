@@ -147,6 +147,9 @@ class BackendContract(ReadingContract):
         assert objects.folders("caches", "first") == ["a", "ab", "b"]
         assert abs(objects.newest("caches/b") - time.time()) < 60
         assert objects.newest("caches/c") == 0 and objects.sizes("caches/c") == {}
+        times = objects.times("caches/b")
+        assert times.keys() == {"first", "deep/er/x"} and max(times.values()) == objects.newest("caches/b")
+        assert objects.times("caches/c") == {}
 
     def test_what_is_removed_is_gone_and_the_rest_stays(self, objects: Objects) -> None:
         for name in ("a/first", "a/x", "b/first", "b/x"):

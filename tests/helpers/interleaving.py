@@ -13,7 +13,7 @@ import pytest
 from kdcache.cache import files
 from kdcache.cache.store import chunks
 from kdcache.cache.store.layout import ArraySpec, Chunk
-from kdcache.cache.store.leases import Leases
+from kdcache.cache.store.leases import FolderLeases
 from kdcache.cache.store.place import Folder
 from kdcache.cache.store.publish import SplitStore
 
@@ -295,4 +295,4 @@ def revive(root, copy, world):
 def builder(root, token, say=None):
     (root / "scratch").mkdir(parents=True, exist_ok=True)
     (root / "leases").mkdir(exist_ok=True)
-    return Leases(root, token, say or (lambda line: None))
+    return FolderLeases(root, token, say or (lambda line: None))

@@ -13,6 +13,7 @@ from kdcache.tests.helpers.training import BATCH, quiet, student, teacher_of
 from kdcache.train.config import TrainConfig
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.live import OnlineLoader
+from kdcache.train.loaders.slabs import Held, Slabs
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.trainer import fit
 from kdcache.train.losses import IKL
@@ -58,22 +59,29 @@ def gradient(model, loss):
 
 
 class SlabsFromTheTeacher:
-    """A loader whose records the live teacher answers now, in the build's own batches, without any cache."""
+    """A loader whose records the live teacher answers now, in the build's own batches, without any of a cache's."""
 
     def __init__(self, cache, source, batch):
         self._inner = CachedLoader(cache, source.train, batch)
-        self._inner._read = self._read
+        self._inner._slabs = Slabs(self, reuse=False)
         self._source = source
 
-    def _read(self, view, spare):
+    def draw(self, view):
+        return view_parameters(self._source.train, self._source.identity, view, range(len(self._source.train)))
+
+    def compare(self, view, drawn, hurry):
+        pass
+
+    def read(self, wanted, drawn, spare, hurry):
         rows = range(len(self._source.train))
-        batches = record_batches(self._source, "train", view, rows, 256)
+        batches = record_batches(self._source, "train", wanted.view, rows, 256)
         parts = [records for records, _ in batches]
-        whole = Records(
-            None, *(torch.cat([getattr(p, f) for p in parts]) for f in ("gaps", "target_gap", "tail", "labels")), 10, ()
-        )
-        parameters = view_parameters(self._source.train, self._source.identity, view, rows)
-        return whole, parameters
+        return Held(
+            Records(
+                None, *(torch.cat([getattr(p, f) for p in parts]) for f in ("gaps", "target_gap", "tail", "labels")),
+                10, (),
+            )
+        )  # fmt: skip
 
     def set_epoch(self, epoch):
         self._inner.set_epoch(epoch)

@@ -11,7 +11,7 @@ from torch import Tensor
 from kdcache.cache.records.records import Records
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.teachers.teacher import Classifier
-from kdcache.pipeline.views.parameters import ViewParameters, evaluation_view
+from kdcache.pipeline.views.parameters import Parameters, evaluation_view
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train import group
 
@@ -25,7 +25,7 @@ def predict(
     data: Dataset,
     renderer: Renderer,
     dtype: torch.dtype | None = None,
-    view: ViewParameters | None = None,
+    view: Parameters | None = None,
     samples: NDArray[np.int64] | None = None,
 ) -> Tensor:
     """float32 logits [N, C] on the CPU for the unaugmented images, autocast to dtype; leaves the model in eval().

@@ -1,14 +1,14 @@
 """CachedLoader: batches of (images, labels, records), in which a cache's records meet their pixels.
 
-The records of an epoch are one slab on the device, gathered by index. The next epoch's slab is read ahead in a thread.
+The records of an epoch are one slab on the device (slabs.py), gathered by index.
 """
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from collections.abc import Callable, Iterator
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
+from threading import Lock
 
 import numpy as np
 import torch
@@ -20,14 +20,18 @@ from kdcache.cache.identity import SplitName
 from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
+from kdcache.cache.store.split import THREADS
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.data.split import require_described
+from kdcache.pipeline.process.device import numbered
+from kdcache.pipeline.process.rank import cores
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.views.operations.kinds.mix import label_weights
-from kdcache.pipeline.views.parameters import ViewParameters, draw_as, imported_view
+from kdcache.pipeline.views.parameters import DrawnView, Parameters, draw_as, imported_view
 from kdcache.pipeline.views.policy import policy_of
 from kdcache.pipeline.views.render import RENDERER, Renderer, normalised
-from kdcache.train.loaders.order import EpochOrder, Epochs, gathered
+from kdcache.train.loaders.order import EpochOrder, Epochs
+from kdcache.train.loaders.slabs import Held, Slabs, Wanted
 
 
 def require_data(cache: Stored, data: Dataset) -> None:
@@ -68,26 +72,46 @@ def complete_views(cache: Cache, views: int | None) -> tuple[int, ...]:
     return found
 
 
-def stored_view(cache: Cache, data: Dataset, view: int) -> ViewParameters:
+def stored_view(cache: Cache, data: Dataset, view: int) -> Parameters:
     """The view's parameters, drawn again or as imported, compared with the digests of its commits."""
-    views, store = cache.identity.views, cache.train
-    if views.imported:
-        drawn = imported_view(store.view_arrays(view), data.sizes, f"view {view} of {cache.where}")
-    elif views.renderer != RENDERER:
-        raise MismatchError(f"{cache.where} was rendered by {views.renderer}, this kdcache renders by {RENDERER}")
-    else:
-        drawn = draw_as(views, view, range(len(data)), data.sizes)
-    for part in range(store.parts):
-        rows = store.rows(part)
-        if drawn[rows.start : rows.stop].digest() != store.commit(shard_name(view, part)).parameters:
-            raise MismatchError(
-                f"view {view}, part {part} of {cache.where} was built with other view parameters than this "
-                "kdcache draws: its records do not belong to these pixels"
-            )
+    drawn = drawn_view(cache, data, view)
+    require_as_built(cache, view, drawn)
     return drawn
 
 
-def shares_of(drawn: ViewParameters, labels: int, size: tuple[int, int]) -> Tensor | None:
+def drawn_view(cache: Cache, data: Dataset, view: int) -> Parameters:
+    """The view's parameters, drawn again or as imported, before anything has been compared with them.
+
+    Those of image files are not kept, but drawn again for each batch, unless views are mixed.
+    """
+    views = cache.identity.views
+    if views.imported:
+        return imported_view(cache.train.view_arrays(view), data.sizes, f"view {view} of {cache.where}")
+    if views.renderer != RENDERER:
+        raise MismatchError(f"{cache.where} was rendered by {views.renderer}, this kdcache renders by {RENDERER}")
+    if data.in_memory or views.mixed:
+        return draw_as(views, view, range(len(data)), data.sizes)
+    return DrawnView(views, view, data.sizes)
+
+
+def require_as_built(cache: Cache, view: int, drawn: Parameters, threads: int = 1) -> None:
+    """MismatchError unless the digests in the view's commits are those of these parameters."""
+    store = cache.train
+
+    def same(part: int) -> bool:
+        rows = store.rows(part)
+        return drawn[rows.start : rows.stop].digest() == store.commit(shard_name(view, part)).parameters
+
+    with ThreadPoolExecutor(threads, thread_name_prefix="kdcache-views") as pool:
+        for part, as_built in enumerate(pool.map(same, range(store.parts))):
+            if not as_built:
+                raise MismatchError(
+                    f"view {view}, part {part} of {cache.where} was built with other view parameters than this "
+                    "kdcache draws: its records do not belong to these pixels"
+                )
+
+
+def shares_of(drawn: Parameters, labels: int, size: tuple[int, int]) -> Tensor | None:
     """The shares [N, 2] that labels have in mixed images of that height and width.
 
     labels: how many a record has. None where images are not mixed, or have no labels.
@@ -97,7 +121,7 @@ def shares_of(drawn: ViewParameters, labels: int, size: tuple[int, int]) -> Tens
     return torch.from_numpy(label_weights(drawn.mixing.drawn, *size))
 
 
-def partners_of(drawn: ViewParameters) -> NDArray[np.int64] | None:
+def partners_of(drawn: Parameters) -> NDArray[np.int64] | None:
     """The partner of each sample, where the view is mixed."""
     return None if drawn.mixing is None else drawn.mixing.partners
 
@@ -111,13 +135,17 @@ class CachedLoader(Epochs):
     that batch_size has to be even for each rank. batch_size is that of all `world` ranks together; samples that fill no
     batch are left out of the epoch.
 
-    Epoch e takes complete view e mod V. The first iterator reads epoch 0 and each later one the epoch after the last
-    that was begun, from its first batch on; set_epoch(e), also as sampler.set_epoch(e), chooses another. `epoch` and
-    `view` say what is read.
+    Epoch e takes complete view e mod V, unless crops_per_decode says otherwise. The first iterator reads epoch 0 and
+    each later one the epoch after the last that was begun, from its first batch on; set_epoch(e), also as
+    sampler.set_epoch(e), chooses another. `epoch` and `view` say what is read.
 
     data: a Dataset, or its name as in --data. image_size: pixels for the student, by default those of the images
     (in memory) or of the teacher (files). views: use only the first so many. samples: train on these alone, places in
     ascending order. Raises MismatchError when the data are not the cache's, NotFoundError when no view is complete.
+
+    crops_per_decode: a batch holds B / m images, each in m views one after the other, so that a file is decoded once
+    for m crops. m epochs are a round, in which every image is taken once in each of m views: after it, every image has
+    been seen in the same views as after m epochs without. InputError where B is no multiple of m.
     """
 
     def __init__(
@@ -134,20 +162,20 @@ class CachedLoader(Epochs):
         views: int | None = None,
         workers: int | None = None,
         samples: NDArray[np.int64] | None = None,
+        crops_per_decode: int = 1,
     ) -> None:
         self.cache, self.data = cache, opened(cache, data)
         self._views = complete_views(cache, views)
-        self._order = EpochOrder(
-            len(self.data) if samples is None else samples, batch_size, rank, world, seed, cache.identity.views.mixed
-        )
-        self._device = torch.device(device)
+        mixed, chosen = cache.identity.views.mixed, len(self.data) if samples is None else samples
+        self._order = EpochOrder(chosen, batch_size, rank, world, seed, mixed, crops_per_decode)
+        self._require_crops(cache.where, mixed)
+        self._device = numbered(device)
         self._renderer = renderer_for(cache, self.data, image_size, self._device, workers)
         self._mean, self._std = (
             torch.tensor(v, device=self._device).view(1, 3, 1, 1) * 255 for v in (self.data.mean, self.data.std)
         )
-        self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdcache-slab")
-        self._slabs: dict[int, Future[tuple[Records, ViewParameters]]] = {}
-        self._in_use = Counter[int]()
+        self._reader = _Reader(cache, self.data, self._order, self._views_of, world, self._renderer.size, self._device)
+        self._slabs = Slabs(self._reader, reuse=self._device.type == "cpu")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
         for images, labels, records in self.steps():
@@ -155,41 +183,85 @@ class CachedLoader(Epochs):
 
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """Yield the same batches with uint8 images, not normalised. start: skip so many batches without rendering."""
-        epoch = self._order.next_epoch
-        now, after = self._view_of(epoch), self._view_of(epoch + 1)
-        spare = self._drop_others(now, after)
-        for view in (now, after):
-            if view not in self._slabs:
-                self._slabs[view] = self._thread.submit(self._read, view, spare)
-                spare = None
-        records, parameters = self._slabs[now].result()
-        self._order.begin(epoch)
-        batches = self._order.batches(epoch, partners_of(parameters))[start:]
-        rendered = self._renderer.batches(parameters, batches)
-        self._in_use[now] += 1
-        try:
-            for images, (labels, answers) in zip(rendered, gathered(records, batches), strict=True):
-                yield images, labels, answers
-        finally:
-            self._in_use[now] -= 1
+        epoch, begun = self._order.next_epoch, False
+        with self._slabs.taken(self._reader.wanted(epoch), self._reader.after(epoch)) as slabs:
+            batches = self._reader.batches(epoch, lambda: slabs[0].parameters)[start:]
+            # Pixels first: the records of a first epoch are still being read.
+            rendered = self._renderer.crops([slab.parameters for slab in slabs], batches)
+            for images, (labels, records) in zip(rendered, slabs[0].gathered(batches, *slabs[1:]), strict=True):
+                if not begun:
+                    self._order.begin(epoch)
+                    begun = True
+                yield images, labels, records
+            if not begun:
+                self._order.begin(epoch)
 
-    def _drop_others(self, *wanted: int) -> Records | None:
-        """Forget the slabs of other views and those that could not be read; return one that can be reused, or None."""
-        spare = None
-        for view, slab in list(self._slabs.items()):
-            sound = slab.done() and slab.exception() is None
-            if view not in wanted or (slab.done() and not sound):
-                del self._slabs[view]
-                # Not while an earlier iterator, which may go on, takes batches from it.
-                if sound and self._device.type == "cpu" and not self._in_use[view]:
-                    spare = slab.result()[0]
-        return spare
 
-    def _read(self, view: int, spare: Records | None) -> tuple[Records, ViewParameters]:
-        drawn = stored_view(self.cache, self.data, view)
-        records = self.cache.read(view, spare)
-        shares = shares_of(drawn, records.labels.shape[1], self._renderer.size)
-        return replace(records, label_weights=shares).to(self._device), drawn
+class _Reader:
+    """Reads the slabs of a CachedLoader: whole views, or on one of several ranks what an epoch uses there."""
+
+    def __init__(
+        self, cache: Cache, data: Dataset, order: EpochOrder, views_of: Callable[[int], list[int]], world: int,
+        size: tuple[int, int], device: torch.device,
+    ) -> None:  # fmt: skip
+        self._cache, self._data, self._order, self._views_of = cache, data, order, views_of
+        self._whole, self._size, self._device = world == 1, size, device
+        self._known: dict[int, list[NDArray[np.int64]]] = {}
+        self._lock = Lock()
+
+    def wanted(self, epoch: int) -> list[Wanted]:
+        """The slabs that an epoch takes its batches from."""
+        first = None if self._whole else epoch - epoch % self._order.crops
+        return [Wanted(view, first) for view in self._views_of(epoch)]
+
+    def after(self, epoch: int) -> list[Wanted]:
+        """What of the next round is read meanwhile: a view more in each epoch, so that in the last one it is whole."""
+        crops = self._order.crops
+        return self.wanted(epoch + crops)[: epoch % crops + 1]
+
+    def batches(self, epoch: int, drawn: Callable[[], Parameters]) -> list[NDArray[np.int64]]:
+        """This rank's batches of an epoch. drawn: gives the parameters of the epoch's view."""
+
+        def ordered() -> list[NDArray[np.int64]]:
+            return self._order.batches(epoch, partners_of(drawn()) if self._cache.identity.views.mixed else None)
+
+        if self._whole:
+            return ordered()
+        with self._lock:  # the thread that reads a rank's records ahead asks for batches, too
+            if epoch not in self._known:
+                # Copies, since the order of all ranks' samples would stay in memory with any part of it.
+                own = [batch.copy() for batch in ordered()]
+                crops = self._order.crops
+                near = {e: of for e, of in self._known.items() if abs(e // crops - epoch // crops) <= 1}
+                self._known = near | {epoch: own}
+            return self._known[epoch]
+
+    def draw(self, view: int) -> Parameters:
+        return drawn_view(self._cache, self._data, view)
+
+    def compare(self, view: int, drawn: Parameters, hurry: bool) -> None:
+        require_as_built(self._cache, view, drawn, _threads(hurry))
+
+    def read(self, wanted: Wanted, drawn: Callable[[], Parameters], spare: Records | None, hurry: bool) -> Held:
+        if wanted.epoch is None:
+            records, samples = self._cache.read(wanted.view, spare), None
+        else:
+            epochs = range(wanted.epoch, wanted.epoch + self._order.crops)
+            samples = np.sort(np.concatenate([batch for epoch in epochs for batch in self.batches(epoch, drawn)]))
+            records = self._cache.read(wanted.view, spare, samples, _threads(hurry))
+        if self._cache.identity.views.mixed:
+            shares = shares_of(drawn(), records.labels.shape[1], self._size)
+            shares = shares if shares is None or samples is None else shares[torch.from_numpy(samples)]
+            records = replace(records, label_weights=shares)
+        records = records.to(self._device)
+        if self._device.type == "cuda":  # it is there then for every stream, not only for this thread's
+            torch.cuda.current_stream(self._device).synchronize()
+        return Held(records, samples)
+
+
+def _threads(hurry: bool) -> int:
+    """Threads that read: one where nobody waits, which leaves the cores to the training and takes least memory."""
+    return min(THREADS, cores()) if hurry else 1
 
 
 def renderer_for(

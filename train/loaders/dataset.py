@@ -217,7 +217,7 @@ class CachedDataset(MapDataset[Sample]):
     def _read(self, cache: Cache, view: int) -> tuple[Records, ViewParameters]:
         if self.data.split != "train":
             return cache.read_evaluation(), evaluation_view(self.data.sizes, whole=self.data.in_memory)
-        drawn, records = stored_view(cache, self.data, view), cache.read(view)
+        drawn, records = stored_view(cache, self.data, view)[:], cache.read(view)
         shares = shares_of(drawn, records.labels.shape[1], self._drawing.size)
         return replace(records, label_weights=shares), drawn
 

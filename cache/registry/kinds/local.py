@@ -80,8 +80,12 @@ class FolderObjects:
         return [path.name for path in there if (path / holding).exists()]
 
     def newest(self, folder: str) -> float:
-        found = (Path(where, name) for where, _, names in os.walk(self.folder(folder)) for name in names)
-        return max((file.lstat().st_mtime for file in found), default=0.0)
+        return max(self.times(folder).values(), default=0.0)
+
+    def times(self, folder: str) -> dict[str, float]:
+        top = self.folder(folder)
+        found = (Path(where, name) for where, _, names in os.walk(top) for name in names)
+        return {file.relative_to(top).as_posix(): file.lstat().st_mtime for file in found}
 
     def changed(self, path: str) -> float:
         file = self.at(path)

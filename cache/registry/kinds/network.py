@@ -116,7 +116,7 @@ class NetworkObjects:
             return True
         try:
             return self.fetch(path, len(data), files.sha256(data)) == data
-        except CorruptError:
+        except (CorruptError, NotFoundError):  # it is another's, or was one that is removed by now
             return False
 
     def require_create_only(self, path: str) -> None:
@@ -154,11 +154,14 @@ class NetworkObjects:
         return found
 
     def newest(self, folder: str) -> float:
-        def latest() -> float:
-            found = (meta for page in obstore.list(self._store, folder) for meta in page)
-            return max((meta["last_modified"].timestamp() for meta in found), default=0.0)
+        return max(self.times(folder).values(), default=0.0)
 
-        return self._try(f"{folder}/", latest)
+    def times(self, folder: str) -> dict[str, float]:
+        def listed() -> dict[str, float]:
+            found = (meta for page in obstore.list(self._store, folder) for meta in page)
+            return {meta["path"].removeprefix(f"{folder}/"): meta["last_modified"].timestamp() for meta in found}
+
+        return self._try(f"{folder}/", listed)
 
     def changed(self, path: str) -> float:
         def last() -> float:

@@ -104,7 +104,10 @@ class Memory:
         return sorted(name for name, _, rest in found if rest == holding)
 
     def newest(self, folder):
-        return max((made for _, made in self._below(folder).values()), default=0)
+        return max(self.times(folder).values(), default=0)
+
+    def times(self, folder):
+        return {path: made for path, (_, made) in self._below(folder).items()}
 
     def changed(self, path):
         return self._at(path)[1]

@@ -14,6 +14,7 @@ from hypothesis import given, settings
 from kdcache.cache import Cache, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.files import publish, replace_file
+from kdcache.cache.packing import pack_hdf5
 from kdcache.cache.store.chunks import as_arrays
 from kdcache.pipeline.verify import verify
 from kdcache.tests.helpers.caches import WRITER, Filled, identity, same, shapes
@@ -236,3 +237,22 @@ def test_the_size_of_a_cache_that_is_being_written(filled, monkeypatch):
     walk = os.walk
     monkeypatch.setattr(os, "walk", lambda path: [*walk(path), (str(gone.parent), [], [gone.name])])
     assert filled.cache.size() == size
+
+
+@pytest.mark.parametrize("packed", [False, True])
+def test_some_records_of_a_view_are_those_of_the_whole(tmp_path, packed):
+    """Of parts that hold none of them nothing is read, and each other part is checked as a whole."""
+    cache = Filled(tmp_path / "c", identity(samples=100, part=16, precision="uint8", tail_std=True)).cache
+    if packed:
+        pack_hdf5(cache, tmp_path / "c.h5", cache.views)
+    read = Cache(tmp_path / "c.h5" if packed else tmp_path / "c")
+    whole, out = cache.read(1), None
+    for samples in (np.arange(100), np.arange(3, 100, 7), np.arange(4, 100, 7), np.array([16]), np.arange(0)):
+        out = read.read(1, out if out is not None and len(out) == len(samples) else None, samples, threads=2)
+        assert same(out, whole[torch.from_numpy(samples)])
+    if not packed:
+        (file,) = (tmp_path / "c/views/v00001/gaps/c/1").glob("*")
+        file.write_bytes(file.read_bytes()[:-1])
+        assert len(read.read(1, samples=np.array([0, 15, 32]))) == 3
+        with pytest.raises(e.CorruptError, match=r"gaps/c/1/0 .*v00001-p0001"):
+            read.read(1, samples=np.array([0, 16]))

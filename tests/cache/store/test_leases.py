@@ -15,7 +15,7 @@ from kdcache.cache import Cache
 from kdcache.cache import errors as e
 from kdcache.cache.identity import Identity
 from kdcache.cache.store import leases as module
-from kdcache.cache.store.leases import Leases
+from kdcache.cache.store.leases import FolderLeases
 from kdcache.tests.helpers.interleaving import (
     CASES,
     IN_MEMORY,
@@ -92,7 +92,7 @@ def ended():
         assert module._started(child.pid) == -1
         yield [zombie, {"started": 1}]
     assert module._started(child.pid) is None
-    assert module._ended(Leases(Path(), "x", print)._owner.model_copy(update={"process": child.pid}))
+    assert module.ended(FolderLeases(Path(), "x", print)._owner.model_copy(update={"process": child.pid}))
 
 
 def test_a_dead_builder_of_this_machine_is_succeeded_at_once_one_elsewhere_when_its_lease_expires(tmp_path, ended):
