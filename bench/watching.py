@@ -4,6 +4,9 @@
 
 The student is resnet8 on the digits, whose steps are among the shortest. CPU time of this process is counted, since the
 processes of others do not change it; time on the wall stands beside it. The bar is drawn on a real pseudo-terminal.
+
+Two whole trainings differ by some percent by chance alone, so the calls of each logger are also timed by themselves:
+`calls` has their share of an epoch. The epochs are those of the training around them.
 """
 
 import argparse
@@ -20,7 +23,7 @@ import tempfile
 import termios
 import threading
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 from unittest.mock import patch
@@ -35,7 +38,7 @@ from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.process.screen import Verbosity, set_verbosity
 from kdcache.train.config import TeachConfig
 from kdcache.train.loaders.cached import CachedLoader
-from kdcache.train.loop.logs.logs import Logged
+from kdcache.train.loop.logs.logs import LOGGERS, Logged
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import RunFolder
 from kdcache.train.loop.trainer import fit, new_classifier
@@ -82,6 +85,43 @@ def drawing(seconds: float = 6.0) -> dict[str, float]:
         "drawings_a_second": len(spent) / seconds, "ms_a_drawing": 1000 * drawn / (len(spent) - 1),
         "share_of_a_core": drawn / seconds, "us_a_step": 1e6 * own / steps,
     }  # fmt: skip
+
+
+class Calls:
+    """Times what a training calls of its loggers, one after the other."""
+
+    def __init__(self) -> None:
+        self.cpu: dict[str, list[float]] = {}
+        self.wall: dict[str, list[float]] = {}
+
+    @contextlib.contextmanager
+    def timed(self) -> Iterator[None]:
+        with contextlib.ExitStack() as stack:
+            for name, kind in LOGGERS.items():
+                for call in ("line", "close"):
+                    method = self._timed(f"{name} {call}", getattr(kind, call))
+                    stack.enter_context(patch.object(kind, call, method))
+            yield
+
+    def _timed(self, name: str, method: Callable[..., None]) -> Callable[..., None]:
+        def timed(*args: Any) -> None:
+            cpu, wall = time.process_time(), time.perf_counter()
+            method(*args)
+            self.cpu.setdefault(name, []).append(time.process_time() - cpu)  # with the threads that it waits for
+            self.wall.setdefault(name, []).append(time.perf_counter() - wall)
+
+        return timed
+
+    def summary(self, cpu_epoch: float, wall_epoch: float) -> dict[str, dict[str, float]]:
+        """In milliseconds by call, and for lines their share of an epoch of so many seconds."""
+        found = {}
+        for name, cpu in self.cpu.items():
+            wall = self.wall[name]
+            found[name] = {"cpu_ms": 1000 * statistics.mean(cpu), "wall_ms": 1000 * statistics.mean(wall)}
+            if name.endswith("line"):
+                found[name]["of_an_epochs_cpu"] = statistics.mean(cpu) / cpu_epoch
+                found[name]["of_an_epoch"] = statistics.mean(wall) / wall_epoch
+        return found
 
 
 def runs(folder: Path, epochs: int, device: torch.device) -> dict[str, Callable[[], None]]:
@@ -136,10 +176,12 @@ def main() -> None:
         }
         for run in cases.values():  # imports, and first starts
             run()
+        calls = Calls()
         for turn in range(asked.rounds):
             for name in list(cases)[:: 1 if turn % 2 else -1]:
                 cpu, wall = time.process_time(), time.perf_counter()
-                cases[name]()
+                with calls.timed():
+                    cases[name]()
                 found.setdefault(name, []).append((time.process_time() - cpu, time.perf_counter() - wall))
     steps = asked.epochs * (1437 // 64)
     summary: dict[str, Any] = {}
@@ -156,13 +198,18 @@ def main() -> None:
         print(
             f"{name:14}{1000 * cpu / steps:8.3f} ms a step  {100 * (cpu / before - 1):+6.2f}% of the CPU time of {own}"
         )
+    base = [statistics.median(values) / asked.epochs for values in zip(*found["nothing"], strict=True)]
+    of_calls = calls.summary(base[0], base[1])
+    for name, one in of_calls.items():
+        share = f"  {100 * one['of_an_epochs_cpu']:.2f}% of an epoch's" if "of_an_epoch" in one else ""
+        print(f"{name:20}{one['cpu_ms']:8.3f} ms of CPU time{share}, {one['wall_ms']:.3f} ms on the wall")
     bar = drawing()
     print(f"a bar: {bar}")
     facts = {
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, load {os.getloadavg()[0]:.1f}",
         "device": str(device),
         "torch": str(torch.__version__), "python": platform.python_version(), "epochs": asked.epochs,
-        "steps_an_epoch": 1437 // 64, "rounds": asked.rounds, "figures": summary, "bar": bar,
+        "steps_an_epoch": 1437 // 64, "rounds": asked.rounds, "figures": summary, "calls": of_calls, "bar": bar,
     }  # fmt: skip
     if asked.out:
         asked.out.write_text(json.dumps(facts, indent=2) + "\n")

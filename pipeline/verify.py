@@ -23,6 +23,7 @@ from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build.answers import labels_in, teacher_renderer, view_parameters
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import Source, draft_build, open_teacher
+from kdcache.pipeline.data.kinds.base import drawn_places
 from kdcache.pipeline.data.split import Split, describe_data
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.teachers import weightstore
@@ -192,9 +193,8 @@ def _distances(
     split.store.require_labels(split.labels)
     split.store.require_sizes(split.data.sizes)
     _require_parameters(split, source, view)
-    raw = np.random.Philox(key=11 + view).random_raw(len(split.data))
-    index = np.sort(np.argsort(raw, kind="stable")[:count]).astype(np.int64)
-    stored = split.store.read(view, cache.prior)[torch.from_numpy(index)]
+    index = drawn_places(len(split.data), count, key=11 + view)
+    stored = split.store.read(view, cache.prior, samples=index)
     return index, _total_variation(stored, _answer(source, split, view, index, progress), cache.prior)
 
 

@@ -12,7 +12,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.cache.errors import InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.errors import InputError, MismatchError, NotFoundError
 from kdcache.pipeline.commandline.terminal import figure
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.process.device import pick_device
@@ -23,14 +23,12 @@ from kdcache.pipeline.teachers.weights import read_weights
 from kdcache.pipeline.trust import stored_data, stored_network
 from kdcache.train.evaluation.analysis.analysis import Analysis, analyse, described
 from kdcache.train.evaluation.analysis.classes import names_of_classes
-from kdcache.train.evaluation.judge import Answers, Judge, training_answers
+from kdcache.train.evaluation.judge import Answers, Judge, on_training_images
 from kdcache.train.evaluation.otherdata import labels_of_other, whole_of
 from kdcache.train.evaluation.parts import parts_of
 from kdcache.train.loaders.cached import require_data
 from kdcache.train.loop.watching import PARTNER
 from kdcache.train.plan.resuming import exists
-
-TRAIN_IMAGES = 2000
 
 
 def student_of(path: Path, state: dict[str, Tensor], notes: dict[str, Any], student: str | None = None) -> Classifier:
@@ -149,7 +147,7 @@ def examine_run(
     training = None
     if found is not None:
         spec = data or trained.notes["data"]
-        training = _on_training_images(found, spec, train_images, say, model, size, on, workers, beside)
+        training = on_training_images(found, spec, train_images, say, model, size, on, workers, beside)
     elif train_images:
         raise InputError(f"--train-images: nothing is known of what a teacher answers for {about['data']}")
     analysis = analyse(answers, names, training)
@@ -176,29 +174,6 @@ def _judged_on(
     )
     require_data(found, evaluation)
     return found, evaluation, None, {}
-
-
-def _on_training_images(
-    store: Stored,
-    data: str,
-    count: int | None,
-    say: Callable[[str], None],
-    *how: Any,
-) -> Answers | None:
-    """The student's answers for `count` images of a training view; None where there are none to be had.
-
-    What is asked for raises an error where it cannot be had; what is not asked for is left out, and `say` says so.
-    how: the model, its input size, device, worker processes and the teacher that learnt beside it.
-    """
-    if count == 0 or (count is None and "://" in store.where):  # a whole view would come over the network
-        return None
-    try:
-        return training_answers(store, data, count or TRAIN_IMAGES, *how)
-    except KdcacheError as e:
-        if count is not None:
-            raise
-        say(f"note: not compared with the teacher on training images: {e}")
-        return None
 
 
 def _beside(

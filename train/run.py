@@ -18,8 +18,10 @@ from kdcache.pipeline.teachers.sources.files import start_from
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train import group
 from kdcache.train.config import TrainConfig
+from kdcache.train.evaluation.analysis.classes import names_of_classes
+from kdcache.train.evaluation.ending import AnalysedEnd
 from kdcache.train.evaluation.gallery import gallery
-from kdcache.train.evaluation.judge import Judge
+from kdcache.train.evaluation.judge import Answers, Judge, on_training_images
 from kdcache.train.evaluation.otherdata import class_ids, labels_of_other
 from kdcache.train.evaluation.parts import parts_of
 from kdcache.train.loaders.cached import CachedLoader
@@ -83,7 +85,7 @@ def _train(
     if config.sync_bn:  # in place
         for one in (model, partner.model) if partner else (model,):
             torch.nn.SyncBatchNorm.convert_sync_batchnorm(one)  # type: ignore[no-untyped-call]
-    evaluate = _evaluation(plan, partner, say)
+    evaluate, ending = _evaluation(plan, partner, say)
     live = loader if isinstance(loader, OnlineLoader) else None
     loss = prepared(plan.loss, plan.cache, model, plan.image_size, config.online, say, plan.samples, live)
     folder = group.from_first(lambda: RunFolder(plan.out, plan.settings, config.resume))
@@ -91,11 +93,13 @@ def _train(
         say(f"{plan.out} is finished already")
         return finished
     say(str(plan))
+    if plan.rounds:
+        say(plan.rounds)
     started = time.monotonic()
     try:
         history = fit(
             model, loss, loader, plan.recipe, evaluate, folder, plan.notes, say, partner, config.save_every,
-            config.evaluate_every, _logged(plan, loader, partner),
+            config.evaluate_every, _logged(plan, loader, partner, ending),
         )  # fmt: skip
     except KdcacheError as e:
         where = plan.cache.where
@@ -109,10 +113,13 @@ def _train(
 
 
 def _logged(
-    plan: TrainPlan, loader: CachedLoader | OnlineLoader | FFCVLoader, partner: LearningTeacher | None
+    plan: TrainPlan,
+    loader: CachedLoader | OnlineLoader | FFCVLoader,
+    partner: LearningTeacher | None,
+    ending: AnalysedEnd | None,
 ) -> Logged | None:
-    """What loggers that were asked for get of the run: its settings, its cache, who trains it, and some views."""
-    if plan.asked.log is None or group.rank():
+    """What loggers that were asked for get of the run: its settings, its cache, who trains it, some views, its end."""
+    if plan.asked.log is None:
         return None
     identity = plan.cache.identity
     facts = {
@@ -124,7 +131,7 @@ def _logged(
     known = {i: name for i, name in zip(ids, names, strict=bool(ids)) if i is not None}
     # A teacher that learns would learn from these views too.
     pictures = gallery(loader, known, plan.recipe.dtype) if partner is None else None
-    return Logged(plan.asked.log, public(facts), pictures)
+    return Logged(plan.asked.log, public(facts), pictures, ending)
 
 
 def _loader(
@@ -135,6 +142,7 @@ def _loader(
     shared: dict[str, Any] = {
         "seed": asked.seed, "image_size": plan.image_size, "views": plan.views, "workers": asked.workers,
         "rank": group.rank(), "world": group.world(), "samples": plan.samples,
+        "crops_per_decode": asked.crops_per_decode,
     }  # fmt: skip
     if not asked.online:
         return plan.feed.loader(plan.data, plan.batch, asked.allow_renderer, say, device=plan.device, **shared)
@@ -147,8 +155,11 @@ def _loader(
 
 def _evaluation(
     plan: TrainPlan, partner: LearningTeacher | None, say: Callable[[str], None]
-) -> Callable[[Classifier], dict[str, float]]:
-    """What measures a student: on the evaluation split, and on the images that choose the best weights, if any."""
+) -> tuple[Callable[[Classifier], dict[str, float]], AnalysedEnd | None]:
+    """What measures a student: on the evaluation split, and on the images that choose the best weights, if any.
+
+    Also what does so at the end of a run that is logged.
+    """
     on = (plan.image_size, plan.device, plan.asked.workers)
     judge = Judge(plan.cache, plan.evaluation, *on, parts=parts_of(plan.cache, plan.asked.registry, say))
     validate = None
@@ -161,11 +172,19 @@ def _evaluation(
         validate = Judge(None, plan.validation, *on, ids)
     beside = (partner.model, partner.input_size) if partner else None
 
-    def evaluate(model: Classifier) -> dict[str, float]:
-        found = judge(model, plan.recipe.dtype, beside)
+    def evaluate(
+        model: Classifier, more: Callable[[Answers], dict[str, float]] = lambda answers: {}
+    ) -> dict[str, float]:
+        found = judge(model, plan.recipe.dtype, beside, more)
         return found if validate is None else {**found, **_of_validation(validate(model, plan.recipe.dtype, beside))}
 
-    return evaluate
+    def on_training(model: Classifier) -> Answers | None:
+        return on_training_images(plan.cache, plan.data, None, say, model, *on, beside)
+
+    if plan.asked.log is None:
+        return evaluate, None
+    names = names_of_classes(plan.classes, plan.data.class_names, class_ids(plan.data, plan.labels))
+    return evaluate, AnalysedEnd(evaluate, on_training, names)
 
 
 def _of_validation(found: dict[str, float]) -> dict[str, float]:

@@ -163,8 +163,9 @@ class SplitReader(CommitReader):
     @cached_property
     def labels(self) -> NDArray[Any]:
         """Class ids [N, L] of the samples, L being the number of labels that a single sample has."""
-        parts, spec = self.load("labels"), self.layout.labels
-        labels = np.concatenate(parts) if parts else np.empty(spec.shape, spec.dtype)
+        spec = self.layout.labels
+        labels = np.empty(spec.shape, spec.dtype)
+        self.load("labels", {spec.name: labels})
         if labels.size and int(labels.max()) >= self._record.classes:
             where = self._place.locate(f"{self.prefix}labels")
             raise CorruptError(f"{where} holds a class id above {self._record.classes - 1}; {self._remedy('labels')}")
@@ -186,7 +187,12 @@ class SplitReader(CommitReader):
     @cached_property
     def sizes(self) -> NDArray[np.int32]:
         """[N, 2] height and width of the images of a dataset in files."""
-        sizes = np.concatenate(self.load("sizes"))
+        return self._sizes()
+
+    def _sizes(self) -> NDArray[np.int32]:
+        assert self.layout.sizes is not None
+        sizes = np.empty(self.layout.sizes.shape, np.int32)
+        self.load("sizes", {"sizes": sizes})
         if int(sizes.min()) < 1:
             where = self._place.locate(f"{self.prefix}sizes")
             raise CorruptError(f"{where} holds sizes below 1; {self._remedy('sizes')}")
@@ -196,8 +202,10 @@ class SplitReader(CommitReader):
         """MismatchError unless these are the cache's, since a view's parameters depend on them."""
         if self.layout.sizes is None:
             return
-        if len(wrong := np.flatnonzero((self.sizes != sizes).any(1))):
-            (h, w), (height, width) = self.sizes[wrong[0]], sizes[wrong[0]]
+        own = vars(self).get("sizes")
+        own = self._sizes() if own is None else own  # not kept, since the dataset holds the same
+        if len(wrong := np.flatnonzero((own != sizes).any(1))):
+            (h, w), (height, width) = own[wrong[0]], sizes[wrong[0]]
             raise MismatchError(
                 f"{self.where} was built from images of other sizes ({len(wrong)} of {self.samples} differ; sample "
                 f"{wrong[0]} was {h} x {w}, now {height} x {width})"

@@ -129,7 +129,8 @@ def open_teacher(draft: Draft, say: Say = _quiet) -> Source:
     teacher, to_teacher, class_map = _class_map(data, config.class_map, teacher, say)
     if teacher.classes < 2:
         raise InputError(f"the teacher has {teacher.classes} classes, at least 2 are needed: is {config.data} right?")
-    labels = [to_teacher[split.labels] for split in (data, draft.evaluation)]
+    same = np.array_equal(to_teacher, np.arange(len(to_teacher)))  # then one copy serves for both
+    labels = [split.labels if same else to_teacher[split.labels] for split in (data, draft.evaluation)]
     policy = parse_policy(draft.policy)
     if not data.in_memory and isinstance(policy.geometry, Crop):
         say(f"note: {draft.policy} keeps each image's own frame; rrc,flip is usual for image files")

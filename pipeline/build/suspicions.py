@@ -19,11 +19,13 @@ from torch import Tensor, nn
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.build.source import Source
-from kdcache.pipeline.views.parameters import evaluation_view
+from kdcache.pipeline.data.kinds.folders import places_in_classes
+from kdcache.pipeline.views.parameters import EvaluationView, evaluation_view
 from kdcache.pipeline.views.render import Renderer
 
 _ALLOW = "--allow-low-accuracy builds all the same"
 _PER_CLASS, _TOGETHER = 16, 4
+_PIECE = 1 << 18  # samples at a time
 _LEAST, _TIMED, _MOST = 128, 512, 4096
 _SUM = 0.01  # by which rounding in 16 bits moves the sum of a softmax, at most
 _STEADY = {"float32": 1e-3, "bf16": 2e-2}  # of the largest gap: what rounding may change between two passes
@@ -51,14 +53,20 @@ def choose(labels: NDArray[np.int64], samples: int, count: int) -> NDArray[np.in
     there are none.
     """
     shuffled = np.argsort(np.random.Philox(key=7).random_raw(samples), kind="stable")
-    if len(labels):
-        y = labels[shuffled]
-        by_class = np.argsort(y, kind="stable")
-        begins = np.searchsorted(y[by_class], y[by_class])
-        rank, first = np.empty_like(by_class), np.empty_like(by_class)
-        rank[by_class], first[by_class] = np.arange(samples) - begins, by_class[begins]
-        shuffled = shuffled[np.lexsort((rank, first, rank // _TOGETHER))]
-    return np.sort(shuffled[:count]).astype(np.int64)
+    if not len(labels):
+        return np.sort(shuffled[:count]).astype(np.int64)
+    classes = int(labels.max()) + 1
+    seen, first = np.zeros(classes, np.int64), np.full(classes, samples)  # so far of each class: how many, and where
+    chosen = np.empty((4, 0), np.int64)  # samples, with what they are ordered by
+    for start in range(0, samples, _PIECE):
+        piece = shuffled[start : start + _PIECE]
+        y = labels[piece]
+        np.minimum.at(first, y, np.arange(start, start + len(y)))
+        rank = seen[y] + places_in_classes(y, np.arange(len(y)))
+        seen += np.bincount(y, minlength=classes)
+        chosen = np.concatenate([chosen, [piece, rank, first[y], rank // _TOGETHER]], 1)
+        chosen = chosen[:, np.lexsort(chosen[1:])[:count]]  # no later piece can put what is left out in front
+    return np.sort(chosen[0])
 
 
 class Trial(NamedTuple):
@@ -75,16 +83,28 @@ class Trial(NamedTuple):
     def rendered(self, source: Source, renderer: Renderer, batch: int) -> Iterator[Tensor]:
         """The images in batches, uint8 [B, 3, S, S]."""
         batches = [self.samples[i : i + batch] for i in range(0, len(self.samples), batch)]
-        return renderer.batches(evaluation_view(source.train.sizes, whole=source.train.in_memory), batches)
+        data = source.train
+        whole = evaluation_view(data.sizes, whole=True) if data.in_memory else EvaluationView(data.sizes, whole=False)
+        return renderer.batches(whole, batches)
 
 
 def choose_trial(source: Source, count: Callable[[int], int]) -> Trial:
     """Choose images to try the teacher out with. count: how many, by the number of classes that the data have."""
     data, labels = source.train, source.train_labels[:, :1].ravel()
-    ids, first = np.unique(labels, return_index=True)
+    ids, first = _first_of_each(labels)
     samples = choose(labels, len(data), count(len(ids)))
     names = {int(i): data.class_names[at] for i, at in zip(ids, data.labels[first, :1].ravel(), strict=True)}
     return Trial(samples, labels[samples] if names else labels, names)
+
+
+def _first_of_each(labels: NDArray[np.int64]) -> tuple[NDArray[np.int64], NDArray[np.int64]]:
+    """The labels that there are, in order, and where each of them stands first."""
+    first = np.full(labels.max(initial=-1) + 1, -1)
+    for start in reversed(range(0, len(labels), _PIECE)):
+        piece = labels[start : start + _PIECE][::-1]
+        first[piece] = np.arange(start, start + len(piece))[::-1]  # of a label that stands there twice, the last counts
+    ids = np.flatnonzero(first >= 0)
+    return ids, first[ids]
 
 
 def mapped_answers(logits: Tensor, ids: NDArray[np.int64]) -> NDArray[np.int64]:

@@ -33,6 +33,7 @@ A new kind of dataset is a file in kinds/ and a line in `KINDS`.
 from __future__ import annotations
 
 import re
+from collections.abc import Sequence
 from functools import partial
 from pathlib import Path
 from typing import Protocol, runtime_checkable
@@ -104,7 +105,7 @@ class Dataset(Protocol):
         """The longer side, in pixels, of images that are held in memory; None for others."""
 
     @property
-    def paths(self) -> tuple[str, ...]:
+    def paths(self) -> Sequence[str]:
         """The name of each image: its path relative to the dataset's folder, in byte order; () where there are none."""
 
     def __len__(self) -> int:

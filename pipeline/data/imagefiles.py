@@ -6,13 +6,14 @@ import math
 import os
 import stat
 import time
+from array import array
 from collections import Counter
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
-from typing import TypeVar
+from typing import Self, TypeVar, overload
 
 import numpy as np
 import torch
@@ -36,6 +37,78 @@ _SMALL_TOTAL = 1 << 30  # bytes
 _CHUNK = 256  # files in one task
 _WORTH_A_THREAD = 4e-4  # seconds for a file; with less work, threads mostly wait for the interpreter's lock
 _STATISTICS_CHUNK = 1 << 20  # pixels
+_PIECE = 1 << 16  # paths at a time
+_TEXT = ("utf-8", "surrogateescape")  # as the system encodes names of files
+
+
+class Paths(Sequence[str]):
+    """Many paths or other names, held as one text: some 5 bytes more than its own for each of them.
+
+    Each str of a tuple would take 60 bytes more, and again as much in every worker process that looks at it, because
+    Python counts references in the objects themselves.
+    """
+
+    def __init__(self, text: bytes | bytearray, ends: np.ndarray) -> None:
+        """text: each name with a NUL behind it. ends [N]: where these NULs are."""
+        self._text = text
+        self._ends = ends.astype(np.uint32 if len(text) < 2**32 else np.uint64, copy=False)
+
+    @classmethod
+    def of(cls, names: Iterable[str]) -> Self:
+        """Take the names one by one. UnicodeEncodeError for one that no file can have."""
+        text, ends = bytearray(), array("Q")
+        for name in names:
+            text += name.encode(*_TEXT)
+            ends.append(len(text))
+            text += b"\0"
+        return cls(text, np.frombuffer(ends, np.uint64))
+
+    @classmethod
+    def from_array(cls, stored: np.ndarray) -> Self:
+        """The names that `as_array` gave."""
+        text = stored.tobytes() + b"\0" * bool(stored.size)
+        found = [np.flatnonzero(np.frombuffer(text, np.uint8, _piece(i, len(text)), i) == 0) + i for i in _starts(text)]
+        return cls(text, np.concatenate([np.empty(0, np.int64), *found]))
+
+    def as_array(self) -> np.ndarray:
+        """All names as one text, uint8, with a NUL between each and the next."""
+        return np.frombuffer(self._text, np.uint8)[:-1]
+
+    def __len__(self) -> int:
+        return len(self._ends)
+
+    @overload
+    def __getitem__(self, at: int | np.integer) -> str: ...
+    @overload
+    def __getitem__(self, at: slice) -> list[str]: ...
+    def __getitem__(self, at: int | np.integer | slice) -> str | list[str]:
+        if isinstance(at, slice):
+            return [self[i] for i in range(*at.indices(len(self)))]
+        place = range(len(self))[at]
+        start = int(self._ends[place - 1]) + 1 if place else 0
+        return self._text[start : int(self._ends[place])].decode(*_TEXT)
+
+    def __iter__(self) -> Iterator[str]:
+        for first in range(0, len(self), _PIECE):
+            start = int(self._ends[first - 1]) + 1 if first else 0
+            ends = self._ends[first : first + _PIECE]
+            yield from self._text[start : int(ends[-1])].decode(*_TEXT).split("\0")
+
+    def __eq__(self, other: object) -> bool:
+        if not isinstance(other, Sequence) or isinstance(other, str):
+            return NotImplemented
+        return len(self) == len(other) and all(a == b for a, b in zip(self, other, strict=True))
+
+    def __hash__(self) -> int:
+        return hash((bytes(self._text[:_PIECE]), len(self)))
+
+
+def _starts(text: bytes) -> range:
+    return range(0, len(text), _STATISTICS_CHUNK)
+
+
+def _piece(start: int, total: int) -> int:
+    return min(_STATISTICS_CHUNK, total - start)
 
 
 @dataclass(frozen=True, eq=False)
@@ -48,52 +121,78 @@ class Folder:
     std: Triple
 
 
-def list_images(root: Path) -> tuple[tuple[str, ...], Counter[str]]:
+def list_images(root: Path) -> tuple[Paths, Counter[str]]:
     """List all images under `root`: their relative POSIX paths in byte order, and the number of other files by suffix.
 
     Hidden files and folders are left out, as is_hidden has it. Links are followed, but links that would count images
     twice are refused. InputError for such a link, and for a folder that cannot be read, that holds no images, or that
     holds images that cannot be decoded.
     """
-    found: list[str] = []
     undecodable: list[str] = []
     others: Counter[str] = Counter()
-
-    def refuse(error: OSError) -> None:
-        raise InputError(f"{error.filename}: cannot be listed: {error.strerror}") from error
-
-    skip = len(os.fspath(root)) + 1
-    real_root = root.resolve()
-    # For each folder that is still to be visited: the folders of the links that led there.
-    above: dict[str, tuple[Path, ...]] = {os.fspath(root): ()}
-    for folder, subfolders, files in os.walk(root, onerror=refuse, followlinks=True):
-        subfolders[:] = (name for name in subfolders if not is_hidden(name))
-        led = above.pop(folder)
-        for name in subfolders:
-            path = Path(folder, name)
-            above[os.fspath(path)] = led
-            if path.is_symlink():
-                above[os.fspath(path)] = (*led, path.parent.resolve())
-                _refuse_twice(path, above[os.fspath(path)], real_root)
-        for name in files:
-            if name.startswith("."):
-                continue
-            suffix = name[name.rfind(".") :].lower() if "." in name else ""  # a million Paths take seconds
-            if suffix in SUFFIXES:
-                found.append(f"{folder}/{name}"[skip:])
-            elif suffix in _UNDECODABLE:
-                undecodable.append(f"{folder}/{name}")
-            else:
-                others[suffix] += 1
+    paths = Paths.of(_images_below(root, undecodable, others))
     if undecodable:
         raise InputError(
             f"{min(undecodable)}: {root} holds {len(undecodable)} files of formats that cannot be decoded "
             f"({' '.join(_UNDECODABLE)}): convert them to .png, or move them away"
         )
-    if not found:
+    if not paths:
         raise InputError(f"{root}: holds no images ({' '.join(SUFFIXES)}){left_out(others)}")
+    return paths, others
+
+
+def _images_below(root: Path, undecodable: list[str], others: Counter[str]) -> Iterator[str]:
+    """The paths of the images, in byte order: those of a folder come where its name with a slash behind it stands.
+
+    Files of other kinds are added to the two lists.
+    """
+    skip = len(os.fspath(root)) + 1
+    real_root = root.resolve()
+    # Folders that are being gone through, each with the folders of the links that led there.
+    stack = [(os.fspath(root), _entries(os.fspath(root)), tuple[Path, ...]())]
+    while stack:
+        folder, entries, led = stack[-1]
+        name = next(entries, None)
+        if name is None:
+            stack.pop()
+        elif name.endswith("/"):
+            path = f"{folder}/{name[:-1]}"
+            if os.path.islink(path):  # noqa: PTH114  Paths take seconds
+                led = (*led, Path(folder).resolve())
+                _refuse_twice(Path(path), led, real_root)
+            stack.append((path, _entries(path), led))
+        else:
+            suffix = name[name.rfind(".") :].lower() if "." in name else ""
+            if suffix in SUFFIXES:
+                yield f"{folder}/{name}"[skip:]
+            elif suffix in _UNDECODABLE:
+                undecodable.append(f"{folder}/{name}")
+            else:
+                others[suffix] += 1
+
+
+def _entries(folder: str) -> Iterator[str]:
+    """The names of what lies in a folder, in byte order, but for what is hidden. Those of folders end with a slash."""
+    names = []
+    try:
+        with os.scandir(folder) as entries:
+            for entry in entries:
+                if _is_folder(entry):
+                    if not is_hidden(entry.name):
+                        names.append(f"{entry.name}/")
+                elif not entry.name.startswith("."):
+                    names.append(entry.name)
+    except OSError as e:
+        raise InputError(f"{e.filename}: cannot be listed: {e.strerror}") from e
     # Text without other letters sorts as its bytes do, in half the time.
-    return tuple(sorted(found, key=None if all(map(str.isascii, found)) else os.fsencode)), others
+    return iter(sorted(names, key=None if all(map(str.isascii, names)) else os.fsencode))
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link that leads round in a circle
+        return False
 
 
 def is_hidden(name: str) -> bool:
@@ -177,7 +276,7 @@ def listing(root: Path, paths: Sequence[str], *, times: bool = False) -> Iterato
         os.close(folder)
 
 
-def file_digests(root: Path, paths: Sequence[str]) -> list[bytes]:
+def file_digests(root: Path, paths: Sequence[str]) -> Iterator[bytes]:
     """The sha256 of each file's content. InputError names a file that cannot be read."""
 
     def digest(i: int) -> bytes:
@@ -208,14 +307,14 @@ def mean_std(images: np.ndarray) -> tuple[Triple, Triple]:
     return (mean[0], mean[1], mean[2]), (std[0], std[1], std[2])
 
 
-def _each(work: Callable[[int], T], n: int, progress: FilesDone | None = None) -> list[T]:
-    """Return [work(0), ..., work(n - 1)]."""
-    results: list[T] = []
+def _each(work: Callable[[int], T], n: int, progress: FilesDone | None = None) -> Iterator[T]:
+    """Yield work(0), ..., work(n - 1)."""
+    done = 0
     for part in _in_chunks(lambda task: [work(i) for i in task], n):
-        results += part
+        done += len(part)
         if progress:
-            progress(len(results), n)
-    return results
+            progress(done, n)
+        yield from part
 
 
 def _in_chunks(work: Callable[[range], T], n: int) -> Iterator[T]:
@@ -254,10 +353,14 @@ def _header_sizes(root: Path, paths: Sequence[str]) -> np.ndarray:
         except InputError as e:
             return str(e)
 
-    sizes = _each(size, len(paths))
-    if bad := [i for i, found in enumerate(sizes) if isinstance(found, str)]:
-        raise _refusal(root, paths, bad, str(sizes[bad[0]]))
-    return np.array(sizes, dtype=np.int32)
+    sizes, problems = np.empty((len(paths), 2), np.int32), _Problems()
+    for i, found in enumerate(_each(size, len(paths))):
+        if isinstance(found, str):
+            problems.note(found)
+        else:
+            sizes[i] = found
+    problems.refuse(root, paths)
+    return sizes
 
 
 def are_small(sizes: np.ndarray) -> bool:
@@ -279,14 +382,28 @@ def _decode_all(root: Path, paths: Sequence[str], sizes: np.ndarray) -> torch.Te
             return str(e)
         return None
 
-    problems = _each(decode, len(paths))
-    if bad := [i for i, problem in enumerate(problems) if problem]:
-        raise _refusal(root, paths, bad, str(problems[bad[0]]))
+    problems = _Problems()
+    for problem in filter(None, _each(decode, len(paths))):
+        problems.note(problem)
+    problems.refuse(root, paths)
     return torch.from_numpy(pixels)
 
 
-def _refusal(root: Path, paths: Sequence[str], bad: Sequence[int], first: str) -> InputError:
-    return InputError(
-        f"{first}; {len(bad)} of {len(paths)} images in {root} cannot be read: "
-        "kdcache build --list-unreadable with the same --data lists every one"
-    )
+@dataclass
+class _Problems:
+    """Images that cannot be read: the line that tells of the first one, and how many there are."""
+
+    first: str = ""
+    count: int = 0
+
+    def note(self, line: str) -> None:
+        self.first = self.first or line
+        self.count += 1
+
+    def refuse(self, root: Path, paths: Sequence[str]) -> None:
+        """InputError if there is one."""
+        if self.count:
+            raise InputError(
+                f"{self.first}; {self.count} of {len(paths)} images in {root} cannot be read: "
+                "kdcache build --list-unreadable with the same --data lists every one"
+            )

@@ -10,7 +10,7 @@ counts as nothing.
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, Literal, NamedTuple, Protocol
 
 import numpy as np
@@ -115,7 +115,7 @@ def stem(path: str, last: bool) -> str:
     return name.rpartition(".")[0] or name if last else folder + slash + name.split(".")[0]
 
 
-def by_name(paths: tuple[str, ...], name: Callable[[str], str], data: str) -> dict[str, int]:
+def by_name(paths: Sequence[str], name: Callable[[str], str], data: str) -> dict[str, int]:
     """List the samples by name. InputError where two samples have the same name, or the images have none."""
     if not paths:
         raise InputError(

@@ -113,7 +113,22 @@ class DrawnView:
         return draw_as(self.views, self.view, samples, self.sizes)
 
 
-Parameters = ViewParameters | DrawnView
+@dataclass(frozen=True, eq=False)
+class EvaluationView:
+    """The unaugmented view of N samples, as `evaluation_view` gives it for those that are asked for."""
+
+    sizes: NDArray[np.int32]
+    whole: bool
+    mixing: ClassVar[None] = None
+
+    def __len__(self) -> int:
+        return len(self.sizes)
+
+    def __getitem__(self, index: slice | NDArray[np.int64]) -> ViewParameters:
+        return evaluation_view(self.sizes[index], self.whole)
+
+
+Parameters = ViewParameters | DrawnView | EvaluationView
 
 
 def draw(

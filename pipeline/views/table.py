@@ -9,7 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.pipeline.views.operations.operation import Drawn
-from kdcache.pipeline.views.parameters import DrawnView, Parameters, ViewParameters
+from kdcache.pipeline.views.parameters import Parameters, ViewParameters
 
 
 @dataclass(frozen=True, eq=False)
@@ -36,7 +36,7 @@ class Table:
         self._partner_rows = None
         self.held: ViewParameters | None = None
         self.mixing: Drawn | None = None
-        if isinstance(parameters, DrawnView):
+        if not isinstance(parameters, ViewParameters):
             return
         self.held = ViewParameters(parameters.boxes, parameters.flips, parameters.drawn)
         if mixing is None:

@@ -35,10 +35,11 @@ def offline(folder: Path) -> list[Any]:
 
 
 def history(folder: Path, pictures: bool = False) -> list[dict[str, Any]]:
-    """What was logged, without what wandb adds; with the pictures too if asked."""
+    """What was logged, without what wandb adds; with pictures and tables too if asked."""
     rows = [record.history.item for record in offline(folder) if record.HasField("history")]
     named = [{".".join(item.nested_key) or item.key: json.loads(item.value_json) for item in row} for row in rows]
-    return [{k: v for k, v in row.items() if k[0] != "_" and (pictures or not k.startswith("views"))} for row in named]
+    left_out = ("_",) if pictures else ("_", "views", "analysis/")
+    return [{k: v for k, v in row.items() if not k.startswith(left_out)} for row in named]
 
 
 def config(folder: Path) -> dict[str, Any]:

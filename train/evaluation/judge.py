@@ -2,15 +2,17 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import cached_property
+from typing import Any
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from kdcache.cache.errors import InputError, NotFoundError
+from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
 from kdcache.cache.records.encoding import encode
 from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
@@ -23,6 +25,8 @@ from kdcache.train.evaluation.metrics import metrics, predict
 from kdcache.train.evaluation.parts import Parts, agreements
 from kdcache.train.loaders.cached import renderer_for, require_data, stored_view
 from kdcache.train.loop.watching import PARTNER
+
+TRAIN_IMAGES = 2000
 
 
 @dataclass(frozen=True, eq=False)
@@ -88,11 +92,21 @@ class Judge:
         self._labels = torch.from_numpy(labels[:, 0] if labels.shape[1] else labels.reshape(-1))
 
     def __call__(
-        self, model: Classifier, dtype: torch.dtype | None = None, beside: tuple[Classifier, int] | None = None
+        self,
+        model: Classifier,
+        dtype: torch.dtype | None = None,
+        beside: tuple[Classifier, int] | None = None,
+        more: Callable[[Answers], dict[str, float]] = lambda answers: {},
     ) -> dict[str, float]:
+        """The figures on all ranks. more: what else the first rank makes of the answers."""
         logits = self._predict(model, self._size, dtype)
-        answers = None if beside is None else self._predict(*beside, dtype)
-        return group.from_first(lambda: self._answers(logits, answers).figures())
+        of_partner = None if beside is None else self._predict(*beside, dtype)
+
+        def figures() -> dict[str, float]:
+            answers = self._answers(logits, of_partner)
+            return {**answers.figures(), **more(answers)}
+
+        return group.from_first(figures)
 
     def answers(self, model: Classifier, beside: tuple[Classifier, int] | None = None) -> Answers:
         """Ask the student, and the teacher that learnt with it if there is one, in one process."""
@@ -112,7 +126,7 @@ class Judge:
 
 def training_answers(
     store: Stored,
-    data: str,
+    data: str | Dataset,
     count: int,
     model: Classifier,
     size: int,
@@ -122,8 +136,9 @@ def training_answers(
 ) -> Answers:
     """Ask a student for `count` training images, spread evenly, in the first complete view of the cache.
 
-    data: a spec of the images. The labels are empty where the view's images are mixed. beside: as for a Judge.
-    InputError for a packed file with images, and for views that cannot be drawn here; MismatchError for other images.
+    data: the images, or a spec of them. The labels are empty where the view's images are mixed. beside: as for a Judge.
+    All ranks call it together, and the first one gets all answers. InputError for a packed file with images, and for
+    views that cannot be drawn here; MismatchError for other images.
     """
     if not isinstance(store, Cache):
         raise InputError(f"{store.where} is a packed file with images: give the cache itself with --cache")
@@ -132,11 +147,11 @@ def training_answers(
     if not store.views:
         raise NotFoundError(f"{store.where} has no complete view")
     has = store.identity.record
-    images = open_data(data, "train", unlabelled=has.labels == 0)
+    images = open_data(data, "train", unlabelled=has.labels == 0) if isinstance(data, str) else data
     require_data(store, images)
     view = stored_view(store, images, store.views[0])
     samples = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(np.int64))
-    records = store.read(store.views[0])[torch.from_numpy(samples)]
+    records = store.read(store.views[0], samples=samples)
     labels = torch.empty(0, dtype=torch.int64)
     if has.labels and not store.identity.views.mixed:
         labels = torch.from_numpy(store.train.labels[samples, 0].astype("int64"))
@@ -147,3 +162,27 @@ def training_answers(
 
     logits = ask(model, size)
     return Answers(logits, labels, records) if beside is None else beside_partner(logits, labels, ask(*beside))
+
+
+def on_training_images(
+    store: Stored,
+    data: str | Dataset,
+    count: int | None,
+    say: Callable[[str], None],
+    *how: Any,
+) -> Answers | None:
+    """The student's answers for `count` images of a training view; None where there are none to be had.
+
+    What is asked for raises an error where it cannot be had; what is not asked for is left out, and `say` says so.
+    count: None for 2,000 where they can be had. how: the model, its input size, device, worker processes and the
+    teacher that learnt beside it.
+    """
+    if count == 0 or (count is None and "://" in store.where):  # a whole view would come over the network
+        return None
+    try:
+        return training_answers(store, data, count or TRAIN_IMAGES, *how)
+    except KdcacheError as e:
+        if count is not None:
+            raise
+        say(f"note: not compared with the teacher on training images: {e}")
+        return None

@@ -266,7 +266,7 @@ class _Kept:
             self._logs.line(line)
         self.save()
         if self._logs and line["epoch"] == self._training.recipe.epochs:
-            self._logs.pictures(self._training.evaluated)
+            self._logs.end(self._training.evaluated)
 
 
 def fit(
@@ -307,7 +307,8 @@ def fit(
                 raise KdcacheError(f"the loss is not finite in epoch {epoch}: lower --lr (now {recipe.lr:g})")
             measured: dict[str, float] = {}
             if epoch % evaluate_every == 0 or epoch == recipe.epochs:
-                measured = _evaluated(training, evaluate, interrupts, kept.save)
+                end = logged.last if logged and epoch == recipe.epochs else None
+                measured = _evaluated(training, end.evaluate if end else evaluate, interrupts, kept.save)
             line: dict[str, Any] = {"epoch": epoch, **losses, "seconds": training.seconds, **measured}
             training.end_epoch()
             kept.add(line)

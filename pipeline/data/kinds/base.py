@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from abc import ABC, abstractmethod
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 from typing import Any, Literal, Self
@@ -15,10 +15,11 @@ import torch
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.decode import in_one_line
-from kdcache.pipeline.data.imagefiles import FilesDone, Triple
+from kdcache.pipeline.data.imagefiles import FilesDone, Paths, Triple
 from kdcache.pipeline.data.labels import require_text
 
 TakesPath = Literal["never", "may", "must"]
+_PIECE = 1 << 18  # numbers that are drawn at a time
 
 
 @dataclass(frozen=True)
@@ -67,7 +68,7 @@ class _Contents:
     """What each kind has beside `Described`'s fields, as a field of its own or as a constant."""
 
     pixels: torch.Tensor | None  # uint8 [N, H, W, 3] where the images are held in memory
-    paths: tuple[str, ...]  # the name of each image, in byte order; () where there are none
+    paths: Sequence[str]  # the name of each image, in byte order; () where there are none
 
 
 @dataclass(frozen=True, eq=False)
@@ -92,7 +93,8 @@ class Described(_Contents, ABC):
         self._require(n > 0 and self.sizes.shape == (n, 2), "sizes must be [N, 2] with N > 0")
         self._require(self.sizes.dtype == np.int32 and ids.dtype == np.int64, "sizes are int32, labels int64")
         self._require(ids.shape in ((n, 0), (n, 1)), "labels must be [N, 1] or [N, 0]")
-        wrong = np.flatnonzero((ids < 0) | (ids >= len(self.class_names)))
+        sound = not ids.size or (ids.min() >= 0 and ids.max() < len(self.class_names))
+        wrong = np.empty(0) if sound else np.flatnonzero((ids < 0) | (ids >= len(self.class_names)))
         first = f", but sample {wrong[0]} has {ids.flat[wrong[0]]}" if wrong.size else ""
         self._require(not wrong.size, f"labels must be places in class_names{first}")
         require_text(self.class_names, f"dataset {self.name}, split {self.split}")
@@ -159,7 +161,7 @@ class Described(_Contents, ABC):
             **more,
         }
         digest = hashlib.sha256(json.dumps(about, sort_keys=True, separators=(",", ":")).encode() + b"\n")
-        digest.update(self.labels.astype("<i8").tobytes())
+        digest.update(np.ascontiguousarray(self.labels, "<i8").data)
         return digest
 
     def named(self, name: str, split: str) -> Self:
@@ -179,10 +181,23 @@ class Described(_Contents, ABC):
         return None
 
 
-def drawn_places(n: int, most: int) -> np.ndarray:
+def drawn_places(n: int, most: int, key: int = 0) -> np.ndarray:
     """Draw `most` of n places (all, where n is no more), int64 in rising order: the same ones on every machine."""
     if n <= most:
         return np.arange(n)
-    # NumPy keeps the raw bits the same across versions. The smallest numbers choose the places.
-    drawn = np.random.Philox(key=0).random_raw(n)
-    return np.sort(np.argsort(drawn, kind="stable")[:most])
+    # NumPy keeps the raw bits the same across versions. The smallest numbers choose the places, the first ones of
+    # equal numbers. They are drawn in pieces, after each of which the smallest so far are kept.
+    words = np.random.Philox(key=key)
+    numbers, places = np.empty(0, np.uint64), np.empty(0, np.int64)
+    for start in range(0, n, _PIECE):
+        piece = words.random_raw(min(_PIECE, n - start))
+        new = np.arange(len(piece)) if len(numbers) < most else np.flatnonzero(piece < numbers.max())
+        numbers, places = np.concatenate([numbers, piece[new]]), np.concatenate([places, new + start])
+        least = np.argsort(numbers, kind="stable")[:most]
+        numbers, places = numbers[least], places[least]
+    return np.sort(places)
+
+
+def paths_at(paths: Sequence[str], places: np.ndarray) -> Paths:
+    """The paths at these places, int64 [n]."""
+    return Paths.of(paths[int(place)] for place in places)

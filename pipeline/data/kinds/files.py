@@ -5,6 +5,7 @@ from __future__ import annotations
 import os
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Self
 
@@ -14,8 +15,8 @@ import torch
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.data import imagefiles
 from kdcache.pipeline.data.decode import decode_file
-from kdcache.pipeline.data.imagefiles import FilesDone
-from kdcache.pipeline.data.kinds.base import Asked, Described, drawn_places
+from kdcache.pipeline.data.imagefiles import FilesDone, Paths
+from kdcache.pipeline.data.kinds.base import Asked, Described, drawn_places, paths_at
 
 FINGERPRINTED_FILES = 4096
 
@@ -25,7 +26,7 @@ class Listing:
     """The files of one split, in its order, and what is known of them before any is read."""
 
     root: Path
-    paths: tuple[str, ...]  # relative to root
+    paths: Sequence[str]  # relative to root
     labels: np.ndarray  # int64 [N, 1], or [N, 0] when unlabelled
     class_names: tuple[str, ...]
     note: str  # one line that tells what was found
@@ -39,7 +40,7 @@ class FileDataset(Described):
     """
 
     root: Path
-    paths: tuple[str, ...]  # POSIX, relative to root, in byte order
+    paths: Sequence[str]  # POSIX, relative to root, in byte order
     pixels: torch.Tensor | None = None  # uint8 [N, H, W, 3]
     apart: bool = False
 
@@ -84,13 +85,13 @@ class FileDataset(Described):
         for lines in imagefiles.listing(self.root, self.paths):
             digest.update(lines)
         chosen = drawn_places(n, n if full else FINGERPRINTED_FILES)
-        for content in imagefiles.file_digests(self.root, [self.paths[i] for i in chosen]):
+        for content in imagefiles.file_digests(self.root, self.paths if full else paths_at(self.paths, chosen)):
             digest.update(content)
         return digest.hexdigest()
 
     def _contents(self, places: np.ndarray) -> dict[str, Any]:
         pixels = None if self.pixels is None else self.pixels[torch.from_numpy(places)]
-        return {"paths": tuple(self.paths[i] for i in places), "pixels": pixels}
+        return {"paths": paths_at(self.paths, places), "pixels": pixels}
 
     def joined(self, before: object) -> Self | None:
         if not isinstance(before, FileDataset) or before.root != self.root or self.apart:
@@ -102,7 +103,7 @@ class FileDataset(Described):
             self,
             labels=np.concatenate([before.labels, self.labels]),
             sizes=np.concatenate([before.sizes, self.sizes]),
-            paths=(*before.paths, *self.paths),
+            paths=Paths.of(chain(before.paths, self.paths)),
             pixels=pixels,
         )
 
@@ -132,7 +133,7 @@ def open_listing(
     )
 
 
-def below_one_root(name: str, paths: Sequence[str | os.PathLike[str]]) -> tuple[Path, tuple[str, ...]]:
+def below_one_root(name: str, paths: Sequence[str | os.PathLike[str]]) -> tuple[Path, Paths]:
     """The folder that holds all files, at any depth, and their paths relative to it: a moved copy is the same."""
     for i, path in enumerate(paths):
         if not isinstance(path, str | os.PathLike) or not os.fspath(path) or "\0" in os.fspath(path):
@@ -140,4 +141,7 @@ def below_one_root(name: str, paths: Sequence[str | os.PathLike[str]]) -> tuple[
     whole = [os.path.abspath(os.path.expanduser(path)) for path in paths]  # noqa: PTH100, PTH111  Paths take seconds
     root = os.path.commonpath({os.path.dirname(path) for path in whole})  # noqa: PTH120
     skip = len(root.rstrip("/")) + 1
-    return Path(root), tuple(path[skip:] for path in whole)
+    try:
+        return Path(root), Paths.of(path[skip:] for path in whole)
+    except UnicodeEncodeError as e:
+        raise InputError(f"dataset {name!r}: {e.object!r} is no path of a file") from e

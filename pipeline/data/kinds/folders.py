@@ -11,7 +11,7 @@ import numpy as np
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.decode import in_one_line
 from kdcache.pipeline.data.imagefiles import FilesDone, is_hidden, left_out, list_images, unreadable_files
-from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
+from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath, paths_at
 from kdcache.pipeline.data.kinds.files import FileDataset, Listing, open_listing
 from kdcache.pipeline.data.labels import require_text
 
@@ -24,6 +24,7 @@ _SPLITS = (*TRAIN, *VALIDATION, *TEST, *EVALUATION)
 
 HELD_OUT = 10  # where there are no split folders, every tenth image of a class belongs to the eval split
 _NAMED = 5  # classes that one message names
+_PIECE = 1 << 20  # samples at a time
 _PURPOSE = {"train": "learn from", "eval": "evaluate on", "validation": "choose weights by"}
 
 
@@ -50,7 +51,7 @@ class ClassFolders(Kind):
     takes_folders: bool = True
 
     def open(self, asked: Asked) -> FileDataset:
-        def train() -> tuple[Path, tuple[str, ...]]:
+        def train() -> tuple[Path, Sequence[str]]:
             of_train = self._list(replace(asked, split="train"))
             return of_train.root, of_train.paths
 
@@ -98,7 +99,7 @@ def list_split(top: Path, split: str, layout: Layout, *, labelled: bool) -> List
         chosen = held_out(labels, HELD_OUT) == (split == "eval")
         if not chosen.any():
             raise InputError(f"{top}: has no tenth image in any class to hold out for the eval split")
-        paths = tuple(paths[i] for i in np.flatnonzero(chosen))
+        paths = paths_at(paths, np.flatnonzero(chosen))
         labels = labels[chosen]
     note = note_of(root, split, len(paths), names, whole) + left_out(others)
     if split == "eval" and held and third is None and (test := _unread_test(top, train, held)):
@@ -204,7 +205,13 @@ def note_of(place: object, split: str, n: int, names: Sequence[str], whole: bool
 
 def held_out(labels: np.ndarray, every: int) -> np.ndarray:
     """Hold out every `every`-th sample of each class: bool [N] for labels int64 [N]."""
-    chosen: np.ndarray = places_in_classes(labels, np.arange(len(labels))) % every == every - 1
+    chosen = np.empty(len(labels), np.bool_)
+    before = np.zeros(labels.max(initial=0) + 1, np.int64)  # samples of each class in the pieces before
+    for start in range(0, len(labels), _PIECE):
+        piece = labels[start : start + _PIECE]
+        places = before[piece] + places_in_classes(piece, np.arange(len(piece)))
+        chosen[start : start + _PIECE] = places % every == every - 1
+        before += np.bincount(piece, minlength=len(before))
     return chosen
 
 
@@ -238,7 +245,7 @@ def _class_names(train: Path) -> tuple[str, ...]:
 def _labels(root: Path, paths: Sequence[str], names: Sequence[str], train: Path) -> np.ndarray:
     """The id of each image's class folder, int64 [N]."""
     ids = {name: i for i, name in enumerate(names)}
-    labels = np.array([ids.get(path.partition("/")[0], -1) for path in paths], dtype=np.int64)
+    labels = np.fromiter((ids.get(path.partition("/")[0], -1) for path in paths), np.int64, len(paths))
     if (unknown := np.flatnonzero(labels < 0)).size:
         first = paths[unknown[0]]
         if "/" not in first:

@@ -17,7 +17,7 @@ import numpy as np
 from kdcache.cache.errors import InputError, first_sentence
 from kdcache.pipeline.data.decode import in_one_line
 from kdcache.pipeline.data.imagefiles import FilesDone, unreadable_files
-from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
+from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath, paths_at
 from kdcache.pipeline.data.kinds.files import FileDataset, Listing, open_listing
 from kdcache.pipeline.data.kinds.folders import (
     EVALUATION,
@@ -125,7 +125,7 @@ def _part(rows: Rows, split: str, *, labelled: bool) -> tuple[Listing, bool]:
         chosen, labels = chosen[kept], labels[kept]
     column = labels[:, None] if labelled else np.empty((len(chosen), 0), np.int64)
     note = note_of(table, split, len(chosen), names, whole) + unread
-    return Listing(table.parent, tuple(rows.paths[row] for row in chosen.tolist()), column, names, note), whole
+    return Listing(table.parent, paths_at(rows.paths, chosen), column, names, note), whole
 
 
 def _class_names(rows: Rows, train: np.ndarray) -> tuple[str, ...]:

@@ -1,5 +1,6 @@
 """The loggers that --log names: wandb offline and MLflow in a folder, really run, and what the command line says."""
 
+import csv
 import json
 import os
 import signal
@@ -15,8 +16,9 @@ from kdcache.cache.errors import CorruptError, InputError
 from kdcache.tests.contracts.loggers import ServiceContract, lines
 from kdcache.tests.helpers import wandbfiles
 from kdcache.train.config import LOGS, TrainConfig, parse_log
+from kdcache.train.evaluate import examine_run
 from kdcache.train.loop.logs.logs import CHOICES, Logged, Logs, require_loggers
-from kdcache.train.loop.logs.services import Picture, flat
+from kdcache.train.loop.logs.services import Findings, Picture, flat
 from kdcache.train.run import train
 
 SECRET = "hunter22"
@@ -152,6 +154,7 @@ def test_a_run_with_all_of_them(home, tmp_path, monkeypatch):
     assert wandbfiles.history(out) == history and len((out / "metrics.csv").read_text().splitlines()) == 3
     found = client.get_run(run)
     assert found.info.status == "FINISHED" and found.data.metrics.keys() == history[1].keys()
+    require_end(out, history, client, run)
     assert len(client.get_metric_history(run, "loss_kd")) == 2
     told = wandbfiles.config(out)
     settings = json.loads((out / "config.json").read_text())
@@ -166,7 +169,42 @@ def test_a_run_with_all_of_them(home, tmp_path, monkeypatch):
     assert len(pictures) == 9 and len(captions) == 8 and captions[0].startswith("view0: label: ")
 
 
-def test_pictures_and_settings_reach_tensorboard_and_wandb(tmp_path):
+def require_end(out, history, client, run):
+    """The last epoch's line and MLflow's table say what `kdcache eval` says of the run."""
+    examined = examine_run(str(out))
+    told, line = examined.analysis, history[1]
+    expected = {
+        **examined.figures, "agreement_top5": told.evaluation.top5, "training_agreement": told.training.top1,
+        "training_agreement_top5": told.training.top5, "temperature": told.calibration.temperature,
+        "scaled_nll": told.calibration.after.nll, "scaled_ece": told.calibration.after.ece,
+        "worst_class_top1": min(told.per_class.accuracy),
+    }  # fmt: skip
+    assert {k: v for k, v in line.items() if k not in ("epoch", "seconds") and "loss" not in k} == expected
+    assert line["ece"] == told.calibration.before.ece and line.keys() - history[0].keys() == expected.keys() - {
+        *examined.figures
+    }
+    summary = json.loads((out / "summary.json").read_text())
+    assert {k: summary[k] for k in expected} == expected
+    last = list(csv.DictReader((out / "metrics.csv").read_text().splitlines()))[1]
+    assert {k: float(v) for k, v in last.items()} == line
+    table = Path(client.download_artifacts(run, "analysis/classes.csv")).read_text().splitlines()
+    rows = {row["class"]: (int(row["images"]), int(row["correct"])) for row in csv.DictReader(table)}
+    by = told.per_class
+    assert rows == dict(zip(by.names, zip(by.images, by.correct, strict=True), strict=True))
+    assert table[1].endswith(f",{line['worst_class_top1']}") and len(client.list_artifacts(run, "analysis")) == 3
+
+
+class Ending:
+    """What a run's end may tell."""
+
+    def __init__(self, pixels):
+        self._told = Findings(("class", "top1"), (("cat", 0.25), ("dog", None)), (Picture("confusion", pixels, "cat"),))
+
+    def findings(self):
+        return self._told
+
+
+def test_pictures_tables_and_settings_reach_tensorboard_and_wandb(tmp_path):
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     pixels = np.arange(8 * 8 * 3, dtype=np.uint8).reshape(8, 8, 3)
@@ -174,17 +212,22 @@ def test_pictures_and_settings_reach_tensorboard_and_wandb(tmp_path):
         "tensorboard,wandb",
         {"epochs": 1, "loss_options": {"beta": 2}},
         lambda model: [Picture("a", pixels, "label: cat")],
+        Ending(pixels),
     )
     logs = Logs(tmp_path, [], pytest.fail, logged)
     logs.line(lines(1)[0])
-    logs.pictures(None)
+    logs.end(None)
     logs.close()
-    (image,) = (tmp_path / "wandb").glob("offline-run-*/files/media/images/*.png")
-    assert np.array_equal(np.asarray(Image.open(image))[..., :3], pixels)
+    images = list((tmp_path / "wandb").glob("offline-run-*/files/media/images/**/*.png"))
+    assert len(images) == 2 and all(np.array_equal(np.asarray(Image.open(i))[..., :3], pixels) for i in images)
+    (table,) = (tmp_path / "wandb").glob("offline-run-*/files/media/table/**/*.json")
+    assert json.loads(table.read_text())["data"] == [["cat", 0.25], ["dog", None]]
     assert "label: cat" in str(wandbfiles.history(tmp_path, pictures=True))
     events = EventAccumulator(str(tmp_path / "tensorboard"))
     events.Reload()
-    assert len(events.Images("views/a")) == 1
+    assert len(events.Images("views/a")) == len(events.Images("analysis/confusion")) == 1
+    (told,) = events.Tensors("analysis/classes/text_summary")
+    assert told.tensor_proto.string_val[0].decode().splitlines()[2:] == ["| cat | 0.25 |", "| dog |  |"]
     texts = [e.tensor_proto.string_val[0].decode() for e in events.Tensors("settings/text_summary")]
     assert "| loss_options.beta | 2 |" in texts[0]
 

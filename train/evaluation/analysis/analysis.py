@@ -89,6 +89,21 @@ def most_probable(teacher: Records, count: int) -> Tensor:
     return teacher.decoded_gaps().topk(min(count, teacher.num_classes), dim=1, largest=False).indices
 
 
+def figures_of(found: Analysis) -> dict[str, float]:
+    """Single figures of it, by the names that they have in a run's logs; those that are not known are left out."""
+    figures: dict[str, float | None] = {}
+    if found.evaluation:
+        figures["agreement_top5"] = found.evaluation.top5
+    if found.training:
+        figures |= {"training_agreement": found.training.top1, "training_agreement_top5": found.training.top5}
+    if found.calibration:
+        after = found.calibration.after
+        figures |= {"temperature": found.calibration.temperature, "scaled_nll": after.nll, "scaled_ece": after.ece}
+    if found.per_class:
+        figures["worst_class_top1"] = min(a for a in found.per_class.accuracy if a is not None)
+    return {name: value for name, value in figures.items() if value is not None}
+
+
 def described(found: Analysis) -> list[str]:
     """The lines that tell people the most of it."""
     lines: list[str] = []

@@ -8,16 +8,21 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcache.cache.files import replace_file
+from kdcache.train.loop.logs.appended import AppendedFile
 
 FILE = "metrics.csv"
 
 
 class Csv:
-    """Writes the whole file again for every line, in one step; a figure that an epoch lacks leaves its cell empty."""
+    """Appends a row, whose cells are empty for figures that the epoch lacks.
+
+    A line with figures that are new, such as those of the first evaluation, has the file written again with more
+    columns.
+    """
 
     def __init__(self, folder: Path, done: Sequence[dict[str, Any]]) -> None:
-        self._file, self._lines = folder / FILE, list(done)
+        self._lines, self._columns = list(done), _columns(done)
+        self._file = AppendedFile(folder / FILE, _table(self._columns, done) if done else b"")
 
     @classmethod
     def open(cls, folder: Path, done: Sequence[dict[str, Any]], say: Callable[[str], None]) -> Csv:
@@ -25,12 +30,24 @@ class Csv:
 
     def line(self, line: dict[str, Any]) -> None:
         self._lines.append(line)
-        columns = dict.fromkeys(name for one in self._lines for name in one)
-        text = io.StringIO()
-        writer = csv.DictWriter(text, list(columns), lineterminator="\n")
-        writer.writeheader()
-        writer.writerows(self._lines)
-        replace_file(self._file, text.getvalue().encode())
+        if line.keys() <= set(self._columns):
+            self._file.append(_table(self._columns, [line], heading=False))
+        else:
+            self._columns = _columns(self._lines)
+            self._file.rewrite(_table(self._columns, self._lines))
 
     def close(self) -> None:
-        """Nothing is left open between two lines."""
+        self._file.close()
+
+
+def _columns(lines: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(name for line in lines for name in line))
+
+
+def _table(columns: Sequence[str], lines: Sequence[dict[str, Any]], heading: bool = True) -> bytes:
+    text = io.StringIO()
+    writer = csv.DictWriter(text, columns, lineterminator="\n")
+    if heading:
+        writer.writeheader()
+    writer.writerows(lines)
+    return text.getvalue().encode()

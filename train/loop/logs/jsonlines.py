@@ -7,28 +7,26 @@ from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcache.cache.files import replace_file
+from kdcache.train.loop.logs.appended import AppendedFile
 
 FILE = "metrics.jsonl"
 
 
 class JsonLines:
-    """Writes the whole file again for every line, in one step, so that a reader never sees half a line."""
+    """Appends a line. Readers leave out a last line without its end, which is being written."""
 
     def __init__(self, folder: Path, done: Sequence[dict[str, Any]]) -> None:
-        self._file = folder / FILE
-        self._lines = [_encoded(line) for line in done]
+        self._file = AppendedFile(folder / FILE, b"".join(map(_encoded, done)))
 
     @classmethod
     def open(cls, folder: Path, done: Sequence[dict[str, Any]], say: Callable[[str], None]) -> JsonLines:
         return cls(folder, done)
 
     def line(self, line: dict[str, Any]) -> None:
-        self._lines.append(_encoded(line))
-        replace_file(self._file, b"".join(self._lines))
+        self._file.append(_encoded(line))
 
     def close(self) -> None:
-        """Nothing is left open between two lines."""
+        self._file.close()
 
 
 def _encoded(line: dict[str, Any]) -> bytes:

@@ -18,7 +18,7 @@ from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train.loop.logs.csvfile import Csv
 from kdcache.train.loop.logs.jsonlines import JsonLines
 from kdcache.train.loop.logs.mlflow import MLflow
-from kdcache.train.loop.logs.services import Picture
+from kdcache.train.loop.logs.services import Findings, Picture
 from kdcache.train.loop.logs.tensorboard import TensorBoard
 from kdcache.train.loop.logs.wandb import WandB
 
@@ -58,6 +58,24 @@ class TakesPictures(Protocol):
         """Take some views with what teacher and student say of them, at the end of a run."""
 
 
+@runtime_checkable
+class TakesFindings(Protocol):
+    """A logger that has a place for tables."""
+
+    def findings(self, findings: Findings) -> None:
+        """Take what the student's answers tell class by class, at the end of a run."""
+
+
+class Ending(Protocol):
+    """The last evaluation of a run, which tells more than the others."""
+
+    def evaluate(self, model: Classifier) -> dict[str, float]:
+        """Measure the student, in the place of the trainer's `evaluate`; all ranks call it together."""
+
+    def findings(self) -> Findings | None:
+        """What the answers of `evaluate` told beside its figures, on the first rank; None where that is nothing."""
+
+
 # By the name that a message gives them, in the order in which they take a line.
 LOGGERS: dict[str, type[Logger]] = {
     "metrics.jsonl": JsonLines,
@@ -82,7 +100,7 @@ CHOICES = {
     "wandb": Choice("wandb", "wandb", "wandb"),
     "mlflow": Choice("MLflow", "mlflow", "mlflow"),
 }
-_USUAL = "tensorboard"
+_USUAL, _NOWHERE = "tensorboard", "none"
 
 
 @dataclass(frozen=True)
@@ -90,12 +108,19 @@ class Logged:
     """What a run logs beside metrics.jsonl. names: as --log has them; None for TensorBoard, where it is installed.
 
     facts: settings and provenance by name, nested where it helps. pictures: makes some views with what teacher and
-    student say of them; it is called after the last epoch, if a logger was asked for that takes images.
+    student say of them; it is called after the last epoch, if a logger was asked for that takes images. ending: what
+    evaluates the student after the last epoch, if loggers were asked for.
     """
 
     names: str | None = None
     facts: Mapping[str, Any] = field(default_factory=dict)
     pictures: Callable[[Classifier], list[Picture]] | None = None
+    ending: Ending | None = None
+
+    @property
+    def last(self) -> Ending | None:
+        """`ending`, where loggers were asked for."""
+        return None if self.names in (None, _NOWHERE) else self.ending
 
     def has(self, logger: str) -> bool:
         """Whether the run has that row of LOGGERS."""
@@ -134,8 +159,19 @@ class Logs:
             with self._named(name):
                 logger.line(line)
 
-    def pictures(self, model: Classifier) -> None:
-        """Give some views to those that take images, if loggers were asked for."""
+    def end(self, model: Classifier) -> None:
+        """Give what is told at the end of a run to those that take it, if loggers were asked for."""
+        self._show(model)
+        found = None if self._logged.last is None else self._logged.last.findings()
+        if found is None:
+            return
+        for name, logger in self._open.items():
+            if isinstance(logger, TakesFindings):
+                with self._named(name):
+                    logger.findings(found)
+
+    def _show(self, model: Classifier) -> None:
+        """Give some views to those that take images."""
         taking = {name: logger for name, logger in self._open.items() if isinstance(logger, TakesPictures)}
         if not taking or self._logged.names is None or self._logged.pictures is None:
             return

@@ -2,14 +2,16 @@
 
 from __future__ import annotations
 
+import csv
 import importlib.util
+import io
 import os
 import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 from kdcache.cache.errors import InputError
-from kdcache.train.loop.logs.services import PROJECT, Picture, Service, flat
+from kdcache.train.loop.logs.services import PROJECT, Findings, Picture, Service, flat
 
 _MOST_PARAMETERS, _LONGEST = 100, 500  # of a request, and of a value: what servers of all versions take
 _DATABASES = ("sqlite", "postgresql", "mysql", "mssql")
@@ -74,6 +76,14 @@ class MLflow(Service):
             self._client.log_image(self.run, picture.pixels, artifact_file=f"views/{picture.name}.png")
         text = "\n".join(f"{picture.name}: {picture.caption}" for picture in pictures)
         self._client.log_text(self.run, text + "\n", "views/captions.txt")
+
+    def _tabulate(self, findings: Findings) -> None:
+        for picture in findings.pictures:
+            self._client.log_image(self.run, picture.pixels, artifact_file=f"analysis/{picture.name}.png")
+            self._client.log_text(self.run, picture.caption + "\n", f"analysis/{picture.name}.txt")
+        text = io.StringIO()  # not log_table, which mlflow-skinny lacks
+        csv.writer(text, lineterminator="\n").writerows([findings.columns, *findings.rows])
+        self._client.log_text(self.run, text.getvalue(), "analysis/classes.csv")
 
     def _end(self) -> None:
         self._client.set_terminated(self.run, "FINISHED" if self.is_whole else "KILLED")

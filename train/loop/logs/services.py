@@ -28,6 +28,18 @@ class Picture(NamedTuple):
     caption: str
 
 
+class Findings(NamedTuple):
+    """What the answers for the evaluation images tell after the last epoch, beside the figures of its line.
+
+    columns, rows: a table with a row for each class, the worst first. pictures: the confusion matrix, unless there are
+    too many classes for one.
+    """
+
+    columns: tuple[str, ...]
+    rows: tuple[tuple[str | int | float | None, ...], ...]
+    pictures: tuple[Picture, ...]
+
+
 class Service:
     """Sends every line once, in order; those that cannot be sent wait for the next attempt, and training goes on.
 
@@ -80,6 +92,9 @@ class Service:
 
     def pictures(self, pictures: Sequence[Picture]) -> None:
         self._attempt(lambda: self._show(pictures))
+
+    def findings(self, findings: Findings) -> None:
+        self._attempt(lambda: self._tabulate(findings))
 
     def close(self) -> None:
         if not self._is_open:
@@ -141,6 +156,9 @@ class Service:
         raise NotImplementedError
 
     def _show(self, pictures: Sequence[Picture]) -> None:
+        raise NotImplementedError
+
+    def _tabulate(self, findings: Findings) -> None:
         raise NotImplementedError
 
     def _end(self) -> None:

@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from kdcache.train.loop.logs.services import Picture, flat
+from kdcache.train.loop.logs.services import Findings, Picture, flat
 
 FOLDER = "tensorboard"
+_ROWS = 200  # of a table at most: it is shown as text
 
 
 class TensorBoard:
@@ -28,12 +29,14 @@ class TensorBoard:
 
     def settings(self, facts: Mapping[str, Any]) -> None:
         if not self._done:
-            rows = [f"| {name} | {value} |" for name, value in flat(facts)]
-            self._writer.add_text("settings", "\n".join(["| | |", "|---|---|", *rows]), 0)
+            self._writer.add_text("settings", _markdown(("", ""), flat(facts)), 0)
 
     def line(self, line: dict[str, Any]) -> None:
-        for name, value in line.items():
-            self._writer.add_scalar(name, value, line["epoch"])
+        from tensorboard.compat.proto.summary_pb2 import Summary
+
+        # One event for all figures: an event for each would take several times as long.
+        values = [Summary.Value(tag=name, simple_value=float(value)) for name, value in line.items()]
+        self._writer.file_writer.add_summary(Summary(value=values), line["epoch"])
         self._done = line["epoch"]
         self._writer.flush()
 
@@ -43,5 +46,18 @@ class TensorBoard:
         self._writer.add_text("views", "\n".join(f"- {p.name}: {p.caption}" for p in pictures), self._done)
         self._writer.flush()
 
+    def findings(self, findings: Findings) -> None:
+        for picture in findings.pictures:
+            self._writer.add_image(f"analysis/{picture.name}", picture.pixels, self._done, dataformats="HWC")
+            self._writer.add_text(f"analysis/{picture.name}", picture.caption, self._done)
+        rows = findings.rows[:_ROWS]
+        self._writer.add_text("analysis/classes", _markdown(findings.columns, rows), self._done)
+        self._writer.flush()
+
     def close(self) -> None:
         self._writer.close()
+
+
+def _markdown(columns: Sequence[str], rows: Iterable[Sequence[object]]) -> str:
+    table = [columns, ["---"] * len(columns), *rows]
+    return "\n".join(f"| {' | '.join('' if cell is None else str(cell) for cell in row)} |" for row in table)

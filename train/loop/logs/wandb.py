@@ -11,7 +11,7 @@ from pathlib import Path
 from typing import Any
 from urllib.parse import urlsplit
 
-from kdcache.train.loop.logs.services import PROJECT, Picture, Service
+from kdcache.train.loop.logs.services import PROJECT, Findings, Picture, Service
 
 # wandb itself would send the command line as it was typed, the host and the code. `settings` gives what is safe of it.
 _COLLECTS_NOTHING = {
@@ -64,7 +64,14 @@ class WandB(Service):
     def _show(self, pictures: Sequence[Picture]) -> None:
         import wandb
 
-        self._run.log({"views": [wandb.Image(p.pixels, caption=p.caption) for p in pictures]})
+        self._run.log({"views": [wandb.Image(p.pixels, caption=p.caption) for p in pictures]}, commit=False)
+
+    def _tabulate(self, findings: Findings) -> None:
+        import wandb
+
+        pictures = {f"analysis/{p.name}": wandb.Image(p.pixels, caption=p.caption) for p in findings.pictures}
+        table = wandb.Table(columns=list(findings.columns), data=[list(row) for row in findings.rows])
+        self._run.log({**pictures, "analysis/classes": table}, commit=False)  # in the last epoch's step
 
     def _end(self) -> None:
         self._run.finish(exit_code=0 if self.is_whole else 1)

@@ -68,13 +68,15 @@ def runs_in(path: Path) -> list[Run]:
 def read_run(path: Path, failed: str | None = None) -> Run:
     """Read a run folder; CorruptError for a file that is not what kdcache writes."""
     lines = []
-    file = path / METRICS
-    for number, text in enumerate(file.read_text(errors="replace").splitlines() if file.exists() else (), 1):
+    file, summary = path / METRICS, path / SUMMARY
+    texts = file.read_text(errors="replace").splitlines(keepends=True) if file.exists() else []
+    if texts and not texts[-1].endswith("\n") and not summary.exists():
+        texts.pop()  # the run is just writing it, or was stopped by a full disk
+    for number, text in enumerate(texts, 1):
         line = _object(text, f"line {number} of {file}")
         if not isinstance(line.get("epoch"), int):
             raise CorruptError(f"line {number} of {file} names no epoch: leave this run out")
         lines.append({k: v for k, v in line.items() if isinstance(v, int | float) and math.isfinite(v)})
-    summary = path / SUMMARY
     found = _object(summary.read_text(errors="replace"), str(summary)) if summary.exists() else None
     return Run(path, config_of(path), lines, found, failed)
 

@@ -8,6 +8,7 @@ import stat
 from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from contextlib import closing
 from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any, Protocol, Self
 
@@ -17,8 +18,8 @@ from PIL import Image
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.decode import decode_bytes, pixels_of_image, size_of_bytes, size_of_image
-from kdcache.pipeline.data.imagefiles import IMAGENET_MEAN, IMAGENET_STD, FilesDone, Triple, are_small, mean_std
-from kdcache.pipeline.data.kinds.base import Described, drawn_places
+from kdcache.pipeline.data.imagefiles import IMAGENET_MEAN, IMAGENET_STD, FilesDone, Paths, Triple, are_small, mean_std
+from kdcache.pipeline.data.kinds.base import Described, drawn_places, paths_at
 from kdcache.pipeline.data.kinds.containers.passes import in_workers
 from kdcache.pipeline.data.kinds.files import FINGERPRINTED_FILES
 from kdcache.pipeline.data.kinds.folders import HELD_OUT, held_out
@@ -88,7 +89,7 @@ class ItemDataset(Described):
 
     source: Source
     places: Places
-    paths: tuple[str, ...] = ()
+    paths: Sequence[str] = ()
     pixels: torch.Tensor | None = None
     digests: Mapping[int, bytes] = field(default_factory=dict, repr=False)
     parts: bool = False
@@ -125,19 +126,18 @@ class ItemDataset(Described):
     def _fingerprint(self, full: bool) -> str:
         """Digest all sizes, and the contents of FINGERPRINTED_FILES drawn images or, when `full`, of all."""
         digest = self._begun("items", full)
-        digest.update(self.sizes.astype("<i4").tobytes())
+        digest.update(np.ascontiguousarray(self.sizes, "<i4").data)
         chosen = self.places[drawn_places(len(self), len(self) if full else FINGERPRINTED_FILES)]
-        known = {} if full else dict(self.digests)
+        known = {} if full else self.digests
         missing = [place for place in chosen.tolist() if place not in known]
-        read = list(unless_wrong(_each(_Digest(self.source), missing))) if missing else []
-        known |= zip(missing, read, strict=True)
+        read = unless_wrong(_each(_Digest(self.source), missing)) if missing else iter(())
         for place in chosen.tolist():
-            digest.update(known[place])
+            digest.update(known[place] if place in known else next(read))
         return digest.hexdigest()
 
     def _contents(self, places: np.ndarray) -> dict[str, Any]:
         pixels = None if self.pixels is None else self.pixels[torch.from_numpy(places)]
-        paths = tuple(self.paths[i] for i in places) if self.paths else ()
+        paths = paths_at(self.paths, places) if self.paths else ()
         return {"places": self.places[places], "paths": paths, "pixels": pixels}
 
     def joined(self, before: object) -> Self | None:
@@ -147,7 +147,7 @@ class ItemDataset(Described):
         if before.pixels is not None and self.pixels is not None:
             pixels = torch.cat([before.pixels, self.pixels])
         both: dict[str, Any] = {name: np.concatenate([getattr(before, name), getattr(self, name)]) for name in _ARRAYS}
-        return replace(self, **both, paths=(*before.paths, *self.paths), pixels=pixels)
+        return replace(self, **both, paths=Paths.of(chain(before.paths, self.paths)), pixels=pixels)
 
 
 _ARRAYS = ("labels", "sizes", "places")
@@ -220,7 +220,10 @@ def unreadable_items(source: Source, places: Places, progress: FilesDone | None 
 def item_sizes(source: Source) -> np.ndarray:
     """The size of every image, int32 [N, 2]."""
     results = unless_wrong(_each(_Size(source), range(len(source)), "read sizes"))
-    return np.array(list(results), np.int32)
+    sizes = np.empty((len(source), 2), np.int32)
+    for i, size in enumerate(results):
+        sizes[i] = size
+    return sizes
 
 
 def small_pixels(source: Source, places: Places, sizes: np.ndarray) -> torch.Tensor | None:

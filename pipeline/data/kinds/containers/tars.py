@@ -7,14 +7,15 @@ import json
 import os
 from contextlib import closing
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 
 import numpy as np
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.data.decode import in_one_line
-from kdcache.pipeline.data.imagefiles import FilesDone
-from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath
+from kdcache.pipeline.data.imagefiles import FilesDone, Paths
+from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath, paths_at
 from kdcache.pipeline.data.kinds.containers.items import (
     ItemDataset,
     file_states,
@@ -72,7 +73,7 @@ class Tars(Kind):
             note=note_of(spelled(asked), asked.split, len(places), names, whole) + own.left_out + unread,
             source=own.source,
             places=places,
-            paths=tuple(own.source.names[i] for i in places) if whole else own.source.names,
+            paths=paths_at(own.source.names, places) if whole else own.source.names,
             pixels=pixels,
             parts=whole,
         )
@@ -102,7 +103,7 @@ class TarSource:
     tar: np.ndarray
     offsets: np.ndarray
     lengths: np.ndarray
-    names: tuple[str, ...]
+    names: Paths
     few = 256
 
     def __eq__(self, other: object) -> bool:
@@ -179,7 +180,10 @@ class _IndexOne:
 def _indexed(tars: tuple[Path, ...]) -> _Index:
     """Read the headers of all tars, in worker processes."""
     states = file_states(tars)
-    found: list[TarIndex] = []
+    known: dict[str | None, int] = {}  # labels, in the order in which they come first
+    parts: list[tuple[np.ndarray, np.ndarray, np.ndarray, Paths]] = []  # offsets, lengths, labels and names of each tar
+    number = text = None
+    without_image = 0
     work, numbers = _IndexOne(tars), range(len(tars))
     with closing(
         in_workers(work, numbers, lambda i: str(tars[i]), title="index tars", unit="tars", chunk=1, few=_FEW)
@@ -187,37 +191,37 @@ def _indexed(tars: tuple[Path, ...]) -> _Index:
         for index in results:
             if isinstance(index, str):
                 raise InputError(index)
-            found.append(index)
-    number, text = (
-        next(filter(None, (getattr(index, kind) for index in found)), None) for kind in ("numbers", "texts")
-    )
+            codes = [known.setdefault(label, len(known)) for label in index.labels]
+            arrays = (np.array(of, np.int64) for of in (index.offsets, index.lengths, codes))
+            parts.append((*arrays, Paths.of(index.names)))  # type: ignore[arg-type]  # three of them
+            number, text = number or index.numbers, text or index.texts
+            without_image += index.without_image
     if number and text:
         raise InputError(f"{text}: its label is text, and that of {number} is a number: write all in one way")
-    counts = [len(index.offsets) for index in found]
+    counts = [len(part[3]) for part in parts]
     if not sum(counts):
         raise InputError(f"{tars[0]}{' and the others' if len(tars) > 1 else ''}: holds no sample with an image")
-    texts = sorted({label for index in found for label in index.labels if label is not None})
+    texts = sorted(label for label in known if label is not None)
     ids = {text: i for i, text in enumerate(texts)} | {None: -1}
     source = TarSource(
         tars,
         states,
         np.repeat(np.arange(len(tars)), counts),
-        np.array([offset for index in found for offset in index.offsets], np.int64),
-        np.array([length for index in found for length in index.lengths], np.int64),
-        tuple(name for index in found for name in index.names),
+        np.concatenate([part[0] for part in parts]),
+        np.concatenate([part[1] for part in parts]),
+        Paths.of(chain.from_iterable(part[3] for part in parts)),
     )
-    labels = np.array([ids[label] for index in found for label in index.labels], np.int64)
-    return _Index(source, labels, tuple(texts), sum(index.without_image for index in found))
+    labels = np.array([ids[label] for label in known], np.int64)[np.concatenate([part[2] for part in parts])]
+    return _Index(source, labels, tuple(texts), without_image)
 
 
 _EACH = ("tar", "offsets", "lengths")
 
 
 def _arrays(learnt: _Learnt) -> dict[str, np.ndarray]:
-    names = "\0".join(learnt.source.names).encode("utf-8", "surrogateescape")
     return {
         **{name: getattr(learnt.source, name) for name in _EACH},
-        "names": np.frombuffer(names, np.uint8),
+        "names": learnt.source.names.as_array(),
         "labels": learnt.labels,
         "texts": np.frombuffer(json.dumps(learnt.texts).encode(), np.uint8),
         "without_image": np.array(learnt.without_image),
@@ -231,7 +235,7 @@ def _from_arrays(
     """What _arrays has made arrays of; None unless they fit each other."""
     try:
         each = [stored[name] for name in (*_EACH, "labels")]
-        names = tuple(stored["names"].tobytes().decode("utf-8", "surrogateescape").split("\0"))
+        names = Paths.from_array(stored["names"])
         texts, sizes = tuple(json.loads(stored["texts"].tobytes())), stored["sizes"]
         without = int(stored["without_image"])
     except (KeyError, ValueError):

@@ -9,6 +9,7 @@ from __future__ import annotations
 import json
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -16,6 +17,7 @@ import numpy as np
 
 from kdcache.cache.errors import InputError, first_sentence
 from kdcache.pipeline.data.decode import MAX_BYTES
+from kdcache.pipeline.data.imagefiles import Paths
 from kdcache.pipeline.data.kinds.containers.items import State, read_part, size_by_parts
 
 _NOT = -1  # the code of a label that a row does not have
@@ -69,7 +71,7 @@ class Rows:
     """
 
     images: np.ndarray
-    paths: tuple[str, ...]
+    paths: Paths
     labels: np.ndarray
     texts: tuple[str, ...]
 
@@ -80,7 +82,7 @@ class Rows:
         """What `from_arrays` makes rows of."""
         return {
             "images": self.images,
-            "paths": _as_array(self.paths),
+            "paths": self.paths.as_array(),
             "labels": self.labels,
             "texts": np.frombuffer(json.dumps(self.texts).encode(), np.uint8),
         }
@@ -90,7 +92,7 @@ class Rows:
         """The rows that `arrays` gave; None unless the arrays fit each other and so many files."""
         try:
             images, labels = stored["images"], stored["labels"]
-            paths, texts = _as_texts(stored["paths"]), tuple(json.loads(stored["texts"].tobytes()))
+            paths, texts = Paths.from_array(stored["paths"]), tuple(json.loads(stored["texts"].tobytes()))
         except (KeyError, ValueError):
             return None
         n = len(labels)
@@ -99,15 +101,6 @@ class Rows:
         if not fits or len(paths) not in (0, n) or (images.size and images[0].max() >= files):
             return None
         return cls(images, paths, labels, texts)
-
-
-def _as_array(texts: Sequence[str]) -> np.ndarray:
-    return np.frombuffer("\0".join(texts).encode("utf-8", "surrogateescape"), np.uint8)
-
-
-def _as_texts(array: np.ndarray) -> tuple[str, ...]:
-    text = array.tobytes().decode("utf-8", "surrogateescape")
-    return tuple(text.split("\0")) if text else ()
 
 
 def row_of(name: str, row: int) -> str:
@@ -124,7 +117,7 @@ def index_rows(name: str, files: Sequence[Path], image: str, label: str | None, 
     import pyarrow as pa
 
     images: list[np.ndarray] = []
-    paths: list[str] = []
+    paths: list[Paths] = []
     labels: list[Any] = []
     n = 0
     for number, file in enumerate(files):
@@ -132,7 +125,7 @@ def index_rows(name: str, files: Sequence[Path], image: str, label: str | None, 
             for batch, start, end in _batches(file):
                 found = _Column(name, n, batch.column(image), start, end)
                 if (places := found.places()) is None:
-                    paths += found.paths()
+                    paths.append(Paths.of(found.paths()))
                 else:
                     images.append(np.stack([np.full(len(batch), number), *places]))
                 if bool(paths) and bool(images):
@@ -147,7 +140,8 @@ def index_rows(name: str, files: Sequence[Path], image: str, label: str | None, 
     codes, texts = np.full(n, _NOT, np.int64), tuple[str, ...]()
     if label is not None:
         codes, texts = _labels(name, label, pa.chunked_array(labels), classes)
-    return Rows(np.concatenate(images, 1) if images else np.empty((3, 0), np.int64), tuple(paths), codes, texts)
+    joined = Paths.of(chain.from_iterable(paths))
+    return Rows(np.concatenate(images, 1) if images else np.empty((3, 0), np.int64), joined, codes, texts)
 
 
 def _batches(file: Path) -> Iterator[tuple[Any, int, int]]:

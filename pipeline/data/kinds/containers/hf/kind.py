@@ -165,7 +165,7 @@ class _Found:
             remember(self.asked.home, key, rows.arrays())
         return _Learnt(name, rows, files, states, key, classes is not None)
 
-    def files(self, learnt: _Learnt, places: np.ndarray) -> tuple[Path, tuple[str, ...]]:
+    def files(self, learnt: _Learnt, places: np.ndarray) -> tuple[Path, Sequence[str]]:
         """The files that the rows at these places name, below one folder."""
         return below_one_root(learnt.name, [self.named.folder / learnt.rows.paths[i] for i in places])
 
