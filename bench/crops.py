@@ -181,9 +181,11 @@ def trained(cache: Cache, data: Dataset, folder: Path, seconds: float) -> dict[s
     plain = PlainLoader(folder)
     loaders = {m: CachedLoader(cache, data, BATCH, crops_per_decode=m) for m in CROPS}
     for student in STUDENTS:
-        cases = {"plain ce": an_epoch(plain, training(student, "ce", data, len(plain)))}
+        cases = {}
         for loss, m in (("ce", 1), ("ce", 4), ("nkd", 1), ("nkd", 2), ("nkd", 4)):
             cases[f"{loss} {m}"] = an_epoch(loaders[m], training(student, loss, data, len(plain)))
+        # Last, since worker processes that inherit a DataLoader complain of it when they end.
+        cases["plain ce"] = an_epoch(plain, training(student, "ce", data, len(plain)))
         found = in_turns(cases, seconds / len(STUDENTS))
         of_nkd = summary({name: of for name, of in found.items() if name.startswith("nkd")}, "nkd 1")
         result[student] = {**summary(found, "plain ce"), "over_nkd_1": of_nkd["over_nkd_1"]}
