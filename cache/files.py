@@ -176,12 +176,6 @@ def read_plain(path: Path, limit: int) -> bytes:
         return f.read()
 
 
-def require_plain(path: Path) -> None:
-    """Raise what `read_plain` does where a file cannot be read at all, for one that other code opens by its name."""
-    with _opened(path):
-        pass
-
-
 def read_range(path: Path, offset: int, size: int, *, short: bool = False) -> bytes:
     """`size` bytes from `offset`; CorruptError if the file ends before that, or with `short` as many as there are."""
     with _opened(path) as (f, length):

@@ -112,6 +112,12 @@ class Spool:
         if time.monotonic() - self._synced_at > SPOOL_SECONDS:
             self._sync()
 
+    def keep(self) -> None:
+        """Sync what is not yet synced, and leave the shard to others."""
+        if self._unsynced:
+            self._sync()
+        self.close()
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All rows by array name."""
         blocks = self._blocks + self._unsynced
@@ -135,7 +141,7 @@ class Spool:
     def _load(self) -> None:
         for path in sorted(self._folder.glob(f"{'[0-9]' * 12}-{'[0-9]' * 12}.block")):
             start, stop = map(int, path.stem.split("-"))
-            content = path.read_bytes()
+            content = path.read_bytes() if path.is_file() else b""
             digest, data = content[:64], content[64:]
             # A block that is damaged, or lies beyond a damaged one: its rows are computed again.
             if start != self.rows or stop > self._total or sha256(data).encode() != digest:

@@ -14,8 +14,8 @@ import torch
 from torch import Tensor
 from torchvision.models import ResNet18_Weights
 
-from kdcache.cache.errors import InputError, KdcacheError
-from kdcache.cache.files import read_plain, sha256
+from kdcache.cache.errors import InputError
+from kdcache.cache.files import sha256
 
 _SHOWN = 5  # names in one message
 _SYNSET = re.compile(r"n\d{8}")
@@ -163,15 +163,18 @@ def _imagenet_synsets() -> list[str]:
 
 def _read(path: Path) -> dict[str, list[str | int]]:
     """Read the file: the teacher's classes, by name or id, for each class of the dataset."""
+    if path.exists() and not path.is_file():
+        raise InputError(f"class map {path}: is no plain file")
     try:
-        text = read_plain(path, _MOST_BYTES).decode("utf-8-sig")
+        text = path.read_text(encoding="utf-8-sig")
         if path.suffix == ".json":
             rows = json.loads(text, object_pairs_hook=tuple)  # keeps a key that is there twice
         else:
             dialect = "excel-tab" if path.suffix == ".tsv" else "excel"
             rows = tuple(line for line in csv.reader(io.StringIO(text), dialect, strict=True) if line)
-    except (KdcacheError, RecursionError, ValueError, csv.Error) as e:
-        raise InputError(f"class map {path}: cannot be read: {e}") from e
+    except (OSError, RecursionError, ValueError, csv.Error) as e:
+        reason = e.strerror if isinstance(e, OSError) else e
+        raise InputError(f"class map {path}: cannot be read: {reason}") from e
     result: dict[str, list[str | int]] = {}
     if not isinstance(rows, tuple):
         raise InputError(f"class map {path}: is not a JSON object")

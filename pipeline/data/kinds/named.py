@@ -12,7 +12,6 @@ import numpy as np
 from torchvision import datasets
 
 from kdcache.cache.errors import InputError, kind_and_message
-from kdcache.cache.files import require_plain
 from kdcache.pipeline.data.kinds.arrays import Arrays
 from kdcache.pipeline.data.kinds.base import Asked
 from kdcache.pipeline.data.kinds.folders import held_out
@@ -78,7 +77,8 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
 
     Its header is 0, 0, the type (8), the number of dimensions, and each size as a big-endian 32-bit number.
     """
-    require_plain(path)
+    if path.exists() and not path.is_file():
+        raise InputError(f"{path}: is no plain file")
     try:
         with gzip.open(path) as f:
             data = f.read()

@@ -153,6 +153,8 @@ def _read(asked: Asked) -> Rows:
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
     if (read := readers.get(table.suffix.lower())) is None:
         raise InputError(f"{table}: is no table of a known kind, which are {_FORMATS}")
+    if table.exists() and not table.is_file():
+        raise InputError(f"{table}: is no plain file")
     rows = _in_columns(table, read(table), labelled=not asked.unlabelled)
     if not rows.paths:
         raise InputError(f"{table}: has no rows")
