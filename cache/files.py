@@ -165,15 +165,21 @@ def read_bounded(path: Path, limit: int) -> bytes:
         return f.read(size)
 
 
-def read_plain(path: Path, limit: int) -> bytes:
+def read_plain(path: Path, limit: int | None = None) -> bytes:
     """The bytes of a file that its user may have put behind a link; CorruptError as in `read_bounded`.
 
     A pipe or a device in its place is refused at once, since reading it might never end.
     """
     with _opened(path) as (f, size):
-        if size > limit:
+        if limit is not None and size > limit:
             raise CorruptError(f"{path} is longer than the {limit} bytes allowed")
         return f.read()
+
+
+def size_of(path: Path) -> int:
+    """The bytes of a plain file; raises what `read_range` does where it cannot be read."""
+    with _opened(path) as (_, size):
+        return size
 
 
 def read_range(path: Path, offset: int, size: int, *, short: bool = False) -> bytes:

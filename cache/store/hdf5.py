@@ -147,7 +147,7 @@ class PackedFile:
         return f"pack a cache that has it, or run kdcache unpack {self.where} and build it with --views {view + 1}"
 
     def size(self) -> int:
-        return self._file.stat().st_size
+        return files.size_of(self._file)
 
     def check(self) -> None:
         """Compare every byte, HDF5's own included, with the digest of the whole; CorruptError where they differ."""
@@ -256,10 +256,8 @@ def _block(header: _Header) -> bytes:
 
 def _digest(path: Path) -> str:
     digest = hashlib.sha256()
-    with path.open("rb") as f:
-        f.seek(_BLOCK)
-        while block := f.read(_READ_BYTES):
-            digest.update(block)
+    for start in range(_BLOCK, files.size_of(path), _READ_BYTES):
+        digest.update(files.read_range(path, start, _READ_BYTES, short=True))
     return digest.hexdigest()
 
 

@@ -13,14 +13,13 @@ import numpy as np
 from kdcache.cache.errors import KdcacheError
 from kdcache.cache.files import read_plain, replace_file
 
-_MOST_BYTES = 1 << 36
 _USED: set[Path] = set()  # files that this process has read or written
 
 
 def recall(home: Path, key: str) -> dict[str, np.ndarray] | None:
     """The arrays that `remember` kept under this key; None where there are none, or they cannot be read."""
     try:
-        content = read_plain(memory_file(home, key), _MOST_BYTES)
+        content = read_plain(memory_file(home, key))
         with np.load(io.BytesIO(content), allow_pickle=False) as stored:
             arrays = dict(stored)
     except (KdcacheError, ValueError, KeyError, EOFError, zipfile.BadZipFile):

@@ -103,9 +103,8 @@ def _place(out: str) -> Path:
         raise InputError(f"--out {out}: the sheet is a PNG file, whose name ends in .png")
     if not path.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {path.parent}")
-    if path.exists():
-        if read_range(path, 0, len(_PNG), short=True) != _PNG:
-            raise InputError(f"--out {out} is there already and is no PNG: give another name")
+    if path.exists() and read_range(path, 0, len(_PNG), short=True) != _PNG:
+        raise InputError(f"--out {out} is there already and is no PNG: give another name")
     return path
 
 

@@ -73,7 +73,11 @@ class FFCVLoader(Epochs):
                 "libturbojpeg0-dev libopencv-dev, then pip install ffcv==1.0.2 setuptools; the cache needs neither"
             ) from e
         self._batch = len(np.array_split(np.arange(batch_size), world)[rank])
-        self._ffcv = make_loader(file, self._batch, None if file.raw else self._size, workers)
+        file.require_unchanged()  # FFCV opens it again by its name
+        try:
+            self._ffcv = make_loader(file, self._batch, None if file.raw else self._size, workers)
+        except OSError as e:
+            raise file.corrupt(f"it cannot be read any more: {e.strerror}") from e
         self._thread = ThreadPoolExecutor(1, thread_name_prefix="kdcache-view")
         self._drawn: dict[int, Future[ViewParameters]] = {}
 

@@ -149,7 +149,7 @@ class RunFolder:
         file = self.path / "state.pt"
         if not os.path.lexists(file):
             return None
-        content = read_plain(file, file.stat().st_size)
+        content = read_plain(file)
         if not _is_sealed(file, content):
             say(
                 f"note: {file} has no checksum, since an earlier kdcache wrote it: only a part of what could have been "

@@ -68,9 +68,8 @@ def _place(out: str) -> Path:
         raise InputError(f"--out {out}: the page is an HTML file, whose name ends in .html")
     if not path.parent.is_dir():
         raise InputError(f"--out {out}: there is no folder {path.parent}")
-    if path.exists():
-        if read_range(path, 0, len(MARK), short=True) != MARK:
-            raise InputError(f"--out {out} is there already and is no report: give another name")
+    if path.exists() and read_range(path, 0, len(MARK), short=True) != MARK:
+        raise InputError(f"--out {out} is there already and is no report: give another name")
     return path
 
 

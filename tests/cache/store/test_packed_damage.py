@@ -39,6 +39,24 @@ def flip(path, rng):
     return file, content
 
 
+@pytest.mark.parametrize("toy", ["format-1"], indirect=True)
+@pytest.mark.parametrize("other", ["nothing", "a folder", "a loop", "a pipe", "a device"])
+@pytest.mark.timeout(20)
+def test_another_thing_in_the_files_place_while_it_is_open(toy, tmp_path, other):
+    path = Path(shutil.copy(toy[1], tmp_path / "c.h5"))
+    cache = open_cache(path)
+    path.unlink()
+    if other == "a folder":
+        path.mkdir()
+    elif other == "a pipe":
+        os.mkfifo(path)
+    elif other != "nothing":
+        path.symlink_to(path.name if other == "a loop" else "/dev/zero")
+    for read in (lambda: cache.read(0), cache.size, cache._place.check, lambda: open_cache(path)):
+        with pytest.raises(KdcacheError, match=r"c\.h5"):
+            read()
+
+
 @pytest.mark.parametrize(
     ("toy", "kind", "flips"),
     [("format-1", "folder", 40), ("format-1", "hdf5", 100), (BOTH[1], "hdf5", 40)],

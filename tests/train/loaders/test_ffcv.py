@@ -164,6 +164,27 @@ def test_an_error_in_ffcvs_thread_reaches_the_reader(packed, monkeypatch):
 
 @needs_ffcv
 @pytest.mark.timeout(60, method="thread")
+@pytest.mark.parametrize("other", ["nothing", "a folder", "a loop", "a pipe", "a device"])
+def test_another_thing_in_the_files_place_while_it_is_open(copy, other):
+    file = FFCVFile(copy)
+    loader = FFCVLoader(file, 25)
+    steps = loader.steps()
+    next(steps)
+    copy.unlink()
+    if other == "a folder":
+        copy.mkdir()
+    elif other == "a pipe":
+        os.mkfifo(copy)
+    elif other != "nothing":
+        copy.symlink_to(copy.name if other == "a loop" else "/dev/zero")
+    assert len(list(steps)) == 1  # the epoch that has begun has the file itself
+    for again in (lambda: next(loader.steps()), loader.difference, lambda: FFCVLoader(file, 25)):
+        with pytest.raises(e.CorruptError, match=r"copy\.beton.*(cannot be read any more|changed while it was open)"):
+            again()
+
+
+@needs_ffcv
+@pytest.mark.timeout(60, method="thread")
 def test_damage_while_the_file_is_open(packed, copy):
     loader = FFCVLoader(FFCVFile(copy), 10)
     table = loader.file.table
