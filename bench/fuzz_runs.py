@@ -30,7 +30,7 @@ from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier, file_classifier, load_teacher
 from kdcache.pipeline.teachers.weights import taught_file, weights_hash
-from kdcache.pipeline.teachers.weightstore import weights_of
+from kdcache.pipeline.teachers.weightstore import keep, weights_of
 from kdcache.train.bench.bench import machine
 from kdcache.train.config import TrainConfig
 from kdcache.train.evaluate import open_trained
@@ -55,6 +55,7 @@ def made(home: Path) -> dict[str, tuple[Path, Callable[[], Any]]]:
     cache = open_cache(home / "cache")
     sweep(TrainConfig(cache=str(home / "cache"), student="resnet8", epochs=1, out=str(home / "s")), ["ce"], [3], _quiet)
     run = home / "s" / "ce-seed3"
+    keep(load_teacher("resnet8", data, torch.device("cpu")), _quiet)
     (filed,) = (home / "teachers").glob("*.safetensors")
 
     def state() -> str:

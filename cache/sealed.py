@@ -4,6 +4,7 @@ written. People can still read them, and change them on purpose if they remove t
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -13,6 +14,7 @@ from kdcache.cache.files import read_plain, sha256
 
 _SEAL = "sha256"
 _MOST_BYTES = 1 << 28
+_IS_HASH = re.compile(r"[0-9a-f]{64}")
 
 
 def sealed(value: Mapping[str, Any], *, sort: bool = False) -> bytes:
@@ -37,12 +39,18 @@ def unsealed(content: bytes, where: str, advice: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptError(f"{where} is not what kdcache writes: {advice}")
     had = value.pop(_SEAL, None)
-    if had is not None and had != _digest(value):
+    if _is_renamed(value) if had is None else had != _digest(value):
         raise CorruptError(
             f"{where} is not what kdcache wrote, by the checksum in it: {advice}; if you changed it on purpose, remove "
             f'its "{_SEAL}"'
         )
     return value
+
+
+def _is_renamed(value: Mapping[str, Any]) -> bool:
+    """Whether the checksum is there under another name, which is damage too."""
+    hashes = [name for name, held in value.items() if isinstance(held, str) and _IS_HASH.fullmatch(held)]
+    return any(value[name] == _digest({k: v for k, v in value.items() if k != name}) for name in hashes)
 
 
 def _digest(value: Mapping[str, Any]) -> str:

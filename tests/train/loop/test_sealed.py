@@ -171,5 +171,8 @@ def test_a_sealed_file_is_read_as_it_was_written(tmp_path):
     value = {"z": [1, 2.5, None, "ü"], "a": {"1": float("inf")}, "t": (1, 2)}
     (tmp_path / "x.json").write_bytes(sealed(value))
     assert read_sealed(tmp_path / "x.json", "") == {**value, "t": [1, 2]}
+    (tmp_path / "x.json").write_bytes(sealed(value).replace(b'"sha256"', b'"shq256"'))
+    with pytest.raises(CorruptError, match="is not what kdcache wrote, by the checksum in it"):
+        read_sealed(tmp_path / "x.json", "")
     with pytest.raises(NotFoundError):
         read_sealed(tmp_path / "y.json", "")
