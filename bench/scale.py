@@ -106,7 +106,7 @@ def data_of(scene: dict[str, int], split: str) -> Computed:
     return Computed(split, split, labels, names, np.resize(SIZES, (n, 2)), (0.5,) * 3, (0.25,) * 3)  # type: ignore[arg-type]
 
 
-def source_of(scene: dict[str, int]) -> Source:
+def source_of(scene: dict[str, int], part: int) -> Source:
     train, evaluation = data_of(scene, "train"), data_of(scene, "eval")
     shown = TeacherIdentity(
         architecture="lookup", weights="0" * 64, mean=(0, 0, 0), std=(1, 1, 1), input_size=SIDE, numeric="float32"
@@ -116,7 +116,7 @@ def source_of(scene: dict[str, int]) -> Source:
     )
     identity = Identity(
         teacher=shown, data=describe_data(train, False), evaluation=describe_data(evaluation, False),
-        views=ViewsIdentity(policy="rrc,flip", seed=0, renderer=RENDERER), record=record, class_map=None, part=PART,
+        views=ViewsIdentity(policy="rrc,flip", seed=0, renderer=RENDERER), record=record, class_map=None, part=part,
     )  # fmt: skip
     teacher = Teacher(shown, Lookup(scene["classes"]).eval(), scene["classes"], None, torch.device("cpu"))
     return Source(train, evaluation, train.labels, evaluation.labels, teacher, identity, defaults_for(train))
@@ -154,17 +154,17 @@ def memory(what: str) -> float:
 def shards_of(source: Source, cache: Cache, rows: int, views: range) -> list[Shard]:
     """The first `rows` rows of these views: a whole part of each, or less of it."""
     split = source.split(cache.train)
-    return [Shard(split, view, range(min(rows, PART, len(source.train)))) for view in views]
+    return [Shard(split, view, range(rows)) for view in views]
 
 
-def build(scene: dict[str, int], folder: Path, rows: int, views: range) -> dict[str, Any]:
+def build(scene: dict[str, int], folder: Path, part: int, rows: int, views: range) -> dict[str, Any]:
     """Build shards of some views, which are cut from one decode."""
     imported, steps, opened = memory("VmRSS"), Steps(), time.process_time()
-    source = source_of(scene)
+    source = source_of(scene, part)
     opened = time.process_time() - opened
     cache = Cache.create(folder, source.identity)
     with_data = memory("VmRSS")
-    if rows < PART:  # a shard of fewer rows would be no shard: encode and spool it all the same, and write it nowhere
+    if rows < part:  # a shard of fewer rows would be no shard: encode and spool it all the same, and write it nowhere
         builder.SplitStore.write_shard = lambda self, *rest: True  # type: ignore[method-assign, assignment]
     steps.watch(builder, "view_parameters", "draw")
     steps.watch(answers.chunks, "encode_as", "encode")
@@ -192,6 +192,7 @@ def build(scene: dict[str, int], folder: Path, rows: int, views: range) -> dict[
     shard = [f for f in folder.rglob("*") if f.is_file() and f"v{views.stop - 1:05d}" in str(f)]
     return {
         "views": [*views],
+        "part": part,
         "records": records,
         "memory_mib": {"imported": imported, "with the data": with_data, "peak": memory("VmHWM")},
         "open_cpu_seconds": opened,
@@ -219,7 +220,7 @@ def train(scene: dict[str, int], folder: Path, view: int) -> dict[str, Any]:
         cache.train.require_labels(data.labels)
     drawn = DrawnView(cache.identity.views, view, data.sizes)
     with steps.step("draw the view, its digests"):
-        digests = [drawn[i : i + PART].digest() for i in range(0, n, PART)]
+        digests = [drawn[i : i + cache.identity.part].digest() for i in range(0, n, cache.identity.part)]
     built = cache.train.committed().get(view, set())
     for part in built:
         assert cache.train.commit(shard_name(view, part)).parameters == digests[part], "another view was built"
@@ -234,7 +235,8 @@ def train(scene: dict[str, int], folder: Path, view: int) -> dict[str, Any]:
     if built:
         with steps.step("read a shard: read, verify, decompress"):
             cache.train.check_shard(view, 0)
-        seconds["read a record: microseconds"] = steps.seconds["read a shard: read, verify, decompress"] / PART * 1e6
+        rows = len(cache.train.rows(0))
+        seconds["read a record: microseconds"] = steps.seconds["read a shard: read, verify, decompress"] / rows * 1e6
     return {
         "memory_mib": {"imported": imported, "with the data": with_data, "peak before records": before},
         "thread_seconds": seconds,
@@ -245,7 +247,7 @@ def train(scene: dict[str, int], folder: Path, view: int) -> dict[str, Any]:
 def extrapolated(scene: dict[str, int], built: dict[str, dict[str, Any]], trained: dict[str, Any]) -> dict[str, Any]:
     """What a whole cache takes: products of what one shard took."""
     n, v = scene["samples"], scene["views"]
-    later, layout = built["a later view"], SplitLayout(source_like(scene), "train")
+    later, layout = built["a later view"], SplitLayout(source_of(scene, PART).identity, "train")
     parts, records = layout.parts, later["records"]
     per_view = {
         step: seconds / records * n / 3600
@@ -267,10 +269,6 @@ def extrapolated(scene: dict[str, int], built: dict[str, dict[str, Any]], traine
     }
 
 
-def source_like(scene: dict[str, int]) -> Identity:
-    return source_of(scene).identity
-
-
 def run(*words: str) -> dict[str, Any]:
     env = os.environ | {"OMP_NUM_THREADS": "1"}
     done = subprocess.run([sys.executable, __file__, "--case", *words], env=env, capture_output=True, text=True)
@@ -281,21 +279,21 @@ def run(*words: str) -> dict[str, Any]:
     return found
 
 
-def case(kind: str, name: str, folder: str, rows: str, first: str, last: str) -> dict[str, Any]:
+def case(kind: str, name: str, folder: str, part: str, rows: str, first: str, last: str) -> dict[str, Any]:
     torch.set_num_threads(1)
     scene = SCENES[name]
     if kind == "train":
         return train(scene, Path(folder), int(first))
-    return build(scene, Path(folder), int(rows), range(int(first), int(last)))
+    return build(scene, Path(folder), int(part), int(rows), range(int(first), int(last)))
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="a folder for the caches, by default a temporary one")
-    parser.add_argument("--rows", type=int, default=PART, help="rows of each shard that is built")
+    parser.add_argument("--rows", type=int, default=PART, help="samples a part; fewer are soon built")
     parser.add_argument("--scenes", default=",".join(SCENES))
     parser.add_argument("--out", type=Path, default=Path("bench/results/scale.json"))
-    parser.add_argument("--case", nargs=6, help=argparse.SUPPRESS)
+    parser.add_argument("--case", nargs=7, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.case:
         print(json.dumps(case(*a.case)))
@@ -304,15 +302,15 @@ def main() -> None:
     with tempfile.TemporaryDirectory(dir=a.work) as work:
         for name in a.scenes.split(","):
             place, rows = f"{work}/{name}", str(a.rows)
+            few = str(a.rows // 16)
             os.environ["KDCACHE_HOME"] = f"{work}/home"
             built = {
-                "view 0": run("build", name, place, str(a.rows // 4), "0", "1"),
-                "a later view": run("build", name, place, rows, "1", "2"),
+                "view 0": run("build", name, place, rows, str(a.rows // 4), "0", "1"),
+                "a later view": run("build", name, place, rows, rows, "1", "2"),
             }
             if name == "imagenet-21k":
-                few = str(a.rows // 16)
-                built["four views of one decode"] = run("build", name, place, few, "2", str(2 + TOGETHER))
-            trained = run("train", name, place, rows, "1", "2")
+                built["four views of one decode"] = run("build", name, place, rows, few, "2", str(2 + TOGETHER))
+            trained = run("train", name, place, rows, rows, "1", "2")
             found[name] = SCENES[name] | {
                 "build": built, "train": trained, "extrapolated": extrapolated(SCENES[name], built, trained)
             }  # fmt: skip

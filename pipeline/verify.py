@@ -28,6 +28,7 @@ from kdcache.pipeline.data.split import Split, describe_data
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.teachers import weightstore
 from kdcache.pipeline.trust import images_of, stored_network
+from kdcache.pipeline.views.parameters import EvaluationView, Parameters, view_of_all
 from kdcache.pipeline.views.policy import policy_of
 
 # Total variation between stored and replayed distributions, by the teacher's numeric type: the mean over records, and
@@ -194,7 +195,7 @@ def _distances(
     split.store.require_sizes(split.data.sizes)
     _require_parameters(split, source, view)
     index = drawn_places(len(split.data), count, key=11 + view)
-    stored = split.store.read(view, cache.prior)[torch.from_numpy(index)]
+    stored = split.store.read(view, cache.prior, samples=index)
     return index, _total_variation(stored, _answer(source, split, view, index, progress), cache.prior)
 
 
@@ -210,7 +211,11 @@ def _require_parameters(split: Split, source: Source, view: int) -> None:
 def _answer(source: Source, split: Split, view: int, index: NDArray[np.int64], progress: Progress) -> Records:
     """The live teacher's records of single samples, in full batches."""
     data = split.data
-    parameters = view_parameters(data, source.identity, view, range(len(data)))
+    parameters: Parameters = EvaluationView(data.sizes, whole=data.in_memory)
+    if data.split == "eval" and data.in_memory:
+        parameters = parameters[:]
+    elif data.split != "eval":
+        parameters = view_of_all(source.identity.views, view, data.sizes, data.in_memory)
     renderer = teacher_renderer(data, source)
     batches = [np.resize(index[i : i + _BATCH], _BATCH) for i in range(0, len(index), _BATCH)]
     logits = []

@@ -151,7 +151,7 @@ def training_answers(
     require_data(store, images)
     view = stored_view(store, images, store.views[0])
     samples = np.unique(np.linspace(0, len(images) - 1, min(count, len(images))).round().astype(np.int64))
-    records = store.read(store.views[0])[torch.from_numpy(samples)]
+    records = store.read(store.views[0], samples=samples)
     labels = torch.empty(0, dtype=torch.int64)
     if has.labels and not store.identity.views.mixed:
         labels = torch.from_numpy(store.train.labels[samples, 0].astype("int64"))

@@ -17,7 +17,7 @@ from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.answers import labels_in
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.views.parameters import TEACHING, ViewParameters, draw, draw_as
+from kdcache.pipeline.views.parameters import TEACHING, Parameters, draw, view_of_all
 from kdcache.pipeline.views.policy import parse_policy, policy_of
 from kdcache.pipeline.views.render import Renderer
 from kdcache.train.loaders.cached import partners_of, renderer_for, shares_of
@@ -73,7 +73,7 @@ class OnlineLoader(Epochs):
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """(images uint8 [B, 3, S, S], labels, dense float32 records of the live teacher)."""
         epoch = self._order.next_epoch
-        parameters = draw_as(self._cache.identity.views, self._view_of(epoch), range(len(self._data)), self._data.sizes)
+        parameters = self._parameters(self._view_of(epoch))
         self._order.begin(epoch)
         batches = self._order.batches(epoch, partners_of(parameters))[start:]
         finite = torch.ones((), dtype=torch.bool, device=self._teacher.device)
@@ -90,22 +90,23 @@ class OnlineLoader(Epochs):
     def answers(self, view: int) -> Iterator[Records]:
         """The live teacher's records of all training samples in this view, batch by batch. A rank gives its share."""
         mine = self._order.in_order()
-        parameters = draw_as(self._cache.identity.views, view, range(len(self._data)), self._data.sizes)
+        parameters = self._parameters(view)
         of_batches = self._labels(parameters, mine)
         for (y, shares), seen in zip(of_batches, self._teacher_images.batches(parameters, mine), strict=True):
             records = encode(self._teacher.logits(seen), y if y.numel() else None, precision="float32")
             yield replace(records, label_weights=shares)
 
+    def _parameters(self, view: int) -> Parameters:
+        return view_of_all(self._cache.identity.views, view, self._data.sizes, self._data.in_memory)
+
     def _labels(
-        self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
+        self, parameters: Parameters, batches: Sequence[NDArray[np.int64]]
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The labels of each batch of a view, and where it is mixed their shares in the student's images."""
         labels = self._cache.train.labels.astype(np.int64)
         return _with_shares(labels, parameters, batches, self._student_images.size, self._teacher.device)
 
-    def _images(
-        self, parameters: ViewParameters, batches: Sequence[NDArray[np.int64]]
-    ) -> Iterator[tuple[Tensor, Tensor]]:
+    def _images(self, parameters: Parameters, batches: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Tensor, Tensor]]:
         """What the student sees and what the teacher sees, rendered once where both want the same."""
         student, teacher = self._student_images, self._teacher_images
         mine = student.batches(parameters, batches)
@@ -156,7 +157,7 @@ class PlainLoader(Epochs):
 
 def _with_shares(
     labels: NDArray[np.int64],
-    parameters: ViewParameters,
+    parameters: Parameters,
     batches: Sequence[NDArray[np.int64]],
     size: tuple[int, int],
     device: torch.device,
