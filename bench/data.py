@@ -188,8 +188,9 @@ def filled(
     views: int = VIEWS,
     name: str = "noise",
     policy: str = "crop,flip",
+    part: int | None = None,
 ) -> Cache:
-    """A cache of random logits for these images."""
+    """A cache of random logits for these images. part: samples a part, by default all."""
     side = int(data.sizes[0, 0])
     data, evaluation = (replace(split, name=name) for split in (data, pixels(100, "eval", side, classes)))
     teacher = {
@@ -214,7 +215,7 @@ def filled(
                 "tail_std": False,
             },
             "class_map": None,
-            "part": len(data),
+            "part": part or len(data),
         }
     )
     cache = Cache.create(path, identity)
@@ -226,7 +227,9 @@ def filled(
             drawn = view_parameters(split, identity, view, range(len(split)))
             labels = labels_in(split.labels, drawn, range(len(split)))
             records = encode_as(identity.record_of(store.split), logits, torch.from_numpy(labels))
-            store.write_shard(view, 0, as_arrays(records), drawn.digest(), {})
+            for number in range(store.parts):
+                rows = slice(store.rows(number).start, store.rows(number).stop)
+                store.write_shard(view, number, as_arrays(records[rows]), drawn[rows].digest(), {})
     return cache
 
 

@@ -48,6 +48,8 @@ def root(request, tmp_path):
 # What a test's address begins with, below tests/; a single test elsewhere can say so itself: @pytest.mark.slow.
 SLOW = (
     "bench/test_fuzz",
+    "cache/registry/test_bucket",
+    "bench/test_gpu.py::test_a_dry_run",
     "cache/registry/test_registry",
     "cache/registry/test_remote",
     "cache/store/test_leases",
@@ -57,6 +59,7 @@ SLOW = (
     "cache/test_shared_folders",
     "cli/",
     "pipeline/build",
+    "pipeline/cluster/test_ray",
     "pipeline/data/test_containers",
     "pipeline/data/test_decode.py::test_a_short_run_of_the_fuzz",
     "pipeline/data/test_decode.py::test_one_changed_byte_in_a_png",

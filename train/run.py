@@ -93,6 +93,8 @@ def _train(
         say(f"{plan.out} is finished already")
         return finished
     say(str(plan))
+    if plan.rounds:
+        say(plan.rounds)
     started = time.monotonic()
     try:
         history = fit(
@@ -140,6 +142,7 @@ def _loader(
     shared: dict[str, Any] = {
         "seed": asked.seed, "image_size": plan.image_size, "views": plan.views, "workers": asked.workers,
         "rank": group.rank(), "world": group.world(), "samples": plan.samples,
+        "crops_per_decode": asked.crops_per_decode,
     }  # fmt: skip
     if not asked.online:
         return plan.feed.loader(plan.data, plan.batch, asked.allow_renderer, say, device=plan.device, **shared)

@@ -6,7 +6,8 @@ import copy
 import shutil
 import time
 from collections.abc import Callable
-from dataclasses import dataclass
+from contextlib import nullcontext
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +21,8 @@ from kdcache.cache.registry.registry import Registry
 from kdcache.pipeline.build.build import BuildResult
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import Draft, draft_build, require_topk
+from kdcache.pipeline.cluster.builder import on_cluster
+from kdcache.pipeline.cluster.session import require_address
 from kdcache.pipeline.data.dataset import Dataset, list_unreadable, open_data
 from kdcache.pipeline.data.defaults import DATA, defaults_for
 from kdcache.pipeline.pack import PackResult, pack
@@ -238,18 +241,23 @@ def build_and_teach(
     say: Callable[[str], None] = print,
     teacher: bool = True,
     store: StoreName = "zarr",
+    ray: str | None = None,
 ) -> tuple[BuildResult, PackResult | None]:
     """`kdcache build`: build what the registry lacks; with `publish` push it, with another store than zarr pack it.
 
-    teacher: whether its weights are pushed too. The teacher of the embedded digits is taught first where there is none.
+    teacher: whether its weights are pushed too. ray: the address of the Ray cluster on which the teacher answers, so
+    that this process needs no GPU. The teacher of the embedded digits is taught first where there is none.
     """
     shared = open_shared(registry, publish)
-    draft = draft_build(config, say)
+    if ray is not None:
+        require_address(ray)
+    draft = draft_build(config if ray is None else replace(config, device="cpu"), say)
     if store == "ffcv" and parse_policy(draft.policy).mixed:
         raise InputError(f"--store ffcv has no place for mixed views ({draft.policy}): take --store zarr or hdf5")
     draft = _with_digits_teacher(draft, shared, say)
     plan = open_plan(draft, shared, say)
-    built = build_shared(plan, shared, publish, say, teacher, whole=store != "zarr")
+    with nullcontext(plan) if ray is None else on_cluster(plan, config, ray) as plan:
+        built = build_shared(plan, shared, publish, say, teacher, whole=store != "zarr")
     if store == "zarr" or this_rank().rank:
         return built, None
     return built, pack(built.path, store, data=plan.source.train, say=say)

@@ -3,13 +3,15 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 
+from kdcache.cache.errors import InputError
 from kdcache.cache.identity import Identity
+from kdcache.cache.records.encoding import require_std
 from kdcache.cache.records.records import Records
 from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
@@ -17,7 +19,7 @@ from kdcache.pipeline.build.source import Source
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.views.parameters import Parameters, ViewParameters, draw_as, evaluation_view
 from kdcache.pipeline.views.policy import policy_of
-from kdcache.pipeline.views.render import Renderer
+from kdcache.pipeline.views.render import Batch, Renderer
 
 _FINITE, _SUMS = "_finite", "_sums"
 
@@ -29,6 +31,22 @@ class Answer(NamedTuple):
     rows: range
     records: Records
     logits: torch.Tensor
+
+
+class Renders(Protocol):
+    """What renders batches in several views: a `Renderer`, or what has it done elsewhere."""
+
+    def views(
+        self, parameters: Sequence[ViewParameters], batches: Sequence[Batch], first: int = 0
+    ) -> Iterator[tuple[int, int, torch.Tensor]]:
+        """As `Renderer.views`."""
+
+
+class Arriving(Protocol):
+    """A batch's records that are here, or on their way."""
+
+    def arrive(self) -> tuple[dict[str, NDArray[Any]], NDArray[np.bool_], NDArray[np.float64] | None]:
+        """As `Copy.arrive`."""
 
 
 def view_parameters(data: Dataset, identity: Identity, view: int, rows: range) -> ViewParameters:
@@ -56,7 +74,7 @@ def teacher_renderer(data: Dataset, source: Source, workers: int | None = None) 
 
 def answers(
     source: Source,
-    renderer: Renderer,
+    renderer: Renders,
     labels: NDArray[np.int64],
     views: Sequence[ViewParameters],
     starts: Sequence[int],
@@ -74,7 +92,7 @@ def answers(
     bounds = [b for b in bounds if min(starts) <= b.start]
     filled = [np.pad(np.arange(b.start, b.stop), (0, batch - len(b)), mode="edge") for b in bounds]
     wanted = [[place for place, start in enumerate(starts) if start <= b.start] for b in bounds]
-    y = [torch.from_numpy(labels_in(labels, drawn, rows)).to(source.teacher.device) for drawn in views]
+    y = [torch.tensor(labels_in(labels, drawn, rows)).to(source.teacher.device) for drawn in views]
     for number, place, images in renderer.views(views, list(zip(filled, wanted, strict=True)), rows.start):
         if skip(place):
             continue
@@ -117,6 +135,19 @@ class Copy:
         # Pinned memory is used for the transfer only.
         arrays = {name: t.numpy() if self._event is None else t.numpy().copy() for name, t in self._host.items()}
         return arrays, arrays.pop(_FINITE), arrays.pop(_SUMS, None)
+
+
+def require_sound(
+    arrays: dict[str, NDArray[Any]], finite: NDArray[np.bool_], place: str, rows: range, classes: int
+) -> None:
+    """InputError unless the records of some rows come from logits that can be stored.
+
+    finite: whether each row's logits are. place: where the rows are, with {} for the sample.
+    """
+    if not finite.all():
+        raise InputError(f"the teacher's logits are not finite: {place.format(rows[int(finite.argmin())])}")
+    if "tail_std" in arrays:
+        require_std(torch.from_numpy(arrays["tail_std"]), classes)
 
 
 def teacher_top1(cache: Cache) -> float | None:

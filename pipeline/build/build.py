@@ -88,10 +88,10 @@ def carry_out(
         f"cache {plan.key[:12]}: {plan.identity.teacher.architecture} on {plan.identity.data.name}, "
         f"{plan.identity.views.policy}, {plan.views} views of {len(source.train):,} samples"
     )
-    renderer = teacher_renderer(source.train, source, plan.workers)
+    renderer = None if plan.elsewhere else teacher_renderer(source.train, source, plan.workers)
     if images:
         _foretell(plan, images, len(todo), renderer, where, say)
-        plan = compiled(plan, say)
+        plan = plan if plan.elsewhere else compiled(plan, say)
     cache = _made(plan) if bucket is None else bucket.begin()
     begun()
     computed = _fill(plan, cache, todo, images, spools, renderer, say)
@@ -110,7 +110,7 @@ def _made(plan: BuildPlan) -> Cache:
 
 
 def _fill(
-    plan: BuildPlan, cache: Cache, todo: list[Shard], images: int, spools: Path, renderer: Renderer, say: Say
+    plan: BuildPlan, cache: Cache, todo: list[Shard], images: int, spools: Path, renderer: Renderer | None, say: Say
 ) -> int:
     """Commit labels, sizes and the shards that are missing, as one of the builders; how many images were computed."""
     teacher = plan.source.teacher
@@ -122,8 +122,10 @@ def _fill(
             split.store.write_labels(split.labels.astype(id_dtype(teacher.classes)), writer)
             split.store.write_sizes(split.data.sizes, writer)
         with Progress("build", images, "images") as progress:
-            builder = Builder(plan, cache, leases, spools, writer, progress, say, {"train": renderer})
-            return builder.build(todo)
+            if plan.elsewhere:
+                return plan.elsewhere.builder(plan, cache, leases, spools, writer, progress, say).build(todo)
+            renderers = {"train": renderer} if renderer else {}
+            return Builder(plan, cache, leases, spools, writer, progress, say, renderers).build(todo)
 
 
 def _result(plan: BuildPlan, cache: Cache, computed: int, start: float) -> BuildResult:
@@ -161,11 +163,15 @@ def _require_place(path: Path) -> None:
         raise InputError(f"{path} is not empty and is no cache: give another --out")
 
 
-def _foretell(plan: BuildPlan, images: int, shards: int, renderer: Renderer, where: str, say: Say) -> None:
+def _foretell(plan: BuildPlan, images: int, shards: int, renderer: Renderer | None, where: str, say: Say) -> None:
     """Try the teacher out and say what the build will take; InputError where its answers are suspicious."""
-    rate, record_bytes = _probe(plan, images, renderer, say)
+    if plan.elsewhere:
+        (rate, record_bytes), device = plan.elsewhere.probe(plan, images, say), plan.elsewhere.where
+    else:
+        renderer = renderer or teacher_renderer(plan.source.train, plan.source, plan.workers)
+        (rate, record_bytes), device = probe(plan, images, renderer, say), str(plan.source.teacher.device)
     say(
-        f"to compute: {images:,} records on {plan.source.teacher.device}, about {duration(images / rate)} at "
+        f"to compute: {images:,} records on {device}, about {duration(images / rate)} at "
         f"{rate:,.0f} images/s and {size(images * record_bytes)} ({record_bytes:.1f} bytes a record), in {where}"
     )
     if plan.batch / rate > _LOST_AT_MOST - SPOOL_SECONDS - WAITING_SECONDS:
@@ -190,7 +196,7 @@ def compiled(plan: BuildPlan, say: Say) -> BuildPlan:
     return replace(plan, source=replace(plan.source, teacher=teacher))
 
 
-def _probe(plan: BuildPlan, images: int, renderer: Renderer, say: Say) -> tuple[float, float]:
+def probe(plan: BuildPlan, images: int, renderer: Renderer, say: Say) -> tuple[float, float]:
     """The teacher's images/s and the bytes of a record, from seeded images without augmentation.
 
     InputError where the teacher's answers give away that the cache would be wrong (suspicions.py).

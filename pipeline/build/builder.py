@@ -10,17 +10,22 @@ from functools import partial
 from pathlib import Path
 from typing import NamedTuple
 
-import torch
-
-from kdcache.cache.errors import InputError
-from kdcache.cache.records.encoding import require_std, tail_distribution
+from kdcache.cache.records.encoding import tail_distribution
 from kdcache.cache.records.pairs import VIEWS_A_PAIRING
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.cache.store.leases import Leases
 from kdcache.cache.store.place import Folder
 from kdcache.cache.store.publish import SplitStore
-from kdcache.pipeline.build.answers import Answer, Copy, answers, teacher_renderer, view_parameters
+from kdcache.pipeline.build.answers import (
+    Answer,
+    Arriving,
+    Copy,
+    answers,
+    require_sound,
+    teacher_renderer,
+    view_parameters,
+)
 from kdcache.pipeline.build.plan import BuildPlan
 from kdcache.pipeline.build.spool import Spool, Writer
 from kdcache.pipeline.data.split import Split
@@ -31,8 +36,8 @@ from kdcache.pipeline.views.parameters import ViewParameters
 from kdcache.pipeline.views.render import Renderer
 
 _POLL_SECONDS = 0.5
-_LOOK_SECONDS = 5.0
-_AHEAD = 8  # batches that the GPU has still to do
+LOOK_SECONDS = 5.0
+AHEAD = 8  # batches that the GPU has still to do
 
 
 class Shard(NamedTuple):
@@ -89,10 +94,11 @@ def missing_shards(plan: BuildPlan, cache: Cache | None = None) -> list[Shard]:
 
 
 @dataclass(eq=False)
-class _Lot:
+class Lot:
     """A shard under way: where it is spooled, its view parameters, and whether another build has committed it.
 
-    start: the first row that was not found in the spool.
+    start: the first row that was not found in the spool. writer: what its commit says of who answered, where that is
+    not this process.
     """
 
     shard: Shard
@@ -100,6 +106,7 @@ class _Lot:
     start: int
     parameters: ViewParameters
     gone: bool = False
+    writer: Mapping[str, str] | None = None
 
 
 @dataclass(eq=False)
@@ -121,7 +128,7 @@ class Builder:
     computed: int = 0
     _todo: list[Shard] = field(default_factory=list)  # neither committed nor under way here
     _open: set[Spool] = field(default_factory=set)
-    _looked: float = -_LOOK_SECONDS
+    _looked: float = -LOOK_SECONDS
 
     def build(self, todo: list[Shard]) -> int:
         """See to it that all shards are committed: compute those that nobody else does, then wait for the others.
@@ -135,13 +142,12 @@ class Builder:
             with Writer() as thread:
                 while True:
                     self._look()
-                    if not self._todo:
+                    if not self._todo and not self._busy():
                         thread.finish()
                         self._look()
                         self.cache.write_prior(self.writer)
                         return self.computed
-                    if shards := self._take():
-                        self._compute(shards, thread)
+                    if self._work(thread):
                         continue
                     thread.finish()  # here too, because an error of the thread would else be told only at the end
                     if (now := self._waiting()) not in (told, ""):
@@ -151,6 +157,21 @@ class Builder:
         finally:
             for spool in self._open:
                 spool.close()
+
+    def _busy(self) -> bool:
+        """Whether shards are under way between two calls of `_work`."""
+        return False
+
+    def _work(self, thread: Writer) -> bool:
+        """Go on with the work. Returns False where there is nothing to do but to wait for other builds."""
+        shards = self._take()
+        if shards:
+            self._compute(shards, thread)
+        return bool(shards)
+
+    def _builders(self) -> int:
+        """How many share the work, this one among them."""
+        return max(this_rank().world, 1 + len(self.leases.others()))
 
     def _look(self) -> None:
         """Strike off what other builds have committed."""
@@ -177,8 +198,7 @@ class Builder:
                 continue
             if not taken and not shard.split.data.in_memory:
                 alike = sum(self._together(shard, other) for other in self._todo)
-                builders = max(this_rank().world, 1 + len(self.leases.others()))
-                most = min(self.plan.views_per_decode, -(-alike // builders))
+                most = min(self.plan.views_per_decode, -(-alike // self._builders()))
             taken.append(shard)
             self._todo.remove(shard)
             if len(taken) == most:
@@ -205,7 +225,7 @@ class Builder:
     def _compute(self, shards: list[Shard], thread: Writer) -> None:
         """Have the teacher answer for shards of one part, and the thread write the answers."""
         split, rows = shards[0].split, shards[0].rows
-        lots = [lot for shard in shards if (lot := self._begin(shard))]
+        lots = [lot for shard in shards if (lot := self._begin(shard, way_of(self.plan.source.teacher)))]
         if not lots:
             return
         under_way: deque[Copy] = deque()
@@ -216,50 +236,50 @@ class Builder:
             lot = lots[answer.place]
             copy = _copy(lot, answer)
             under_way.append(copy)
-            if len(under_way) > _AHEAD:
+            if len(under_way) > AHEAD:
                 under_way.popleft().wait()
-            thread.do(partial(self._spool, lot, answer.rows, copy))
-            self.computed += len(answer.rows)
-            self.progress.advance(len(answer.rows), f"(view {lot.shard.view}, {split.data.split})")
-            if self.leases.lost(lot.shard.lease) and lot.shard.store.has(lot.shard.name):
-                lot.gone = True
-                self.progress.advance(rows.stop - answer.rows.stop)  # by the build that took over the lease
-                if all(lot.gone for lot in lots):
-                    break
-            if time.monotonic() - self._looked > _LOOK_SECONDS:
+            self._receive(lot, answer.rows, copy, thread)
+            if all(lot.gone for lot in lots):
+                break
+            if time.monotonic() - self._looked > LOOK_SECONDS:
                 self._look()
         for lot in lots:
             thread.do(partial(self._commit, lot))
 
-    def _begin(self, shard: Shard) -> _Lot | None:
-        """Open the shard's spool; None where the shard is committed."""
+    def _receive(self, lot: Lot, rows: range, records: Arriving, thread: Writer) -> None:
+        """Have the next rows of a lot spooled, and find out whether another build has committed it meanwhile."""
+        thread.do(partial(self._spool, lot, rows, records))
+        self.computed += len(rows)
+        self.progress.advance(len(rows), f"(view {lot.shard.view}, {lot.shard.split.data.split})")
+        if self.leases.lost(lot.shard.lease) and lot.shard.store.has(lot.shard.name):
+            lot.gone = True
+            self.progress.advance(lot.shard.rows.stop - rows.stop)  # by the build that took over the lease
+
+    def _begin(self, shard: Shard, way: str) -> Lot | None:
+        """Open the shard's spool; None where the shard is committed. way: how its logits are computed."""
         shard.store.finish(shard.name)  # decided by a builder that died before it was committed
         if shard.store.has(shard.name):
             self.leases.release(shard.lease)
             self.progress.advance(len(shard.rows))
             return None
         # Rows that were computed in another way would differ in their last bits.
-        way = f"{shard.lease}-b{self.plan.batch}-{_way(self.plan.source.teacher)}"
-        spool = Spool(self.spools / way, len(shard.rows))
+        spool = Spool(self.spools / f"{shard.lease}-b{self.plan.batch}-{way}", len(shard.rows))
         self._open.add(spool)
         self.progress.advance(spool.rows)
         parameters = view_parameters(shard.split.data, self.plan.identity, shard.view, shard.rows)
-        return _Lot(shard, spool, shard.rows.start + spool.rows, parameters)
+        return Lot(shard, spool, shard.rows.start + spool.rows, parameters)
 
-    def _spool(self, lot: _Lot, rows: range, copy: Copy) -> None:
-        arrays, finite, sums = copy.arrive()
-        if not finite.all():
-            name, sample = lot.shard.split.name, rows[int(finite.argmin())]
-            raise InputError(f"the teacher's logits are not finite: view {lot.shard.view}, sample {sample} of {name}")
-        if "tail_std" in arrays:
-            require_std(torch.from_numpy(arrays["tail_std"]), self.plan.identity.record.classes)
+    def _spool(self, lot: Lot, rows: range, records: Arriving) -> None:
+        arrays, finite, sums = records.arrive()
+        shard, classes = lot.shard, self.plan.identity.record.classes
+        require_sound(arrays, finite, f"view {shard.view}, sample {{}} of {shard.split.name}", rows, classes)
         lot.spool.add(arrays, sums)
 
-    def _commit(self, lot: _Lot) -> None:
+    def _commit(self, lot: Lot) -> None:
         shard, spool = lot.shard, lot.spool
         if not shard.store.has(shard.name):
-            digest = lot.parameters.digest()
-            shard.store.write_shard(shard.view, shard.part, spool.arrays(), digest, self.writer, spool.sums)
+            digest, writer = lot.parameters.digest(), lot.writer or self.writer
+            shard.store.write_shard(shard.view, shard.part, spool.arrays(), digest, writer, spool.sums)
         self.cache.write_prior(self.writer)
         spool.remove()
         spool.close()
@@ -267,12 +287,12 @@ class Builder:
         self.leases.release(shard.lease)
 
 
-def _copy(lot: _Lot, answer: Answer) -> Copy:
+def _copy(lot: Lot, answer: Answer) -> Copy:
     """Send a batch's records to the host, with its share of the prior where the shard carries that."""
     sums = lot.shard.store.carries_tail_sums(lot.shard.view)
     return Copy(answer, tail_distribution(answer.logits, answer.records) if sums else None)
 
 
-def _way(teacher: Teacher) -> str:
+def way_of(teacher: Teacher) -> str:
     """How logits are computed, as far as that changes their last bits."""
     return teacher.device.type + ("" if teacher.compiled is None else "-compiled")

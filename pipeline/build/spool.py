@@ -112,6 +112,12 @@ class Spool:
         if time.monotonic() - self._synced_at > SPOOL_SECONDS:
             self._sync()
 
+    def keep(self) -> None:
+        """Sync what is not yet synced, and leave the shard to others."""
+        if self._unsynced:
+            self._sync()
+        self.close()
+
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All rows by array name."""
         blocks = self._blocks + self._unsynced

@@ -32,6 +32,7 @@ class Option:
     default: what the command takes where nothing is said, if that is not the field's default.
     missing: what the message adds when the option is required and missing.
     instead: a flag that makes the command do something that needs none of the required options.
+    bare: the value where the option is given without one.
     typed: it counts only on the command line, and no setting is meant for it.
     is_code: whether a value names code of the user's, which the command will import.
     parts, join: further options, by parameter, that belong to this one, and what makes one value of them all.
@@ -51,6 +52,7 @@ class Option:
     missing: str = ""
     instead: bool = False
     typed: bool = False
+    bare: str | None = None
     is_code: Callable[[str], bool] | None = None
     parts: Mapping[str, "Option"] = field(default_factory=dict)
     join: Callable[..., str] | None = None

@@ -139,6 +139,8 @@ def _option(p: Parameter, spec: Option) -> Callable[..., Any]:
         "callback": _callback(p, spec),
         "shell_complete": completer_of(p.name),
     }
+    if spec.bare is not None:
+        attributes |= {"is_flag": False, "flag_value": spec.bare}
     flags = spec.flags or (f"--{p.flag}/--no-{p.flag}" if p.kind is bool and p.optional else f"--{p.flag}",)
     if p.kind is bool:
         attributes |= {"is_flag": True} | ({"default": None} if p.optional else {})

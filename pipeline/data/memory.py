@@ -12,14 +12,18 @@ import numpy as np
 
 from kdcache.cache.files import replace_file
 
+_USED: set[Path] = set()  # files that this process has read or written
+
 
 def recall(home: Path, key: str) -> dict[str, np.ndarray] | None:
     """The arrays that `remember` kept under this key; None where there are none, or they cannot be read."""
     try:
         with memory_file(home, key).open("rb") as f, np.load(f, allow_pickle=False) as stored:
-            return dict(stored)
+            arrays = dict(stored)
     except (OSError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
         return None  # it is learnt again
+    _USED.add(memory_file(home, key))
+    return arrays
 
 
 def remember(home: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
@@ -28,6 +32,25 @@ def remember(home: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
     np.savez(buffer, **arrays)  # type: ignore[arg-type]  # it takes the flag for one of them
     with contextlib.suppress(OSError):  # without a place to keep them, they are learnt again next time
         replace_file(memory_file(home, key), buffer.getvalue())
+        _USED.add(memory_file(home, key))
+
+
+def used() -> dict[str, bytes]:
+    """The files, by name, that hold what this process knows of its datasets: for machines that have the same data."""
+    found = {}
+    for path in _USED:
+        with contextlib.suppress(OSError):
+            found[path.name] = path.read_bytes()
+    return found
+
+
+def bring(home: Path, files: Mapping[str, bytes]) -> None:
+    """Keep the files of `used` here, where they are missing."""
+    for name, content in files.items():
+        path = memory_file(home, name.removesuffix(".npz"))
+        if not path.exists():
+            with contextlib.suppress(OSError):
+                replace_file(path, content)
 
 
 def memory_file(home: Path, key: str) -> Path:

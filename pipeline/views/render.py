@@ -171,6 +171,23 @@ class Renderer:
         for at, theirs, images in zip(batched, partners, self._cut(table, [at.rows for at in batched]), strict=True):
             yield self._mixed(images, table, at, theirs)
 
+    def crops(self, parameters: Sequence[Parameters | Table], batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
+        """uint8 [B * m, 3, H, W] for each batch of B samples, each in m views: sample i in view j is image i * m + j.
+
+        An image file is decoded once for all m. Views that are mixed have to be of one pairing.
+        """
+        if len(parameters) == 1:
+            yield from self.batches(parameters[0], batches)
+            return
+        tables = [of if isinstance(of, Table) else Table(of, 0) for of in parameters]
+        batched = [tables[0].batch(samples) for samples in batches]
+        partners = self._on_device([at.partners for at in batched])
+        in_all = self._cut_in_all(tables, [at.rows for at in batched])
+        for at, theirs, views in zip(batched, partners, in_all, strict=True):
+            whole = [self._mixed(images, table, at, theirs) for images, table in zip(views, tables, strict=True)]
+            pixels = torch.stack([images.permute(0, 2, 3, 1) for images in whole], 1)  # channels_last stays
+            yield pixels.flatten(0, 1).permute(0, 3, 1, 2)
+
     def views(
         self, parameters: Sequence[Parameters], batches: Sequence[Batch], first: int = 0
     ) -> Iterator[tuple[int, int, Tensor]]:
@@ -215,6 +232,18 @@ class Renderer:
                 yield self._policy.apply(images.to(self.device, non_blocking=True), held.drawn, rows)
         else:
             yield from (images for *_, images in self._by_workers([table], [(rows, (0,)) for rows in batches]))
+
+    def _cut_in_all(
+        self, tables: Sequence[Table], batches: Sequence[NDArray[np.int64]]
+    ) -> Iterator[tuple[Tensor, ...]]:
+        """The images of rows of the tables before they are mixed, of each table for each batch of rows."""
+        if self._pixels is not None and not self._policy.geometry.resizes:
+            yield from zip(*(self._cut(table, batches) for table in tables), strict=True)
+            return
+        cut = self._by_workers(tables, [(rows, range(len(tables))) for rows in batches])
+        for _ in batches:
+            yield tuple(next(cut)[2] for _ in tables)
+        next(cut, None)  # to its end, where it keeps the workers
 
     def _mixed(self, images: Tensor, table: Table, at: Rows, partners: Tensor | None) -> Tensor:
         """Mix what is to be mixed."""

@@ -120,6 +120,38 @@ def test_a_whole_run_equals_that_with_the_teacher_there(mixed, tmp_path):
     assert all(torch.equal(cached[name], online[name]) for name in cached)
 
 
+def test_crops_of_mixed_views_hold_both_of_every_pair_with_the_shares_of_each_view(mixed, data):
+    cache, teacher = open_cache(mixed / "mixed-exact"), teacher_of(mixed).teacher
+    of_view = [CachedLoader(cache, data, BATCH // 2), CachedLoader(cache, data, BATCH // 2)]
+    loader, live = (
+        CachedLoader(cache, data, BATCH, views=4, crops_per_decode=2),
+        OnlineLoader(cache, data, teacher, BATCH, views=4, crops_per_decode=2),
+    )
+    for one in (loader, live):
+        one.set_epoch(2)
+    samples = loader.sampler.batches(2, partners(0, 2, range(len(data)), len(data)))[0]
+    (images, labels, records), (same, of_same, answers) = next(loader.steps()), next(live.steps())
+    assert torch.equal(images, same) and torch.equal(labels, of_same)
+    assert torch.equal(records.label_weights, answers.label_weights)
+    for j, one in enumerate(of_view):
+        one._order.batches = lambda epoch, partners: [samples]
+        one.set_epoch(2 + j)
+        pixels, y, want = next(one.steps())
+        assert torch.equal(images[j::2], pixels) and torch.equal(labels[j::2], y)
+        assert torch.equal(records.label_weights[j::2], want.label_weights)
+        assert torch.equal(records.gaps[j::2], want.gaps)
+
+
+def test_crops_are_not_taken_of_views_that_pair_otherwise(mixed, data):
+    cache = open_cache(mixed / "mixed")
+    for crops, views in ((2, 5), (3, 3), (4, 5)):
+        if crops == views:  # all of one pairing
+            CachedLoader(cache, data, 12, views=views, crops_per_decode=crops)
+            continue
+        with pytest.raises(KdcacheError, match="take 2 or 4 for --crops-per-decode, and a multiple of it for --views"):
+            CachedLoader(cache, data, 16, views=views, crops_per_decode=crops)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_learns_from_mixed_labels_or_refuses_before_training(mixed, tmp_path, name):
     config = TrainConfig(name, epochs=1, cache=str(mixed / "mixed"), out=str(tmp_path / "run"))

@@ -90,6 +90,14 @@ def build(
     registry: Registry = None,
     publish: Annotated[bool, Option("Publish it in the registry.", flags=("--push",))] = False,
     no_teacher: NoTeacher = False,
+    ray: Annotated[
+        str | None,
+        Option(
+            "Have it answer on a Ray cluster: that at ADDRESS, or without one that of this machine.",
+            metavar="[ADDRESS]",
+            bare="here",
+        ),
+    ] = None,
     as_json: Json = False,
 ) -> None:
     """Run the teacher once over every view and store its answers.
@@ -99,6 +107,7 @@ def build(
              kdcache build --teacher resnet34 --data imagenet:/data/imagenet --views 16
              kdcache build --teacher resnet34 --store hdf5
              kdcache build --teacher resnet34 --registry s3://bucket/kd --push
+             kdcache build --teacher resnet34 --data imagenet:/data/imagenet --ray auto
              kdcache build --data imagefolder:/data/birds --list-unreadable
 
     With a registry, what is published there is not computed again.
@@ -110,7 +119,7 @@ def build(
         found = unreadable_files(config.data, config.unlabelled, say)
         show(found, as_json, "\n".join(found) or "every file can be read")
         sys.exit(1 if found else 0)
-    built, packed = build_and_teach(config, registry, publish, say, not no_teacher, store)
+    built, packed = build_and_teach(config, registry, publish, say, not no_teacher, store, ray)
     if packed is None:
         show(vars(built), as_json, str(built.path))
     else:

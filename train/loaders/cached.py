@@ -5,7 +5,7 @@ The records of an epoch are one slab on the device (slabs.py), gathered by index
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import replace
 from threading import Lock
@@ -133,13 +133,17 @@ class CachedLoader(Epochs):
     that batch_size has to be even for each rank. batch_size is that of all `world` ranks together; samples that fill no
     batch are left out of the epoch.
 
-    Epoch e takes complete view e mod V. The first iterator reads epoch 0 and each later one the epoch after the last
-    that was begun, from its first batch on; set_epoch(e), also as sampler.set_epoch(e), chooses another. `epoch` and
-    `view` say what is read.
+    Epoch e takes complete view e mod V, unless crops_per_decode says otherwise. The first iterator reads epoch 0 and
+    each later one the epoch after the last that was begun, from its first batch on; set_epoch(e), also as
+    sampler.set_epoch(e), chooses another. `epoch` and `view` say what is read.
 
     data: a Dataset, or its name as in --data. image_size: pixels for the student, by default those of the images
     (in memory) or of the teacher (files). views: use only the first so many. samples: train on these alone, places in
     ascending order. Raises MismatchError when the data are not the cache's, NotFoundError when no view is complete.
+
+    crops_per_decode: a batch holds B / m images, each in m views one after the other, so that a file is decoded once
+    for m crops. m epochs are a round, in which every image is taken once in each of m views: after it, every image has
+    been seen in the same views as after m epochs without. InputError where B is no multiple of m.
     """
 
     def __init__(
@@ -156,18 +160,19 @@ class CachedLoader(Epochs):
         views: int | None = None,
         workers: int | None = None,
         samples: NDArray[np.int64] | None = None,
+        crops_per_decode: int = 1,
     ) -> None:
         self.cache, self.data = cache, opened(cache, data)
         self._views = complete_views(cache, views)
-        self._order = EpochOrder(
-            len(self.data) if samples is None else samples, batch_size, rank, world, seed, cache.identity.views.mixed
-        )
+        mixed, chosen = cache.identity.views.mixed, len(self.data) if samples is None else samples
+        self._order = EpochOrder(chosen, batch_size, rank, world, seed, mixed, crops_per_decode)
+        self._require_crops(cache.where, mixed)
         self._device = numbered(device)
         self._renderer = renderer_for(cache, self.data, image_size, self._device, workers)
         self._mean, self._std = (
             torch.tensor(v, device=self._device).view(1, 3, 1, 1) * 255 for v in (self.data.mean, self.data.std)
         )
-        self._reader = _Reader(cache, self.data, self._views, self._order, world, self._renderer.size, self._device)
+        self._reader = _Reader(cache, self.data, self._order, self._views_of, world, self._renderer.size, self._device)
         self._slabs = Slabs(self._reader, reuse=self._device.type == "cpu")
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
@@ -177,11 +182,11 @@ class CachedLoader(Epochs):
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """Yield the same batches with uint8 images, not normalised. start: skip so many batches without rendering."""
         epoch, begun = self._order.next_epoch, False
-        with self._slabs.taken(self._reader.wanted(epoch), self._reader.wanted(epoch + 1)) as (slab,):
-            batches = self._reader.batches(epoch, lambda: slab.parameters)[start:]
+        with self._slabs.taken(self._reader.wanted(epoch), self._reader.after(epoch)) as slabs:
+            batches = self._reader.batches(epoch, lambda: slabs[0].parameters)[start:]
             # Pixels first: the records of a first epoch are still being read.
-            rendered = self._renderer.batches(slab.parameters, batches)
-            for images, (labels, records) in zip(rendered, slab.gathered(batches), strict=True):
+            rendered = self._renderer.crops([slab.parameters for slab in slabs], batches)
+            for images, (labels, records) in zip(rendered, slabs[0].gathered(batches, *slabs[1:]), strict=True):
                 if not begun:
                     self._order.begin(epoch)
                     begun = True
@@ -194,17 +199,23 @@ class _Reader:
     """Reads the slabs of a CachedLoader: whole views, or on one of several ranks what an epoch uses there."""
 
     def __init__(
-        self, cache: Cache, data: Dataset, views: Sequence[int], order: EpochOrder, world: int, size: tuple[int, int],
-        device: torch.device,
+        self, cache: Cache, data: Dataset, order: EpochOrder, views_of: Callable[[int], list[int]], world: int,
+        size: tuple[int, int], device: torch.device,
     ) -> None:  # fmt: skip
-        self._cache, self._data, self._views, self._order = cache, data, views, order
+        self._cache, self._data, self._order, self._views_of = cache, data, order, views_of
         self._whole, self._size, self._device = world == 1, size, device
         self._known: dict[int, list[NDArray[np.int64]]] = {}
         self._lock = Lock()
 
     def wanted(self, epoch: int) -> list[Wanted]:
         """The slabs that an epoch takes its batches from."""
-        return [Wanted(self._views[epoch % len(self._views)], None if self._whole else epoch)]
+        first = None if self._whole else epoch - epoch % self._order.crops
+        return [Wanted(view, first) for view in self._views_of(epoch)]
+
+    def after(self, epoch: int) -> list[Wanted]:
+        """What of the next round is read meanwhile: a view more in each epoch, so that in the last one it is whole."""
+        crops = self._order.crops
+        return self.wanted(epoch + crops)[: epoch % crops + 1]
 
     def batches(self, epoch: int, drawn: Callable[[], Parameters]) -> list[NDArray[np.int64]]:
         """This rank's batches of an epoch. drawn: gives the parameters of the epoch's view."""
@@ -218,7 +229,9 @@ class _Reader:
             if epoch not in self._known:
                 # Copies, since the order of all ranks' samples would stay in memory with any part of it.
                 own = [batch.copy() for batch in ordered()]
-                self._known = {e: of for e, of in self._known.items() if abs(e - epoch) == 1} | {epoch: own}
+                crops = self._order.crops
+                near = {e: of for e, of in self._known.items() if abs(e // crops - epoch // crops) <= 1}
+                self._known = near | {epoch: own}
             return self._known[epoch]
 
     def draw(self, view: int) -> Parameters:
@@ -231,7 +244,9 @@ class _Reader:
         if wanted.epoch is None:
             records, samples = self._cache.read(wanted.view, spare), None
         else:
-            samples = np.sort(np.concatenate(self.batches(wanted.epoch, drawn)))
+            epochs = range(wanted.epoch, wanted.epoch + self._order.crops)
+            samples = np.sort(np.concatenate([batch for epoch in epochs for batch in self.batches(epoch, drawn)]))
+            spare = spare if spare is not None and len(spare) == len(samples) else None
             records = self._cache.read(wanted.view, spare, samples, _threads(hurry))
         if self._cache.identity.views.mixed:
             shares = shares_of(drawn(), records.labels.shape[1], self._size)

@@ -84,7 +84,7 @@ class FFCVLoader(Epochs):
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """Yield the same batches with uint8 images, not normalised. CorruptError names a sample that is damaged."""
         chosen = self._order.next_epoch
-        now, after = self._view_of(chosen), self._view_of(chosen + 1)
+        (now,), (after,) = self._views_of(chosen), self._views_of(chosen + 1)
         self._drawn = {v: f for v, f in self._drawn.items() if v in (now, after) and not _failed(f)}
         for view in (now, after):
             if view not in self._drawn:

@@ -23,7 +23,10 @@ from kdcache.train.loaders.order import gathered
 
 
 class Wanted(NamedTuple):
-    """What a slab holds: the records of a view, all of them, or with an epoch those that this rank uses in it."""
+    """What a slab holds: the records of a view, all of them, or with an epoch those that this rank uses in it.
+
+    Where epochs make rounds, it is the first epoch of a round, and the records are those of all its epochs.
+    """
 
     view: int
     epoch: int | None = None
@@ -73,14 +76,17 @@ class Slab:
         for part in self._parts:
             part.exception()
 
-    def gathered(self, batches: Sequence[NDArray[np.int64]]) -> Iterator[tuple[Tensor, Records]]:
-        """Labels and records of each batch of samples. The first one is waited for."""
+    def gathered(self, batches: Sequence[NDArray[np.int64]], *others: Slab) -> Iterator[tuple[Tensor, Records]]:
+        """Labels and records of each batch of samples. The first one is waited for.
+
+        others: slabs of the same samples in other views. The records of a sample then follow each other.
+        """
         records, samples = self.held
         if samples is not None:
             rows = np.empty(samples[-1] + 1, np.int32)
             rows[samples] = np.arange(len(samples))
             batches = [rows[batch] for batch in batches]
-        yield from gathered(records, batches)
+        yield from gathered(records, batches, *(other.held.records for other in others))
 
     @property
     def _parts(self) -> tuple[Future[Parameters], Future[None], Future[Held]]:

@@ -20,9 +20,9 @@ ANEW = "remove it to start the run again"
 
 # The values that settings had before they existed: a run whose config.json lacks one was made with this value.
 _BEFORE: dict[str, Any] = {
-    "accumulate": 1, "amp": None, "clip": None, "compile": False, "ema": None, "fresh_views": False,
-    "log": None, "optimiser": "sgd", "renderer": RENDERER, "sgd_lr": None, "sgd_weight_decay": None, "stream": "views",
-    "student_weights": None, "sync_bn": False, "validation": None,
+    "accumulate": 1, "amp": None, "clip": None, "compile": False, "crops_per_decode": 1, "ema": None,
+    "fresh_views": False, "log": None, "optimiser": "sgd", "renderer": RENDERER, "sgd_lr": None,
+    "sgd_weight_decay": None, "stream": "views", "student_weights": None, "sync_bn": False, "validation": None,
 }  # fmt: skip
 # What may differ when a run is resumed: where things lie (the cache's key says what it and the data are), how many
 # ranks share a batch, where it is logged, and how often the student is evaluated and the state is kept.

@@ -13,11 +13,14 @@ from numpy.typing import NDArray
 from kdcache.cache.errors import UnservedError
 from kdcache.cache.identity import RecordIdentity
 from kdcache.cache.records.records import STD_TAU, Records
+from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.views.parameters import shares_as
 from kdcache.train.losses.base import Featured, Loss, Surveying
 from kdcache.train.losses.features import FeatureLoss
+
+_ENOUGH = 10_000
 
 
 class Answering(Protocol):
@@ -67,8 +70,8 @@ def head_mass_warning(loss: Loss, records: Records) -> str | None:
     if records.classes is None:
         return None
     kept = records.classes.shape[1]
-    # Some ten thousand are enough for a mean, and all of ImageNet's take gigabytes.
-    records = records[torch.arange(0, len(records), max(1, len(records) // 10_000), device=records.gaps.device)]
+    # Enough of them for a mean: all of ImageNet's take gigabytes.
+    records = records[torch.arange(0, len(records), max(1, len(records) // _ENOUGH), device=records.gaps.device)]
     softened = {f"T = {t:g}": records.softened(t, "drop") for t in loss.needs.temperatures}
     if loss.needs.standardised is not None:
         softened["two standard deviations"] = records.standardised(loss.needs.standardised, "drop")
@@ -113,6 +116,19 @@ def prepared(
             loss.prepare(live.answers(0))
         else:
             loss.prepare(first_view().to(next(model.parameters()).device))
-    if softened and not (online or dense) and (warning := head_mass_warning(loss, first_view())):
+    if softened and not (online or dense) and (warning := head_mass_warning(loss, _of_first_part(cache, samples))):
         say(f"warning: {warning}")
     return FeatureLoss(loss, model, size, cache.identity.record.classes) if isinstance(loss, Featured) else loss
+
+
+def _of_first_part(cache: Stored, samples: NDArray[np.int64] | None) -> Records:
+    """Some of the records of the first view's first part, or of those `samples` that lie there.
+
+    All of a view would take seconds before the first batch, and its memory.
+    """
+    everyone = np.arange(cache.identity.data.samples) if samples is None else samples
+    there = everyone[: max(1, np.searchsorted(everyone, cache.identity.part))]
+    chosen = there[:: max(1, len(there) // _ENOUGH)]
+    if isinstance(cache, Cache):
+        return cache.read(cache.views[0], samples=chosen)
+    return cache.read(cache.views[0])[torch.from_numpy(chosen)]

@@ -36,7 +36,10 @@ class Feed(Protocol):
     def loader(
         self, data: Dataset, batch: int, allow_renderer: bool, say: Callable[[str], None], **options: Any
     ) -> CachedLoader | FFCVLoader:
-        """The loader of the store's records beside the pixels of `data`; options are those of CachedLoader."""
+        """The loader of the store's records beside the pixels of `data`; options are those of CachedLoader.
+
+        InputError for options that the store's loader does not have.
+        """
 
 
 class CacheFeed:
@@ -81,6 +84,11 @@ class FFCVFeed:
         self, data: Dataset, batch: int, allow_renderer: bool, say: Callable[[str], None], **options: Any
     ) -> FFCVLoader:
         file = self._file
+        if options.pop("crops_per_decode", 1) > 1:
+            raise InputError(
+                f"--crops-per-decode is of no use for {file.where}, which FFCV decodes once for every crop: leave it "
+                "out, or train from the cache itself"
+            )
         loader = FFCVLoader(file, batch, allow_renderer=allow_renderer, **options)
         if allow_renderer and not file.raw:
             say(

@@ -92,7 +92,8 @@ class TrainPlan:
             "cache": cache.key, "data": placed(asked.data), "student": self.student, "loss": self.loss.name,
             "loss_options": options_of(self.loss), "epochs": recipe.epochs, "batch_size": self.batch, "lr": recipe.lr,
             "weight_decay": recipe.decay, "momentum": recipe.momentum, "warmup": recipe.warmup, "seed": asked.seed,
-            "views": self.views, "image_size": self.image_size, "online": asked.online,
+            "views": self.views, "image_size": self.image_size, "crops_per_decode": asked.crops_per_decode,
+            "online": asked.online,
             "fresh_views": asked.fresh_views, "amp": asked.amp, "optimiser": recipe.optimiser, "sgd_lr": recipe.sgd_lr,
             "sgd_weight_decay": recipe.sgd_decay, "accumulate": recipe.accumulate, "clip": recipe.clip,
             "ema": recipe.ema, "compile": recipe.compile, "renderer": self.feed.renderer,
@@ -113,6 +114,23 @@ class TrainPlan:
             "cache": self.cache.key, "cache_path": place_of(self.cache.where),
             "beside_teacher": self.teacher_learns,
         }  # fmt: skip
+
+    @property
+    def rounds(self) -> str | None:
+        """A line that tells what its batches and epochs hold, where each image is taken in several crops at once."""
+        crops, images = self.asked.crops_per_decode, len(self.data if self.samples is None else self.samples)
+        if crops == 1:
+            return None
+        told = (
+            f"each batch of {self.batch:,} holds {self.batch // crops:,} images in {crops} views, an epoch has "
+            f"{images // self.batch:,} steps, and {crops} epochs take every image once in each of those views"
+        )
+        if rest := self.recipe.epochs % crops:
+            told += (
+                f"; {self.recipe.epochs} is no multiple of {crops}, so {rest}/{crops} of the images are taken in "
+                f"{crops} views more than the others"
+            )
+        return told
 
     def __str__(self) -> str:
         """The line that announces the run."""
@@ -152,8 +170,8 @@ def make_plan(config: TrainConfig, device: torch.device, say: Callable[[str], No
     # The live teacher answers for all classes, at any temperature.
     require_served(loss, record.model_copy(update={"k": None}) if config.online else record)
     student = canonical_name(config.student or defaults.student)
-    mixed = cache.identity.views.mixed
-    batch = config.batch_size or usual_batch(defaults.train_batch, count, mixed, group.world())
+    mixed, crops = cache.identity.views.mixed, config.crops_per_decode
+    batch = config.batch_size or usual_batch(defaults.train_batch, count, mixed, group.world(), crops)
     return TrainPlan(
         asked=config,
         device=device,

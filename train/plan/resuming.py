@@ -17,9 +17,9 @@ from kdcache.train.config import TrainConfig
 
 # Fields of TrainConfig that stand in config.json under their own names.
 _NAMED = (
-    "student", "epochs", "batch_size", "lr", "weight_decay", "warmup", "seed", "views", "image_size", "online",
-    "fresh_views", "teacher", "weights", "amp", "sync_bn", "optimiser", "accumulate", "clip", "ema", "compile",
-    "validation", "save_every", "evaluate_every", "student_weights", "log",
+    "student", "epochs", "batch_size", "lr", "weight_decay", "warmup", "seed", "views", "image_size",
+    "crops_per_decode", "online", "fresh_views", "teacher", "weights", "amp", "sync_bn", "optimiser", "accumulate",
+    "clip", "ema", "compile", "validation", "save_every", "evaluate_every", "student_weights", "log",
 )  # fmt: skip
 
 

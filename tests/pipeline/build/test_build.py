@@ -96,7 +96,7 @@ def test_every_batch_is_full_and_the_evaluation_split_is_first(tmp_path, source,
     monkeypatch.setattr(
         SplitStore, "write_shard", lambda self, v, p, *a: shards.append((self.split, v, p)) or write(self, v, p, *a)
     )
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
     result = build(settings(out=str(tmp_path / "c")), quiet, source)
     assert set(sizes) == {BATCH} and result.teacher_images == 40 + 2 * 150
     assert shards == [("eval", 0, 0), *(("train", v, p) for v in (0, 1) for p in range(PARTS))]
@@ -130,7 +130,7 @@ def test_logits_that_are_not_finite_are_an_error_that_names_the_sample(tmp_path,
         logits[5] = torch.nan
         return logits
 
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
     build(settings(views=1, out=str(tmp_path / "c")), quiet, source)
     monkeypatch.setattr(Teacher, "logits", nan)
     with pytest.raises(e.InputError, match=r"logits are not finite: view 1, sample 5 of train"):
@@ -146,7 +146,7 @@ def test_a_standard_deviation_that_cannot_be_stored_ends_the_build_before_it_is_
     with pytest.raises(e.InputError, match=r"above 65,504, more than --tail-std can store: build without it, or dense"):
         build(settings(views=1, tail_std=True, out=str(tmp_path / "c")), quiet)
     assert not (tmp_path / "c").exists()
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))  # later images alone may be so
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))  # later images alone may be so
     with pytest.raises(e.InputError, match=r"above 65,504, more than --tail-std can store: build without it, or dense"):
         build(settings(views=1, tail_std=True, out=str(tmp_path / "c")), quiet)
     assert open_cache(tmp_path / "c").views == ()
@@ -275,6 +275,6 @@ def test_another_cache_in_the_same_place_is_refused_field_by_field(reference):
 @pytest.mark.parametrize("seconds", [39, 41])
 def test_batches_so_long_that_more_than_a_minute_may_be_lost_are_noted(tmp_path, source, monkeypatch, seconds):
     said = []
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (BATCH / seconds, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (BATCH / seconds, 1.0))
     build(settings(out=str(tmp_path / "c"), views=1), said.append, source)
     assert ("loses up to a batch, here 41 s: lower --batch-size" in "".join(said)) == (seconds == 41)

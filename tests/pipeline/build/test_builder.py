@@ -123,7 +123,7 @@ def test_a_build_that_is_interrupted_gives_its_leases_back(tmp_path, source, mon
             raise KeyboardInterrupt
         return answer(self, images)
 
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
     monkeypatch.setattr(Teacher, "logits", interrupted)
     with pytest.raises(KeyboardInterrupt):
         build(settings(out=str(path)), quiet, source)
@@ -170,7 +170,7 @@ def test_a_lease_lost_under_way_ends_in_what_the_other_committed(tmp_path, refer
         return answer(self, images)
 
     monkeypatch.setattr(leases, "EXPIRES", 0.05)
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
     monkeypatch.setattr(Teacher, "logits", overtaken)
     said = []
     result = build(settings(out=str(path)), said.append, source)

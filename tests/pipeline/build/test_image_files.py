@@ -89,7 +89,7 @@ def test_the_bytes_are_the_same_however_many_views_are_cut_from_a_decode(toy, ph
         class_map=str(photos / "map.csv"), part=10, workers=0,
     )  # fmt: skip
     source = open_source(config, quiet)
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
     decoded, decode = [], FileDataset.decode
     monkeypatch.setattr(FileDataset, "decode", lambda self, i: decoded.append(i) or decode(self, i))
     counts = {}
@@ -137,7 +137,7 @@ module.build(config, quiet, source)
     assert sorted(p.relative_to(tmp_path / "home").parts[2:] for p in spooled(tmp_path)) == [
         (f"v{view:05d}-p0000-b4-cpu-0", f"{i:012d}-{min(i + 4, 10):012d}.block") for view in range(3) for i in (0, 4, 8)
     ]
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
     assert build(config, quiet).teacher_images == 3 * (24 - 10)
     build(replace(config, out=str(tmp_path / "undisturbed")), quiet)
     assert content(tmp_path / "c") == content(tmp_path / "undisturbed") and spooled(tmp_path) == []
@@ -179,7 +179,7 @@ def test_a_build_by_another_batch_size_goes_on_and_answers_alike(toy, photos, tm
     """What the other has spooled is left alone, because it may differ in its last bits, and goes with the shard."""
     config = of_files(photos, tmp_path / "c")
     source, answer, asked = open_source(config, quiet), Teacher.logits, []
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
     monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
 
     def stop(self, images):
@@ -209,7 +209,7 @@ def test_an_image_that_cannot_be_decoded_stops_the_build_which_then_goes_on(toy,
     broken = photos / "train" / "d" / "5.png"
     kept = broken.read_bytes()
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+        patch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
         broken.write_bytes(kept[: len(kept) // 2])
         try:
             with pytest.raises(e.InputError, match=str(broken)):

@@ -27,7 +27,7 @@ SINGLE = "crop,flip,gray(0.2),erase(0.25)"  # MIXED without what mixes
 
 @pytest.fixture(autouse=True)
 def _no_probe(monkeypatch):
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
 
 
 def mixed_by_hand(source, view):

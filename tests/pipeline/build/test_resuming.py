@@ -114,7 +114,7 @@ for n in [*first, -1, -2, -3][:: int(sys.argv[4])]:
 
 def test_a_shard_is_not_gone_on_with_by_a_teacher_that_is_compiled(tmp_path, source, monkeypatch):
     """Nor does the other way mix: what one has spooled is not in the other's shard, and commits say which it was."""
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
     monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
     answer, asked = Teacher.logits, []
 
@@ -173,7 +173,7 @@ def test_a_full_disk_is_an_error_that_names_it_and_the_build_goes_on(
     tmp_path, reference, source, monkeypatch, kind, size, spool
 ):
     monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
     small = tmp_path / "small"
     small.mkdir()
     if spool:

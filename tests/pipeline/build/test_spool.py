@@ -28,7 +28,7 @@ pytestmark = pytest.mark.usefixtures("home")
 @pytest.mark.parametrize(("how", "saved"), [("half", 32), ("empty", 32), ("a bit", 0), ("gap", 16), ("whole", 48)])
 def test_a_damaged_spool_costs_time_only(tmp_path, reference, source, monkeypatch, how, saved):
     monkeypatch.setattr(spool_module, "SPOOL_SECONDS", -1.0)
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1.0, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1.0, 1.0))
     path, answers, answer = tmp_path / "c", [], Teacher.logits
 
     def stop(self, images):

@@ -160,6 +160,39 @@ def test_files_in_strong_and_mixed_views_are_what_their_steps_give_one_by_one(fo
         assert torch.equal(got, one_by_one(data, policy, drawn[place], batches[number]))
 
 
+@pytest.mark.parametrize("workers", [0, 2])
+@pytest.mark.parametrize("policy", ["rrc,flip", STRONG])
+def test_crops_of_several_views_are_those_of_each_view_and_a_file_is_decoded_once(
+    folder, tmp_path, monkeypatch, policy, workers
+):
+    data = open_data(f"imagefolder:{folder}", "train", home=tmp_path)
+    tables = [Table(draw(policy, 3, view, range(len(data)), data.sizes), 0) for view in (4, 5, 6)]
+    mixing = draw(policy, 3, 4, range(len(data)), data.sizes).mixing
+    theirs = np.arange(18)[::-1] if mixing is None else mixing.partners
+    batches = [np.unique([some, theirs[some]])[::-1] for some in (np.array([3, 9, 16]), np.array([0]))]
+    renderer = Renderer(data, 40, CPU, policy, workers)
+    want = [list(renderer.batches(table, batches)) for table in tables]
+    decode, decoded = type(data).decode, []
+    monkeypatch.setattr(type(data), "decode", lambda self, i: decoded.append(i) or decode(self, i))
+    for number, got in enumerate(renderer.crops(tables, batches)):
+        assert got.is_contiguous(memory_format=torch.channels_last)
+        assert torch.equal(got, torch.stack([of[number] for of in want], 1).flatten(0, 1))
+    assert sorted(decoded) == ([] if workers else sorted(np.concatenate(batches).tolist()))
+
+
+@pytest.mark.parametrize("size", [None, 12])
+@pytest.mark.parametrize("policy", ["none", "crop,flip", "rrc,flip,mixup(0.8)"])
+def test_crops_of_images_in_memory_are_those_of_each_view(policy, size):
+    data = open_data("digits", "train")
+    drawn = [draw(policy, 3, view, range(len(data)), data.sizes) for view in (0, 1)]
+    first = np.array([5, 77, 1000])
+    batch = first if drawn[0].mixing is None else np.concatenate([first, drawn[0].mixing.partners[first]])
+    renderer = Renderer(data, size, CPU, policy, workers=0)
+    (got,) = renderer.crops([Table(of, 0) for of in drawn], [batch])
+    want = [next(renderer.batches(of, [batch])) for of in drawn]
+    assert torch.equal(got, torch.stack(want, 1).flatten(0, 1))
+
+
 def one_by_one(data, policy, parameters, batch):
     def single(i):
         pixels = render(data.decode(i), parameters.boxes[i], bool(parameters.flips[i]), (40, 40))

@@ -211,7 +211,7 @@ def test_a_loader_of_some_samples_gives_no_others(home, data):
         assert torch.equal(labels, torch.from_numpy(data.labels)[at, 0])
 
 
-@pytest.mark.parametrize("kind", ["online", "plain"])
+@pytest.mark.parametrize("kind", ["online", "crops", "plain"])
 def test_no_step_copies_to_the_device(home, data, kind):
     """After a loader's first one: a GPU would be waited for. The device is one that holds no values."""
 
@@ -221,8 +221,9 @@ def test_no_step_copies_to_the_device(home, data, kind):
         def logits(self, images):
             return images.new_empty((len(images), 10), dtype=torch.float32)
 
-    if kind == "online":
-        steps = OnlineLoader(open_cache(home / "default"), data, Teacher(), BATCH).steps()
+    if kind != "plain":
+        crops = 2 if kind == "crops" else 1
+        steps = OnlineLoader(open_cache(home / "default"), data, Teacher(), BATCH, crops_per_decode=crops).steps()
     else:
         steps = PlainLoader(data, "crop,flip", BATCH, 8, seed=0, device=Teacher.device).steps()
     next(steps)

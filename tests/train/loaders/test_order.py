@@ -33,6 +33,41 @@ def test_whole_mixed_epochs_are_permutations_of_all_samples_and_differ():
     assert len({tuple(order.tolist()) for order in epochs}) == 4
 
 
+@settings(max_examples=60, deadline=None)
+@given(st.integers(1, 4), st.integers(1, 5), st.integers(1, 3), st.booleans(), st.integers(0, 400), st.integers(0, 3))
+def test_so_many_epochs_as_there_are_crops_hold_every_sample_once(crops, each, world, mixed, more, turn):
+    """Each rank's part of a batch has an equal share of its samples, and both of every pair."""
+    batch = (2 if mixed else 1) * each * world * crops
+    samples = batch + more
+    partner = partners(3, 0, range(samples), samples) if mixed else None
+    orders = [EpochOrder(samples, batch, rank, world, 5, mixed, crops) for rank in range(world)]
+    taken = []
+    for epoch in range(turn * crops, (turn + 1) * crops):
+        of_ranks = [order.batches(epoch, partner) for order in orders]
+        assert {len(batches) for batches in of_ranks} == {len(orders[0])} == {samples // batch}
+        assert {len(part) for batches in of_ranks for part in batches} == {batch // crops // world}
+        assert not mixed or all(set(partner[part]) == set(part) for batches in of_ranks for part in batches)
+        taken += [part for batches in of_ranks for part in batches]
+    found = np.concatenate(taken)
+    assert len(np.unique(found)) == len(found) == samples // batch * batch
+
+
+def test_batches_that_cannot_be_of_crops_are_refused():
+    for batch, world, mixed, told in (
+        (
+            10,
+            1,
+            False,
+            "a batch of 10 cannot hold 4 crops of each of its images: take a multiple of 4 for --batch-size",
+        ),
+        (8, 3, False, "a batch of 2 images of 4 crops each cannot be split over 3 ranks"),
+        (20, 1, True, "take a multiple of 8 for --batch-size"),
+        (24, 2, True, "take a multiple of 16 for --batch-size"),
+    ):
+        with pytest.raises(InputError, match=told):
+            EpochOrder(100, batch, 0, world, 0, mixed, crops=4)
+
+
 def test_what_would_part_pairs_is_refused():
     for batch, world in ((5, 1), (6, 2)):
         with pytest.raises(InputError, match=f"take a multiple of {2 * world} for --batch-size"):
@@ -44,6 +79,8 @@ def test_what_would_part_pairs_is_refused():
 def test_the_usual_batch_holds_whole_pairs_for_each_rank():
     assert [usual_batch(256, n, mixed=False, world=3) for n in (1000, 101)] == [256, 101]
     assert [usual_batch(256, n, mixed=True, world=3) for n in (1000, 101, 4)] == [252, 96, 6]
+    assert [usual_batch(256, n, mixed=False, world=1, crops=3) for n in (1000, 101, 2)] == [255, 99, 3]
+    assert usual_batch(256, 1000, mixed=True, world=3, crops=4) == 240
 
 
 @pytest.mark.parametrize("samples", [1, 100, 65_535, 65_536, 70_001])

@@ -1,16 +1,19 @@
 """Which caches can serve a loss, what is warned of, and the errors that the docs state."""
 
 import json
+import shutil
 
+import numpy as np
 import pytest
 
 from kdcache.cache import KdcacheError, encode
 from kdcache.cache.identity import RecordIdentity
+from kdcache.tests.helpers.caches import Filled, identity
 from kdcache.tests.helpers.losses import sample
 from kdcache.tests.helpers.places import ROOT
 from kdcache.train.losses import CE, DKD, KD, NKD, LogitStd, SkewKL
 from kdcache.train.losses.options import make_loss
-from kdcache.train.losses.prepare import head_mass_warning, require_served
+from kdcache.train.losses.prepare import head_mass_warning, prepared, require_served
 
 
 def record(**changes):
@@ -52,6 +55,19 @@ def test_a_small_head_is_warned_of():
     assert head_mass_warning(CE(), few) is None
     # Which tail is trained on changes nothing about what is missing.
     assert head_mass_warning(KD(0.1, 0.9, 4.0, "renorm"), few) == warning
+
+
+def test_what_is_warned_of_is_read_from_the_first_part_alone(tmp_path):
+    """In a large cache all of a view takes long, before the first batch."""
+    about = identity(classes=300, k=2, samples=70, part=16)
+    cache, said = Filled(tmp_path / "c", about).cache, []
+    expected = head_mass_warning(KD(0.1, 0.9, 4.0), cache.read(0)[:16])
+    shutil.rmtree(tmp_path / "c/views/v00000/gaps/c/1")
+    for samples in (None, np.arange(0, 70, 5), np.arange(1, 16)):
+        prepared(KD(0.1, 0.9, 4.0), cache, None, 8, False, said.append, samples)
+    assert len(said) == 3 and said[0] == f"warning: {expected}"
+    with pytest.raises(KdcacheError, match="p0001"):
+        prepared(KD(0.1, 0.9, 4.0), cache, None, 8, False, said.append, np.arange(20, 70))
 
 
 def test_the_errors_in_the_docs_are_those_that_were_measured():

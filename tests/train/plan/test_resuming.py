@@ -88,6 +88,7 @@ def test_a_run_is_not_resumed_with_other_settings(home, tmp_path):
     config = TrainConfig("ce", cache=str(home / "default"), epochs=1, out=str(tmp_path / "run"), batch_size=512)
     train(config, quiet)
     others = {"optimiser": "adamw", "amp": "fp16", "accumulate": 2, "clip": 1.0, "ema": 0.9, "compile": True}
+    others["crops_per_decode"] = 2
     for name, value in others.items():
         with pytest.raises(KdcacheError, match=rf"is another run and is not resumed: .*{name}: the run has"):
             train(replace(config, resume=True, **{name: value}), quiet)
@@ -124,6 +125,7 @@ def test_a_run_of_an_older_version_is_resumed(home, tmp_path, monkeypatch):
     assert train(again, quiet)["loss"] == want["loss"]
     for name, value, had in (
         ("ema", 0.9, "None"), ("optimiser", "adamw", "sgd"), ("accumulate", 2, "1"), ("validation", 0.1, "None"),
+        ("crops_per_decode", 2, "1"),
         ("loss", "nkd:gamma=8", ".*'gamma': 9.0"),
     ):  # fmt: skip
         with pytest.raises(KdcacheError, match=rf"not resumed: {name}\w*: the run has {had}.*, asked for "):
@@ -135,7 +137,20 @@ def test_a_run_of_an_older_version_is_resumed(home, tmp_path, monkeypatch):
 UNUSUAL = (
     *("--loss", "nkd:gamma=2,mixed=both", "--student", "resnet8", "--views", "2", "--seed", "3", "--lr", "0.003"),
     *("--optimiser", "adamw", "--ema", "0.9", "--accumulate", "2", "--clip", "1", "--batch-size", "100"),
-    *("--validation", "0.1", "--weight-decay", "0.1", "--warmup", "0.5", "--evaluate-every", "2", "--epochs", "3"),
+    *(
+        "--crops-per-decode",
+        "2",
+        "--validation",
+        "0.1",
+        "--weight-decay",
+        "0.1",
+        "--warmup",
+        "0.5",
+        "--evaluate-every",
+        "2",
+        "--epochs",
+        "3",
+    ),
 )
 
 
