@@ -196,16 +196,12 @@ def _distances(
     _require_parameters(split, source, view)
     index = drawn_places(len(split.data), count, key=11 + view)
     stored = split.store.read(view, cache.prior, samples=index)
-<<<<<<< HEAD
-    return index, _total_variation(stored, _answer(source, split, view, index, progress), cache.prior)
-=======
     logits, labels = _answer(source, split, view, index, progress)
     record = source.identity.record
     # Earlier versions rounded each code by itself, and a cache may have views of both kinds: the nearer one counts.
     rounded = (True, False) if record.precision == "uint8" else (True,)
     answers = [chunks.encode_as(record, logits, labels, carry=carry) for carry in rounded]
     return index, torch.stack([_total_variation(stored, a, cache.prior) for a in answers]).amin(0)
->>>>>>> main
 
 
 def _require_parameters(split: Split, source: Source, view: int) -> None:
