@@ -166,11 +166,12 @@ assert all_end([lambda: as_rank(0, other), lambda: as_rank(1, other)]) == [0, 0]
     assert each["killed"].total() + each["frozen"].total() < IMAGES / 2
     total, rows = sum(each.values(), Counter()), {f"{n}p{part:04d}": r for n in VIEWS for part, r in enumerate(ROWS)}
     twice = {lease: images - rows.get(lease, 40) for lease, images in total.items() if images > rows.get(lease, 40)}
-    # What these two had begun; and where a lease expired of another, on a machine that is very busy.
+    # What these two had under way, one shard at the teacher and perhaps one that was being published; and where a lease
+    # of another expired, on a machine that is very busy.
     busy = {lease for me in ("c", "d") for lease in re.findall("lost the lease of (.+) [(]3 s without", said[me])}
     begun = twice.keys() - busy
-    assert begun <= each["killed"].keys() | each["frozen"].keys() and 1 <= len(begun) <= 2
-    assert total.total() == IMAGES + sum(twice.values()) and sum(twice[lease] for lease in begun) <= 2 * 64
+    assert begun <= each["killed"].keys() | each["frozen"].keys() and 1 <= len(begun) <= 4
+    assert total.total() == IMAGES + sum(twice.values())
     key = Cache(whole).key
     assert pulled(key, bucket, tmp_path / "pulled") == content(whole)
     assert "sharing the work with" in said["d"] and "images by this build" in said["frozen"]
