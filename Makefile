@@ -12,7 +12,7 @@ FFCV_PACKAGES := g++ pkg-config python3-dev libturbojpeg0-dev libopencv-dev
 # Some tests look at pages in it.
 BROWSER_PACKAGES := chromium
 
-.PHONY: help demo test quick oldest lint format bench clean
+.PHONY: help demo test quick oldest lint format bench gpu clean
 
 help:
 	@echo "make demo    build a small cache and train a student from it, on a data set that needs no download"
@@ -22,6 +22,7 @@ help:
 	@echo "make lint    ruff, mypy, import directions"
 	@echo "make oldest  the tests with the oldest versions of what kdcache depends on, in .venv-oldest"
 	@echo "make bench   measure and print the tables"
+	@echo "make gpu     what a GPU machine tells, in at most eight minutes: tests, speeds, students against the clock"
 	@echo "make clean   remove .venv, .venv-oldest and all that tools and builds left here"
 
 demo: $(READY)
@@ -57,6 +58,10 @@ lint: $(READY)
 bench: $(READY)
 	@cd bench && ../$(BIN)/kdcache bench --data pixels:noise --teacher resnet56 --student resnet20 --batch-size 256 \
 	    --out results/bench.json
+
+# GPU=--dry tries it out on a CPU; GPU='--cifar cifar10:PATH' gives it real images.
+gpu: $(READY)
+	@cd bench && ../$(BIN)/python gpu.py $(GPU)
 
 clean:
 	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis

@@ -39,8 +39,8 @@ from kdcache.train.run import train
 IMAGES, CLASSES, VIEWS, BATCH, ROUNDS = 240, 10, 8, 32, 3
 
 
-def make_folder(folder: Path, images: int = IMAGES) -> None:
-    """So many JPEG files in train/ and a quarter as many in val/, the same ones every time."""
+def make_folder(folder: Path, images: int = IMAGES, sides: tuple[int, int] = (256, 400)) -> None:
+    """So many JPEG files in train/ and a quarter as many in val/, the same ones every time. sides: in pixels."""
     photographs = load_sample_images().images
     rng = np.random.default_rng(0)
     for split, count in (("train", images), ("val", images // 4)):
@@ -48,7 +48,7 @@ def make_folder(folder: Path, images: int = IMAGES) -> None:
             path = folder / split / f"class{i % CLASSES}" / f"{i:04d}.jpg"
             path.parent.mkdir(parents=True, exist_ok=True)
             photograph = photographs[i % 2]
-            height, width = rng.integers(256, 400, 2)
+            height, width = rng.integers(*sides, 2)
             top, left = (rng.integers(0, s - c + 1) for s, c in zip(photograph.shape, (height, width), strict=False))
             Image.fromarray(photograph[top : top + height, left : left + width]).save(path, quality=90)
 

@@ -30,6 +30,7 @@ from kdcache.cache.home import (
     weights_file,
 )
 from kdcache.cache.packing import clear_leaving
+from kdcache.cache.registry.leases import LEASES, ObjectLeases
 from kdcache.cache.registry.localstore import LOCAL_STORE_BYTES, LocalStore
 from kdcache.cache.registry.registry import KEY, Registry, split_url
 from kdcache.cache.registry.teachers import weights_among
@@ -92,15 +93,22 @@ def remove(cache: Cache, shared: Registry | None = None) -> None:
     elif shared is None or cache.local:
         _remove_folder(cache)
     else:
-        prefix = f"caches/{cache.key}"
+        _remove_objects(cache, shared)
+    if shared is not None:
+        shared.forget(cache.key)
+
+
+def _remove_objects(cache: Cache, shared: Registry) -> None:
+    prefix = f"caches/{cache.key}"
+    with ObjectLeases(shared.objects, cache.key, secrets.token_hex(8), lambda _: None) as leases:
+        _require_alone(leases, cache.where)
         there, commits = shared.objects.sizes(prefix), _in_order(cache.fresh())
         rest = sorted(there.keys() - {*commits, _LAST})
         # Commits of views go before the prior's, which a reader of views needs.
         shards = [file for file in commits if _is_shard(file)]
         for some in (shards, [file for file in commits if file not in shards], rest, [_LAST]):
             shared.objects.remove([f"{prefix}/{file}" for file in some])
-    if shared is not None:
-        shared.forget(cache.key)
+        leases.clear()
 
 
 def _remove_folder(cache: Cache) -> None:
@@ -115,7 +123,7 @@ def _remove_folder(cache: Cache) -> None:
         if (path / name).is_symlink():
             (path / name).unlink()
     with FolderLeases(path, secrets.token_hex(8), lambda _: None) as leases:
-        _require_alone(leases, path)
+        _require_alone(leases, str(path))
         for file in _in_order(cache):
             (path / file).unlink(missing_ok=True)
         for name in ("commits", "eval/commits"):
@@ -123,16 +131,16 @@ def _remove_folder(cache: Cache) -> None:
                 files.sync_folder(path / name)  # before the bytes that they name are removed
         for name in (*_PARTS, *strays):
             _drop(path / name)
-        _require_alone(leases, path)
+        _require_alone(leases, str(path))
     _drop(path / "leases")
     _drop(path / "scratch")
     (path / _LAST).unlink(missing_ok=True)
     path.rmdir()
 
 
-def _require_alone(leases: Leases, path: Path) -> None:
+def _require_alone(leases: Leases, where: str) -> None:
     if others := leases.others():
-        raise BusyError(f"{path} is being built by {others[0]}: wait for it, or stop it first")
+        raise BusyError(f"{where} is being built by {others[0]}: wait for it, or stop it first")
 
 
 def _is_shard(commit: str) -> bool:
@@ -261,6 +269,7 @@ def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
                 yield from _of_builders(Cache(cache.path))
         except (CorruptError, MismatchError, NotFoundError):
             continue  # what is no cache is not removed; ls says what is wrong with it
+    yield from _leases_there(shared)
     for weights, size in _teachers_there(shared, before).items():
         remove = partial(_remove_teacher_there, shared, weights, before)
         yield Leaving(shared.teachers.url(weights), size, _UNNAMED, remove)
@@ -272,6 +281,26 @@ def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
             if mirror.name not in keys:
                 why = f"what was known of a cache that is gone from {shared.url}"
                 yield Leaving(str(mirror), extent(mirror)[0], why, partial(shared.forget, mirror.name))
+
+
+def _leases_there(shared: Registry) -> Iterator[Leaving]:
+    """What builders that died have left in a bucket, by cache. In a folder it lies with the cache."""
+    if shared.objects.folder(LEASES) is not None:
+        return
+    found, sizes = shared.objects.times(LEASES), shared.objects.sizes(LEASES)
+    for name in sorted({path.partition("/")[0] for path in found}):
+        of_name = [path for path in found if path.partition("/")[0] == name]
+        if max(found[path] for path in of_name) < time.time() - HOUR:
+            total = sum(sizes.get(path, 0) for path in of_name)
+            remove = partial(_remove_leases_there, shared, name)
+            yield Leaving(f"{shared.url}/{LEASES}/{name}", total, "left by builders that have died", remove)
+
+
+def _remove_leases_there(shared: Registry, name: str) -> None:
+    if not KEY.fullmatch(name):  # of a builder that died while it tried out whether objects are overwritten
+        return shared.objects.remove([f"{LEASES}/{name}"])
+    with ObjectLeases(shared.objects, name, secrets.token_hex(8), lambda _: None) as leases:
+        leases.clear()
 
 
 def _teachers_there(shared: Registry, before: float) -> dict[str, int]:

@@ -162,9 +162,7 @@ def open_shared(registry: str | None, publish: bool) -> Registry | None:
         return None
     shared = open_registry(registry, store_bytes=0)
     if publish:
-        shared.require_writable()
-        if shared.objects.folder("leases") is None:
-            require_create_only(shared.objects)
+        require_create_only(shared.require_writable().objects)
     return shared
 
 

@@ -48,6 +48,8 @@ def root(request, tmp_path):
 # What a test's address begins with, below tests/; a single test elsewhere can say so itself: @pytest.mark.slow.
 SLOW = (
     "bench/test_fuzz",
+    "cache/registry/test_bucket",
+    "bench/test_gpu.py::test_a_dry_run",
     "cache/registry/test_registry",
     "cache/registry/test_remote",
     "cache/store/test_leases",

@@ -22,7 +22,7 @@ from kdcache.cache.errors import CorruptError, MismatchError, UnreadableError
 from kdcache.cache.files import Content
 from kdcache.cache.identity import Identity, SplitName, canonical, parse
 from kdcache.cache.registry.kinds.network import Remote, other
-from kdcache.cache.registry.leases import PAUSE, ObjectLeases
+from kdcache.cache.registry.leases import LEASES, PAUSE, ObjectLeases
 from kdcache.cache.registry.localstore import LocalStore
 from kdcache.cache.registry.objects import Objects, RemoteObjects
 from kdcache.cache.store.cache import Cache
@@ -39,7 +39,9 @@ Each = Callable[[Callable[[Chunk], None], list[Chunk]], Any]
 
 def require_create_only(objects: Objects) -> None:
     """InputError for a bucket that overwrites objects although it is asked not to. Nothing is left there."""
-    path = f"leases/{secrets.token_hex(8)}"
+    if objects.folder(LEASES) is not None:
+        return
+    path = f"{LEASES}/{secrets.token_hex(8)}"
     objects.create(path, b"kdcache")
     try:
         objects.require_create_only(path)

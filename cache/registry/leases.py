@@ -27,13 +27,9 @@ from kdcache.cache.identity import canonical, parse
 from kdcache.cache.registry.objects import Objects
 from kdcache.cache.store.leases import MOST_BYTES, Leases, Owner, ended
 
+LEASES = "leases"
 PAUSE = 5.0  # seconds between two lists
 _GRAIN = 1.0  # seconds, to which servers tell times
-
-
-def leases_folder(key: str) -> str:
-    """Where the leases of the builders of a cache lie."""
-    return f"leases/{key}"
 
 
 class ObjectLeases(Leases):
@@ -45,7 +41,7 @@ class ObjectLeases(Leases):
 
     def __init__(self, objects: Objects, key: str, token: str, say: Callable[[str], None]) -> None:
         super().__init__(token, say)
-        self._objects, self._folder = objects, leases_folder(key)
+        self._objects, self._folder = objects, f"{LEASES}/{key}"
         self._me, self._content = f"{token}.json", canonical(self._owner)
         self._times: dict[str, float] = {}
         self._owners: dict[tuple[str, float], Owner] = {}
@@ -87,7 +83,7 @@ class ObjectLeases(Leases):
 
     def _leave(self) -> None:
         with self._lock:
-            mine = [name for name, _ in self._times.items() if name != self._me and self._known(name) == self._owner]
+            mine = [name for name in self._times if name != self._me and self._known(name) == self._owner]
             self._drop([*mine, self._me])
 
     def _names(self) -> list[str]:

@@ -4,6 +4,7 @@
     caches/KEY/published/     who pushed what and when: one small file for each push
     names/NAME                the key that a name stands for; the only file that may change
     teachers/HASH.safetensors a teacher's weights, by the hash that the identities of its caches name
+    leases/KEY/               what the builders of a cache need while they build it in a bucket (leases.py)
 
 Somebody else may have written what lies there, by hand too. So keys are checked against identities, names against a
 pattern, and sizes before anything is read.

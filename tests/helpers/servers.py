@@ -100,10 +100,14 @@ def web_server(folder, handler=Files):
 
 
 class Faulty:
-    """A proxy to a server that spoils a share of the requests. kinds: how often each fault was injected."""
+    """A proxy to a server that spoils a share of the requests. kinds: how often each fault was injected.
 
-    def __init__(self, target, share, seed=0):
+    content: whether bytes are spoilt too, and not connections alone.
+    """
+
+    def __init__(self, target, share, seed=0, content=True):
         self.kinds: dict[str, int] = {}
+        self._content = content
         self._target, self._share = urlsplit(target).netloc, share
         self._turns = itertools.count(), itertools.count()
         self._rng, self._lock = random.Random(seed), threading.Lock()
@@ -118,7 +122,7 @@ class Faulty:
             def do_GET(self):
                 proxy._serve(self)
 
-            do_PUT = do_HEAD = do_GET
+            do_PUT = do_HEAD = do_POST = do_DELETE = do_GET
 
         self._server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
         self._server.daemon_threads = True
@@ -134,7 +138,9 @@ class Faulty:
             if self._rng.random() > self._share:
                 return None
             # A changed upload is the server's to refuse: the signature has its digest, which moto does not look at.
-            kinds = ["reset", "busy", "lost"] + (["short", "wrong", "slow"] if method == "GET" else [])
+            kinds = ["reset", "busy", "lost"] + (
+                ["short", "wrong", "slow"] if method == "GET" and self._content else []
+            )
             turn = self._turns[method == "GET"]
             kind = kinds[next(turn) % len(kinds)]
             self.kinds[kind] = self.kinds.get(kind, 0) + 1
@@ -185,8 +191,8 @@ class Faulty:
 
 
 @contextlib.contextmanager
-def faulty(target, share=0.25, seed=0):
-    proxy = Faulty(target, share, seed)
+def faulty(target, share=0.25, seed=0, content=True):
+    proxy = Faulty(target, share, seed, content)
     try:
         # As many wrong answers in a row as chance never gives: elsewhere they are damage that stays.
         with pytest.MonkeyPatch.context() as patch:

@@ -73,7 +73,7 @@ class Bench:
             f"{setup['teacher']} -> {self.student} on {self.config.data} ({self.samples:,} of {self.whole:,} samples), "
             f"batches of {self.batch} on {self.device}"
         )
-        building = self._building()
+        building = self.building()
         cache = Cache(self.folder / "cache")
         loss = prepared(self.loss, cache, self.model, self.size, False, self.say)
         stepping, epochs, reading = self._stepping(cache, loss), self._epochs(cache, loss), self._reading(cache)
@@ -103,7 +103,7 @@ class Bench:
             "amp": self.config.amp, "compile": self.config.compile, "workers": self.config.workers,
         }  # fmt: skip
 
-    def _building(self) -> dict[str, list[float]]:
+    def building(self) -> dict[str, list[float]]:
         """Seconds an image: the build's own loop, which adds views each time; the bare teacher; the images alone.
 
         Images in memory are cut to one view; files to as many views as a build cuts from each decode.
