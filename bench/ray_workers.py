@@ -3,8 +3,8 @@
     python bench/ray_workers.py [--images 12000] [--rounds 3] [--out FILE]
 
 resnet20 answers for two views of random 32x32 images in memory, in four parts, batches of 250. Each worker has one CPU
-and one thread. The cases take turns, each on a Ray that is started for it; medians, and all times. Starting processes and
-trying the teacher out are not counted: they take the same seconds however long the build is.
+and one thread. The cases take turns, each on a Ray that is started for it; medians, and all times. Starting processes
+and trying the teacher out are not counted: they take the same seconds however long the build is.
 """
 
 from __future__ import annotations
