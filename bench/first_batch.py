@@ -31,6 +31,7 @@ from typing import Any
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from PIL import Image
 from torchvision.io import decode_jpeg
 
@@ -39,6 +40,8 @@ from versions import checked_out
 
 from kdcache.cache import Cache, Identity
 from kdcache.cache.identity import DataIdentity, RecordIdentity, TeacherIdentity, ViewsIdentity, id_dtype
+from kdcache.cache.store import chunks
+from kdcache.cache.store.layout import ArraySpec
 from kdcache.pipeline.views.parameters import draw
 from kdcache.pipeline.views.render import RENDERER
 from kdcache.train import CachedLoader
@@ -126,12 +129,23 @@ def made(path: Path, samples: int, classes: int, k: int) -> Path:
     one = {name: of[:1] for name, of in drawn.items()}
     cache.evaluation.write_shard(0, 0, one, "0" * 64, {})
     sums = np.full(store.layout.tail_sums.shape[1:], 1.0)
+    encode, encoded = chunks.encode_part, dict[tuple[str, int], bytes]()
+
+    def encode_once(spec: ArraySpec, part: int, rows: NDArray[Any]) -> bytes:
+        """All parts have the same rows: compressing them takes most of the time, and reading them as long as others."""
+        key = spec.name, len(rows)
+        if key not in encoded:
+            encoded[key] = encode(spec, part, rows)
+        return encoded[key]
+
+    chunks.encode_part = encode_once
     for view in range(VIEWS):
         for part in range(store.parts):
             of = store.rows(part)
-            shard = {name: np.roll(rows, 7 * part + view, 0)[: len(of)] for name, rows in drawn.items()}
+            shard = {name: rows[: len(of)] for name, rows in drawn.items()}
             digest = draw("rrc,flip", 0, view, of, images.sizes).digest()
             store.write_shard(view, part, shard, digest, {}, sums if store.carries_tail_sums(view) else None)
+    chunks.encode_part = encode
     cache.write_prior({})
     return path
 

@@ -50,15 +50,15 @@ class Part:
 
 PARTS: dict[str, Part] = {
     "machine": Part(gpu_parts.about, 20),
-    "tests": Part(gpu_parts.tests, 80),
+    "tests": Part(gpu_parts.tests, 90),
     "steps at 32": Part(gpu_parts.steps_in_memory, 60),
-    "steps at 224": Part(gpu_parts.steps_from_files, 75),
+    "steps at 224": Part(gpu_parts.steps_from_files, 70),
     "steps from ffcv": Part(gpu_parts.steps_from_ffcv, 40),
     "build resnet34": Part(partial(gpu_parts.building, teacher="resnet34", amp=None), 60),
     "build vit_l_16": Part(partial(gpu_parts.building, teacher="vit_l_16", amp="bf16"), 75),
-    "fast teacher": Part(gpu_airbench.teach_and_build, 60),
-    "fast student, ce": Part(partial(gpu_airbench.students, loss="ce:label_smoothing=0.2"), 60),
-    "fast student, nkd": Part(partial(gpu_airbench.students, loss="nkd"), 60),
+    "fast teacher": Part(gpu_airbench.teach_and_build, 90),
+    "fast student, ce": Part(partial(gpu_airbench.students, loss="ce:label_smoothing=0.2"), 80),
+    "fast student, nkd": Part(partial(gpu_airbench.students, loss="nkd"), 80),
 }
 
 

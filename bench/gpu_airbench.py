@@ -37,7 +37,7 @@ from kdcache.train.losses.base import Loss
 from kdcache.train.losses.options import make_loss
 
 POLICY, BATCH, CLASSES, TARGETS = "crop,flip", 512, 10, (0.94, 0.96)
-TEACHER_EPOCHS, VIEWS, EPOCHS = 20, 8, (8, 16, 32)
+TEACHER_EPOCHS, VIEWS, EPOCHS = 16, 8, (8, 16, 30)
 _PEAK, _WARM = 0.4, 0.2  # the learning rate of a batch of 512, and the part of the run in which it rises
 _WIDE, _NARROW, _DRY = 128, 64, 4  # channels of the first layer: the teacher's, a student's, in a dry run
 

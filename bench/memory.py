@@ -5,9 +5,9 @@
 Each case is a set of processes of its own, one for each rank, that train resnet8 by nkd on random 8x8 pixels with dense
 float16 records of 1,000 classes in parts of 4,096 samples, so that a slab (the records of one view) is far larger than
 model and images: of 1, 2 and 12 views, for 2 and 12 epochs, by 1, 2 and 4 ranks of one machine. Peaks are those that
-the system counts (VmHWM), added up over the ranks, and the peak of their sum of what belongs to them (PSS: memory that
-several processes share counts once), looked at every 100 ms; less those of as many ranks that have trained on 512 of
-the samples. With --before the same is measured with the code of an older commit.
+the system counts (VmHWM), added up over the ranks, and the peak of the sum of their memory that is no file's (PSS, in
+which what several processes share counts once), looked at every 100 ms; less those of as many ranks that have trained
+on 512 of the samples. With --before the same is measured with the code of an older commit.
 """
 
 from __future__ import annotations
@@ -70,11 +70,16 @@ def case(code: Path, place: Path, samples: int, views: int, epochs: int, world: 
         ]  # fmt: skip
         pss = 0.0
         while any(rank.poll() is None for rank in ranks):
-            pss = max(pss, sum(counted("Pss", f"/proc/{rank.pid}/smaps_rollup") for rank in ranks))
+            pss = max(pss, sum(own_memory(rank.pid) for rank in ranks))
             time.sleep(0.1)
         if any(rank.returncode for rank in ranks):
             sys.exit(f"a rank of {views} views, {epochs} epochs failed")
         return sum(float(rank.communicate()[0].split()[-1]) for rank in ranks), pss
+
+
+def own_memory(process: int) -> float:
+    """MiB of a process, libraries and other files left out, which other processes may share."""
+    return sum(counted(field, f"/proc/{process}/smaps_rollup") for field in ("Pss_Anon", "Pss_Shmem"))
 
 
 def counted(field: str, file: str) -> float:

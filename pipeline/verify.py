@@ -31,9 +31,9 @@ from kdcache.pipeline.trust import images_of, stored_network
 from kdcache.pipeline.views.policy import policy_of
 
 # Total variation between stored and replayed distributions, by the teacher's numeric type: the mean over records, and
-# that of any one record. A code that rounding tips moves a single record by up to 6%.
+# that of any one record. A tail whose code rounding tips, by 12%, moves a single record by up to 11%.
 TOLERANCE = {"float32": 0.002, "bf16": 0.02}
-RECORD_TOLERANCE = {"float32": 0.1, "bf16": 0.5}
+RECORD_TOLERANCE = {"float32": 0.15, "bf16": 0.5}
 _BATCH = 128
 
 
@@ -195,7 +195,12 @@ def _distances(
     _require_parameters(split, source, view)
     index = drawn_places(len(split.data), count, key=11 + view)
     stored = split.store.read(view, cache.prior, samples=index)
-    return index, _total_variation(stored, _answer(source, split, view, index, progress), cache.prior)
+    logits, labels = _answer(source, split, view, index, progress)
+    record = source.identity.record
+    # Earlier versions rounded each code by itself, and a cache may have views of both kinds: the nearer one counts.
+    rounded = (True, False) if record.precision == "uint8" else (True,)
+    answers = [chunks.encode_as(record, logits, labels, carry=carry) for carry in rounded]
+    return index, torch.stack([_total_variation(stored, a, cache.prior) for a in answers]).amin(0)
 
 
 def _require_parameters(split: Split, source: Source, view: int) -> None:
@@ -207,8 +212,10 @@ def _require_parameters(split: Split, source: Source, view: int) -> None:
             raise MismatchError(f"{store.where}: view {view}, part {part} was built with other view parameters")
 
 
-def _answer(source: Source, split: Split, view: int, index: NDArray[np.int64], progress: Progress) -> Records:
-    """The live teacher's records of single samples, in full batches."""
+def _answer(
+    source: Source, split: Split, view: int, index: NDArray[np.int64], progress: Progress
+) -> tuple[torch.Tensor, torch.Tensor]:
+    """The live teacher's logits [n, C] for single samples, asked for in full batches, and their labels [n, L]."""
     data = split.data
     parameters = view_parameters(data, source.identity, view, range(len(data)))
     renderer = teacher_renderer(data, source)
@@ -219,7 +226,7 @@ def _answer(source: Source, split: Split, view: int, index: NDArray[np.int64], p
         progress.advance(min(_BATCH, len(index) - _BATCH * (len(logits) - 1)))
     answered = torch.cat(logits)[: len(index)]
     labels = labels_in(split.labels, parameters, range(len(data)))[index]
-    return chunks.encode_as(source.identity.record, answered, torch.from_numpy(labels))
+    return answered, torch.from_numpy(labels)
 
 
 def _total_variation(a: Records, b: Records, prior: torch.Tensor | None) -> torch.Tensor:

@@ -5,15 +5,14 @@ For shapes and for what is stored see records.py.
 
 from __future__ import annotations
 
-import math
-
 import torch
 from torch import Tensor
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.identity import NO_TAIL, STEP, id_dtype
+from kdcache.cache.identity import id_dtype
 from kdcache.cache.records.choices import TEMPERATURES, Precision
 from kdcache.cache.records.records import STD_FLOOR, STD_TAU, Records
+from kdcache.cache.records.rounding import coded
 
 
 def encode(
@@ -25,6 +24,7 @@ def encode(
     tail_std: bool = False,
     check: bool = True,
     known: Tensor | None = None,
+    carry: bool = True,
 ) -> Records:
     """Records of the logits [B, C] with labels [B], [B, L] or None, on the logits' device.
 
@@ -32,8 +32,9 @@ def encode(
     top-k records and float16 for dense ones. tail_std: store what logit standardisation needs (dense records have it
     anyway). check: whether labels, logits and std are checked here, which on a GPU means to wait for them; otherwise
     the caller checks them (`require_std`). known: bool [B, C], which classes top-k records may hold: k or more, and the
-    labels; None for all. InputError for k > C, labels out of range, uint8 dense, logits that are not finite, and with
-    tail_std those whose std float16 cannot hold.
+    labels; None for all. carry: whether uint8 is rounded so that errors cancel (rounding.py), or each number by itself,
+    as earlier versions did. InputError for k > C, labels out of range, uint8 dense, logits that are not finite, and
+    with tail_std those whose std float16 cannot hold.
     """
     z = logits.detach().float()
     count, classes = z.shape
@@ -62,18 +63,22 @@ def encode(
     gaps = top - ordered[:, 1:k]
     rest = (z - top).scatter(1, ids, -torch.inf).scatter(1, y, -torch.inf)
     tail = torch.stack([torch.logsumexp(rest / t, 1) for t in temperatures], 1)
-    std = None
-    if tail_std:
-        sigma = z.std(1, keepdim=True).half().float()
-        std = torch.cat([sigma, torch.logsumexp(rest / ((sigma + STD_FLOOR) * STD_TAU), 1, keepdim=True)], 1)
-        std = _floor(std).half()
-        if check:
-            require_std(std, classes)
+    std = _std_and_tail(z, rest) if tail_std else None
+    if std is not None and check:
+        require_std(std, classes)
     if precision == "uint8":
-        gaps, tail = _coded(gaps, tail, classes - k, temperatures)
+        own = (ids[:, 1:].unsqueeze(2) == y.unsqueeze(1)).any(2)
+        gaps, tail = coded(gaps, tail, own, classes - k, temperatures, carry)
     else:
         gaps, tail = _float(gaps, getattr(torch, precision)), _floor(tail).half()
     return Records(ids.to(dtype), gaps, target_gap, tail, y.to(dtype), classes, tuple(temperatures), std)
+
+
+def _std_and_tail(z: Tensor, rest: Tensor) -> Tensor:
+    """[B, 2] the std of logits [B, C], and the tail at 2 std; rest [B, C]: the tail's logits, -inf elsewhere."""
+    sigma = z.std(1, keepdim=True).half().float()
+    tail = torch.logsumexp(rest / ((sigma + STD_FLOOR) * STD_TAU), 1, keepdim=True)
+    return _floor(torch.cat([sigma, tail], 1)).half()
 
 
 def require_std(tail_std: Tensor, classes: int) -> None:
@@ -88,15 +93,6 @@ def require_std(tail_std: Tensor, classes: int) -> None:
 def default_precision(dense: bool) -> Precision:
     """The precision that `encode` takes unless it is told another."""
     return "float16" if dense else "uint8"
-
-
-def _coded(gaps: Tensor, tail: Tensor, left_out: int, temperatures: tuple[float, ...]) -> tuple[Tensor, Tensor]:
-    """Gaps [B, K - 1] and tails [B, T] of `left_out` classes as uint8 codes (records.py)."""
-    coded = torch.diff(torch.round(gaps / STEP), dim=1, prepend=torch.zeros_like(gaps[:, :1]))
-    gaps = coded.clamp(max=255).to(torch.uint8)
-    last = torch.stack([gaps.sum(1, dtype=torch.float32) * STEP / t for t in temperatures], 1)
-    below = torch.round((math.log(left_out) - last - tail) / STEP).clamp(0, NO_TAIL - 1)
-    return gaps, below.masked_fill(torch.isneginf(tail), NO_TAIL).to(torch.uint8)
 
 
 def _float(gap: Tensor, dtype: torch.dtype) -> Tensor:

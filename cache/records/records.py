@@ -6,6 +6,7 @@ is found by subtraction.
 
 Precision uint8 is for top-k records, in steps of 1/8 nat, as chosen by bench/codec.py. A gap is stored as its distance
 to the gap before (gaps are rounded, not distances, so errors do not add up); a distance above 255 steps counts as 255.
+How they are rounded stands in rounding.py; it makes no difference to how they are read.
 A tail is stored as its distance to the largest possible tail, where all classes left out are as probable as the K-th.
 """
 

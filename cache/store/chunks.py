@@ -35,11 +35,14 @@ MAX_CHUNK_BYTES = 2**31 - 17
 _CRC_BYTES = 4
 
 
-def encode_as(record: RecordIdentity, logits: torch.Tensor, labels: torch.Tensor, check: bool = True) -> Records:
-    """Logits [B, C] and labels [B, L] encoded as a cache stores them; for `check` see `encode`."""
+def encode_as(
+    record: RecordIdentity, logits: torch.Tensor, labels: torch.Tensor, check: bool = True, carry: bool = True
+) -> Records:
+    """Logits [B, C] and labels [B, L] encoded as a cache stores them; for `check` and `carry` see `encode`."""
     from kdcache.cache.records.encoding import encode
 
-    return encode(logits, labels, record.k, record.temperatures, record.precision, record.tail_std, check)
+    k, temperatures, precision = record.k, record.temperatures, record.precision
+    return encode(logits, labels, k, temperatures, precision, record.tail_std, check, carry=carry)
 
 
 def as_tensors(records: Records) -> dict[str, torch.Tensor]:

@@ -11,16 +11,12 @@ from dataclasses import replace
 import numpy as np
 import pytest
 import torch
-from safetensors.torch import save_file
 
-from kdcache.cache import encode, open_cache
+from kdcache.cache import encode
 from kdcache.cache.identity import STEP
 from kdcache.cache.records.encoding import tail_distribution
 from kdcache.pipeline.build.answers import Answer, Copy
-from kdcache.pipeline.build.build import build
-from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import open_source
-from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.verify import verify
 from kdcache.pipeline.views.parameters import draw
 from kdcache.pipeline.views.render import Renderer
@@ -57,28 +53,6 @@ def exact():
     """Products of matrices and convolutions in float32 are not rounded to TF32."""
     with torch.backends.cudnn.flags(enabled=True, allow_tf32=False):
         yield
-
-
-def images(split):
-    """For --data: 64 pictures of 32 pixels and 10 classes."""
-    count = 64 if split == "train" else 16
-    return pictures(count, 32, 32, seed=count).permute(0, 2, 3, 1).numpy(), np.arange(count) % 10
-
-
-@pytest.fixture(scope="module")
-def made(tmp_path_factory):
-    """A teacher's weights, a cache of two views that was built on the CPU, and its data."""
-    folder = tmp_path_factory.mktemp("gpu")
-    torch.manual_seed(0)
-    save_file(build_network("resnet8", 10, 32).state_dict(), folder / "weights.safetensors")
-    config = BuildConfig(
-        "resnet8", str(folder / "weights.safetensors"), data=f"{__name__}:images", augment="crop,flip,color,erase",
-        views=2, topk=5, tail_std=True, batch_size=16, device="cpu", allow_low_accuracy=True, out=str(folder / "cache"),
-    )  # fmt: skip
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setenv("KDCACHE_HOME", str(folder / "home"))
-        source = open_source(config, quiet)
-        return config, open_cache(build(config, quiet, source).path), source
 
 
 def source_on(config, amp=None):
@@ -158,9 +132,12 @@ def test_answers_reach_the_host_whole():
         assert np.array_equal(sums, tail_distribution(z, records).cpu().numpy())
 
 
-def test_batches_are_those_of_the_cpu(made):
+@pytest.mark.parametrize("crops", [1, 2])
+def test_batches_are_those_of_the_cpu(made, crops):
     _, cache, source = made
-    mine, theirs = (CachedLoader(cache, source.train, 16, device=on, workers=0) for on in (NAME, "cpu"))
+    mine, theirs = (
+        CachedLoader(cache, source.train, 16, device=on, workers=0, crops_per_decode=crops) for on in (NAME, "cpu")
+    )
     pairs = zip(mine.steps(), theirs.steps(), strict=True)
     for step in range(4):
         own_stream = torch.cuda.stream(torch.cuda.Stream()) if REAL and step == 0 else nullcontext()

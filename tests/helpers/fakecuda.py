@@ -9,6 +9,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from types import SimpleNamespace
 from typing import Any
 from unittest.mock import patch
 
@@ -144,7 +145,7 @@ def fake_cuda() -> Iterator[Watch]:
         "torch.cuda.amp.common.amp_definitely_not_available": lambda: False,
         "torch.cuda.is_bf16_supported": lambda *_, **__: True,
         "torch.cuda.current_device": lambda: 0,
-        "torch.cuda.current_stream": lambda *_: None,
+        "torch.cuda.current_stream": lambda *_: SimpleNamespace(synchronize=lambda: None),
         "torch.cuda.memory_reserved": lambda *_: 0,
         "torch.cuda.Event": _Event,
         "torch.Tensor.backward": _no_backward,

@@ -6,11 +6,13 @@ import os
 import re
 import shutil
 from dataclasses import replace
+from functools import partial
 
 import pytest
 import torch
 
 from kdcache.cache import Cache
+from kdcache.cache.store import chunks
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline import verify as verify_module
 from kdcache.pipeline.build.build import build
@@ -59,6 +61,22 @@ def test_replay_passes_on_what_was_built(replayed, toy):
     report = verify(Cache(path), source)
     assert report.problems == [] and report.passed
     assert report.total_variation < 1e-6 and report.replayed == 40 + 2 * 150 and report.shards == 1 + 2 * PARTS
+
+
+def test_replay_passes_on_views_that_an_earlier_version_rounded(taught, tmp_path, monkeypatch):
+    """They belong to the same cache as those that are added now."""
+    source, _, now = taught
+    path = tmp_path / "c"
+    config = settings(weights=str(now.parent / "4.pt"), views=1, out=str(path))
+    with monkeypatch.context() as earlier:
+        earlier.setattr(chunks, "encode_as", partial(chunks.encode_as, carry=False))
+        build(config, quiet, source)
+    build(replace(config, views=2), quiet, source)
+    cache, by_now = Cache(path), Cache(now)
+    assert cache.key == by_now.key
+    assert not cache.read(0).gaps.equal(by_now.read(0).gaps) and cache.read(1).gaps.equal(by_now.read(1).gaps)
+    report = verify(cache, source)
+    assert report.passed and report.total_variation < 1e-6
 
 
 @pytest.mark.parametrize("how", ["another view", "shifted by one", "swapped pair of samples' order"])

@@ -248,6 +248,7 @@ class _Reader:
         else:
             epochs = range(wanted.epoch, wanted.epoch + self._order.crops)
             samples = np.sort(np.concatenate([batch for epoch in epochs for batch in self.batches(epoch, drawn)]))
+            spare = spare if spare is not None and len(spare) == len(samples) else None
             records = self._cache.read(wanted.view, spare, samples, _threads(hurry))
         if self._cache.identity.views.mixed:
             shares = shares_of(drawn(), records.labels.shape[1], self._size)
