@@ -183,9 +183,11 @@ class Renderer:
         batched = [tables[0].batch(samples) for samples in batches]
         partners = self._on_device([at.partners for at in batched])
         in_all = self._cut_in_all(tables, [at.rows for at in batched])
-        for at, theirs, views in zip(batched, partners, in_all, strict=True):
-            whole = [self._mixed(images, table, at, theirs) for images, table in zip(views, tables, strict=True)]
-            pixels = torch.stack([images.permute(0, 2, 3, 1) for images in whole], 1)  # channels_last stays
+        for at, theirs, pixels in zip(batched, partners, in_all, strict=True):
+            if theirs is not None:
+                views = zip(tables, pixels.unbind(1), strict=True)
+                mixed = [self._mixed(view.permute(0, 3, 1, 2), table, at, theirs) for table, view in views]
+                pixels = _side_by_side(mixed)
             yield pixels.flatten(0, 1).permute(0, 3, 1, 2)
 
     def views(
@@ -201,8 +203,10 @@ class Renderer:
             batched = [tables[0].batch(samples) for samples, _ in batches]
             wanted = [(at.rows, places) for at, (_, places) in zip(batched, batches, strict=True)]
             partners = self._on_device([at.partners for at in batched])
-            for number, place, images in self._by_workers(tables, wanted):
-                yield number, place, self._mixed(images, tables[place], batched[number], partners[number])
+            for number, pixels in enumerate(self._by_workers(tables, wanted)):
+                for place, view in zip(wanted[number][1], pixels.unbind(1), strict=True):
+                    images = view.permute(0, 3, 1, 2)
+                    yield number, place, self._mixed(images, tables[place], batched[number], partners[number])
             return
         for place, drawn in enumerate(parameters):
             numbers = [number for number, (_, places) in enumerate(batches) if place in places]
@@ -231,19 +235,14 @@ class Renderer:
                     images = images.pin_memory()
                 yield self._policy.apply(images.to(self.device, non_blocking=True), held.drawn, rows)
         else:
-            yield from (images for *_, images in self._by_workers([table], [(rows, (0,)) for rows in batches]))
+            cut = self._by_workers([table], [(rows, (0,)) for rows in batches])
+            yield from (pixels[:, 0].permute(0, 3, 1, 2) for pixels in cut)
 
-    def _cut_in_all(
-        self, tables: Sequence[Table], batches: Sequence[NDArray[np.int64]]
-    ) -> Iterator[tuple[Tensor, ...]]:
-        """The images of rows of the tables before they are mixed, of each table for each batch of rows."""
+    def _cut_in_all(self, tables: Sequence[Table], batches: Sequence[NDArray[np.int64]]) -> Iterator[Tensor]:
+        """The images of rows of n tables before they are mixed, uint8 [m, n, H, W, 3] for each batch of rows."""
         if self._pixels is not None and not self._policy.geometry.resizes:
-            yield from zip(*(self._cut(table, batches) for table in tables), strict=True)
-            return
-        cut = self._by_workers(tables, [(rows, range(len(tables))) for rows in batches])
-        for _ in batches:
-            yield tuple(next(cut)[2] for _ in tables)
-        next(cut, None)  # to its end, where it keeps the workers
+            return map(_side_by_side, zip(*(self._cut(table, batches) for table in tables), strict=True))
+        return self._by_workers(tables, [(rows, range(len(tables))) for rows in batches])
 
     def _mixed(self, images: Tensor, table: Table, at: Rows, partners: Tensor | None) -> Tensor:
         """Mix what is to be mixed."""
@@ -258,8 +257,8 @@ class Renderer:
         copied = iter(torch.split(order_on(self.device, there), [len(of) for of in there]))
         return [None if of is None else next(copied) for of in places]
 
-    def _by_workers(self, tables: Sequence[Table], batches: Sequence[Batch]) -> Iterator[tuple[int, int, Tensor]]:
-        """Batches of rows before they are mixed.
+    def _by_workers(self, tables: Sequence[Table], batches: Sequence[Batch]) -> Iterator[Tensor]:
+        """Batches of rows in their n views before they are mixed, uint8 [m, n, H, W, 3].
 
         On a CPU the workers change pixels too: threads of this process would wait for cores that the workers have.
         Tasks are made when the workers have room for them, so that those of an epoch are never held together.
@@ -290,12 +289,16 @@ class Renderer:
         # No other call may have it before this one is through.
         self._idle = None
         done = loader.run(tasks(), cuts_each, 2 * max(counts, default=0))
-        for number, (rows, places) in enumerate(batches):
+        for number, (rows, _) in enumerate(batches):
             cuts = [self._ready(loader.next(done)) for _ in range(counts[number])]
             pixels = cuts[0] if len(cuts) == 1 else torch.cat(cuts)
-            for j, (place, drawn) in enumerate(zip(places, under_way.popleft(), strict=True)):
-                images = pixels[:, j].permute(0, 3, 1, 2)
-                yield number, place, images if there else self._policy.apply(images, drawn.drawn, np.arange(len(rows)))
+            drawn, everyone = under_way.popleft(), np.arange(len(rows))
+            if not there and self._policy.operations:
+                views = zip(pixels.unbind(1), drawn, strict=True)
+                pixels = _side_by_side(
+                    [self._policy.apply(view.permute(0, 3, 1, 2), of.drawn, everyone) for view, of in views]
+                )
+            yield pixels
         self._idle = loader
 
     def _ready(self, pixels: Done) -> Tensor:
@@ -304,6 +307,12 @@ class Renderer:
         if isinstance(pixels, np.ndarray):
             pixels = torch.from_numpy(pixels)
         return pixels.to(self.device, non_blocking=True)
+
+
+def _side_by_side(views: Sequence[Tensor]) -> Tensor:
+    """The images [m, 3, H, W] of n views, as [m, n, H, W, 3]."""
+    pixels = [images.permute(0, 2, 3, 1) for images in views]
+    return pixels[0].unsqueeze(1) if len(pixels) == 1 else torch.stack(pixels, 1)
 
 
 def _whole(boxes: NDArray[np.int32], data: Dataset) -> bool:
