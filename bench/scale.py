@@ -1,6 +1,6 @@
 """A build and a training at the size of ImageNet-1k and 21k, by the real code, without images; writes JSON.
 
-    python bench/scale.py [--work FOLDER] [--rows 262144] [--out FILE]
+    python bench/scale.py [--work FOLDER] [--rows 65536] [--out FILE]
 
 The images are computed (noise of 40 to 72 pixels, cut to 32), and the teacher is a stub that looks its logits up in a
 table, so that what remains is kdcache's own work: opening, drawing, cutting, encoding, spooling, compressing and
@@ -290,7 +290,7 @@ def case(kind: str, name: str, folder: str, part: str, rows: str, first: str, la
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, help="a folder for the caches, by default a temporary one")
-    parser.add_argument("--rows", type=int, default=PART, help="samples a part; fewer are soon built")
+    parser.add_argument("--rows", type=int, default=PART // 4, help="samples a part; fewer are soon built")
     parser.add_argument("--scenes", default=",".join(SCENES))
     parser.add_argument("--out", type=Path, default=Path("bench/results/scale.json"))
     parser.add_argument("--case", nargs=7, help=argparse.SUPPRESS)
