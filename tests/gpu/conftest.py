@@ -28,7 +28,7 @@ def built(folder, augment):
 
 @pytest.fixture(scope="module")
 def made(tmp_path_factory, no_fsync):
-    return built(tmp_path_factory.mktemp("plain"), "crop,flip,color,erase")
+    return built(tmp_path_factory.mktemp("plain"), "crop,flip,gray,erase")
 
 
 @pytest.fixture(scope="module")

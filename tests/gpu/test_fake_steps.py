@@ -213,10 +213,8 @@ def pixels(size=16):
 
 
 RECIPES = {
-    "sgd": Recipe(1, 0.1),
     "sgd, fp16, clipped": Recipe(1, 0.1, amp="fp16", clip=1.0),
     "sgd, bf16, averaged": Recipe(1, 0.1, amp="bf16", ema=0.99),
-    "adamw": Recipe(1, 0.1, optimiser="adamw"),
     "adamw, fp16, accumulated": Recipe(1, 0.1, optimiser="adamw", amp="fp16", accumulate=2),
     "muon, bf16, clipped": Recipe(1, 0.1, optimiser="muon", amp="bf16", clip=1.0, ema=0.9),
 }
@@ -270,9 +268,8 @@ def test_steps_with_features(gpu):
 
 # Views
 
-POLICIES = ["none", "crop,flip", "crop,flip,color(0.3,0.3,0.3,0.1)", "flip,gray,solarize,three,erase(1)",
-            "crop,trivial", "randaugment(2,9),erase(0.5)", "crop,flip,mixup(0.2)", "flip,cutmix(1)",
-            "crop,mixup(0.2),cutmix(1)"]  # fmt: skip
+# The contract of operations (tests/contracts/operations.py) looks at each of them alone.
+POLICIES = ["none", "crop,flip,gray,erase(1)", "crop,flip,mixup(0.2)", "crop,mixup(0.2),cutmix(1)"]
 
 
 def images_of(count=16, side=16):
@@ -316,14 +313,14 @@ def test_batches_of_a_cache(views, crops, request, monkeypatch):
     _, cache, source = request.getfixturevalue(views)
     monkeypatch.setattr("kdcache.train.loaders.slabs.ThreadPoolExecutor", AtOnce)
     with fake_cuda() as gpu:
-        loader = CachedLoader(cache, source.train, 16, device=GPU, workers=0, crops_per_decode=crops)
+        loader = CachedLoader(cache, source.train, 32, device=GPU, workers=0, crops_per_decode=crops)
         training = Training(network(size=32, classes=10), NKD(), Recipe(1, 0.1), len(loader))
         steps = loader.steps()
         training.learn(*next(steps))
         training.update()
         with gpu.steps():
             for images, y, records in steps:
-                assert images.is_cuda and y.is_cuda and len(records) == len(images) == 16
+                assert images.is_cuda and y.is_cuda and len(records) == len(images) == 32
                 training.learn(images, y, records)
                 training.update()
 
