@@ -182,6 +182,8 @@ def main() -> None:
     if unknown := [name for name in names if name not in PARTS]:
         parser.error(f"there is no part {unknown[0]!r}: --only takes {'; '.join(PARTS)}, with ; between them")
     device = "cpu" if a.dry else "cuda"
+    # Should anything here ask whether there is a GPU, it does not begin with CUDA, which parts could not fork from.
+    os.environ["PYTORCH_NVML_BASED_CUDA_CHECK"] = "1"
     with ExitStack() as stack:
         work = a.work
         if work is None and a.dry:  # in memory where there is such a folder, for the disk's speed tells nothing here

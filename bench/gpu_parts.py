@@ -83,7 +83,8 @@ def few(split: str) -> tuple[np.ndarray, np.ndarray]:
 
 
 def about(setting: Setting) -> dict[str, Any]:
-    """Hardware and versions."""
+    """Hardware and versions. InputError where there is no GPU."""
+    pick_device(setting.device)
     found = {**machine(), "threads": torch.get_num_threads(), "cuda": torch.version.cuda, "versions": {}}
     for name in _VERSIONS:
         try:

@@ -251,14 +251,19 @@ def _build_in_bucket(plan: BuildPlan, shared: Registry, say: Say, teacher: bool,
         theirs = shared.open(plan.key)
         if result.teacher_images or moved.new:
             shared.record(theirs, __version__, result.teacher_top1)
-        _settle(plan, bucket, theirs, whole, say)
+        if not _settle(plan, bucket, theirs, whole):
+            say(
+                f"other machines have computed some of the {plan.views} views: kdcache train reads them from the "
+                f"registry, kdcache pull {plan.key[:12]} copies them here"
+            )
+            result = replace(result, where=theirs.where)
     return result
 
 
-def _settle(plan: BuildPlan, bucket: BucketCache, theirs: Cache, whole: bool, say: Say) -> None:
+def _settle(plan: BuildPlan, bucket: BucketCache, theirs: Cache, whole: bool) -> bool:
     """Have the cache here too: all its views if nobody else has computed any of them, or if the whole is wanted.
 
-    Else it holds what readers of every view need, and their records are read from the bucket.
+    Else it holds what readers of every view need. Returns whether it holds all views.
     """
     own = Cache(plan.path).train if _is_cache(plan.path) else None
     lacking = sorted(set(range(plan.views)) - _complete(plan.path))
@@ -271,11 +276,7 @@ def _settle(plan: BuildPlan, bucket: BucketCache, theirs: Cache, whole: bool, sa
             into_folder(theirs, plan.path, [])
     if at_hand:
         bucket.drop(names)
-    elif not whole:
-        say(
-            f"other machines have computed some of the {plan.views} views: kdcache train reads them from the registry, "
-            f"kdcache pull {plan.key[:12]} copies them here"
-        )
+    return at_hand or whole
 
 
 @contextmanager

@@ -28,6 +28,7 @@ from kdcache.pipeline.data.split import Split, describe_data
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.teachers import weightstore
 from kdcache.pipeline.trust import images_of, stored_network
+from kdcache.pipeline.views.parameters import EvaluationView, Parameters, view_of_all
 from kdcache.pipeline.views.policy import policy_of
 
 # Total variation between stored and replayed distributions, by the teacher's numeric type: the mean over records, and
@@ -217,7 +218,11 @@ def _answer(
 ) -> tuple[torch.Tensor, torch.Tensor]:
     """The live teacher's logits [n, C] for single samples, asked for in full batches, and their labels [n, L]."""
     data = split.data
-    parameters = view_parameters(data, source.identity, view, range(len(data)))
+    parameters: Parameters = EvaluationView(data.sizes, whole=data.in_memory)
+    if data.split == "eval" and data.in_memory:
+        parameters = parameters[:]
+    elif data.split != "eval":
+        parameters = view_of_all(source.identity.views, view, data.sizes, data.in_memory)
     renderer = teacher_renderer(data, source)
     batches = [np.resize(index[i : i + _BATCH], _BATCH) for i in range(0, len(index), _BATCH)]
     logits = []

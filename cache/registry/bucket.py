@@ -121,7 +121,7 @@ class Building(Remote):
         self._committed.add(file)
 
     def keep(self, chunks: list[tuple[StoredFile, Content]]) -> None:
-        """Keep here the chunks that were just put there."""
+        """Keep chunks here too."""
         for stored, data in chunks:
             self._store.keep(stored, data)
 
@@ -130,11 +130,9 @@ class Building(Remote):
         for stored in chunks:
             self._store.drop(stored)
 
-    def at_hand(self, store: SplitStore, name: str) -> bool:
-        """Whether all that a commit names, and the commit itself, can be read here without the network."""
-        if not (self._mirror / store.layout.commit_file(name)).exists():
-            return False
-        return all(map(self._store.has, store.commit(name).files.values()))
+    def at_hand(self, stored: Iterable[StoredFile]) -> bool:
+        """Whether these chunks can be read here without the network."""
+        return all(map(self._store.has, stored))
 
     def _at(self, file: str) -> str:
         return f"{self.prefix}/{file}"
@@ -166,26 +164,27 @@ class BucketStore(SplitStore):
                 self._described.add(file)
 
     def _publish(self, name: str, contents: Mapping[str, Content]) -> None:
-        if stored := self._commit(name, contents):
-            self._building.keep([(file, contents[file.sha256]) for file in stored])
+        self._commit(name, contents, keep=True)
 
     def adopt(self, name: str, commit: bytes, contents: Mapping[str, Content]) -> None:
         """Publish what a folder on this machine has committed as `name`, unless there is such a commit already."""
         for chunk in self.chunks(name):
             self._describe(chunk)
-        self._commit(name, {"commit.json": commit, **contents})
+        self._commit(name, {"commit.json": commit, **contents}, keep=False)
 
-    def _commit(self, name: str, contents: Mapping[str, Content]) -> list[StoredFile]:
-        """The files that are committed now; none where another builder came first."""
+    def _commit(self, name: str, contents: Mapping[str, Content], keep: bool) -> None:
         place, file = self._building, self.layout.commit_file(name)
         if place.ask(file):
-            return []
+            return
         content = bytes(contents["commit.json"])
         commit = parse(Commit, content, place.locate(file), place.remedy(file))
+        stored = list(commit.files.values()) if keep else []
+        place.keep([(one, contents[one.sha256]) for one in stored])  # before others see that all of it is there
         with ThreadPoolExecutor(THREADS, thread_name_prefix="kdcache-put") as threads:
             first = put_commit(place.objects, place.prefix, self, commit, content, contents, threads.map)
         place.note(file, content if first else None)
-        return list(commit.files.values()) if first else []
+        if not first:
+            place.drop(stored)
 
 
 class BucketCache(Cache):
@@ -220,8 +219,8 @@ class BucketCache(Cache):
         """Nothing to do: whoever builds the cache clears up."""
 
     def at_hand(self, names: Iterable[str]) -> bool:
-        """Whether these shards of the training split can be read here without the network."""
-        return all(self._building.at_hand(self.train, name) for name in names)
+        """Whether the records of these shards of the training split can be read here without the network."""
+        return all(self._building.at_hand(self.train.commit(name).files.values()) for name in names)
 
     def drop(self, names: Iterable[str]) -> None:
         """Remove these shards of the training split from the local store, since they lie in a folder here too."""

@@ -17,7 +17,7 @@ from kdcache.cache.store import chunks
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.source import Source
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.views.parameters import ViewParameters, draw_as, evaluation_view
+from kdcache.pipeline.views.parameters import Parameters, ViewParameters, draw_as, evaluation_view
 from kdcache.pipeline.views.policy import policy_of
 from kdcache.pipeline.views.render import Batch, Renderer
 
@@ -56,7 +56,7 @@ def view_parameters(data: Dataset, identity: Identity, view: int, rows: range) -
     return draw_as(identity.views, view, rows, data.sizes)
 
 
-def labels_in(labels: NDArray[np.int64], drawn: ViewParameters, rows: range) -> NDArray[np.int64]:
+def labels_in(labels: NDArray[np.int64], drawn: Parameters, rows: range) -> NDArray[np.int64]:
     """Labels [n, L] of the records of some rows: where the view is mixed, the partners' follow the samples' own.
 
     labels: int64 [N, L'] of all samples. drawn: the parameters of the rows.

@@ -37,7 +37,10 @@ _LOST_AT_MOST = 60.0
 
 @dataclass(frozen=True)
 class BuildResult:
-    """path, key and size (bytes) of the cache; images the teacher answered for in this build (0: none had to be)."""
+    """path, key and size (bytes) of the cache; images the teacher answered for in this build (0: none had to be).
+
+    where: the address at which all views are read, if they do not all lie at the path.
+    """
 
     path: Path
     key: str
@@ -46,6 +49,7 @@ class BuildResult:
     teacher_images: int
     seconds: float
     teacher_top1: float | None
+    where: str | None = None
 
 
 def build(config: BuildConfig, say: Say = print, source: Source | None = None) -> BuildResult:
@@ -64,9 +68,9 @@ def carry_out(
     begun: called once the cache is there, before anything is computed for it. bucket: the same cache in a bucket, where
     it is built instead of in the plan's folder.
 
-    Any number of builds of one cache, on machines that share its folder, share the work; each returns when all of it
-    is done. Killed at any moment, a later one goes on where it was; on the same machine it loses no more teacher time
-    than `SPOOL_SECONDS` and a batch, and `WAITING_SECONDS` while the disk does not keep up.
+    Any number of builds of one cache, on machines that share its folder or a bucket, share the work; each returns when
+    all of it is done. Killed at any moment, a later one goes on where it was; on the same machine it loses no more
+    teacher time than `SPOOL_SECONDS` and a batch, and `WAITING_SECONDS` while the disk does not keep up.
 
     Memory does not depend on how many samples and views there are: beside the dataset and the teacher, it is the
     records of one part (twice, while they are compressed) for each view under way, one for in-memory data and

@@ -142,7 +142,7 @@ def _first(pool: Pool, say: Say) -> Hand:
         for reference in done:
             pool.ready(reference)
         if start is not None and time.monotonic() - start > _PATIENCE:
-            say(f"waiting for Ray to have room for a worker with {pool.layout}")
+            say(f"waiting for the first Ray worker, with {pool.layout}")
             start = None
     assert hand.opened is not None
     say(Detail(f"the first worker is ready on node {hand.opened.node}"))

@@ -165,6 +165,16 @@ def draw_as(views: ViewsIdentity, view: int, samples: Samples, sizes: NDArray[np
     return draw(policy_of(views), views.seed, view, samples, sizes, sequence=views.sequence)
 
 
+def view_of_all(views: ViewsIdentity, view: int, sizes: NDArray[np.int32], in_memory: bool) -> Parameters:
+    """The parameters of a cache's view of all samples, sizes int32 [N, 2].
+
+    Those of images in memory and of mixed views are drawn at once, others again for whoever asks for some.
+    """
+    if in_memory or views.mixed:
+        return draw_as(views, view, range(len(sizes)), sizes)
+    return DrawnView(views, view, sizes)
+
+
 def shares_as(views: ViewsIdentity, view: int, total: int, size: tuple[int, int]) -> NDArray[np.float32]:
     """Draw the shares [N, 2] that the labels of a mixed view have in images of that height and width."""
     policy = policy_of(views)

@@ -88,7 +88,7 @@ def build(
         bool, Option("Name every image file that cannot be read, and stop.", instead=True)
     ] = False,
     registry: Registry = None,
-    publish: Annotated[bool, Option("Publish it in the registry.", flags=("--push",))] = False,
+    publish: Annotated[bool, Option("Build it in the registry, with all who do.", flags=("--push",))] = False,
     no_teacher: NoTeacher = False,
     ray: Annotated[
         str | None,
@@ -121,7 +121,7 @@ def build(
         sys.exit(1 if found else 0)
     built, packed = build_and_teach(config, registry, publish, say, not no_teacher, store, ray)
     if packed is None:
-        show(vars(built), as_json, str(built.path))
+        show(vars(built), as_json, str(built.where or built.path))
     else:
         show({**vars(built), "packed": vars(packed)}, as_json, str(packed.path))
 

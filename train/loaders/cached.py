@@ -27,7 +27,7 @@ from kdcache.pipeline.process.device import numbered
 from kdcache.pipeline.process.rank import cores
 from kdcache.pipeline.stores import Stored
 from kdcache.pipeline.views.operations.kinds.mix import label_weights
-from kdcache.pipeline.views.parameters import DrawnView, Parameters, draw_as, imported_view
+from kdcache.pipeline.views.parameters import Parameters, imported_view, view_of_all
 from kdcache.pipeline.views.policy import policy_of
 from kdcache.pipeline.views.render import RENDERER, Renderer, normalised
 from kdcache.train.loaders.order import EpochOrder, Epochs
@@ -89,9 +89,7 @@ def drawn_view(cache: Cache, data: Dataset, view: int) -> Parameters:
         return imported_view(cache.train.view_arrays(view), data.sizes, f"view {view} of {cache.where}")
     if views.renderer != RENDERER:
         raise MismatchError(f"{cache.where} was rendered by {views.renderer}, this kdcache renders by {RENDERER}")
-    if data.in_memory or views.mixed:
-        return draw_as(views, view, range(len(data)), data.sizes)
-    return DrawnView(views, view, data.sizes)
+    return view_of_all(views, view, data.sizes, data.in_memory)
 
 
 def require_as_built(cache: Cache, view: int, drawn: Parameters, threads: int = 1) -> None:

@@ -17,7 +17,7 @@ from kdcache.cache.records.records import Records
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.answers import labels_in
 from kdcache.pipeline.data.dataset import Dataset
-from kdcache.pipeline.views.parameters import TEACHING, ViewParameters, draw, draw_as
+from kdcache.pipeline.views.parameters import TEACHING, Parameters, draw, view_of_all
 from kdcache.pipeline.views.policy import parse_policy, policy_of
 from kdcache.pipeline.views.render import Renderer
 from kdcache.pipeline.views.table import Table
@@ -67,7 +67,7 @@ class OnlineLoader(Epochs):
         mixed, chosen = cache.identity.views.mixed, len(data) if samples is None else samples
         self._order = EpochOrder(chosen, batch_size, rank, world, seed, mixed, crops_per_decode)
         self._require_crops(cache.where, mixed)
-        self._drawn: dict[int, ViewParameters] = {}  # of the views of a round
+        self._drawn: dict[int, Parameters] = {}  # of the views of a round
         self._student_images = renderer_for(cache, data, image_size, teacher.device, workers)
         self._teacher_images = Renderer(
             data, teacher.input_size, teacher.device, policy_of(cache.identity.views, cache.where), workers,
@@ -94,28 +94,30 @@ class OnlineLoader(Epochs):
     def answers(self, view: int) -> Iterator[Records]:
         """The live teacher's records of all training samples in this view, batch by batch. A rank gives its share."""
         mine = self._order.in_order()
-        parameters = draw_as(self._cache.identity.views, view, range(len(self._data)), self._data.sizes)
+        parameters = self._drawn_view(view)
         of_batches = self._labels([parameters], mine)
         for (y, shares), seen in zip(of_batches, self._teacher_images.batches(parameters, mine), strict=True):
             records = encode(self._teacher.logits(seen), y if y.numel() else None, precision="float32")
             yield replace(records, label_weights=shares)
 
-    def _parameters(self, views: Sequence[int]) -> list[ViewParameters]:
+    def _drawn_view(self, view: int) -> Parameters:
+        return view_of_all(self._cache.identity.views, view, self._data.sizes, self._data.in_memory)
+
+    def _parameters(self, views: Sequence[int]) -> list[Parameters]:
         """The parameters of these views, which are kept for the other epochs of their round."""
-        identity, everyone = self._cache.identity.views, range(len(self._data))
         kept = self._drawn
-        self._drawn = {v: kept.get(v) or draw_as(identity, v, everyone, self._data.sizes) for v in views}
+        self._drawn = {v: kept.get(v) or self._drawn_view(v) for v in views}
         return list(self._drawn.values())
 
     def _labels(
-        self, parameters: Sequence[ViewParameters], batches: Sequence[NDArray[np.int64]]
+        self, parameters: Sequence[Parameters], batches: Sequence[NDArray[np.int64]]
     ) -> Iterator[tuple[Tensor, Tensor | None]]:
         """The labels of each batch in some views, and where these are mixed their shares in the student's images."""
         labels = self._cache.train.labels.astype(np.int64)
         return _with_shares(labels, parameters, batches, self._student_images.size, self._teacher.device)
 
     def _images(
-        self, parameters: Sequence[ViewParameters], batches: Sequence[NDArray[np.int64]]
+        self, parameters: Sequence[Parameters], batches: Sequence[NDArray[np.int64]]
     ) -> Iterator[tuple[Tensor, Tensor]]:
         """What the student sees and what the teacher sees, rendered once where both want the same."""
         student, teacher = self._student_images, self._teacher_images
@@ -168,7 +170,7 @@ class PlainLoader(Epochs):
 
 def _with_shares(
     labels: NDArray[np.int64],
-    parameters: Sequence[ViewParameters],
+    parameters: Sequence[Parameters],
     batches: Sequence[NDArray[np.int64]],
     size: tuple[int, int],
     device: torch.device,

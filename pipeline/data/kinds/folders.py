@@ -24,7 +24,7 @@ _SPLITS = (*TRAIN, *VALIDATION, *TEST, *EVALUATION)
 
 HELD_OUT = 10  # where there are no split folders, every tenth image of a class belongs to the eval split
 _NAMED = 5  # classes that one message names
-_PIECE = 1 << 20  # samples at a time
+_PIECE = 1 << 18  # samples at a time
 _PURPOSE = {"train": "learn from", "eval": "evaluate on", "validation": "choose weights by"}
 
 

@@ -37,7 +37,7 @@ from kdcache.cache.store import leases
 from kdcache.pipeline import share
 from kdcache.pipeline.build.plan import plan_build
 leases.EXPIRES, inbucket.PAUSE, bucket.PAUSE, bucket.LONGEST_PAUSE, network._LONGEST_WAIT = 3.0, 0.1, 0.1, 0.2, 0.2
-module._probe = lambda *a: (1e9, 1.0)
+module.probe = lambda *a: (1e9, 1.0)
 folder = Path(sys.argv[2])
 
 def build_in_bucket(me, root, stop=None, by=None, machine=None):
@@ -58,6 +58,12 @@ def build_in_bucket(me, root, stop=None, by=None, machine=None):
     with (folder / f"{me}.said").open("a") as said:
         share.build_shared(plan_build(config, source), share.open_shared(root, True), True,
                            lambda line: print(line, file=said, flush=True))
+
+def beside(me, root):
+    # Once the two have begun whose end is planned.
+    while not all((folder / f"{name}.answers").exists() for name in ("killed", "frozen")):
+        time.sleep(0.01)
+    build_in_bucket(me, root)
 
 def as_rank(rank, root):
     for name, value in (("RANK", rank), ("WORLD_SIZE", 2), ("LOCAL_RANK", rank), ("LOCAL_WORLD_SIZE", 2)):
@@ -107,7 +113,7 @@ def whole(tmp_path_factory, source):
 @pytest.fixture
 def at(tmp_path, monkeypatch, source):
     """Builds in a bucket as if on the machine of that name, which has a home of its own."""
-    monkeypatch.setattr(build_module, "_probe", lambda *a: (1e9, 1.0))
+    monkeypatch.setattr(build_module, "probe", lambda *a: (1e9, 1.0))
     for name, seconds in ((leases, 0.0), (module, 0.0)):
         monkeypatch.setattr(name, "PAUSE", seconds)
 
@@ -126,8 +132,8 @@ def pulled(key, root, out):
 
 def answered(folder, me):
     """How many images of each shard a builder's teacher has answered for."""
-    found = Counter()
-    for line in (folder / f"{me}.answers").read_text().splitlines():
+    found, file = Counter(), folder / f"{me}.answers"
+    for line in file.read_text().splitlines() if file.exists() else ():
         lease, images = line.split()
         found[lease] += int(images)
     return found
@@ -140,7 +146,7 @@ root, other = sys.argv[3:]
 assert all_end([lambda me=me: race(f"race{me}", root) for me in range(4)]) == [0] * 4
 children = [in_child(lambda: build_in_bucket("killed", root, 2, signal.SIGKILL)),
             in_child(lambda: build_in_bucket("frozen", root, 2, signal.SIGSTOP)),
-            in_child(lambda: build_in_bucket("c", root)), in_child(lambda: build_in_bucket("d", root))]
+            in_child(lambda: beside("c", root)), in_child(lambda: beside("d", root))]
 codes = [ended(child) for child in (children[0], *children[2:])]
 os.kill(children[1], signal.SIGCONT)
 assert [*codes, ended(children[1])] == [-signal.SIGKILL, 0, 0, 0]
@@ -156,22 +162,23 @@ assert all_end([lambda: as_rank(0, other), lambda: as_rank(1, other)]) == [0, 0]
 
     each = {me: answered(tmp_path, me) for me in ("killed", "frozen", "c", "d")}
     said = {me: (tmp_path / f"{me}.said").read_text() for me in each}
-    assert all(each.values()) and each["killed"].total() + each["frozen"].total() < IMAGES / 2
+    assert each["killed"] and each["frozen"] and each["c"] + each["d"]
+    assert each["killed"].total() + each["frozen"].total() < IMAGES / 2
     total, rows = sum(each.values(), Counter()), {f"{n}p{part:04d}": r for n in VIEWS for part, r in enumerate(ROWS)}
-    twice = {lease for lease, images in total.items() if images > rows.get(lease, 40)}
-    # What the killed one had begun, and where a lease expired: that of the frozen one, or on a very busy machine.
-    begun = {lease for lease, images in each["killed"].items() if images < rows.get(lease, 40)}
-    expired = {lease: me for me in each for lease in re.findall("lost the lease of (.+) [(]3 s without", said[me])}
-    assert begun and "frozen" in expired.values() and twice <= begun | expired.keys()
-    in_vain = sum(each["killed"][lease] for lease in begun) + sum(each[me][lease] for lease, me in expired.items())
-    assert total.total() - in_vain <= 1.05 * IMAGES
+    twice = {lease: images - rows.get(lease, 40) for lease, images in total.items() if images > rows.get(lease, 40)}
+    # What these two had under way, one shard at the teacher and perhaps one that was being published; and where a lease
+    # of another expired, on a machine that is very busy.
+    busy = {lease for me in ("c", "d") for lease in re.findall("lost the lease of (.+) [(]3 s without", said[me])}
+    begun = twice.keys() - busy
+    assert begun <= each["killed"].keys() | each["frozen"].keys() and 1 <= len(begun) <= 4
+    assert total.total() == IMAGES + sum(twice.values())
     key = Cache(whole).key
     assert pulled(key, bucket, tmp_path / "pulled") == content(whole)
     assert "sharing the work with" in said["d"] and "images by this build" in said["frozen"]
     # Nothing is left of anybody but the dead one, and that only here.
     assert not [path for path in open_objects(bucket).times("leases") if path.startswith(key)]
     spools = {p.relative_to(tmp_path).parts[0] for p in tmp_path.rglob("*.block")}
-    assert spools == {"killed"}
+    assert spools <= {"killed"}
 
     ranks = answered(tmp_path, "rank0") + answered(tmp_path, "rank1")
     assert ranks.total() == IMAGES and pulled(key, f"{bucket}-ranks", tmp_path / "ranks") == content(whole)
@@ -241,6 +248,7 @@ def test_what_was_computed_elsewhere_is_read_from_there_and_fetched_only_when_it
     said = []
     built = at("b", bucket, said.append, views=3)
     assert built.teacher_images == 150 and "kdcache pull" in said[-1]
+    assert built.where == f"{bucket}/caches/{built.key}"
     here = Cache(built.path)
     assert here.views == () and here.complete and equal(here.read_evaluation(), Cache(whole).read_evaluation())
     for name in (built.key, built.key[:12]):
@@ -248,7 +256,7 @@ def test_what_was_computed_elsewhere_is_read_from_there_and_fetched_only_when_it
         assert not read.local and read.views == (0, 1, 2)
         assert open_cache(name).local
     fetched = at("b", bucket, views=3, whole=True)
-    assert fetched.teacher_images == 0 and content(fetched.path) == content(whole)
+    assert fetched.teacher_images == 0 and fetched.where is None and content(fetched.path) == content(whole)
     assert open_cache(built.key, bucket).local
 
 

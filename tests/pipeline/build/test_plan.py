@@ -21,7 +21,7 @@ pytestmark = pytest.mark.usefixtures("home")
 
 
 def test_a_plan_has_no_setting_left_open(source):
-    """Of what may be None, the folder means the usual place, and workers mean as many as there are cores."""
+    """Of what may be None, the folder means the usual place, workers the cores, and elsewhere that it is here."""
     plan = plan_build(BuildConfig("kd_toy:net", "kd_toy:images"), source)
     assert (plan.views, plan.batch, plan.compile, plan.any_numeric) == (16, 150, "no", True)
     assert {field.name for field in fields(plan) if getattr(plan, field.name) is None} == {

@@ -77,7 +77,9 @@ def cluster():
 
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # below a longer path there is no room for Ray's sockets
     small = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
-    os.environ["RAY_USAGE_STATS_ENABLED"] = "0"
+    patch = pytest.MonkeyPatch()
+    patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
+    patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     found = Cluster(True, head_node_args={"num_cpus": 0, "temp_dir": folder, **small})
     try:
         for _ in range(2):
@@ -88,6 +90,7 @@ def cluster():
         ray.shutdown()
         found.shutdown()
         shutil.rmtree(folder)
+        patch.undo()
 
 
 @pytest.fixture(autouse=True)
