@@ -41,7 +41,7 @@ def unsealed(content: bytes, where: str, advice: str) -> dict[str, Any]:
     had = value.pop(_SEAL, None)
     if _is_renamed(value) if had is None else had != _digest(value):
         raise CorruptError(
-            f"{where} is not what kdcache wrote, by the checksum in it: {advice}; if you changed it on purpose, remove "
+            f"{where} is not what was written, by the checksum in it: {advice}; if you changed it on purpose, remove "
             f'its "{_SEAL}"'
         )
     return value

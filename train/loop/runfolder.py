@@ -91,7 +91,7 @@ def read_lines(path: Path, summary: dict[str, Any] | None) -> bytes:
     content = read_plain(file, _MOST_LINES_BYTES) if os.path.lexists(file) else b""
     had = (summary or {}).get(METRICS_SEAL)
     if had is not None and had != sha256(content):
-        raise CorruptError(f"{file} is not what kdcache wrote, by the checksum in summary.json: leave this run out")
+        raise CorruptError(f"{file} is not what was written, by the checksum in summary.json: leave this run out")
     return content
 
 

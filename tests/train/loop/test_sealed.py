@@ -172,7 +172,7 @@ def test_a_sealed_file_is_read_as_it_was_written(tmp_path):
     (tmp_path / "x.json").write_bytes(sealed(value))
     assert read_sealed(tmp_path / "x.json", "") == {**value, "t": [1, 2]}
     (tmp_path / "x.json").write_bytes(sealed(value).replace(b'"sha256"', b'"shq256"'))
-    with pytest.raises(CorruptError, match="is not what kdcache wrote, by the checksum in it"):
+    with pytest.raises(CorruptError, match="is not what was written, by the checksum in it"):
         read_sealed(tmp_path / "x.json", "")
     with pytest.raises(NotFoundError):
         read_sealed(tmp_path / "y.json", "")
