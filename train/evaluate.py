@@ -87,7 +87,7 @@ def open_trained(
             f"{path} is a taught teacher, and {what} is for students: kdcache info shows how good a cache's teacher is"
         )
     if not checkpoint.checked:
-        say(f"note: {path} has no checksums, since an earlier kdcache wrote it: damage to it would not be found")
+        say(f"note: {path} has no checksums, since an earlier version wrote it: damage to it would not be found")
     return Trained(path, notes, student_of(path, state, notes, student), state)
 
 

@@ -152,7 +152,7 @@ class RunFolder:
         content = read_plain(file)
         if not _is_sealed(file, content):
             say(
-                f"note: {file} has no checksum, since an earlier kdcache wrote it: only a part of what could have been "
+                f"note: {file} has no checksum, since an earlier version wrote it: only a part of what could have been "
                 "damaged in it would be found"
             )
         try:
