@@ -11,6 +11,7 @@ import tempfile
 import threading
 import time
 from dataclasses import replace
+from pathlib import Path
 
 import pytest
 import torch
@@ -78,6 +79,8 @@ def cluster():
     folder = tempfile.mkdtemp(prefix="r", dir="/tmp")  # below a longer path there is no room for Ray's sockets
     small = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
     patch = pytest.MonkeyPatch()
+    (Path(folder) / "ray").mkdir()
+    patch.setenv("RAY_TMPDIR", folder)  # where it notes the cluster's address
     patch.setenv("RAY_USAGE_STATS_ENABLED", "0")
     patch.setenv("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     found = Cluster(True, head_node_args={"num_cpus": 0, "temp_dir": folder, **small})

@@ -182,8 +182,8 @@ def test_other_pixels_are_refused(home, data, monkeypatch):
         CachedLoader(cache, open_data("digits", "train", unlabelled=True), BATCH)
     from kdcache.train.loaders import cached as module
 
-    drawn = module.draw_as
-    monkeypatch.setattr(module, "draw_as", lambda views, view, *rest: drawn(views, view + 1, *rest))
+    drawn = module.view_of_all
+    monkeypatch.setattr(module, "view_of_all", lambda views, view, *rest: drawn(views, view + 1, *rest))
     with pytest.raises(KdcacheError, match=r"view 0, part 0 .* other view parameters"):
         list(CachedLoader(cache, data, BATCH).steps())
 

@@ -163,7 +163,7 @@ def test_what_a_rank_lacks_is_said_as_in_one_process(tmp_path, monkeypatch):
         list(rank.steps())
     file.write_bytes(whole)
     assert len(list(rank.steps())) == 6 and rank.epoch == 0
-    drawn = cached.draw_as
-    monkeypatch.setattr(cached, "draw_as", lambda views, view, *rest: drawn(views, view + 1, *rest))
+    drawn = cached.view_of_all
+    monkeypatch.setattr(cached, "view_of_all", lambda views, view, *rest: drawn(views, view + 1, *rest))
     with pytest.raises(KdcacheError, match=r"view 0, part 0 .* other view parameters"):
         list(CachedLoader(cache, data, 36, 0, 2).steps())
