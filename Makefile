@@ -28,8 +28,9 @@ help:
 demo: $(READY)
 	@$(BIN)/kdcache demo
 
-# A process a core, a file at a time; threads of so many would only wait for each other.
-PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n "$$(nproc)" --maxprocesses 8 --dist loadfile
+# A process a core and one more, since many tests wait for others to end; a file at a time; threads of so many would only
+# wait for each other.
+PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n "$$(($$(nproc) + 1))" --maxprocesses 8 --dist loadfile
 
 test: lint
 	$(call PYTEST,$(BIN))

@@ -339,11 +339,11 @@ def test_torchrun_that_is_stopped_ends_its_ranks_and_one_process_goes_on(home, w
 
 
 def test_what_all_ranks_refuse_is_said_once(home):
-    started = torchrun(home, "refused", "--loss", "kd", "--epochs", "1", count=3, batch=2)
+    started = torchrun(home, "refused", "--loss", "kd", "--epochs", "1", batch=1)
     _, said = started.communicate(timeout=120)
     assert started.returncode != 0
     lines = [line for line in said.splitlines() if line.startswith("Error: ")]
-    assert lines == ["Error: a batch of 2 cannot be split over 3 ranks"]
+    assert lines == ["Error: a batch of 1 cannot be split over 2 ranks"]
     assert not (home / "refused").exists()
 
 
