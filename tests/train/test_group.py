@@ -228,11 +228,11 @@ def settings(home, out, **more):
     return TrainConfig("dist", batch_size=95, lr=0.01, **of, **more)
 
 
-def torchrun(home, out, *flags, count=RANKS, restarts=0, batch=95):
+def torchrun(home, out, *flags, restarts=0, batch=95):
     """A training as `settings` says."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",  # a free port, which several can have at once
-        "--nproc-per-node", str(count), "--max-restarts", str(restarts),
+        "--nproc-per-node", str(RANKS), "--max-restarts", str(restarts),
         "-m", "kdcache.cli", "train", "--cache", str(home / "cache"), "--student", "rankstudent:small",
         "--batch-size", str(batch), "--lr", "0.01", "--out", str(home / out), *flags,
     ]  # fmt: skip
