@@ -228,11 +228,11 @@ def settings(home, out, **more):
     return TrainConfig("dist", batch_size=95, lr=0.01, **of, **more)
 
 
-def torchrun(home, out, *flags, restarts=0, batch=95):
+def torchrun(home, out, *flags, count=RANKS, restarts=0, batch=95):
     """A training as `settings` says."""
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",  # a free port, which several can have at once
-        "--nproc-per-node", str(RANKS), "--max-restarts", str(restarts),
+        "--nproc-per-node", str(count), "--max-restarts", str(restarts),
         "-m", "kdcache.cli", "train", "--cache", str(home / "cache"), "--student", "rankstudent:small",
         "--batch-size", str(batch), "--lr", "0.01", "--out", str(home / out), *flags,
     ]  # fmt: skip
@@ -339,11 +339,11 @@ def test_torchrun_that_is_stopped_ends_its_ranks_and_one_process_goes_on(home, w
 
 
 def test_what_all_ranks_refuse_is_said_once(home):
-    started = torchrun(home, "refused", "--loss", "kd", "--epochs", "1", batch=1)
+    started = torchrun(home, "refused", "--loss", "kd", "--epochs", "1", count=3, batch=2)
     _, said = started.communicate(timeout=120)
     assert started.returncode != 0
     lines = [line for line in said.splitlines() if line.startswith("Error: ")]
-    assert lines == ["Error: a batch of 1 cannot be split over 2 ranks"]
+    assert lines == ["Error: a batch of 2 cannot be split over 3 ranks"]
     assert not (home / "refused").exists()
 
 
