@@ -238,10 +238,8 @@ def builds(work: Path, images: int, rounds: int) -> dict[str, Any]:
     for turn in range(rounds):
         for name in random.Random(turn).sample(list(specs), len(specs)):
             out = str(work / f"cache-{turn}-{list(specs).index(name)}")
-            options = ("--views", "1", "--allow-low-accuracy", "--out", out)
-            built = kdcache(
-                "build", "--teacher", "resnet18", "--weights", str(weights), "--data", specs[name], *options
-            )
+            what = ("--teacher", "resnet18", "--weights", str(weights), "--data", specs[name], "--out", out)
+            built = json.loads(kdcache("build", *what, "--views", "1", "--allow-low-accuracy", "--json"))
             rates[name].append(built["teacher_images"] / built["seconds"])
     return {
         "command": f"python bench/kinds.py build --images {images} --rounds {rounds}",
