@@ -32,7 +32,7 @@ def publish(path: Path, data: bytes, scratch: Path, *, replace: bool = False) ->
     try:
         _put(path, partial(write, data=data), scratch, os.link)
     except FileExistsError:
-        if _holds(path, data):
+        if holds(path, data):
             sync_folder(path.parent)  # whoever made the file may not have synced it yet
         elif replace:
             _put(path, partial(write, data=data), scratch, os.replace)
@@ -55,7 +55,7 @@ def write(path: Path, data: Content) -> None:
 
     Where the folder belongs to a group (see `make_folder`), the group may read and write the file.
     """
-    with _naming(path), path.open("wb") as f:
+    with naming(path), path.open("wb") as f:
         if _is_groups(path.parent):
             # The group needs the right to write: without it nobody else may link to the file, and so nobody could
             # finish another's work.
@@ -98,8 +98,7 @@ def _put(
 ) -> None:
     for last in (False, True):
         temporary = scratch / f".{path.name}.{secrets.token_hex(8)}.tmp"
-        # An error of a write, such as that of a full disk, does not name the file by itself.
-        with _naming(path):
+        with naming(path):
             try:
                 make_folder(path.parent)
                 make_folder(scratch)
@@ -141,7 +140,8 @@ def sync_folder(folder: Path) -> None:
 
 
 @contextmanager
-def _naming(path: Path) -> Iterator[None]:
+def naming(path: Path) -> Iterator[None]:
+    """Have errors of the block name the file, as those of a write, such as on a full disk, do not by themselves."""
     try:
         yield
     except OSError as e:
@@ -149,10 +149,11 @@ def _naming(path: Path) -> Iterator[None]:
         raise
 
 
-def _holds(path: Path, data: bytes) -> bool:
+def holds(path: Path, data: bytes) -> bool:
+    """Whether there is a plain file with just this content."""
     try:
         return read_bounded(path, len(data)) == data
-    except KdcacheError:
+    except KdcacheError:  # it is missing, longer, or no plain file
         return False
 
 

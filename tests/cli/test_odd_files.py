@@ -1,6 +1,5 @@
 """Pipes and devices in the place of files, streams that a shell has closed, and a disk that fills up under a run."""
 
-import os
 import shutil
 import subprocess
 import sys
@@ -10,18 +9,15 @@ from pathlib import Path
 import pytest
 
 from kdcache.tests.helpers.commands import Place
+from kdcache.tests.helpers.oddthings import put_in_place
 from kdcache.train.loop.logs.logs import Logs
 
 
-def _odd(path: Path, kind: str) -> None:
-    os.mkfifo(path) if kind == "pipe" else path.symlink_to("/dev/zero")
-
-
 @pytest.mark.timeout(30)
-@pytest.mark.parametrize("kind", ["pipe", "device"])
+@pytest.mark.parametrize("kind", ["a pipe", "a device"])
 def test_no_pipe_or_device_is_read(place: Place, data: str, refused: Callable[..., str], kind: str) -> None:
     for name in ("t.csv", "t.jsonl", "t.parquet", "m.json", "w.pth", "w.safetensors", "c.h5", "c.beton", "out.html"):
-        _odd(Path(name), kind)
+        put_in_place(Path(name), kind)
     for table in ("t.csv", "t.jsonl", "t.parquet"):
         refused(f"build --teacher resnet8 --data files:{table}", table, "plain file")
     refused(f"build --teacher resnet8 {data} --weights {place.weights} --class-map m.json", "m.json", "plain file")
@@ -30,7 +26,7 @@ def test_no_pipe_or_device_is_read(place: Place, data: str, refused: Callable[..
     for cache in ("c.h5", "c.beton"):
         refused(f"train {data} --cache {cache} --student resnet8", cache)
     refused(f"report {place.cache} --out out.html", "out.html", "not a plain file")
-    _odd(Path("kdcache.toml"), kind)
+    put_in_place(Path("kdcache.toml"), kind)
     refused("ls", "kdcache.toml is not a plain file")
 
 

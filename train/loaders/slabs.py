@@ -140,10 +140,6 @@ class Slabs:
         finally:
             self._in_use.subtract(now)
 
-    def all(self) -> list[Slab]:
-        """The slabs that are in memory, or being read."""
-        return list(self._slabs.values())
-
     def _get(self, wanted: Wanted, first: Sequence[Slab], spare: list[Records]) -> Slab:
         """The slab, which is being read from now on if it was not yet. first: those that are read before."""
         if wanted in self._slabs:

@@ -19,6 +19,7 @@ from kdcache.cache import packing as packing
 from kdcache.cache.store.layout import ArraySpec
 from kdcache.pipeline.verify import verify
 from kdcache.tests.helpers.caches import BOTH, same
+from kdcache.tests.helpers.oddthings import ODD, put_in_place
 from kdcache.tests.helpers.stores import read_all, tree
 
 BLOCK = 512
@@ -40,18 +41,12 @@ def flip(path, rng):
 
 
 @pytest.mark.parametrize("toy", ["format-1"], indirect=True)
-@pytest.mark.parametrize("other", ["nothing", "a folder", "a loop", "a pipe", "a device"])
+@pytest.mark.parametrize("other", ODD)
 @pytest.mark.timeout(20)
 def test_another_thing_in_the_files_place_while_it_is_open(toy, tmp_path, other):
     path = Path(shutil.copy(toy[1], tmp_path / "c.h5"))
     cache = open_cache(path)
-    path.unlink()
-    if other == "a folder":
-        path.mkdir()
-    elif other == "a pipe":
-        os.mkfifo(path)
-    elif other != "nothing":
-        path.symlink_to(path.name if other == "a loop" else "/dev/zero")
+    put_in_place(path, other)
     for read in (lambda: cache.read(0), cache.size, cache._place.check, lambda: open_cache(path)):
         with pytest.raises(KdcacheError, match=r"c\.h5"):
             read()

@@ -48,7 +48,7 @@ def test_memory_of_a_slab_is_used_again_but_not_under_an_iterator(home, data):
     for epoch in range(7):
         loader.set_epoch(epoch)
         assert all(records.gaps.shape == (BATCH, 10) for *_, records in loader.steps())
-        memory |= {slab.held.records.gaps.data_ptr() for slab in loader._slabs.all()}
+        memory |= {slab.held.records.gaps.data_ptr() for slab in loader._slabs._slabs.values()}
     assert len(memory) == 2
     loader.set_epoch(7)
     early = loader.steps()

@@ -24,6 +24,7 @@ from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.tests.helpers.caches import same
 from kdcache.tests.helpers.ffcv import Drawn, needs_ffcv, packed_arrays, packed_files, quiet
 from kdcache.tests.helpers.images import arrays_data
+from kdcache.tests.helpers.oddthings import ODD, put_in_place
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.ffcv import FFCVLoader
 
@@ -164,19 +165,13 @@ def test_an_error_in_ffcvs_thread_reaches_the_reader(packed, monkeypatch):
 
 @needs_ffcv
 @pytest.mark.timeout(60, method="thread")
-@pytest.mark.parametrize("other", ["nothing", "a folder", "a loop", "a pipe", "a device"])
+@pytest.mark.parametrize("other", ODD)
 def test_another_thing_in_the_files_place_while_it_is_open(copy, other):
     file = FFCVFile(copy)
     loader = FFCVLoader(file, 25)
     steps = loader.steps()
     next(steps)
-    copy.unlink()
-    if other == "a folder":
-        copy.mkdir()
-    elif other == "a pipe":
-        os.mkfifo(copy)
-    elif other != "nothing":
-        copy.symlink_to(copy.name if other == "a loop" else "/dev/zero")
+    put_in_place(copy, other)
     assert len(list(steps)) == 1  # the epoch that has begun has the file itself
     for again in (lambda: next(loader.steps()), loader.difference, lambda: FFCVLoader(file, 25)):
         with pytest.raises(e.CorruptError, match=r"copy\.beton.*(cannot be read any more|changed while it was open)"):

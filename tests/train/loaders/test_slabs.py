@@ -54,9 +54,9 @@ def test_several_views_are_held_at_once_and_those_that_follow_are_read_ahead():
     reader = Reader()
     slabs = Slabs(reader, reuse=False)
     with slabs.taken(wanted(3, 1), wanted(1, 2)) as now:
-        assert values(now) == [3, 1] and sorted(values(slabs.all())) == [1, 2, 3]
+        assert values(now) == [3, 1] and sorted(values(slabs._slabs.values())) == [1, 2, 3]
     with slabs.taken(wanted(1, 2), []) as now:
-        assert values(now) == [1, 2] and values(slabs.all()) == [1, 2]
+        assert values(now) == [1, 2] and values(slabs._slabs.values()) == [1, 2]
     assert sorted(reader.seen) == [1, 2, 3]
 
 
@@ -136,7 +136,7 @@ def test_ranks_hold_a_view_once_and_give_the_batches_of_one_process(policy, tmp_
 def slabs_of(loader, epoch=None):
     """What a loader holds, of an epoch if one is given."""
     if epoch is None:
-        return [slab.held for slab in loader._slabs.all()]
+        return [slab.held for slab in loader._slabs._slabs.values()]
     with loader._slabs.taken(loader._reader.wanted(epoch), loader._reader.wanted(epoch + 1)) as (slab,):
         return [slab.held]
 

@@ -2,9 +2,9 @@
 
 import io
 import json
-import os
 import random
 import shutil
+from functools import partial
 
 import pytest
 import torch
@@ -15,6 +15,7 @@ from kdcache.cache.sealed import read_sealed, sealed
 from kdcache.pipeline.teachers.checkpoints import weights_hash
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.teachers.weights import read_weights, saved, write_weights
+from kdcache.tests.helpers.oddthings import put_in_place
 from kdcache.tests.helpers.training import Same
 from kdcache.train.evaluate import _beside
 from kdcache.train.loop.optimisers import Recipe
@@ -143,22 +144,12 @@ def test_odd_settings_are_one_line(run, text):
             read(run)
 
 
-def _pipe(path):
-    path.unlink()
-    os.mkfifo(path)
-
-
-def _device(path):
-    path.unlink()
-    path.symlink_to("/dev/zero")
-
-
 def _gone(path):
     path.unlink()
     path.symlink_to("nowhere")
 
 
-@pytest.mark.parametrize("how", [_pipe, _device, _gone])
+@pytest.mark.parametrize("how", [partial(put_in_place, other="a pipe"), partial(put_in_place, other="a device"), _gone])
 @pytest.mark.parametrize("name", ["state.pt", "last.safetensors", "config.json", "summary.json", "metrics.jsonl"])
 @pytest.mark.timeout(20)
 def test_a_pipe_a_device_or_a_broken_link_in_the_place_of_a_file_is_one_line(run, name, how):

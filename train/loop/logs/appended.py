@@ -3,13 +3,10 @@
 from __future__ import annotations
 
 import os
-from collections.abc import Iterator
-from contextlib import contextmanager
 from io import FileIO
 from pathlib import Path
 
-from kdcache.cache.errors import KdcacheError
-from kdcache.cache.files import read_bounded, replace_file, sync_folder
+from kdcache.cache.files import holds, naming, replace_file, sync_folder
 
 
 class AppendedFile:
@@ -26,12 +23,12 @@ class AppendedFile:
         self._stream: FileIO | None = None
         if not content:
             path.unlink(missing_ok=True)
-        elif not _holds(path, content):
+        elif not holds(path, content):
             replace_file(path, content)
 
     def append(self, line: bytes) -> None:
         """Add a whole line, which ends in a newline."""
-        with _naming(self._path):
+        with naming(self._path):
             if self._stream is None:
                 self._stream = self._path.open("ab", buffering=0)
             left = memoryview(line)
@@ -48,22 +45,6 @@ class AppendedFile:
         if self._stream is None:
             return
         stream, self._stream = self._stream, None
-        with _naming(self._path), stream:
+        with naming(self._path), stream:
             os.fsync(stream.fileno())
         sync_folder(self._path.parent)
-
-
-def _holds(path: Path, content: bytes) -> bool:
-    try:
-        return read_bounded(path, len(content)) == content
-    except KdcacheError:  # it is missing, longer, or no plain file
-        return False
-
-
-@contextmanager
-def _naming(path: Path) -> Iterator[None]:
-    try:
-        yield
-    except OSError as e:
-        e.filename = str(path)
-        raise
