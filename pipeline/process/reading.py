@@ -5,9 +5,13 @@ from __future__ import annotations
 import ctypes
 import os
 import re
-from collections.abc import Sequence
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
 from multiprocessing.sharedctypes import RawArray
 from typing import Any
+
+_NOTICED_SECONDS = 1.0  # after which the death of a process is noticed at the latest
 
 
 class Reading:
@@ -31,6 +35,19 @@ def lost_workers(error: str) -> tuple[list[int], str | None] | None:
     """The ids of the processes that are gone by torch's error, and the signal if it says one; None for other errors."""
     found = re.match(r"DataLoader worker \(pid(?:\(s\))? ([\d, ]+)\) (?:is killed by signal: (.*?)\.( |$))?", error)
     return found and ([int(pid) for pid in found[1].split(",")], found[2])
+
+
+@contextmanager
+def deaths_first() -> Iterator[None]:
+    """Have torch's error of a worker's death, which names it, come in the place of an error of the pipe that it broke.
+
+    For blocks that fetch what workers have done, in the main thread: torch raises its error from a signal handler.
+    """
+    try:
+        yield
+    except (ConnectionError, EOFError):
+        time.sleep(_NOTICED_SECONDS)  # the handler ends it
+        raise
 
 
 def as_it_is(done: Any) -> Any:

@@ -26,7 +26,7 @@ from torch.utils.data import Dataset as TorchDataset
 from kdcache.cache.errors import EXPLANATIONS, InputError, KdcacheError, UnreadableError
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.process.rank import this_rank
-from kdcache.pipeline.process.reading import Reading, as_it_is, lost_workers
+from kdcache.pipeline.process.reading import Reading, as_it_is, deaths_first, lost_workers
 from kdcache.pipeline.process.screen import begin_worker
 from kdcache.pipeline.views.operations.operation import Drawn
 
@@ -174,7 +174,8 @@ class Workers:
 
     def next(self, done: Iterator[Done]) -> Done:
         try:
-            return next(done)
+            with deaths_first():
+                return next(done)
         except RuntimeError as e:
             if (reason := worker_error(e)) is None:
                 raise

@@ -14,7 +14,7 @@ from torch.utils.data import Dataset as TorchDataset
 from kdcache.cache.errors import InputError, UnreadableError
 from kdcache.pipeline.process.progress import Progress
 from kdcache.pipeline.process.rank import cores
-from kdcache.pipeline.process.reading import Reading, as_it_is, lost_workers
+from kdcache.pipeline.process.reading import Reading, as_it_is, deaths_first, lost_workers
 from kdcache.pipeline.process.screen import begin_worker
 
 T = TypeVar("T")
@@ -53,7 +53,7 @@ def in_workers(
     )
     reason = None
     try:
-        with Progress(title, len(places), unit) as progress:
+        with deaths_first(), Progress(title, len(places), unit) as progress:
             for done in loader:
                 yield from done
                 progress.advance(len(done))
