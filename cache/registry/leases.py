@@ -22,10 +22,10 @@ import threading
 import time
 from collections.abc import Callable
 
-from kdcache.cache.errors import NotFoundError, UnreadableError
-from kdcache.cache.identity import canonical, parse
+from kdcache.cache.errors import UnreadableError
+from kdcache.cache.identity import canonical
 from kdcache.cache.registry.objects import Objects
-from kdcache.cache.store.leases import MOST_BYTES, Leases, Owner, ended
+from kdcache.cache.store.leases import MOST_BYTES, NOBODY, Leases, Owner, ended, owner_in
 
 LEASES = "leases"
 PAUSE = 5.0  # seconds between two lists
@@ -112,13 +112,12 @@ class ObjectLeases(Leases):
 
     def _read(self, name: str) -> Owner | None:
         path = f"{self._folder}/{name}"
-        try:
-            return parse(Owner, self._objects.read(path, MOST_BYTES), f"{self._objects.url}/{path}", "remove it")
-        except NotFoundError:
-            return None
+        return owner_in(lambda: self._objects.read(path, MOST_BYTES), f"{self._objects.url}/{path}")
 
     def _living(self, name: str) -> Owner | None:
         owner, now = self._owner_of(name), self._times.get(self._me)
+        if owner == NOBODY:
+            return None
         if owner is None or owner == self._owner or now is None:  # without a time nobody is taken for dead
             return owner
         shown = self._times.get(f"{owner.token}.json")
