@@ -73,6 +73,7 @@ class Bench:
         build(replace(self.config, out=str(self.other), seed=1), quiet)
         self.want, self.bytes = contents(self.good), content(self.good)
         self._leave()
+        self.usual = {problem.replace(str(self.good), "") for problem in verify(Cache(self.good)).problems}
 
     def _leave(self) -> None:
         """Beside the cache, what a builder leaves that was killed: here one that had decided a shard."""
@@ -106,13 +107,13 @@ class Bench:
         how(path / name, random.Random(f"{how.__name__} {name} {number}"), self.other / name)
         found = {"verify": self.verified(path, name), "readers": self.read(path)}
         before = content(self.other)
-        with contextlib.suppress(KdcacheError):  # an identity that cannot be read: build writes it again
-            verify(Cache(path), repair=True)
         try:
+            with contextlib.suppress(KdcacheError):  # an identity that cannot be read: build writes it again
+                verify(Cache(path), repair=True)
             build(replace(self.config, out=str(path)), quiet, self.source)
             found["again"] = "the original" if content(path) == self.bytes else "OTHER BYTES"
         except Exception as e:
-            found["again"] = f"BUILD FAILED: {type(e).__name__}: {e}".replace(str(self.work), "")
+            found["again"] = f"FAILED: {type(e).__name__}: {e}".replace(str(self.work), "")
         if content(self.other) != before:
             found["again"] = "ANOTHER CACHE WAS CHANGED"
         return found
@@ -124,8 +125,10 @@ class Bench:
             problems = [str(e)]
         except Exception as e:
             return f"{type(e).__name__}: {e}".upper()
-        if problems:
-            return "named" if any(str(path) in problem for problem in problems) else "UNNAMED"
+        if new := [problem for problem in problems if problem.replace(str(path), "") not in self.usual]:
+            # A shard's files may be named by its commit, and a folder's by what lies in it.
+            exactly = any(str(path / name) in problem for problem in new)
+            return "named" if exactly else "named by its commit" if any(str(path) in p for p in new) else "UNNAMED"
         if name.startswith(("leases", "scratch")):
             return "harmless: what builders leave, which no reader looks at"
         if contents(path).items() <= self.want.items():
@@ -191,13 +194,14 @@ def kind_of(name: str) -> str:
 
 
 def content(path: Path) -> dict[str, Any]:
-    """Every file of the cache, of commits all but who wrote them."""
+    """Every file of the cache, links followed; of commits all but who wrote them."""
     found: dict[str, Any] = {}
-    for file in sorted(path.rglob("*")):
-        name = file.relative_to(path).as_posix()
-        if file.is_file() or file.is_symlink():
-            held = b"a link" if file.is_symlink() else file.read_bytes()
-            found[name] = damage.without_writer(held) if "commits/" in name else held
+    for where, _, names in os.walk(path, followlinks=True):
+        for file in (Path(where, name) for name in names):
+            name = file.relative_to(path).as_posix()
+            found[name] = file.read_bytes() if file.is_file() else None
+            if "commits/" in name:
+                found[name] = damage.without_writer(found[name])
     return found
 
 

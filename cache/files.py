@@ -149,6 +149,21 @@ def remove_below(top: Path, file: str) -> None:
     discard(at)
 
 
+def links_below(top: Path) -> list[Path]:
+    """The links to folders below a folder. They are not followed."""
+    found = (Path(where, name) for where, folders, _ in os.walk(top) for name in folders)
+    return sorted(path for path in found if path.is_symlink())
+
+
+def require_no_link(top: Path, file: str) -> None:
+    """CorruptError if a folder on the way from `top` to a file is a link, which would lead elsewhere."""
+    at = top
+    for name in PurePosixPath(file).parent.parts:
+        at /= name
+        if at.is_symlink() and at.is_dir():
+            raise CorruptError(f"{at} is a symbolic link, which is not followed: remove it")
+
+
 def clear_way(top: Path, file: str) -> None:
     """Remove what keeps a file below `top` from being written: no folder on the way to it, or a folder in its place."""
     at = top

@@ -237,7 +237,8 @@ class Cache:
     def tidy(self) -> None:
         """Clear away what dead builders left, if there is anything and this user may remove it."""
         folders = [self.path / name for name in _WORK]
-        left = any(names for folder in folders for _, _, names in os.walk(folder)) or odd_leavings(self)
+        left = any(names for at in folders for _, _, names in os.walk(at))
+        left = left or any(at.exists() and not at.is_dir() for at in folders)
         if left and all(os.access(at if os.path.lexists(at) else self.path, os.W_OK) for at in folders):
             with self.writing():
                 pass
@@ -305,8 +306,12 @@ def _decisions(path: Path) -> list[Path]:
 
 
 def odd_leavings(cache: Cache) -> list[str]:
-    """What in the folders of builders no builder of this cache has left as it is: a line for each, which says so."""
+    """What lies in a cache's folder, is named by no commit and is nothing that kdcache leaves there: a line for each.
+
+    That is links to folders, and what in the folders of builders no builder has left as it is.
+    """
     path, advice = cache.path, "the next build clears it away, as kdcache verify --repair does"
+    links = [link for link in files.links_below(path) if link.relative_to(path).parts[0] not in _WORK]
     folders = [*(path / name for name in _WORK), *_decisions(path)]
     odd = [folder for folder in folders if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir())]
     found = [f"{folder} is no folder of builders" for folder in odd]
@@ -318,14 +323,15 @@ def odd_leavings(cache: Cache) -> list[str]:
                 store.require_decision(name)
             except CorruptError as e:
                 found.append(str(e).partition(";")[0])
-    return [f"{one}: {advice}" for one in found]
+    refused = [f"{link} is a symbolic link, which is not followed: remove it" for link in links]
+    return refused + [f"{one}: {advice}" for one in found]
 
 
 def clear_leavings(cache: Cache) -> None:
     """Clear away what `odd_leavings` tells and all that dead builders have left; what they had decided is committed."""
-    for name in _WORK:
-        if (cache.path / name).is_symlink():
-            (cache.path / name).unlink()
+    for link in [*files.links_below(cache.path), *(cache.path / name for name in _WORK)]:
+        if link.is_symlink():
+            link.unlink()
     with cache.writing():
         pass
 

@@ -168,11 +168,16 @@ class SplitStore(SplitReader):
         self._in_place(file, lambda: files.publish(path, content, self._scratch, replace=True))
 
     def _in_place(self, file: str, put: Callable[[], T]) -> T:
-        """What `put` returns, which makes a file of the cache; what stands in its way and is no commit goes first."""
+        """What `put` returns, which makes a file of the cache; what stands in its way and is no commit goes first.
+
+        CorruptError where a link leads elsewhere.
+        """
+        top = path_of(self._place)
+        files.require_no_link(top, file)
         try:
             return put()
         except (FileExistsError, IsADirectoryError, NotADirectoryError):
-            files.clear_way(path_of(self._place), file)
+            files.clear_way(top, file)
             return put()
 
     # Decisions
@@ -265,13 +270,11 @@ class SplitStore(SplitReader):
 
     def _put(self, file: str, stored: StoredFile, decided: Path, just_written: bool) -> bool:
         """Put a decided file in its place. Returns whether the bytes there are the decided ones."""
-        path = self._root / file
-        if just_written or not _is(path, stored):
+        path, source = self._root / file, decided / stored.sha256
+        if just_written or not (_is(path, stored) or source.is_dir()):
             # The file is missing if another builder has finished this decision and removed it.
             with suppress(FileNotFoundError):
-                self._in_place(
-                    self.prefix + file, lambda: files.link_file(path, decided / stored.sha256, self._scratch)
-                )
+                self._in_place(self.prefix + file, lambda: files.link_file(path, source, self._scratch))
                 if just_written:
                     return True
         return _is(path, stored)

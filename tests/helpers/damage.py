@@ -110,7 +110,7 @@ def without_writer(content):
     """A commit's bytes but for who wrote it, which is for people; other bytes as they are."""
     try:
         about = json.loads(content)
-    except ValueError:
+    except (TypeError, ValueError):
         return content
     return {k: v for k, v in about.items() if k != "writer"} if isinstance(about, dict) else content
 
