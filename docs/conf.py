@@ -27,6 +27,7 @@ autodoc_member_order = "bysource"
 autodoc_typehints_format = "short"
 autodoc_preserve_defaults = True
 maximum_signature_line_length = 90
+smartquotes = False  # -- is two dashes
 default_role = "code"  # docstrings mark names with single backticks
 
 _CODE = re.compile(r"(`[^`]+`)")
@@ -41,5 +42,20 @@ def _plain(app: Any, what: str, name: str, about: Any, options: Any, lines: list
     ]
 
 
+def _examples(app: Any, context: Any, lines: list[str]) -> None:
+    """Examples in the help of a command are blocks for the shell."""
+    found: list[str] = []
+    for line in lines:
+        text = re.sub(r"^\|?\s*(Example: )?", "", line)
+        if not text.startswith("kdcache "):
+            found.append(line)
+            continue
+        if not found or not found[-1].startswith("   "):
+            found += ["", ".. code-block:: bash", ""]
+        found.append(f"   {text}")
+    lines[:] = [*found, ""]
+
+
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", _plain)
+    app.connect("sphinx-click-process-description", _examples)

@@ -29,7 +29,7 @@ _OPERATORS = re.compile(r"[();<>|&]+")
 
 @dataclass(frozen=True)
 class Block:
-    """A fenced block. text: without its indentation. note: what the comment says of its test, "" for a block that runs."""
+    """A fenced block. text: without its indentation. note: what a comment says of its test; "" for one that runs."""
 
     page: Path
     line: int
@@ -46,7 +46,7 @@ class Block:
         return not self.note and self.language in (*SHELL, "python")
 
     def lines(self) -> list[str]:
-        """What is typed: lines that go on are joined, and of a session with its output only lines with a prompt count."""
+        """What is typed: lines that go on are joined; of a session with its output only lines with a prompt count."""
         lines = re.sub(r"\\\n\s*", " ", self.text).splitlines()
         if self.language == "console":
             lines = [line.removeprefix(PROMPT) for line in lines if line.startswith(PROMPT)]
@@ -80,8 +80,8 @@ def prose(page: Path) -> str:
 
 
 def commands(line: str) -> Iterator[list[str]]:
-    """The commands of kdcache in a line for the shell: the words after `kdcache` or `-m kdcache.cli`, up to the next operator."""
-    lexer = shlex.shlex(re.sub(r"\$\([^()]*\)|\$\w+", "1", line), posix=True, punctuation_chars=True)
+    """The commands of kdcache in a line for the shell: the words after kdcache or -m kdcache.cli, up to an operator."""
+    lexer = shlex.shlex(re.sub(r"\$\w+", "1", re.sub(r"\$\([^()]*\)", "", line)), posix=True, punctuation_chars=True)
     lexer.whitespace_split, lexer.commenters = True, ""
     words: list[str] | None = None
     for word in [*lexer, ";"]:
