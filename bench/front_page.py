@@ -2,8 +2,8 @@
 
     python bench/front_page.py            # from bench/results/study.json; the plot needs the extra `report`
 
-The table and the sentences stand between marks in README.md. The plot and the picture of the two stages are SVG, each for
-light and for dark pages. The picture for light pages is drawn by hand; the dark one is the same in other colours.
+The table and the sentences stand between marks in README.md. The plot and the picture of the two stages are SVG, each
+for light and for dark pages. The picture for light pages is drawn by hand; the dark one is the same in other colours.
 """
 
 from __future__ import annotations
@@ -12,6 +12,7 @@ import argparse
 import json
 import re
 import statistics
+import textwrap
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -79,15 +80,16 @@ def sentences(results: Results, section: dict[str, Section]) -> str:
     same = sum(results[a]["weights"] == results[b]["weights"] for a, b in pairs)
     saved = cost(results, of_core(section)["nkd, the teacher in every step"]) - cost(results, core["nkd"])
     paid = results["build-dense"]["cpu_seconds"] / saved
-    return (
-        f"- **The teacher helps**: nkd - ce is {with_interval(gain, 100, 2)} points of top-1 "
-        f"(95% interval, {len(gain)} seeds).\n"
-        "- **The cache is the teacher**: from float32 records a student ends with the weights that the teacher in every "
-        f"step gives,\n  bit by bit, in {same} of {len(pairs)} seeds. With float16 records, the default, top-1 differs by "
-        f"{with_interval(rounding, 100, 2)}\n  points ({len(rounding)} seeds).\n"
-        f"- **It is small, and soon paid for**: {EPOCHS} views take {size(results['build-dense']['bytes'])} and the core "
-        f"time that {paid:.2f} students save."
-    )
+    found = [
+        f"**The teacher helps.** Seed by seed, nkd gains {with_interval(gain, 100, 2)} points of top-1 over ce (95% "
+        f"interval, {len(gain)} seeds).",
+        "**The cache is the teacher.** From float32 records a student ends with the very weights, bit by bit, that the "
+        f"teacher in every step gives, in {same} of {len(pairs)} seeds. From float16 records, the default, top-1 "
+        f"differs by {with_interval(rounding, 100, 2)} points ({len(rounding)} seeds).",
+        f"**It is small, and soon paid for.** {EPOCHS} views take {size(results['build-dense']['bytes'])}, and "
+        f"building them takes the core time that {paid:.1f} students save.",
+    ]
+    return "\n".join(textwrap.fill(f"- {text}", 120, subsequent_indent="  ") for text in found)
 
 
 def parts(results: Results) -> dict[str, str]:
@@ -101,8 +103,8 @@ def parts(results: Results) -> dict[str, str]:
 def plotted(results: Results) -> dict[str, Any]:
     """The figures of the plot.
 
-    views: top-1 in percent by number of views, as [mean, half of the 95% interval]; ce and online the same; minutes: what N
-    students take of one core from the cache, which is built first, and with the teacher in every step.
+    views: top-1 in percent by number of views, as [mean, half of the 95% interval]; ce and online the same. minutes:
+    what N students take of one core from the cache, which is built first, and with the teacher in every step.
     """
     chosen = choose(results)
     assert chosen
@@ -165,7 +167,8 @@ def plot(figures: dict[str, Any], file: Path, dark: bool) -> None:
             ("online", "teacher in every step", of["teacher's line"], 2.0),
             ("cached", "from the cache", of["cache's line"], -4.5),
         ):
-            right.annotate(label, (4.1, minutes[name][4] + above), color=colour, fontsize=9, ha="right" if above > 0 else "left")
+            side = "right" if above > 0 else "left"
+            right.annotate(label, (4.1, minutes[name][4] + above), color=colour, fontsize=9, ha=side)
         right.set(xlabel="students", ylabel="minutes of one core", title="The teacher is paid for once", ylim=(0, None))
         for axes in (left, right):
             axes.title.set_fontsize(11)

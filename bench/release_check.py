@@ -3,11 +3,11 @@
     make release-check                    # make dist, then this
     python bench/release_check.py [--python python3.12 ...] [--work FOLDER]
 
-First the files: what the wheel and the source distribution hold, metadata (twine) and CITATION.cff (cffconvert), both in an
-environment of their own. Then, for each version of Python that is on this machine, a virtual environment made from nothing, in
-which pip installs the wheel with the extra `report`, and what a new user types: the demo, the first session of the docs
-with its short forms, a report, an image folder of one's own, and the README's loop. All of it
-runs in a folder far from the repository, with an empty home. The first thing that fails ends the check.
+First the files: what the wheel and the source distribution hold, metadata (twine) and CITATION.cff (cffconvert), both
+in an environment of their own. Then, for each version of Python that is on this machine, a virtual environment made
+from nothing, in which pip installs the wheel with the extra `report`, and what a new user types: the demo, the first
+session of the docs with its short forms, a report, an image folder of one's own, and the README's loop. All of it runs
+in a folder far from the repository, with an empty home. The first thing that fails ends the check.
 """
 
 from __future__ import annotations
@@ -35,6 +35,7 @@ from kdcache.train.bench.bench import machine
 
 ROOT = Path(__file__).parent.parent
 OUT = Path(__file__).parent / "results" / "release_check.json"
+TOLD = ("torch", "torchvision", "numpy", "zarr", "numcodecs", "pillow")  # whose versions are told
 PYTHONS = ("python3.11", "python3.12", "python3.13")
 LARGEST = 2 << 20  # bytes of the wheel, and of the source distribution
 IN_WHEEL = (
@@ -91,7 +92,10 @@ def look_through(wheel: Path, sources: Path) -> dict[str, Any]:
 def environment(python: str, folder: Path, *packages: str | Path) -> Path:
     """A virtual environment with these packages and what they need; its folder of programs."""
     run([python, "-m", "venv", folder], folder.parent)
-    run([folder / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "-q", *packages], folder.parent)
+    run(
+        [folder / "bin" / "python", "-m", "pip", "install", "--disable-pip-version-check", "-q", *packages],
+        folder.parent,
+    )
     return folder / "bin"
 
 
@@ -104,7 +108,12 @@ def check_metadata(work: Path, wheel: Path, sources: Path) -> None:
 def paint(top: Path) -> None:
     """Images of four classes: noise around a colour."""
     rng = np.random.default_rng(0)
-    for kind, colour in {"red": (200, 40, 40), "green": (40, 190, 60), "blue": (50, 60, 210), "grey": (120,) * 3}.items():
+    for kind, colour in {
+        "red": (200, 40, 40),
+        "green": (40, 190, 60),
+        "blue": (50, 60, 210),
+        "grey": (120,) * 3,
+    }.items():
         (top / kind).mkdir(parents=True)
         for i in range(40):
             noise = rng.normal(0, 50, (48, 48, 3))
@@ -159,7 +168,7 @@ def use(programs: Path, work: Path) -> dict[str, float]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--python", action="append", help="interpreters, by default those of %s here" % ", ".join(PYTHONS))
+    parser.add_argument("--python", action="append", help=f"an interpreter, by default {', '.join(PYTHONS)}")
     parser.add_argument("--work", type=Path, help="an empty folder to work in, by default a temporary one")
     asked = parser.parse_args()
     (wheel,), (sources,) = (sorted((ROOT / "dist").glob(kind)) for kind in ("*.whl", "*.tar.gz"))
@@ -167,7 +176,8 @@ def main() -> None:
     absent = [python for python in asked.python or PYTHONS if python not in here]
     if not here:
         fail(f"none of {', '.join(absent)} is on this machine")
-    found: dict[str, Any] = {"machine": machine(), "files": look_through(wheel, sources), "pythons": {}, "absent": absent}
+    files = look_through(wheel, sources)
+    found: dict[str, Any] = {"machine": machine(), "files": files, "pythons": {}, "absent": absent}
     with tempfile.TemporaryDirectory(prefix="kdcache-release-") as temporary:
         work = (asked.work or Path(temporary)).absolute()
         check_metadata(work, wheel, sources)
@@ -179,7 +189,7 @@ def main() -> None:
             listed = json.loads(run([programs / "python", "-m", "pip", "list", "--format", "json"], work))
             version = run([programs / "python", "-V"], work).split()[1]
             seconds = use(programs, work / f"use-{Path(python).name}")
-            packages = {one["name"]: one["version"] for one in listed if one["name"] in ("torch", "numpy", "zarr", "pillow")}
+            packages = {one["name"]: one["version"] for one in listed if one["name"] in TOLD}
             found["pythons"][version] = {"install": installed, "packages": packages, "seconds": seconds}
             print(f"Python {version}: installed in {installed:.0f} s, used in {sum(seconds.values()):.0f} s: fine")
     for python in absent:
