@@ -76,6 +76,7 @@ SLOW = (
     "pipeline/teachers/test_weightstore",
     "pipeline/teachers/test_zoos",
     "pipeline/test_trust",
+    "test_front_page.py::test_the_lines",
     "test_packaging",
     "train/bench",
     "train/evaluation/analysis/test_predictions",
