@@ -47,8 +47,9 @@ def _examples(app: Any, context: Any, lines: list[str]) -> None:
     found: list[str] = []
     for line in lines:
         text = re.sub(r"^\|?\s*(Example: )?", "", line)
-        if not text.startswith("kdcache "):
-            found.append(line)
+        text = re.sub(r" +\(([^()]+)\)$", r"  # \1", text)
+        if not text.startswith(("kdcache ", "torchrun ")):
+            found += ["", line] if found and found[-1].startswith("   ") and line else [line]
             continue
         if not found or not found[-1].startswith("   "):
             found += ["", ".. code-block:: bash", ""]
@@ -56,6 +57,12 @@ def _examples(app: Any, context: Any, lines: list[str]) -> None:
     lines[:] = [*found, ""]
 
 
+def _page_links(app: Any, context: Any, lines: list[str]) -> None:
+    """Pages that the help of an option names are links here."""
+    lines[:] = [re.sub(r"\bdocs/([\w-]+)\.md", r":doc:`\1`", line) for line in lines]
+
+
 def setup(app: Any) -> None:
     app.connect("autodoc-process-docstring", _plain)
     app.connect("sphinx-click-process-description", _examples)
+    app.connect("sphinx-click-process-options", _page_links)

@@ -1,10 +1,10 @@
-"""The pages for users: their blocks of code, how each of these is tested, and the links between them.
+"""The pages for users: their blocks of code, how each of these is tested, and where their links lead.
 
-A block of shell or Python runs in tests/test_pages.py as it stands, unless a comment right before it says something else:
+A block of shell or Python runs in tests/test_pages.py as it stands, unless a comment right before it says otherwise:
 
     <!-- not run: REASON -->         it is only looked at: commands are parsed, Python is compiled
     <!-- run by tests/PATH.py -->    that test runs it
-    <!-- not run below: REASON -->   so are all later blocks of the page
+    <!-- not run below: REASON -->   the first, for all later blocks of the page
 """
 
 import re
@@ -18,7 +18,7 @@ from kdcache.tests.helpers.places import ROOT
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
 PAGES = [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
-SHELL = ("bash", "console")
+SHELL = ("bash", "sh", "console")
 PROMPT = "$ "
 
 _FENCE = re.compile(r"( *)(`{3,})(\S*)$")
