@@ -8,6 +8,7 @@ from collections import Counter
 from contextlib import ExitStack
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -42,11 +43,11 @@ class BucketWorld(World):
 
 
 class Buckets(RuleBasedStateMachine):
-    """tally: how often each rule was called, and each fate met, in all sequences."""
+    """tally: how often each rule was called, and how that ended, in all sequences. lengths: the steps of each."""
 
     toy: Toy
-    tally: Counter[str] = Counter()
-    lengths: list[int] = []  # noqa: RUF012  the steps of each sequence
+    tally: ClassVar[Counter[str]] = Counter()
+    lengths: ClassVar[list[int]] = []
 
     def __init__(self) -> None:
         super().__init__()

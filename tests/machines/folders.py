@@ -7,6 +7,7 @@ import tempfile
 from collections import Counter
 from functools import partial
 from pathlib import Path
+from typing import ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
@@ -46,11 +47,11 @@ def damage(path: Path, kind: str, number: int, others: list[Path], foreign: byte
 
 
 class Folders(RuleBasedStateMachine):
-    """tally: how often each rule was called, and each fate met, in all sequences."""
+    """tally: how often each rule was called, and how that ended, in all sequences. lengths: the steps of each."""
 
     toy: Toy
-    tally: Counter[str] = Counter()
-    lengths: list[int] = []  # noqa: RUF012  the steps of each sequence
+    tally: ClassVar[Counter[str]] = Counter()
+    lengths: ClassVar[list[int]] = []
 
     def __init__(self) -> None:
         super().__init__()

@@ -42,7 +42,7 @@ def leases_for_ever(patch: Patch) -> None:
 
     def forever(self, token, say) -> None:
         init(self, token, say)
-        self._owner = self._owner.model_copy(update={"seconds": 1e12})
+        self._owner = self._owner.model_copy(update={"seconds": 1e8})
 
     patch.setattr(leases.Leases, "__init__", forever)
 

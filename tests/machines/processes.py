@@ -110,7 +110,7 @@ class Process:
 
     def sync(self, fd: int) -> None:
         """What os.fsync does."""
-        path, about = os.readlink(f"/proc/self/fd/{fd}"), os.fstat(fd)
+        path, about = str(Path(f"/proc/self/fd/{fd}").readlink()), os.fstat(fd)
         if not path.startswith(self.root):
             return
         is_file = stat.S_ISREG(about.st_mode)
@@ -126,7 +126,7 @@ class Process:
         if is_file:
             self._written.discard(about.st_ino)
         else:
-            self._moves = [move for move in self._moves if os.path.dirname(move[2]) != path]  # noqa: PTH120
+            self._moves = [move for move in self._moves if str(Path(move[2]).parent) != path]
 
     def _note_opened(self) -> None:
         """Remember the files that were opened since the last step: only now they are there."""

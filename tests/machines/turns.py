@@ -14,6 +14,7 @@ import sys
 import tempfile
 from collections import Counter
 from pathlib import Path
+from typing import ClassVar
 
 from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
@@ -53,12 +54,12 @@ class Version:
 
 
 class Turns(RuleBasedStateMachine):
-    """versions: by name. expected: what `read` tells of every view of the uninterrupted build, and of its key."""
+    """versions: by name. expected: what `read` tells of the uninterrupted build. tally, lengths: as there."""
 
     versions: dict[str, Version]
     expected: dict[str, str]
-    tally: Counter[str] = Counter()
-    lengths: list[int] = []  # noqa: RUF012  of all sequences
+    tally: ClassVar[Counter[str]] = Counter()
+    lengths: ClassVar[list[int]] = []
 
     def __init__(self) -> None:
         super().__init__()

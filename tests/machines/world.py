@@ -380,9 +380,10 @@ class World:
         try:
             return get()
         except KdcacheError as error:
-            assert hurt, f"cannot be read, although nobody damaged it: {error}"
-            assert where in str(error) or str(self.root) in str(error), f"{error} does not name {where}"
-            return None
+            told = str(error)
+        assert hurt, f"cannot be read, although nobody damaged it: {told}"
+        assert where in told or str(self.root) in told, f"{told} does not name {where}"
+        return None
 
 
 def _but_prior(found, expected) -> bool:
