@@ -17,7 +17,7 @@ from pathlib import Path
 from typing import ClassVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, invariant, rule
+from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kdcache.tests.machines.folders import COUNT, KIND, SECONDS, TO, WHO
 from kdcache.tests.machines.world import age
@@ -81,24 +81,35 @@ class Turns(RuleBasedStateMachine):
             assert str(self.folder) in answer["error"] or self.expected["key"][:12] in answer["error"], answer
         return answer
 
+    def there(self, *places):
+        return any(list((self.folder / place / "caches").glob("*/identity.json")) for place in places)
+
+    @initialize(version=VERSION, views=COUNT)
+    def begin(self, version, views):
+        self.build(version, "a", views, "home", 0)
+
     @rule(version=VERSION, who=WHO, views=COUNT, to=TO, step=STEP)
     def build(self, version, who, views, to, step):
         answer = self.ask(version, "build", who, step, views=views, to=to)
         if not step and to == "home":
             assert "error" not in answer, answer
 
+    @precondition(lambda self: self.there("a", "b"))
     @rule(version=VERSION, who=WHO, step=STEP)
     def push(self, version, who, step):
         self.ask(version, "push", who, step)
 
+    @precondition(lambda self: self.there("shared"))
     @rule(version=VERSION, who=WHO, step=STEP)
     def pull(self, version, who, step):
         self.ask(version, "pull", who, step)
 
+    @precondition(lambda self: self.there("a", "b"))
     @rule(version=VERSION, who=WHO, kind=KIND, step=STEP)
     def pack(self, version, who, kind, step):
         self.ask(version, "pack", who, step, kind=kind)
 
+    @precondition(lambda self: any(self.folder.glob("?/c.h5")))
     @rule(version=VERSION, who=WHO, of=WHO, step=STEP)
     def unpack(self, version, who, of, step):
         self.ask(version, "unpack", who, step, of=of)
@@ -112,6 +123,7 @@ class Turns(RuleBasedStateMachine):
     def collect(self, version, who, step):
         self.ask(version, "gc", who, step)
 
+    @precondition(lambda self: self.there("a", "b"))
     @rule(version=VERSION, who=WHO, step=STEP)
     def remove(self, version, who, step):
         self.ask(version, "rm", who, step)
