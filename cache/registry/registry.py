@@ -24,7 +24,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -125,15 +125,8 @@ class Registry:
         self.objects.remove([f"names/{name}"])
 
     def _named(self, name: str) -> Named:
-        path, advice = f"names/{name}", "give the name again, with --move"
-
-        def named(content: bytes) -> Named:
-            found = parse(Named, content, f"{self.url}/{path}", advice)
-            if not KEY.fullmatch(found.key):
-                raise CorruptError(f"{self.url}/{path} names no key; {advice}")
-            return found
-
-        return read_checked(self.objects, path, _MOST_SMALL_BYTES, named)
+        path = f"names/{name}"
+        return read_checked(self.objects, path, _MOST_SMALL_BYTES, partial(_named, f"{self.url}/{path}"))
 
     def find(self, what: str) -> str:
         """The key that `what` means: a key, at least four of its first digits, or a name.
@@ -188,16 +181,7 @@ class Registry:
     def open(self, key: str) -> Cache:
         """Open the cache of that key, whatever was seen of it before, and remember nothing of it."""
         prefix = f"caches/{key}"
-        where = f"{self.url}/{prefix}/identity.json"
-
-        def identified(content: bytes) -> Identity:
-            found = parse(Identity, content, where, "ask whoever keeps the registry to remove that cache")
-            if found.key != key:
-                raise MismatchError(
-                    f"{where} is that of cache {found.key[:12]}, not of {key[:12]}: it was tampered with"
-                )
-            return found
-
+        identified = partial(_identified, f"{self.url}/{prefix}/identity.json", key)
         try:
             identity = read_checked(self.objects, f"{prefix}/identity.json", MAX_JSON_BYTES, identified)
         except NotFoundError:
@@ -267,10 +251,26 @@ class Registry:
         if not names:
             return None
         path = f"{folder}/{names[-1]}"
-        where = f"{self.url}/{path}"
-        return read_checked(
-            self.objects, path, _MOST_SMALL_BYTES, lambda content: parse(Published, content, where, "remove it")
-        )
+        return read_checked(self.objects, path, _MOST_SMALL_BYTES, partial(_published, f"{self.url}/{path}"))
+
+
+def _named(where: str, content: bytes) -> Named:
+    advice = "give the name again, with --move"
+    found = parse(Named, content, where, advice)
+    if not KEY.fullmatch(found.key):
+        raise CorruptError(f"{where} names no key; {advice}")
+    return found
+
+
+def _identified(where: str, key: str, content: bytes) -> Identity:
+    found = parse(Identity, content, where, "ask whoever keeps the registry to remove that cache")
+    if found.key != key:
+        raise MismatchError(f"{where} is that of cache {found.key[:12]}, not of {key[:12]}: it was tampered with")
+    return found
+
+
+def _published(where: str, content: bytes) -> Published:
+    return parse(Published, content, where, "remove it")
 
 
 def in_bucket(shared: Registry, identity: Identity) -> BucketCache:
