@@ -8,7 +8,7 @@ from kdcache.tests.machines.buckets import Buckets
 from kdcache.tests.machines.folders import Folders
 from kdcache.tests.machines.world import toy
 
-SEQUENCES, STEPS = 20, 12
+SEQUENCES, STEPS = 20, 10
 
 
 @pytest.fixture(scope="module")

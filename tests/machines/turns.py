@@ -20,7 +20,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
 
 from kdcache.tests.machines.folders import COUNT, KIND, SECONDS, TO, WHO
-from kdcache.tests.machines.world import age
+from kdcache.tests.machines.world import MEMORY, age
 
 WORKER = Path(__file__).with_name("worker.py")
 VERSION = st.sampled_from(["before", "now"])
@@ -63,7 +63,7 @@ class Turns(RuleBasedStateMachine):
 
     def __init__(self) -> None:
         super().__init__()
-        self.folder = Path(tempfile.mkdtemp(prefix="turns")).resolve()
+        self.folder = Path(tempfile.mkdtemp(prefix="turns", dir=MEMORY)).resolve()
         for name in ("a", "b", "shared"):
             (self.folder / name).mkdir()
         self.steps, self.views = 0, {place: set() for place in ("a", "b", "shared")}
