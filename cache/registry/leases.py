@@ -21,10 +21,11 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
 from kdcache.cache.errors import UnreadableError
-from kdcache.cache.identity import canonical
-from kdcache.cache.registry.objects import Objects
+from kdcache.cache.identity import canonical, parse
+from kdcache.cache.registry.objects import Objects, read_checked
 from kdcache.cache.store.leases import MOST_BYTES, NOBODY, Leases, Owner, ended, owner_in
 
 LEASES = "leases"
@@ -112,7 +113,9 @@ class ObjectLeases(Leases):
 
     def _read(self, name: str) -> Owner | None:
         path = f"{self._folder}/{name}"
-        return owner_in(lambda: self._objects.read(path, MOST_BYTES), f"{self._objects.url}/{path}")
+        where = f"{self._objects.url}/{path}"
+        read = partial(read_checked, self._objects, path, MOST_BYTES, lambda got: parse(Owner, got, where, "remove it"))
+        return owner_in(read)
 
     def _living(self, name: str) -> Owner | None:
         owner, now = self._owner_of(name), self._times.get(self._me)

@@ -239,7 +239,7 @@ class Cache:
         folders = [self.path / name for name in _WORK]
         left = any(names for at in folders for _, _, names in os.walk(at))
         left = left or any(at.exists() and not at.is_dir() for at in folders)
-        if left and all(os.access(at if os.path.lexists(at) else self.path, os.W_OK) for at in folders):
+        if left and all(os.access(at, os.W_OK) or not at.exists() for at in folders):
             with self.writing():
                 pass
 

@@ -60,13 +60,13 @@ class Owner(Strict):
 NOBODY = Owner(token="", host="", process=1, machine=None, started=None, since="", seconds=0.0)
 
 
-def owner_in(read: Callable[[], bytes], where: str) -> Owner | None:
+def owner_in(read: Callable[[], Owner]) -> Owner | None:
     """The owner that a lease or a sign of life names: None where it is gone, NOBODY where it is none.
 
-    read: gives its bytes. UnreadableError where they are not to be had now, whatever they are.
+    read: reads it. UnreadableError where its bytes are not to be had now, whatever they are.
     """
     try:
-        return parse(Owner, read(), where, "remove it")
+        return read()
     except NotFoundError:
         return None
     except (CorruptError, MismatchError):
@@ -296,7 +296,7 @@ class FolderLeases(Leases):
 
 
 def _in_file(path: Path) -> Owner | None:
-    return owner_in(lambda: files.read_bounded(path, MOST_BYTES), str(path))
+    return owner_in(lambda: parse(Owner, files.read_bounded(path, MOST_BYTES), str(path), "remove it"))
 
 
 def unreadable(folder: Path) -> list[Path]:
