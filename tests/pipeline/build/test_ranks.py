@@ -97,11 +97,10 @@ def test_a_killed_rank_is_started_again_and_the_build_goes_on(taught, tmp_path, 
 
 
 def test_what_is_wrong_alike_in_all_ranks_is_said_once(tmp_path):
-    with torchrun(tmp_path, 2, "build --teacher nonsense --device cpu") as process:
-        out, err = ended(process)
-    assert process.returncode == 1 and out == ""
-    assert len([line for line in err if line.startswith("Error: ") and "nonsense" in line]) == 1
-    assert not any("kdcache" in line for line in err if line.lstrip().startswith("File "))
+    codes, out, err = run_ranks(2, "-m kdcache.cli build --teacher nonsense --device cpu", KDCACHE_HOME=str(tmp_path))
+    assert codes == {2} and out == ""
+    assert len([line for line in err.splitlines() if line.startswith("Error: ") and "nonsense" in line]) == 1
+    assert not any("kdcache" in line for line in err.splitlines() if line.lstrip().startswith("File "))
 
 
 def test_more_ranks_than_shards_are_told_so(taught, tmp_path, monkeypatch):

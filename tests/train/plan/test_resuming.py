@@ -36,7 +36,7 @@ def test_killed_within_an_epoch_and_resumed_equals_uninterrupted(home, tmp_path,
     process = warm.Popen([*command, str(killed), "--save-every", "0"], stderr=subprocess.DEVNULL)
     while (at := stopped_at(process, killed))["epoch"] < 1 or at["batch"] == 0:
         process.send_signal(signal.SIGCONT)
-        time.sleep(0.02)
+        time.sleep(0.05)
     process.kill()
     process.wait()
     assert len((killed / "metrics.jsonl").read_text().splitlines()) == at["epoch"] < epochs
