@@ -179,9 +179,14 @@ def write(results: dict[str, Any], out: Path, docs: Path) -> None:
         "epochs": EPOCHS, "lr": again.LR, "weight_decay": again.DECAY,
     }  # fmt: skip
     write_json(results, protocol, {name: numbers(results, section) for name, section in sections().items()}, out)
-    page = docs / "study-views.md"
-    page.write_text(filled(page.read_text(), tables(results, before)))
-    for name, draw in (("spread", plot_spread), ("strong", plot_strong)):
+    page, parts = docs / "study-views.md", tables(results, before)
+    plots = (
+        ("spread", plot_spread, "Top-1 by the number of views, random and spread"),
+        ("strong", plot_strong, "Top-1 by views and loss"),
+    )
+    parts |= {name: f"![{text}](study/{name}.png)\n\n{parts[name]}" for name, _, text in plots}
+    page.write_text(filled(page.read_text(), parts))
+    for name, draw, _ in plots:
         figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
         draw(results, axes)
         figure.savefig(docs / "study" / f"{name}.png", dpi=110, metadata={"Software": None})

@@ -78,6 +78,7 @@ SLOW = (
     "pipeline/test_trust",
     "test_front_page.py::test_the_lines",
     "test_packaging",
+    "test_pages.py::test_the_blocks_of_a_page_run",
     "train/bench",
     "train/evaluation/analysis/test_predictions",
     "train/evaluation/test_validation",
