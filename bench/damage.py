@@ -106,6 +106,8 @@ class Bench:
         shutil.copytree(self.good, path)
         how(path / name, random.Random(f"{how.__name__} {name} {number}"), self.other / name)
         found = {"verify": self.verified(path, name), "readers": self.read(path)}
+        if name.startswith("leases/") and os.path.lexists(path / name):  # what was touched just now counts as alive
+            os.utime(path / name, (0, 0), follow_symlinks=False)
         before = content(self.other)
         try:
             with contextlib.suppress(KdcacheError):  # an identity that cannot be read: build writes it again

@@ -150,7 +150,7 @@ def _kind(root: Path, path: Path) -> str:
     if path == root:
         return "packed file"
     if path.name == "zarr.json":
-        return "zarr.json (for plain zarr; kdcache reads none)"
+        return "zarr.json (for plain zarr; only verify reads it)"
     return "commit" if "commits" in path.parts else "identity.json" if path.name == "identity.json" else "chunk"
 
 
