@@ -8,7 +8,17 @@ from pathlib import Path
 from typing import Annotated, Literal
 
 from kdcache.pipeline.build.config import Weights
-from kdcache.pipeline.commandline.options import Argument, Bf16, Device, Option, Registry, Seed, StoreSize, Workers
+from kdcache.pipeline.commandline.options import (
+    Argument,
+    Bf16,
+    Device,
+    Option,
+    Registry,
+    Seed,
+    StoreSize,
+    Trust,
+    Workers,
+)
 from kdcache.pipeline.data.defaults import DATA, Augment, Data, data_option, names_function
 
 Optimiser = Literal["sgd", "adamw", "muon"]
@@ -104,6 +114,7 @@ class EvalConfig:
         ),
     ] = None
     registry: Registry = None
+    trust: Trust = None
     device: Device = None
     workers: Workers = None
     predictions: Annotated[
@@ -146,6 +157,7 @@ class TrainConfig:
     ] = None
     _: KW_ONLY
     registry: Registry = None
+    trust: Trust = None
     local_store_size: StoreSize = None
     data: Data = DATA
     student: Student = None

@@ -7,6 +7,7 @@
     views/v00042/                 a Zarr group: classes, gaps, target_gap, tail; of an imported cache also boxes and
                                   flips, or seeds
     commits/v00042-p0003.json     sizes and hashes of one shard's files and rows: its creation commits the shard
+    signatures/                   who vouches for it: statements and their signatures (signing/signatures.py)
     eval/                         labels, views and commits of the evaluation split
     leases/, scratch/             what builders need while they work; without files at other times
 
@@ -245,6 +246,11 @@ class Cache:
         if left and all(os.access(folder, os.W_OK) for folder in folders):
             with self.writing():
                 pass
+
+
+def place_of(cache: Cache) -> Place:
+    """Where the files of a cache lie."""
+    return cache._place
 
 
 def _open(path: Path) -> Place:
