@@ -24,6 +24,7 @@ _MOST_BYTES = 1 << 16
 _ID_DIGITS = 16
 _BEGIN = b"-----BEGIN OPENSSH PRIVATE KEY-----"
 _MAKE = "make one with ssh-keygen -t ed25519"
+_NONE = f"is no Ed25519 key, or is damaged: {_MAKE}"
 
 
 def packed(*parts: bytes) -> bytes:
@@ -138,10 +139,10 @@ def load_key(file: str, ask: Callable[[str], str]) -> SigningKey:
     except UnsupportedAlgorithm as e:
         lacks = "bcrypt" in str(e)
         reason = "has a passphrase, and the package bcrypt, which it needs, is not installed: pip install bcrypt"
-        raise InputError(f"{file} {reason if lacks else f'is of a kind that cannot be read: {_MAKE}'}") from e
+        raise InputError(f"{file} {reason if lacks else _NONE}") from e
     except (ValueError, TypeError) as e:
         wrong = "cannot be opened: the passphrase is wrong, or the file is damaged"
-        raise InputError(f"{file} {wrong if _has_passphrase(content) else f'is damaged: {_MAKE}'}") from e
+        raise InputError(f"{file} {wrong if _has_passphrase(content) else _NONE}") from e
     if not isinstance(key, Ed25519PrivateKey):
         raise InputError(f"{file} is no Ed25519 key: {_MAKE}")
     return SigningKey(key)

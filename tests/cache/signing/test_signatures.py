@@ -96,8 +96,8 @@ def test_files_that_are_no_signing_keys(tmp_path: Path) -> None:
     for name, words in {
         "alice.pub": "is a public key: give the private one",
         "open": f"can be read by others, who could sign with it: run chmod 600 {tmp_path}/open",
-        "cut": f"is damaged: {make}",
-        "damaged": f"is damaged: {make}",
+        "cut": f"is no Ed25519 key, or is damaged: {make}",
+        "damaged": f"is no Ed25519 key, or is damaged: {make}",
         "noise": f"is no private key of OpenSSH's: {make}",
         "empty": f"is no private key of OpenSSH's: {make}",
         "pem": f"is no private key of OpenSSH's: {make}",
