@@ -29,15 +29,15 @@ from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.data.defaults import DATA
 from kdcache.pipeline.process.progress import Progress, duration, size
 from kdcache.pipeline.process.rank import this_rank
-from kdcache.pipeline.signing import (
+from kdcache.pipeline.teachers import weightstore
+from kdcache.pipeline.teachers.networks import canonical_name
+from kdcache.pipeline.trust import (
     fetch_signatures,
     publish_signatures,
     say_signed,
     sign_pushed,
     trusting_registry,
 )
-from kdcache.pipeline.teachers import weightstore
-from kdcache.pipeline.teachers.networks import canonical_name
 
 Say = Callable[[str], None]
 _THREADS = 8  # for reading identities, which may be far away

@@ -16,13 +16,12 @@ from kdcache.cache.errors import InputError, MismatchError, NotFoundError
 from kdcache.pipeline.commandline.terminal import figure
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.process.device import pick_device
-from kdcache.pipeline.signing import trusting
 from kdcache.pipeline.stores import Stored, open_store
 from kdcache.pipeline.teachers.checkpoints import open_checkpoint
 from kdcache.pipeline.teachers.networks import build_network, load_fitting
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.teachers.weights import notes_of, read_weights
-from kdcache.pipeline.trust import stored_data, stored_network
+from kdcache.pipeline.trust import stored_data, stored_network, trusting
 from kdcache.train.evaluation.analysis.analysis import Analysis, analyse, described
 from kdcache.train.evaluation.analysis.classes import names_of_classes
 from kdcache.train.evaluation.judge import Answers, Judge, on_training_images

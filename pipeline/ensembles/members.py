@@ -14,7 +14,7 @@ from kdcache.cache.identity import Identity, MemberIdentity, SplitName
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.ensembles.mean import TEMPERATURE
-from kdcache.pipeline.signing import trusting
+from kdcache.pipeline.trust import trusting
 
 _THREADS = 8  # for reading commits, which may be far away
 

@@ -133,7 +133,7 @@ def sign(
     Example: kdcache sign 1f0c2a --key ~/.ssh/id_ed25519
              kdcache sign s3://bucket/kd/names/r34-imagenet-v1 --key ~/.ssh/id_ed25519
     """
-    from kdcache.pipeline.signing import sign_cache
+    from kdcache.pipeline.trust import sign_cache
 
     result = sign_cache(cache, _load_key(key), registry, say)
     show(vars(result), as_json, result.signer)
@@ -228,7 +228,7 @@ def verify(config: VerifyConfig, as_json: Json = False) -> None:
              kdcache verify 1f0c2a --depth contents --repair
     """
     from kdcache.cache.home import open_cache
-    from kdcache.pipeline.signing import say_signed, trusting
+    from kdcache.pipeline.trust import say_signed, trusting
     from kdcache.pipeline.verify import source_of
     from kdcache.pipeline.verify import verify as run
 

@@ -11,8 +11,8 @@ from torch import Tensor
 from kdcache.cache.errors import KdcacheError, NotFoundError
 from kdcache.cache.home import open_cache, registry_beside
 from kdcache.cache.store.cache import Cache
-from kdcache.pipeline.signing import trusting
 from kdcache.pipeline.stores import Stored
+from kdcache.pipeline.trust import trusting
 
 _DIGITS = 6  # of a part's key in the names of figures, since two parts may have networks of one name
 Parts = Mapping[str, Tensor]

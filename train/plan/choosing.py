@@ -14,9 +14,9 @@ from kdcache.pipeline.data.dataset import Dataset, is_function, open_data
 from kdcache.pipeline.ensembles.config import MixConfig
 from kdcache.pipeline.ensembles.mix import mix
 from kdcache.pipeline.info import one_line
-from kdcache.pipeline.signing import trusting
 from kdcache.pipeline.stores import Stored, open_store
 from kdcache.pipeline.teachers.networks import canonical_name
+from kdcache.pipeline.trust import trusting
 from kdcache.train.config import TrainConfig
 
 _EXAMPLE = "resnet34"  # a teacher to name in a message, where the user has named none
