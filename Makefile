@@ -69,7 +69,7 @@ gpu: $(READY)
 
 # Warnings are errors, so that no link and no reference is broken.
 docs: .venv/.docs-ready
-	rm -rf site
+	@rm -rf site
 	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -j auto -d .venv/doctrees docs site
 	@echo "site/index.html"
 
