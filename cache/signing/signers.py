@@ -68,6 +68,10 @@ class Signers:
 
 def read_signers(file: str) -> Signers:
     """The keys in a file; InputError, with the line, where it is not such a file or has no key that can be used."""
+    if not file:
+        raise InputError(
+            "--trust names no file, so that nobody would be trusted: leave it out to read without signatures"
+        )
     try:
         content = files.read_plain(Path(file), _MOST_BYTES).decode()
     except UnicodeDecodeError as e:

@@ -245,6 +245,8 @@ def test_files_that_trust_nobody(tmp_path: Path) -> None:
         (tmp_path / "signers").write_bytes(content)
         with pytest.raises(InputError, match="has no Ed25519 key for kdcache, so that nobody would be trusted"):
             read_signers(str(tmp_path / "signers"))
+    with pytest.raises(InputError, match="--trust names no file"):
+        read_signers("")
     (tmp_path / "signers").write_bytes(b"\xff\xfe")
     with pytest.raises(InputError, match="is no file of keys"):
         read_signers(str(tmp_path / "signers"))
