@@ -74,6 +74,9 @@ class TrustedPlace:
     def names(self, folder: str) -> list[str]:
         return self.inner.names(folder)
 
+    def metadata(self, file: str) -> bytes | None:
+        return self.inner.metadata(file)
+
     def distrust(self, file: str) -> bool:
         return self.inner.distrust(file)
 
