@@ -2,9 +2,23 @@
 
 from collections.abc import Callable
 
+_LONGEST = 3000  # characters of a message
+
 
 class KdcacheError(Exception):
-    """Something the user can act on: the message says what is wrong, where, and what to do."""
+    """Something the user can act on: the message says what is wrong, where, and what to do.
+
+    It is one line, whatever the names and values are that it repeats.
+    """
+
+    def __str__(self) -> str:
+        return in_one_line(super().__str__())
+
+
+def in_one_line(message: str) -> str:
+    """The message without line breaks and, where it is a page long, without its middle."""
+    line, half = " ".join(message.splitlines()), _LONGEST // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} [...] {line[-half:]}"
 
 
 class InputError(KdcacheError):

@@ -39,7 +39,11 @@ def unsealed(content: bytes, where: str, advice: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptError(f"{where} is not what kdcache writes: {advice}")
     had = value.pop(_SEAL, None)
-    if _is_renamed(value) if had is None else had != _digest(value):
+    try:
+        damaged = _is_renamed(value) if had is None else had != _digest(value)
+    except RecursionError as e:  # nested as deeply as can just be read, and not written
+        raise CorruptError(f"{where} is not what kdcache writes: {advice}") from e
+    if damaged:
         raise CorruptError(
             f"{where} is not what was written, by the checksum in it: {advice}; if you changed it on purpose, remove "
             f'its "{_SEAL}"'

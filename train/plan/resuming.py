@@ -10,6 +10,7 @@ from typing import Any
 import pydantic
 
 from kdcache.cache.errors import CorruptError
+from kdcache.cache.files import expanded, there
 from kdcache.pipeline.data.dataset import KINDS, is_function
 from kdcache.pipeline.trust import stored_data, stored_network
 from kdcache.pipeline.views.render import RENDERER
@@ -100,9 +101,9 @@ def placed(data: str) -> str:
 
 def place_of(path: str) -> str:
     """The place as it can be found from any folder: an absolute path, or the address that it is."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+    return path if "://" in path else str(expanded(path).absolute())
 
 
 def exists(place: str) -> bool:
     """Whether there is such a file or folder; an address counts as there."""
-    return "://" in place or Path(place).exists()
+    return "://" in place or there(Path(place))
