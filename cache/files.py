@@ -192,7 +192,7 @@ def read_range(path: Path, offset: int, size: int, *, short: bool = False) -> by
         return f.read(size)
 
 
-def there(path: Path) -> bool:
+def is_there(path: Path) -> bool:
     """Whether something is at the path; False too for a name that is too long for a file, where Path.exists raises."""
     try:
         return path.exists()

@@ -117,7 +117,7 @@ class Folder(ZarrChunks):
         return str(self.folder / file)
 
     def has(self, file: str) -> bool:
-        return files.there(self.at(file))
+        return files.is_there(self.at(file))
 
     def names(self, folder: str) -> list[str]:
         found = self.at(folder)

@@ -16,7 +16,7 @@ from torch import Tensor
 from torchvision.models import ResNet18_Weights
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.files import expanded, sha256, there
+from kdcache.cache.files import expanded, is_there, sha256
 
 _SHOWN = 5  # names in one message
 _MOST_DIGITS = 20  # of a class id
@@ -165,7 +165,7 @@ def _imagenet_synsets() -> list[str]:
 
 def _read(path: Path) -> dict[str, list[str | int]]:
     """Read the file: the teacher's classes, by name or id, for each class of the dataset."""
-    if there(path) and not path.is_file():
+    if is_there(path) and not path.is_file():
         raise InputError(f"class map {path}: is no plain file")
     try:
         text = path.read_text(encoding="utf-8-sig")

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.files import expanded, there
+from kdcache.cache.files import expanded, is_there
 from kdcache.cache.home import home as default_home
 from kdcache.pipeline.data.imagefiles import FilesDone, Triple
 from kdcache.pipeline.data.kinds import named
@@ -250,7 +250,7 @@ def _kind(asked: Asked) -> Kind:
         )
     hint = (
         f"; a folder of images is imagefolder:{asked.spec}"
-        if there(Path(asked.spec)) and Path(asked.spec).is_dir()
+        if is_there(Path(asked.spec)) and Path(asked.spec).is_dir()
         else ""
     )
     raise InputError(f"unknown dataset {asked.spec!r}: known are {known}{near}{hint}")

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kdcache.cache.errors import CorruptError, InputError, first_sentence
-from kdcache.cache.files import sha256, there
+from kdcache.cache.files import is_there, sha256
 from kdcache.cache.zips import inflates
 
 State = dict[str, Tensor]
@@ -199,8 +199,8 @@ def open_checkpoint(file: str | Path) -> Checkpoint:
     InputError for a file that is none, is damaged, or can only be read by running code from it.
     """
     path, part = split_place(file)
-    if not there(path) or not path.is_file():
-        is_folder = there(path) and path.is_dir()
+    if not is_there(path) or not path.is_file():
+        is_folder = is_there(path) and path.is_dir()
         raise InputError(f"{path} is a folder, not a weights file" if is_folder else f"no weights file at {path}")
     if path.suffix == ".safetensors":
         tensors, about = _read_safetensors(path)
@@ -214,7 +214,7 @@ def open_checkpoint(file: str | Path) -> Checkpoint:
 def split_place(file: str | Path) -> tuple[Path, str | None]:
     """A file, and the place in it that is named after a `#`; None where none is."""
     name, mark, place = str(file).rpartition("#")
-    if not mark or there(Path(file)):
+    if not mark or is_there(Path(file)):
         return Path(file), None
     return Path(name), place.strip(".")
 

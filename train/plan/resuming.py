@@ -10,7 +10,7 @@ from typing import Any
 import pydantic
 
 from kdcache.cache.errors import CorruptError
-from kdcache.cache.files import expanded, there
+from kdcache.cache.files import expanded, is_there
 from kdcache.pipeline.data.dataset import KINDS, is_function
 from kdcache.pipeline.trust import stored_data, stored_network
 from kdcache.pipeline.views.render import RENDERER
@@ -106,4 +106,4 @@ def place_of(path: str) -> str:
 
 def exists(place: str) -> bool:
     """Whether there is such a file or folder; an address counts as there."""
-    return "://" in place or there(Path(place))
+    return "://" in place or is_there(Path(place))

@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache.errors import InputError, first_sentence
-from kdcache.cache.files import there
+from kdcache.cache.files import is_there
 from kdcache.pipeline.data.decode import in_one_line
 from kdcache.pipeline.data.imagefiles import FilesDone, unreadable_files
 from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath, paths_at
@@ -154,7 +154,7 @@ def _read(asked: Asked) -> Rows:
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
     if (read := readers.get(table.suffix.lower())) is None:
         raise InputError(f"{table}: is no table of a known kind, which are {_FORMATS}")
-    if there(table) and not table.is_file():
+    if is_there(table) and not table.is_file():
         raise InputError(f"{table}: is no plain file")
     rows = _in_columns(table, read(table), labelled=not asked.unlabelled)
     if not rows.paths:

@@ -17,7 +17,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from kdcache.cache.errors import InputError, first_sentence
-from kdcache.cache.files import expanded, there
+from kdcache.cache.files import expanded, is_there
 from kdcache.pipeline.process.functions import did_you_mean
 from kdcache.pipeline.process.rank import this_rank
 
@@ -76,7 +76,7 @@ def read_spec(text: str) -> Named:
 def _files(place: str) -> tuple[Path, ...]:
     """The folder or the files at a place on this disk."""
     path = expanded(place).absolute()
-    if not place or there(path):
+    if not place or is_there(path):
         return (path,) if place else ()
     if not has_magic(place):
         return ()
