@@ -12,7 +12,7 @@ FFCV_PACKAGES := g++ pkg-config python3-dev libturbojpeg0-dev libopencv-dev
 # Some tests look at pages in it.
 BROWSER_PACKAGES := chromium
 
-.PHONY: help demo test quick oldest lint format bench gpu clean
+.PHONY: help demo test quick oldest lint format bench gpu docs dist release-check clean
 
 help:
 	@echo "make demo    build a small cache and train a student from it, on a data set that needs no download"
@@ -23,6 +23,9 @@ help:
 	@echo "make oldest  the tests with the oldest versions of what kdcache depends on, in .venv-oldest"
 	@echo "make bench   measure and print the tables"
 	@echo "make gpu     what a GPU machine tells, in at most eight minutes: tests, speeds, students against the clock"
+	@echo "make docs    the pages of docs/ as a site: site/index.html"
+	@echo "make dist    the source distribution and, from that, the wheel, in dist/"
+	@echo "make release-check  look through both, install the wheel in environments made from nothing, and use it there"
 	@echo "make clean   remove .venv, .venv-oldest and all that tools and builds left here"
 
 demo: $(READY)
@@ -64,8 +67,29 @@ bench: $(READY)
 gpu: $(READY)
 	@cd bench && ../$(BIN)/python gpu.py $(GPU)
 
+# Warnings are errors, so that no link and no reference is broken.
+docs: .venv/.docs-ready
+	@rm -rf site
+	@OMP_NUM_THREADS=1 $(BIN)/python -m sphinx -q -W --keep-going -j auto -d .venv/doctrees docs site
+	@echo "site/index.html"
+
+.venv/.docs-ready: $(READY) pyproject.toml constraints.txt
+	@echo "installing what the site is made with"
+	@$(call INSTALL,docs,.venv/docs-errors) || { cat .venv/docs-errors >&2; exit 1; }
+	@touch $@
+
+# The wheel is made from the source distribution, so that both are known to be whole.
+dist: $(READY)
+	@rm -rf dist
+	@$(BIN)/python -m build --no-isolation --outdir dist . >.venv/dist-output 2>&1 || { cat .venv/dist-output >&2; exit 1; }
+	@rm -rf kdcache.egg-info
+	@ls -l dist
+
+release-check: dist
+	@cd bench && ../$(BIN)/python release_check.py
+
 clean:
-	rm -rf .venv .venv-oldest build dist *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
+	rm -rf .venv .venv-oldest build dist site *.egg-info .mypy_cache .ruff_cache .pytest_cache .import_linter_cache .hypothesis
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # $(call INSTALL,extras,file for pip's errors): of its many lines only the long downloads are shown (torch and CUDA are

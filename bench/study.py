@@ -12,22 +12,20 @@ bench/results/study.json, the plots in docs/study and the tables of docs/study.m
 from __future__ import annotations
 
 import argparse
-import contextlib
 import json
 import os
 import signal
-import subprocess
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
-from filelock import FileLock, Timeout
 from study_data import parts_of_evaluation
 from study_head import heads
+from study_jobs import child, done, run_all
 from study_protocol import (
     AUGMENT,
     BATCH,
@@ -49,14 +47,12 @@ from study_report import write_report
 from torch import Tensor
 
 from kdcache.cache import Records, open_cache
-from kdcache.cache.files import replace_file
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.data.dataset import open_data
 from kdcache.pipeline.process.progress import duration
 from kdcache.pipeline.teachers.weights import read_weights, taught_file, weights_hash
 from kdcache.pipeline.views.render import Renderer
-from kdcache.train.bench.bench import machine
 from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.evaluate import student_of
 from kdcache.train.evaluation.metrics import metrics, predict, reliability
@@ -66,9 +62,6 @@ from kdcache.train.teach import teach
 TEACHER_DATA, STUDENT_DATA = "study_data:teacher", "study_data:students"
 HERE = Path(__file__).parent
 RESULTS = HERE / "results" / "study.json"
-_LOOK_SECONDS = 1.0
-# glibc gives a step's tensors back and asks for them anew in every step: a quarter of the time where pages are dear.
-_KEEP_MEMORY = {"MALLOC_MMAP_THRESHOLD_": str(1 << 33), "MALLOC_TRIM_THRESHOLD_": str(1 << 34)}
 
 
 @dataclass(frozen=True)
@@ -156,6 +149,11 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
         ),
         keep_finished=True,
     )  # fmt: skip
+    return results_of(out, open_cache(cache_in(work, "dense")).read_evaluation())
+
+
+def results_of(out: Path, answers: Records) -> dict[str, Any]:
+    """A finished student's metrics beside the teacher's whole answers, whatever it learnt from."""
     last = out / "last.safetensors"
     state, notes = read_weights(last)
     model = student_of(last, state, notes)
@@ -163,8 +161,7 @@ def trained(run: Run, work: Path) -> dict[str, Any]:
     answered = predict(model, data, Renderer(data, notes["input_size"], torch.device("cpu")))
     lines = [json.loads(line) for line in (out / "metrics.jsonl").read_text().splitlines()]
     return {
-        # Whatever it learnt from, it is compared with the teacher's whole answers.
-        **measured(answered, open_cache(cache_in(work, "dense")).read_evaluation()),
+        **measured(answered, answers),
         "training_seconds": sum(line["seconds"] for line in lines),
         "weights": weights_hash(state),
         "loss_by_epoch": [round(line["loss"], 5) for line in lines],
@@ -183,48 +180,12 @@ def measured(logits: Tensor, records: Records) -> dict[str, dict[str, Any]]:
     return found
 
 
-def child(job: Job, work: Path, logits: Path | None) -> None:
-    """Do one job and file its results; times are summed over all processes that it took."""
-    (work / "locks").mkdir(parents=True, exist_ok=True)
-    try:
-        with FileLock(work / "locks" / job.name, timeout=0):
-            with stopwatch(work / "spent" / f"{job.name}.json") as spent:
-                found = perform(job, work, logits)
-            about = machine()
-            result = {
-                "settings": asdict(job), **found, **spent(), "threads": torch.get_num_threads(),
-                "processor": about["processor"], "torch": about["torch"],
-            }  # fmt: skip
-            replace_file(work / "done" / f"{job.name}.json", json.dumps(result).encode())
-    except Timeout:
-        sys.exit(f"{job.name} is under way in another process")
-    except KeyboardInterrupt:
-        sys.exit("stopped")
-
-
-@contextlib.contextmanager
-def stopwatch(file: Path) -> Iterator[Callable[[], dict[str, float]]]:
-    """Adds the seconds that pass, on the clock and of all cores, to those in a file."""
-    before = json.loads(file.read_text()) if file.exists() else {"seconds": 0.0, "cpu_seconds": 0.0}
-    started = time.monotonic(), time.process_time()
-
-    def spent() -> dict[str, float]:
-        now = time.monotonic(), time.process_time()
-        return {name: before[name] + b - a for name, a, b in zip(before, started, now, strict=True)}
-
-    try:
-        yield spent
-    finally:
-        replace_file(file, json.dumps(spent()).encode())
-
-
 # All jobs
 
 
 def collected(work: Path, out: Path, teacher_epochs: int) -> dict[str, Any]:
     """The results so far, those in `out` and those in the work folder, by job."""
-    files = sorted((work / "done").glob("*.json"))
-    mine = {file.stem: json.loads(file.read_text()) for file in files}
+    mine = done(work)
     if not out.exists():
         return mine
     there = json.loads(out.read_text())
@@ -234,41 +195,6 @@ def collected(work: Path, out: Path, teacher_epochs: int) -> dict[str, Any]:
     if (a := theirs.get("build-dense")) and (b := mine.get("build-dense")) and a["key"] != b["key"]:
         sys.exit(f"{out} holds the students of another teacher: take its work folder, or give another --out")
     return {**theirs, **mine}
-
-
-def run_all(
-    jobs: Sequence[Job], at_once: int, command: Callable[[Job], list[str]], work: Path, tell: Callable[[Job, str], None]
-) -> list[str]:
-    """Run the jobs, so many at once, each with its share of the cores; the names of those that failed.
-
-    Interrupted, it stops what is under way, which keeps its state, and goes.
-    """
-    waiting, running, failed = list(jobs), dict[Job, subprocess.Popen[bytes]](), list[str]()
-    threads = max(1, len(os.sched_getaffinity(0)) // at_once)
-    env = {**os.environ, "OMP_NUM_THREADS": str(threads), "PYTHONUNBUFFERED": "1", **_KEEP_MEMORY}
-    (work / "logs").mkdir(parents=True, exist_ok=True)
-    try:
-        while waiting or running:
-            while waiting and len(running) < at_once:
-                job = waiting.pop(0)
-                with (work / "logs" / f"{job.name}.log").open("ab") as log:
-                    # In a session of its own, so that Ctrl-C is heard once, by way of this process.
-                    running[job] = subprocess.Popen(
-                        ["nice", *command(job)], env=env, stdout=log, stderr=log, stdin=subprocess.DEVNULL,
-                        start_new_session=True,
-                    )  # fmt: skip
-            time.sleep(_LOOK_SECONDS)
-            for job in [job for job, process in running.items() if process.poll() is not None]:
-                status = running.pop(job).returncode
-                if status:
-                    failed.append(job.name)
-                tell(job, "done" if not status else f"FAILED ({status}), see {work / 'logs' / job.name}.log")
-    finally:
-        for process in running.values():
-            process.terminate()
-        for process in running.values():
-            process.wait()
-    return failed
 
 
 def stages(group: str, teacher_epochs: int) -> list[Job]:
@@ -343,7 +269,8 @@ def main() -> None:
     signal.signal(signal.SIGTERM, signal.default_int_handler)
     if a.job:
         kind, fields = json.loads(a.job)
-        child(_KINDS[kind](**fields), a.work, a.logits)
+        job = _KINDS[kind](**fields)
+        child(job, a.work, lambda: perform(job, a.work, a.logits))
         return
     if "imagenet" in a.only and not (a.logits and a.logits.is_file()):
         parser.error("the group imagenet needs --logits FILE.npz; --only names others")

@@ -14,7 +14,8 @@ teacher's, and (1 - p_y) KL(p~, q~) among the others, which is what records deci
 
 from __future__ import annotations
 
-from dataclasses import replace
+from collections.abc import Sequence
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from torch import Tensor
 from kdcache.cache import Records, encode
 from kdcache.cache.records.encoding import class_prior, tail_distribution
 from kdcache.train.losses import CE, NKD, Loss
+from kdcache.train.losses.options import make_loss
 
 KS, TAILS, DENSE = (5, 10, 20, 50), ("prior", "uniform", "renorm", "drop"), "dense"
 GAMMA, TEMPERATURE = 1.5, 1.0  # nkd's preset for more than 200 classes
@@ -37,22 +39,14 @@ def heads(file: Path, seed: int) -> dict[str, dict[str, float]]:
 
     Each by "K tail", "dense", and "ce" for a head without teacher.
     """
-    with np.load(file) as f:
-        logits, labels = torch.from_numpy(f["logits"]).float(), torch.from_numpy(f["labels"].astype(np.int64))
-    half, images = len(logits) // 2, len(labels)
-    order = torch.from_numpy(np.argsort(np.random.Philox(key=seed).random_raw(images), kind="stable"))
-    train, test = order[images // 5 :], order[: images // 5]
-
-    inputs = components(logits[half:], train)
-    x, z = (values[:, train].flatten(0, 1) for values in (inputs, logits[:half]))
-    y = labels[train].repeat(half)
-    unseen, truth = (values[:, test].flatten(0, 1) for values in (inputs, logits[:half]))
-    target = labels[test].repeat(half)[:, None]
+    parts = divided(file, seed)
+    x, y, z, unseen, truth = parts.x, parts.y, parts.z, parts.unseen, parts.truth
+    target = parts.target[:, None]
     rest = 1 - truth.softmax(1).gather(1, target)[:, 0]
     found: dict[str, dict[str, float]] = {"kl": {}, "others": {}}
 
     def fit(name: str, loss: Loss, records: Records | None) -> None:
-        answers = fitted(loss, x, y, records, logits.shape[2], seed)(unseen)
+        answers = fitted(loss, x, y, records, z.shape[1], seed)(unseen)
         found["kl"][name] = float(kl(truth, answers).mean())
         without = (z.scatter(1, target, NOTHING) for z in (truth, answers))
         found["others"][name] = float((rest * kl(*without)).mean())
@@ -61,11 +55,61 @@ def heads(file: Path, seed: int) -> dict[str, dict[str, float]]:
     fit(DENSE, NKD(GAMMA, TEMPERATURE), encode(z, y))
     for k in KS:
         records = encode(z, y, k, (TEMPERATURE,))
-        of_view_0 = tail_distribution(z[: len(train)], records[: len(train)])
+        of_view_0 = tail_distribution(z[: parts.images], records[: parts.images])
         records = replace(records, prior=class_prior(of_view_0))
         for tail in TAILS:
             fit(f"{k} {tail}", NKD(GAMMA, TEMPERATURE, tail), records)
     return found
+
+
+def presets(file: Path, classes: int, seed: int, specs: Sequence[str]) -> dict[str, dict[str, float]]:
+    """By loss, and "ce": what heads of dense records say of the images left out.
+
+    top1 is the share that gets the label, nll the label's loss in nats, kl KL(teacher, head) in nats. With fewer
+    classes than the file has, the teacher is asked among those that it finds most probable on average.
+    """
+    parts = divided(file, seed, classes)
+    records, found = encode(parts.z, parts.y), {}
+    for spec in ("ce", *specs):
+        loss = make_loss(spec, classes)
+        head = fitted(loss, parts.x, parts.y, None if spec == "ce" else records, classes, seed)
+        answers = head(parts.unseen)
+        found[spec] = {
+            "top1": float((answers.argmax(1) == parts.target).double().mean()),
+            "nll": float(F.cross_entropy(answers, parts.target)),
+            "kl": float(kl(parts.truth, answers).mean()),
+        }
+    return found
+
+
+@dataclass(frozen=True)
+class Parts:
+    """Inputs, labels and logits of the training images (x, y, z) and of those left out; images: how many train."""
+
+    x: Tensor
+    y: Tensor
+    z: Tensor
+    unseen: Tensor
+    target: Tensor
+    truth: Tensor
+    images: int
+
+
+def divided(file: Path, seed: int, classes: int | None = None) -> Parts:
+    """The file's images as a seed divides them, all views of an image on one side; with these many classes, or all."""
+    with np.load(file) as f:
+        logits, labels = torch.from_numpy(f["logits"]).float(), torch.from_numpy(f["labels"].astype(np.int64))
+    half, images = len(logits) // 2, len(labels)
+    order = torch.from_numpy(np.argsort(np.random.Philox(key=seed).random_raw(images), kind="stable"))
+    train, test = order[images // 5 :], order[: images // 5]
+    inputs = components(logits[half:], train)
+    if classes is not None and classes < logits.shape[2]:
+        likely = logits.softmax(2).mean((0, 1)).topk(classes).indices
+        logits = logits[:, :, likely]
+        labels = logits.mean(0).argmax(1)
+    x, z = (values[:, train].flatten(0, 1) for values in (inputs, logits[:half]))
+    unseen, truth = (values[:, test].flatten(0, 1) for values in (inputs, logits[:half]))
+    return Parts(x, labels[train].repeat(half), z, unseen, labels[test].repeat(half), truth, len(train))
 
 
 def kl(teacher: Tensor, student: Tensor) -> Tensor:

@@ -5,10 +5,10 @@ from __future__ import annotations
 import json
 import math
 import statistics
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
+from typing import Any, Protocol
 
 from scipy.stats import t as student_t
 from study_head import DENSE, KS, TAILS
@@ -70,12 +70,22 @@ def estimate(values: Sequence[float]) -> Estimate:
     return Estimate(statistics.fmean(values), n, deviation, half)
 
 
-def by_seed(results: Results, runs: Sequence[Run], metric: str) -> dict[int, float]:
+class Seeded(Protocol):
+    """A run of one seed, under its name among the results."""
+
+    @property
+    def name(self) -> str: ...
+
+    @property
+    def seed(self) -> int: ...
+
+
+def by_seed(results: Results, runs: Sequence[Seeded], metric: str) -> dict[int, float]:
     """Of the runs that are done, on the test images."""
     return {run.seed: results[run.name]["test"][metric] for run in runs if run.name in results}
 
 
-def differences(results: Results, runs: Sequence[Run], others: Sequence[Run], metric: str) -> list[float]:
+def differences(results: Results, runs: Sequence[Seeded], others: Sequence[Seeded], metric: str) -> list[float]:
     """Those of the seeds that both have, in the order of seeds."""
     a, b = by_seed(results, runs, metric), by_seed(results, others, metric)
     return [a[seed] - b[seed] for seed in sorted(a.keys() & b.keys())]
@@ -88,8 +98,8 @@ def differences(results: Results, runs: Sequence[Run], others: Sequence[Run], me
 class Section:
     """Runs by label, a run a seed; and which labels are compared pair by pair."""
 
-    runs: dict[str, list[Run]]
-    pairs: list[tuple[str, str]]
+    runs: Mapping[str, Sequence[Seeded]]
+    pairs: Sequence[tuple[str, str]]
 
 
 def sections(chosen: Chosen) -> dict[str, Section]:
@@ -207,13 +217,12 @@ def chosen_text(results: Results) -> str:
     )
 
 
-def teacher_table(results: Results) -> str:
-    if "build-dense" not in results:
+def teacher_table(results: Results, build: str = "build-dense") -> str:
+    if build not in results:
         return NOT_YET
     parts = {"held out": "held_out", "test": "test"}
     rows = [
-        [label, *(f"{f * results['build-dense'][part][m]:.{d}f}" for m, _, f, d in METRICS)]
-        for label, part in parts.items()
+        [label, *(f"{f * results[build][part][m]:.{d}f}" for m, _, f, d in METRICS)] for label, part in parts.items()
     ]
     return markdown(["images", *(heading for _, heading, *_ in METRICS)], rows)
 
@@ -332,27 +341,34 @@ def summary(results: Results) -> dict[str, Any]:
             out[f"imagenet-{part}"] = {name: vars(estimate(values)) for name, values in heads.items()}
     if (chosen := choose(results)) is None:
         return out
-    for name, section in sections(chosen).items():
-        means = {
-            label: {m: vars(estimate([*found.values()])) for m, *_ in MORE if (found := by_seed(results, runs, m))}
-            for label, runs in section.runs.items()
+    return out | {name: numbers(results, section) for name, section in sections(chosen).items()}
+
+
+def numbers(results: Results, section: Section) -> dict[str, Any]:
+    """A section's means and paired differences, of what is done."""
+    means = {
+        label: {m: vars(estimate([*found.values()])) for m, *_ in MORE if (found := by_seed(results, runs, m))}
+        for label, runs in section.runs.items()
+    }
+    pairs = {
+        f"{a} - {b}": {
+            m: vars(estimate(found))
+            for m, *_ in METRICS
+            if (found := differences(results, section.runs[a], section.runs[b], m))
         }
-        pairs = {
-            f"{a} - {b}": {
-                m: vars(estimate(found))
-                for m, *_ in METRICS
-                if (found := differences(results, section.runs[a], section.runs[b], m))
-            }
-            for a, b in section.pairs
-        }
-        out[name] = {"means": {k: v for k, v in means.items() if v}, "pairs": {k: v for k, v in pairs.items() if v}}
-    return out
+        for a, b in section.pairs
+    }
+    return {"means": {k: v for k, v in means.items() if v}, "pairs": {k: v for k, v in pairs.items() if v}}
+
+
+def write_json(results: dict[str, Any], head: dict[str, Any], found: dict[str, Any], out: Path) -> None:
+    """Protocol, summary and jobs, a line a job."""
+    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results))
+    out.parent.mkdir(parents=True, exist_ok=True)
+    out.write_text(f'{{"protocol": {json.dumps(head)},\n"summary": {json.dumps(found)},\n"jobs": {{\n{lines}\n}}}}\n')
 
 
 def write_report(results: dict[str, Any], protocol: dict[str, Any], out: Path, page: Path) -> None:
-    """The results as JSON, a line a job, and the page's tables."""
-    lines = ",\n".join(f"{json.dumps(name)}: {json.dumps(results[name])}" for name in sorted(results))
-    head, found = json.dumps(protocol), json.dumps(summary(results))
-    out.parent.mkdir(parents=True, exist_ok=True)
-    out.write_text(f'{{"protocol": {head},\n"summary": {found},\n"jobs": {{\n{lines}\n}}}}\n')
+    """The results as JSON, and the page's tables."""
+    write_json(results, protocol, summary(results), out)
     page.write_text(filled(page.read_text(), tables(results)))

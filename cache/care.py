@@ -172,11 +172,13 @@ def leavings(days: float, registry: str | None = None, store_bytes: int | None =
         if cache.writable and not cache.packed and not cache.path.is_symlink():
             yield from _of_builders(cache)
     for where, folders, names in os.walk(home()):
+        yield from _temporary(Path(where), [*folders, *names])
         if Path(where) == caches_folder():
-            folders.clear()  # where builders clear up
+            folders[:] = [
+                name for name in folders if not (Path(where, name) / _LAST).exists()
+            ]  # else builders clear up
         elif Path(where) == home() and "spool" in folders:
             folders.remove("spool")
-        yield from _temporary(Path(where), names)
     yield from _teachers(before)
     store = LocalStore(home() / "remote" / "chunks", LOCAL_STORE_BYTES if store_bytes is None else store_bytes)
     beyond = [size for path, size in store.beyond() if not path.name.startswith(".")]
@@ -207,11 +209,13 @@ def gc(found: Sequence[Leaving], delete: bool) -> dict[str, Any]:
 
 
 def _of_builders(cache: Cache) -> Iterator[Leaving]:
+    yield from _temporary(cache.path, files.names(cache.path))
     folders = (cache.path / "leases", cache.path / "scratch")
-    if any(folder.is_symlink() or not os.access(folder, os.W_OK) for folder in folders):
+    if any(folder.is_symlink() or not _may_write(folder) for folder in folders):
         return
-    # Decided shards are kept: the next builder commits them.
-    left = [p for folder in folders for p in folder.iterdir() if p != folders[1] / "decided"]
+    # Decided shards are kept: the next builder commits them. Folders alone are nothing to remove.
+    left = [folder / name for folder in folders for name in files.names(folder)]
+    left = [p for p in left if p != folders[1] / "decided" and _holds_files(p)]
     if left and all(extent(folder)[1] < time.time() - HOUR for folder in [*left, folders[1] / "decided"]):
         yield Leaving(
             f"{cache.path}/{{leases,scratch}}",
@@ -221,12 +225,31 @@ def _of_builders(cache: Cache) -> Iterator[Leaving]:
         )
 
 
+def _holds_files(path: Path) -> bool:
+    return path.is_symlink() or not path.is_dir() or any(names for _, _, names in os.walk(path))
+
+
+def _may_write(folder: Path) -> bool:
+    """Whether this user may remove what is in a folder; of one that is not there nothing has to be removed."""
+    return os.access(folder, os.W_OK) or not folder.exists()
+
+
 def _temporary(folder: Path, names: list[str]) -> Iterator[Leaving]:
+    """Temporary files among these names in a folder, and the empty folders that `files.make_folder` began with."""
     for name in names:
         path = folder / name
-        if _TEMPORARY.fullmatch(name) and not path.is_symlink() and (found := extent(path))[1] < time.time() - HOUR:
-            packing = name.endswith(".packing")
-            remove = partial(clear_leaving, path) if packing else partial(path.unlink, missing_ok=True)
+        if not _TEMPORARY.fullmatch(name) or path.is_symlink():
+            continue
+        found = extent(path)
+        if found[1] < time.time() - HOUR:
+            if path.is_dir():
+                if any(path.iterdir()):
+                    continue
+                remove: Callable[[], object] = path.rmdir
+            elif name.endswith(".packing"):
+                remove = partial(clear_leaving, path)
+            else:
+                remove = partial(path.unlink, missing_ok=True)
             yield Leaving(str(path), found[0], "a temporary file of a process that has died", remove)
 
 
@@ -273,14 +296,29 @@ def _in_registry(shared: Registry, before: float) -> Iterator[Leaving]:
     for weights, size in _teachers_there(shared, before).items():
         remove = partial(_remove_teacher_there, shared, weights, before)
         yield Leaving(shared.teachers.url(weights), size, _UNNAMED, remove)
-    for name in ("names", "scratch"):
-        if folder := objects.folder(name):
-            yield from _temporary(folder, files.names(folder))
+    yield from _temporary_there(shared, keys)
     if keys:  # an empty folder may be one that is not mounted
         for mirror in shared.mirrors():
             if mirror.name not in keys:
                 why = f"what was known of a cache that is gone from {shared.url}"
                 yield Leaving(str(mirror), extent(mirror)[0], why, partial(shared.forget, mirror.name))
+
+
+def _temporary_there(shared: Registry, keys: Sequence[str]) -> Iterator[Leaving]:
+    """What writers that died have left in a folder, outside of its caches and in those without an identity.
+
+    In a bucket there is nothing of the kind: an object is put there in one request.
+    """
+    top = shared.objects.folder("caches")
+    if top is None:
+        return
+    for folder in (top.parent, *(top.parent / name for name in ("names", "scratch", "teachers", "caches"))):
+        if not folder.is_symlink():
+            yield from _temporary(folder, files.names(folder))
+    for name in sorted({*files.names(top)} - {*keys}):
+        if KEY.fullmatch(name) and not (top / name).is_symlink():
+            for where, folders, names in os.walk(top / name):
+                yield from _temporary(Path(where), [*folders, *names])
 
 
 def _leases_there(shared: Registry) -> Iterator[Leaving]:

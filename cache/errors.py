@@ -2,17 +2,20 @@
 
 from collections.abc import Callable
 
+from kdcache.cache.secrecy import hide
+
 _LONGEST = 3000  # characters of a message
 
 
 class KdcacheError(Exception):
     """Something the user can act on: the message says what is wrong, where, and what to do.
 
-    It is one line, whatever the names and values are that it repeats.
+    It is one line, whatever the names and values are that it repeats. Neither a credential nor the user or the query of
+    an address is ever part of it.
     """
 
-    def __str__(self) -> str:
-        return in_one_line(super().__str__())
+    def __init__(self, message: str = "") -> None:
+        super().__init__(in_one_line(hide(message)))
 
 
 def in_one_line(message: str) -> str:
@@ -58,7 +61,7 @@ EXPLANATIONS: list[Callable[[Exception], str | None]] = []
 
 def machine_error(e: Exception) -> str | None:
     """What to do about an error that comes from the machine, such as too little memory; None for other errors."""
-    first = (str(e).splitlines() or [""])[0]
+    first = (hide(str(e)).splitlines() or [""])[0]
     if isinstance(e, MemoryError) or type(e).__name__ == "OutOfMemoryError" or "can't allocate memory" in first:
         return f"out of memory ({first[:200]}): lower --batch-size or --image-size"
     if type(e).__name__.startswith("Dist") or "gloo" in first or "NCCL" in first:  # torch.distributed's errors
@@ -70,10 +73,10 @@ def machine_error(e: Exception) -> str | None:
 
 def kind_and_message(error: BaseException) -> str:
     """An error of other people's code in one line: its class and its whole message."""
-    return " ".join(f"{type(error).__name__}: {error}".split())
+    return hide(" ".join(f"{type(error).__name__}: {error}".split()))
 
 
 def first_sentence(error: BaseException) -> str:
     """An error of other people's code in short: its class and the beginning of its message, which can be pages long."""
-    text = " ".join(str(error).split()).split(". ")[0][:160]
+    text = hide(" ".join(str(error).split())).split(". ")[0][:160]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__

@@ -267,10 +267,9 @@ M = TypeVar("M", bound=BaseModel)
 
 def parse(model: type[M], data: bytes, where: str, advice: str) -> M:
     """The strict model in `data`, or a CorruptError that names the file and the field and ends with the advice."""
-    try:
-        raw = json.loads(data, object_pairs_hook=_no_duplicates)
-    except (ValueError, RecursionError) as e:
-        raise CorruptError(f"{where} is not valid JSON ({e}); {advice}") from e
+    raw, problem = _json(data)
+    if problem:
+        raise CorruptError(f"{where} {problem}; {advice}")
     found = raw.get("format") if isinstance(raw, dict) else None
     if isinstance(found, bool):  # which equals 1
         raise CorruptError(f"{where} is not what kdcache writes: format: {found} is no number; {advice}")
@@ -283,8 +282,17 @@ def parse(model: type[M], data: bytes, where: str, advice: str) -> M:
         return model.model_validate_json(data)
     except pydantic.ValidationError as e:
         first = e.errors()[0]
-        field = ".".join(map(str, first["loc"])) or "the whole"
-        raise CorruptError(f"{where} is not what kdcache writes: {field}: {first['msg']}; {advice}") from e
+        problem = f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+    # Not in the except clause: pydantic's error holds the data, which a server may have sent.
+    raise CorruptError(f"{where} is not what kdcache writes: {problem}; {advice}")
+
+
+def _json(data: bytes) -> tuple[Any, str]:
+    """The value that JSON text stands for; or else what is wrong with the text."""
+    try:
+        return json.loads(data, object_pairs_hook=_no_duplicates), ""
+    except (ValueError, RecursionError) as e:
+        return None, f"is not valid JSON ({e})"
 
 
 def _no_duplicates(pairs: list[tuple[str, Any]]) -> dict[str, Any]:

@@ -1,18 +1,15 @@
 """docs/cluster.md: what can be copied from it is accepted by what it is meant for."""
 
-import re
-import textwrap
-
 import kubernetes_validate
 import pytest
 import yaml
 
 from kdcache.cli import main
+from kdcache.tests.helpers.pages import blocks, commands
 from kdcache.tests.helpers.places import ROOT
 
-PAGE = (ROOT / "docs" / "cluster.md").read_text()
-BLOCKS = [textwrap.dedent(block) for block in re.findall(r"(?:^    .*\n|^\n(?=    ))+", PAGE, re.MULTILINE)]
-RESOURCES = [yaml.safe_load(block) for block in BLOCKS if block.lstrip().startswith("apiVersion:")]
+PAGE = ROOT / "docs" / "cluster.md"
+RESOURCES = [yaml.safe_load(block.text) for block in blocks(PAGE) if block.language == "yaml"]
 
 
 @pytest.mark.parametrize("resource", RESOURCES, ids=lambda found: found["kind"])
@@ -43,8 +40,14 @@ def test_the_pods_of_the_job_run_a_build_that_the_command_line_takes() -> None:
 
 
 def test_every_command_of_the_page_is_one_that_the_command_line_takes() -> None:
-    lines = re.findall(r"^    .*\bkdcache(?:\.cli)? (build .*)$", PAGE, re.MULTILINE)
+    lines = [
+        words
+        for block in blocks(PAGE)
+        if block.language == "bash"
+        for text in block.lines()
+        for words in commands(text)
+    ]
     assert len(lines) == 5
     for line in lines:
-        name, *words = line.split()
+        name, *words = line
         assert main.commands[name].make_context(name, words).params["views"] == 16, line

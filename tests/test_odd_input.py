@@ -14,8 +14,7 @@ from kdcache.cache import Cache, KdcacheError, open_cache
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
 from kdcache.cache.files import read_plain
 from kdcache.cache.registry.registry import Registry
-from kdcache.cache.sealed import read_sealed
-from kdcache.cache.zips import inflates, seal_holds, sealed_zip
+from kdcache.cache.sealed import inflates, read_sealed, seal_holds, sealed_zip
 from kdcache.pipeline.commandline.settings import load_settings
 from kdcache.pipeline.data.classmap import map_classes
 from kdcache.pipeline.data.dataset import open_data

@@ -13,7 +13,7 @@ import pytest
 import kdcache
 from kdcache.tests.helpers.places import ROOT
 
-AT_ROOT = {"__init__.py", "cli.py"}
+AT_ROOT = {"__init__.py", "cli.py", "py.typed"}
 FOLDERS = {"cache", "pipeline", "train"}
 
 

@@ -16,6 +16,7 @@ from kdcache.cache.errors import InputError
 from kdcache.cache.registry.kinds.local import FolderObjects
 from kdcache.cache.registry.kinds.network import NetworkObjects
 from kdcache.cache.registry.objects import Objects
+from kdcache.cache.secrecy import hide
 
 _bucket, _web = partial(NetworkObjects, bucket=True), partial(NetworkObjects, bucket=False)
 # Each is called with the address, which has neither user nor query.
@@ -28,21 +29,30 @@ BACKENDS: dict[str, Callable[[str], Objects]] = {
 }
 
 
+def require_open(url: str) -> None:
+    """InputError for what is no address, and for one that may hold a secret, which the error does not tell."""
+    try:
+        parts = urlsplit(url)
+    except ValueError:  # brackets that are no IPv6 address
+        raise InputError(f"{url} is no address that can be read") from None
+    if hide(url, {}) != url:
+        raise InputError(
+            f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}: an address must not hold a user, "
+            "password, token or query, which would end up in logs: give credentials in the environment (see "
+            "docs/sharing.md)"
+        )
+
+
 def open_objects(url: str) -> Objects:
     """The objects below an address or the path of a folder; InputError for what is neither, or may hold a secret."""
     if "://" not in url:
         return FolderObjects(Path(url))
     url = url.rstrip("/")
+    require_open(url)
     parts = urlsplit(url)
-    shown = f"{parts.scheme}://{parts.netloc.rpartition('@')[2]}{parts.path}"
-    if "@" in parts.netloc or parts.query or parts.fragment:
-        raise InputError(
-            f"{shown}: an address must not hold a user, password, token or query, which would end up in logs: give "
-            "credentials in the environment (see docs/sharing.md)"
-        )
     if parts.scheme == "file":
         return FolderObjects(Path(parts.path))
     if parts.scheme not in BACKENDS or not parts.netloc:
         known = ", ".join(f"{scheme}://" for scheme in BACKENDS)
-        raise InputError(f"{shown} is no place for a registry: give a folder, or an address that begins with {known}")
+        raise InputError(f"{url} is no place for a registry: give a folder, or an address that begins with {known}")
     return BACKENDS[parts.scheme](url)

@@ -24,7 +24,7 @@ from collections.abc import Callable
 
 from kdcache.cache.errors import NotFoundError, UnreadableError
 from kdcache.cache.identity import canonical, parse
-from kdcache.cache.registry.objects import Objects
+from kdcache.cache.registry.objects import Objects, read_checked
 from kdcache.cache.store.leases import MOST_BYTES, Leases, Owner, ended
 
 LEASES = "leases"
@@ -112,8 +112,9 @@ class ObjectLeases(Leases):
 
     def _read(self, name: str) -> Owner | None:
         path = f"{self._folder}/{name}"
+        where = f"{self._objects.url}/{path}"
         try:
-            return parse(Owner, self._objects.read(path, MOST_BYTES), f"{self._objects.url}/{path}", "remove it")
+            return read_checked(self._objects, path, MOST_BYTES, lambda got: parse(Owner, got, where, "remove it"))
         except NotFoundError:
             return None
 

@@ -2,13 +2,18 @@
 
 from __future__ import annotations
 
+from collections.abc import Callable
 from pathlib import Path
-from typing import Protocol
+from typing import Protocol, TypeVar
 
+from kdcache.cache.errors import CorruptError, MismatchError
 from kdcache.cache.files import Content
 from kdcache.cache.identity import Identity
 from kdcache.cache.registry.localstore import LocalStore
 from kdcache.cache.store.place import Place
+
+T = TypeVar("T")
+_AT_MOST = 3  # how often an object is read before what is wrong with it counts as damage that stays
 
 
 class Objects(Protocol):
@@ -77,3 +82,16 @@ class RemoteObjects(Objects, Protocol):
 
     def fetch(self, path: str, size: int, sha256: str) -> Content:
         """The object's bytes; NotFoundError if it is missing, CorruptError unless size and sha256 are these."""
+
+
+def read_checked(objects: Objects, path: str, limit: int, check: Callable[[bytes], T]) -> T:
+    """What `check` makes of an object's bytes. Those that it refuses are read again, since they may have come wrong.
+
+    Raises what `read` does, and the CorruptError or MismatchError of `check` where the last bytes are refused too.
+    """
+    for _ in range(_AT_MOST - 1):
+        try:
+            return check(objects.read(path, limit))
+        except (CorruptError, MismatchError):
+            continue
+    return check(objects.read(path, limit))

@@ -24,7 +24,7 @@ import socket
 import sys
 import time
 from contextlib import suppress
-from functools import cached_property
+from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, cast
 
@@ -33,10 +33,10 @@ from pydantic import TypeAdapter, ValidationError
 from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError, first_sentence
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
-from kdcache.cache.registry.backends import open_objects
+from kdcache.cache.registry.backends import open_objects, require_open
 from kdcache.cache.registry.bucket import BucketCache
 from kdcache.cache.registry.localstore import LocalStore
-from kdcache.cache.registry.objects import RemoteObjects
+from kdcache.cache.registry.objects import RemoteObjects, read_checked
 from kdcache.cache.registry.teachers import SharedTeachers
 from kdcache.cache.store.cache import Cache
 
@@ -128,11 +128,7 @@ class Registry:
 
     def _named(self, name: str) -> Named:
         path = f"names/{name}"
-        content = self.objects.read(path, _MOST_SMALL_BYTES)
-        named = parse(Named, content, f"{self.url}/{path}", "give the name again, with --move")
-        if not KEY.fullmatch(named.key):
-            raise CorruptError(f"{self.url}/{path} names no key; give the name again, with --move")
-        return named
+        return read_checked(self.objects, path, _MOST_SMALL_BYTES, partial(_named, f"{self.url}/{path}"))
 
     def find(self, what: str) -> str:
         """The key that `what` means: a key, at least four of its first digits, or a name.
@@ -187,16 +183,11 @@ class Registry:
     def open(self, key: str) -> Cache:
         """Open the cache of that key, whatever was seen of it before, and remember nothing of it."""
         prefix = f"caches/{key}"
+        identified = partial(_identified, f"{self.url}/{prefix}/identity.json", key)
         try:
-            content = self.objects.read(f"{prefix}/identity.json", MAX_JSON_BYTES)
+            identity = read_checked(self.objects, f"{prefix}/identity.json", MAX_JSON_BYTES, identified)
         except NotFoundError:
             raise NotFoundError(f"{self.url} has no cache {key[:16]}: {self._listing}") from None
-        where = f"{self.url}/{prefix}/identity.json"
-        identity = parse(Identity, content, where, "ask whoever keeps the registry to remove that cache")
-        if identity.key != key:
-            raise MismatchError(
-                f"{where} is that of cache {identity.key[:12]}, not of {key[:12]}: it was tampered with"
-            )
         return Cache(self.objects.place(prefix, identity, self._mirror / key, self._store))
 
     def folder(self, key: str) -> Path | None:
@@ -263,7 +254,26 @@ class Registry:
         if not names:
             return None
         path = f"{folder}/{names[-1]}"
-        return parse(Published, self.objects.read(path, _MOST_SMALL_BYTES), f"{self.url}/{path}", "remove it")
+        return read_checked(self.objects, path, _MOST_SMALL_BYTES, partial(_published, f"{self.url}/{path}"))
+
+
+def _named(where: str, content: bytes) -> Named:
+    advice = "give the name again, with --move"
+    found = parse(Named, content, where, advice)
+    if not KEY.fullmatch(found.key):
+        raise CorruptError(f"{where} names no key; {advice}")
+    return found
+
+
+def _identified(where: str, key: str, content: bytes) -> Identity:
+    found = parse(Identity, content, where, "ask whoever keeps the registry to remove that cache")
+    if found.key != key:
+        raise MismatchError(f"{where} is that of cache {found.key[:12]}, not of {key[:12]}: it was tampered with")
+    return found
+
+
+def _published(where: str, content: bytes) -> Published:
+    return parse(Published, content, where, "remove it")
 
 
 def in_bucket(shared: Registry, identity: Identity) -> BucketCache:
@@ -290,7 +300,12 @@ def check_name(name: str) -> None:
 
 
 def split_url(url: str) -> tuple[str, str] | None:
-    """The registry's root and the key or name in the address of a cache; None if it is no such address."""
+    """The registry's root and the key or name in the address of a cache; None if it is no such address.
+
+    InputError for an address that may hold a secret.
+    """
+    if "://" in url:
+        require_open(url)
     found = _URL.fullmatch(url)
     return (found["root"], found["what"]) if found else None
 

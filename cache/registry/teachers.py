@@ -3,9 +3,10 @@
 from __future__ import annotations
 
 import re
+from collections.abc import Callable
 
 from kdcache.cache.errors import CorruptError
-from kdcache.cache.registry.objects import Objects
+from kdcache.cache.registry.objects import Objects, read_checked
 
 # A bucket takes 5 GB in one request.
 MOST_TEACHER_BYTES = 1 << 32
@@ -31,9 +32,17 @@ class SharedTeachers:
         """Whether the weights of that hash are there."""
         return self._objects.size(_path(weights)) is not None
 
-    def read(self, weights: str) -> bytes:
-        """The file of the weights of that hash, not yet compared with it; NotFoundError where there is none."""
-        return self._objects.read(_path(weights), MOST_TEACHER_BYTES)
+    def read(self, weights: str, check: Callable[[bytes], None] = lambda content: None) -> bytes:
+        """The file of the weights of that hash; NotFoundError where there is none.
+
+        check: raises CorruptError unless these bytes are such a file. Then it is read again, a few times.
+        """
+
+        def checked(content: bytes) -> bytes:
+            check(content)
+            return content
+
+        return read_checked(self._objects, _path(weights), MOST_TEACHER_BYTES, checked)
 
     def add(self, weights: str, content: bytes) -> bool:
         """Publish a file of weights; whether it is new. One that is there stays as it is."""

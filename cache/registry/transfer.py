@@ -19,7 +19,7 @@ from kdcache.cache.errors import CorruptError, InputError, MismatchError
 from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
 from kdcache.cache.registry.bucket import BucketCache, put_commit
-from kdcache.cache.registry.objects import Objects
+from kdcache.cache.registry.objects import Objects, read_checked
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.chunks import metadata_files
 from kdcache.cache.store.layout import Commit, parse_shard_name
@@ -66,7 +66,9 @@ def into_folder(
     target = Cache.create(folder, source.identity)
     begun()
     with target.writing():
-        return _all(list(source.contents(views)), partial(_adopted, target), advance)
+        # A commit that came over a network has no digest of its own, and is not to stay here if it came wrong.
+        adopted = partial(_adopted, target, decode=not source.local)
+        return _all(list(source.contents(views)), adopted, advance)
 
 
 def into_bucket(source: Cache, target: BucketCache, views: Sequence[int]) -> Moved:
@@ -75,13 +77,13 @@ def into_bucket(source: Cache, target: BucketCache, views: Sequence[int]) -> Mov
     return _all([(store, name) for store, name in source.contents(views) if store.has(name)], partial(_adopted, target))
 
 
-def _adopted(target: Cache, item: _Item) -> Moved:
-    """Have the target adopt a commit, if it has none of that name."""
+def _adopted(target: Cache, item: _Item, decode: bool = False) -> Moved:
+    """Have the target adopt a commit, if it has none of that name. decode: see `files_of`."""
     store, name = item
     into = target.split(store.split)
     if into.has(name):
         return _compared(into.commit(name), store, name)
-    contents = store.files_of(name)
+    contents = store.files_of(name, decode)
     into.adopt(name, store.commit_bytes(name), contents)
     return Moved(sum(map(len, contents.values())), 1)
 
@@ -119,8 +121,11 @@ def into_objects(
             if put_commit(objects, prefix, store, mine, store.commit_bytes(name), contents):
                 return Moved(sum(map(len, contents.values())), 1)
         where = f"{objects.url}/{prefix}/{commit}"
-        theirs = objects.read(f"{prefix}/{commit}", MAX_JSON_BYTES)
-        return _compared(parse(Commit, theirs, where, "ask whoever keeps the registry to remove it"), store, name)
+        advice = "ask whoever keeps the registry to remove it"
+        theirs = read_checked(
+            objects, f"{prefix}/{commit}", MAX_JSON_BYTES, lambda content: parse(Commit, content, where, advice)
+        )
+        return _compared(theirs, store, name)
 
     return _all(list(source.contents(views)), move, advance)
 

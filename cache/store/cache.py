@@ -242,7 +242,7 @@ class Cache:
         """Clear away what dead builders left, if there is anything and this user may remove it."""
         folders = [self.path / "leases", self.path / "scratch"]
         left = any(names for folder in folders for _, _, names in os.walk(folder))
-        if left and all(os.access(folder, os.W_OK) for folder in folders):
+        if left and all(os.access(folder, os.W_OK) or not folder.exists() for folder in folders):
             with self.writing():
                 pass
 

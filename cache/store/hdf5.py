@@ -120,6 +120,9 @@ class PackedFile:
         if file not in self._index:  # its bytes differ from those in a folder, so their size says nothing
             raise CorruptError(f"{self.where} holds no {file}")
 
+    def distrust(self, file: str) -> bool:
+        return False
+
     def content(self, file: str, stored: StoredFile, chunk: Chunk) -> bytes:
         raise InputError(f"{self.where} is packed in chunks of another kind: run kdcache unpack {self.where} first")
 

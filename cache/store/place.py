@@ -60,6 +60,9 @@ class Place(Protocol):
     def rows(self, file: str, stored: StoredFile, chunk: Chunk, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The rows of a committed chunk, in `out` if given; CorruptError unless they are what was committed."""
 
+    def distrust(self, file: str) -> bool:
+        """Remove what was kept here of a commit that lies elsewhere; whether there was anything."""
+
     def remedy(self, file: str) -> str:
         """The advice for a damaged commit, or for damage to what it commits."""
 
@@ -87,6 +90,9 @@ class ZarrChunks:
 
     def locate(self, file: str) -> str:
         raise NotImplementedError
+
+    def distrust(self, file: str) -> bool:
+        return False
 
     def content(self, file: str, stored: StoredFile, chunk: Chunk) -> Content:
         raise NotImplementedError

@@ -114,11 +114,19 @@ class CommitReader:
 
     # What commits name
 
-    def files_of(self, name: str) -> dict[str, Content]:
-        """The files that a commit names as they lie in a folder, checked against the commit; by their sha256."""
+    def files_of(self, name: str, decode: bool = False) -> dict[str, Content]:
+        """The files that a commit names as they lie in a folder, checked against the commit; by their sha256.
+
+        decode: whether the commit is checked too, against the rows that these files hold.
+        """
 
         def content(file: str, stored: StoredFile, chunk: Chunk) -> tuple[str, Content]:
-            return stored.sha256, self._place.content(file, stored, chunk)
+            found, where = self._place.content(file, stored, chunk), self._place.locate(file)
+            if decode:
+                rows = chunks.decode_part(chunk.spec, chunk.part, found, where)
+                if chunks.rows_digest(chunk.spec, rows) != stored.rows:
+                    raise CorruptError(f"the commit of {where} names other rows than are there")
+            return stored.sha256, found
 
         return dict(self._each(name, content))
 
@@ -141,6 +149,15 @@ class CommitReader:
     def _each(
         self, name: str, get: Callable[[str, StoredFile, Chunk], T], only: Collection[str] | None = None
     ) -> list[T]:
+        try:
+            return self._all(name, get, only)
+        except CorruptError:
+            # What was kept here of a commit may be out of date, or may have come wrong: then it is asked for again.
+            if not self._place.distrust(self.layout.commit_file(name)):
+                raise
+        return self._all(name, get, only)
+
+    def _all(self, name: str, get: Callable[[str, StoredFile, Chunk], T], only: Collection[str] | None) -> list[T]:
         commit, wanted = self.commit(name), self.chunks(name)
         if set(commit.files) != {chunk.file for chunk in wanted}:
             raise CorruptError(f"{self._commit_where(name)} does not name the files of {name}; {self._remedy(name)}")

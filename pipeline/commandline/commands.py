@@ -20,6 +20,7 @@ import click
 from click.core import ParameterSource
 
 from kdcache.cache.errors import KdcacheError, in_one_line, machine_error
+from kdcache.cache.secrecy import hide
 from kdcache.pipeline.commandline.options import Option
 from kdcache.pipeline.commandline.parameters import CommandOption, flag_of, options_of
 from kdcache.pipeline.commandline.settings import FILE, KnownOption, Setting, load_settings
@@ -156,7 +157,7 @@ class Failure(click.ClickException):
     exit_code = 2
 
     def __init__(self, message: str) -> None:
-        super().__init__(safe(" ".join(message.splitlines())))
+        super().__init__(safe(hide(" ".join(message.splitlines()))))
 
     def show(self, file: Any = None) -> None:
         click.echo(coloured(f"Error: {self.message}", sys.stderr), err=True, color=has_colours(sys.stderr))
@@ -223,9 +224,9 @@ class Main(click.Group):
 
 
 def _one_line(e: click.ClickException) -> click.ClickException:
-    """The error in one line: click lists the choices of what is missing below each other, and repeats whole values."""
+    """The error in one line, without secrets: click lists choices below each other, and repeats whole values."""
     text = e.format_message()
-    if (line := in_one_line(text)) == text:
+    if (line := in_one_line(hide(text))) == text:
         return e
     return click.UsageError(" ".join(line.split()), getattr(e, "ctx", None))
 

@@ -7,6 +7,7 @@ from typing import Any, TextIO
 import click
 
 from kdcache.cache.errors import InputError
+from kdcache.cache.secrecy import hide
 from kdcache.pipeline.process.progress import percent
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.process.screen import has_colours, is_wanted, room_for_lines, safe
@@ -28,7 +29,7 @@ def say(text: str, out: bool = False, always: bool = False) -> None:
     if not _is_later_rank() and (always or is_wanted(text)):
         stream = sys.stdout if out else sys.stderr
         with room_for_lines():
-            click.echo(coloured(safe(text), stream), err=not out, color=has_colours(stream))
+            click.echo(coloured(safe(hide(text)), stream), err=not out, color=has_colours(stream))
 
 
 def coloured(text: str, stream: TextIO) -> str:

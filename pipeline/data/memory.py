@@ -11,7 +11,7 @@ import numpy as np
 
 from kdcache.cache.errors import KdcacheError
 from kdcache.cache.files import read_plain, replace_file
-from kdcache.cache.zips import seal_holds, sealed_zip
+from kdcache.cache.sealed import seal_holds, sealed_zip
 
 _USED: set[Path] = set()  # files that this process has read or written
 

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache import files
 from kdcache.cache.errors import InputError
-from kdcache.cache.zips import inflates
+from kdcache.cache.sealed import inflates
 from kdcache.pipeline.build.config import PART
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.imports.stored import Answers, by_name, require_all, stem

@@ -16,12 +16,10 @@ from typing import Any
 import torch
 
 import kdcache
+from kdcache.cache.secrecy import HIDDEN, hide, names_a_secret
 
 _LONGEST = 2000  # characters of a command line
-_SECRET_NAME = re.compile(r"(?i)(token|secret|passw|credential|api.?key|access.?key|private.?key)")
-_IN_URL = re.compile(r"(?<=://)[^/?#\s]*@|[?#]\S*$")
 _FLAG = re.compile(r"(--?[\w-]+)(=|$)")
-_HIDDEN = "***"
 
 
 def writer(device: str | None = None, compiled: bool = False) -> dict[str, str]:
@@ -54,40 +52,30 @@ def command_line(arguments: Sequence[str], environment: Mapping[str, str]) -> st
     variable of the environment holds whose name says so.
     """
     program = Path(arguments[0]).name
-    words, hide = ["kdcache" if program == "cli.py" else program], False
+    words, is_secret = ["kdcache" if program == "cli.py" else program], False
     for word in arguments[1:]:
         flag = _FLAG.match(word)
-        if hide and not flag:
-            words.append(_HIDDEN)
-            hide = False
+        if is_secret and not flag:
+            words.append(HIDDEN)
+            is_secret = False
             continue
-        hide = bool(flag and _SECRET_NAME.search(flag[1]))
-        if flag and hide and flag[2]:
-            word, hide = f"{flag[1]}={_HIDDEN}", False
-        words.append(without_secrets(word, environment))
-    line = " ".join(word if _HIDDEN in word else shlex.quote(word) for word in words)
+        is_secret = bool(flag and names_a_secret(flag[1]))
+        if flag and is_secret and flag[2]:
+            word, is_secret = f"{flag[1]}={HIDDEN}", False
+        words.append(hide(word, environment))
+    line = " ".join(word if HIDDEN in word else shlex.quote(word) for word in words)
     return line if len(line) <= _LONGEST else f"{line[:_LONGEST]} ..."
 
 
-def without_secrets(text: str, environment: Mapping[str, str]) -> str:
-    """The text with *** for what stands in an address for a user or a query, and for secrets of the environment."""
-    if "://" in text:
-        text = _IN_URL.sub(lambda m: f"{_HIDDEN}@" if m[0].endswith("@") else f"{m[0][0]}{_HIDDEN}", text)
-    for name, value in environment.items():
-        if len(value) > 5 and _SECRET_NAME.search(name):
-            text = text.replace(value, _HIDDEN)
-    return text
-
-
 def public(facts: Mapping[str, Any]) -> dict[str, Any]:
-    """The same facts, nested or not, with all texts `without_secrets` of this process's environment."""
+    """The same facts, nested or not, without what `hide` hides."""
 
     def shown(value: Any) -> Any:
         if isinstance(value, Mapping):
             return {name: shown(one) for name, one in value.items()}
         if isinstance(value, list | tuple):
             return [shown(one) for one in value]
-        return without_secrets(value, os.environ) if isinstance(value, str) else value
+        return hide(value) if isinstance(value, str) else value
 
     return {name: shown(value) for name, value in facts.items()}
 

@@ -24,7 +24,7 @@ from torch import Tensor
 
 from kdcache.cache.errors import CorruptError, InputError, first_sentence
 from kdcache.cache.files import is_there, sha256
-from kdcache.cache.zips import inflates
+from kdcache.cache.sealed import inflates
 
 State = dict[str, Tensor]
 

@@ -90,13 +90,9 @@ def _fetch(weights: str, shared: Registry, say: Say) -> Path:
     (home() / "remote").mkdir(parents=True, exist_ok=True)
     with FileLock(home() / "remote" / f"{weights}.lock"):  # only one of several processes fetches
         if not path.exists():
-            content = shared.teachers.read(weights)
-            _require(
-                content,
-                weights,
-                shared.teachers.url(weights),
-                "ask whoever keeps the registry to remove it, then kdcache push publishes it again",
-            )
+            advice = "ask whoever keeps the registry to remove it, then kdcache push publishes it again"
+            where = shared.teachers.url(weights)
+            content = shared.teachers.read(weights, lambda came: _require(came, weights, where, advice))
             files.replace_file(path, content)
             say(f"weights {weights[:12]} come from {shared.url}: {size(len(content))}")
     return path
@@ -111,8 +107,10 @@ def _require(content: bytes, weights: str, where: str, advice: str) -> None:
         raise CorruptError(f"{where} is damaged, or no safetensors file ({type(e).__name__}: {e}); {advice}") from e
     if (found := weights_hash(state)) != weights:
         raise CorruptError(f"{where} holds the weights {found[:12]}, not those that it is named by; {advice}")
-    about = header.get("__metadata__", {})
-    if files.sha256(about.get("kdcache", "").encode()) != about.get("notes_sha256"):
+    about, named = header.get("__metadata__", {}), {"weights_sha256": weights}
+    notes = files.sha256(about.get("kdcache", "").encode())
+    # Files of earlier versions do not name their weights. Any other name is one that damage has changed.
+    if about not in ({"kdcache": about.get("kdcache"), "notes_sha256": notes, **more} for more in (named, {})):
         raise CorruptError(f"{where} has notes that are damaged; {advice}")
 
 

@@ -149,7 +149,7 @@ def test_choices_are_made_on_what_is_held_out_and_in_their_order():
 
 
 def test_what_is_done_is_not_run_again_and_a_failure_stops_nothing(tmp_path):
-    study, p = module("study"), module("study_protocol")
+    study, p, study_jobs = module("study"), module("study_protocol"), module("study_jobs")
     jobs = [p.Head(seed) for seed in range(3)]
 
     def command(job):
@@ -159,7 +159,7 @@ def test_what_is_done_is_not_run_again_and_a_failure_stops_nothing(tmp_path):
 
     (tmp_path / "done").mkdir()
     told = []
-    failed = study.run_all(jobs, 2, command, tmp_path, lambda job, what: told.append((job.seed, what[:6])))
+    failed = study_jobs.run_all(jobs, 2, command, tmp_path, lambda job, what: told.append((job.seed, what[:6])))
     assert failed == ["head-seed1"]
     assert sorted(told) == [(0, "done"), (1, "FAILED"), (2, "done")]
     found = study.collected(tmp_path, tmp_path / "none.json", 20)
@@ -178,12 +178,12 @@ def test_what_is_done_is_not_run_again_and_a_failure_stops_nothing(tmp_path):
 
 
 def test_times_of_a_job_add_up_over_its_processes(tmp_path):
-    study = module("study")
+    study_jobs = module("study_jobs")
     file = tmp_path / "x.json"
     file.write_text('{"seconds": 1000.0, "cpu_seconds": 2000.0}')
-    with pytest.raises(KeyboardInterrupt), study.stopwatch(file):
+    with pytest.raises(KeyboardInterrupt), study_jobs.stopwatch(file):
         raise KeyboardInterrupt
-    with study.stopwatch(file) as spent:
+    with study_jobs.stopwatch(file) as spent:
         assert 1000 < spent()["seconds"] < 1010 and 2000 < spent()["cpu_seconds"] < 2010
 
 

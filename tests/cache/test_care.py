@@ -6,18 +6,19 @@ import multiprocessing
 import os
 import shutil
 import signal
+from functools import partial
 from pathlib import Path
 
 import click.testing
 import numpy as np
 import pytest
 
-from kdcache.cache import Cache, KdcacheError, care, open_cache
+from kdcache.cache import Cache, KdcacheError, care, files, open_cache
 from kdcache.cache import errors as e
 from kdcache.cache.home import caches_folder, home, open_registry
 from kdcache.cli import main
 from kdcache.pipeline.build.spool import Spool, spool_folder
-from kdcache.pipeline.share import push
+from kdcache.pipeline.share import pull, push
 from kdcache.tests.helpers.caches import Filled
 from kdcache.tests.helpers.registries import OLD, about, age, collect, quiet, refused, run
 
@@ -291,3 +292,50 @@ def test_gc_trusts_no_damaged_name_and_no_missing_registry(mine, tmp_path):
     refused(f"gc --registry {tmp_path / 'nowhere'}", "is it mounted?")
     with pytest.raises(KdcacheError, match="can only be read"):
         list(care.leavings(30, "http://127.0.0.1:9/kd"))
+
+
+def _die_writing(what, times):
+    """Ends this process by SIGKILL once it has written so many temporary files."""
+    write, left = files.write, [times]
+
+    def dies(path, data):
+        write(path, data)
+        left[0] -= 1
+        if left[0] == 0:
+            os.kill(os.getpid(), signal.SIGKILL)
+
+    files.write = dies
+    what()
+
+
+@pytest.mark.parametrize("into", ["push", "pull", "group"])
+def test_gc_takes_what_killed_pushes_and_pulls_leave(tmp_path, mine, into, monkeypatch):
+    """Killed at one of their first files, which come before the identity, or later."""
+    shared, left = tmp_path / "shared", 0
+    if into == "group":
+        shared.mkdir()
+        shared.chmod(0o2775)
+    if into == "pull":
+        push(mine.path, str(shared), name="best", say=quiet)
+    for times in (1, 2, 3, 12):
+        if into == "pull":
+            monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / f"home{times}"))
+            move = partial(pull, mine.key, str(shared), say=quiet)
+        else:
+            move = partial(push, mine.path, str(shared), name="best", say=quiet)
+        process = multiprocessing.get_context("fork").Process(target=_die_writing, args=(move, times))
+        process.start()
+        process.join(30)
+        assert process.exitcode == -signal.SIGKILL
+        left += len(_temporaries(home(), shared))
+        age(home()), age(shared)
+        found = list(care.leavings(60, str(shared)))
+        assert all(one["kept"] is None for one in care.gc(found, True)["found"])
+        assert _temporaries(home(), shared) == [] and list(care.leavings(60, str(shared))) == []
+    assert left > 3
+    move()
+    assert open_registry(str(shared)).cache(mine.key).views == Cache(caches_folder() / mine.key).views == (0, 1)
+
+
+def _temporaries(*tops):
+    return [path for top in tops for path in top.rglob(".*.tmp")]

@@ -200,3 +200,41 @@ def faulty(target, share=0.25, seed=0, content=True):
             yield proxy
     finally:
         proxy.close()
+
+
+@contextlib.contextmanager
+def answering(answer):
+    """A server that has `answer(handler, body)` answer every request of any method; its address."""
+
+    class Handler(http.server.BaseHTTPRequestHandler):
+        protocol_version = "HTTP/1.1"
+        wbufsize = -1  # headers and body in one packet: else the second waits for 40 ms
+
+        def log_message(self, *args):
+            pass
+
+        def do_GET(self):
+            answer(self, self.rfile.read(int(self.headers.get("Content-Length") or 0)))
+
+        do_PUT = do_HEAD = do_POST = do_DELETE = do_GET
+
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
+    server.daemon_threads = True
+    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
+    thread.start()
+    try:
+        yield f"http://127.0.0.1:{server.server_port}"
+    finally:
+        server.shutdown()
+        thread.join()
+        server.server_close()
+
+
+def send(handler, status, body=b"", **headers):
+    """An answer with its length and these headers, whose names have _ for -."""
+    handler.send_response(status)
+    for name, value in {"Content-Length": len(body), "Last-Modified": handler.date_time_string(), **headers}.items():
+        handler.send_header(name.replace("_", "-"), str(value))
+    handler.end_headers()
+    if handler.command != "HEAD":
+        handler.wfile.write(body)

@@ -16,8 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
 from kdcache.cache.files import read_plain, replace_file, sha256
-from kdcache.cache.sealed import read_sealed, sealed
-from kdcache.cache.zips import inflates, seal_holds, sealed_zip
+from kdcache.cache.sealed import inflates, read_sealed, seal_holds, sealed, sealed_zip
 from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 from kdcache.pipeline.views.render import RENDERER
 from kdcache.train.losses.options import LOSSES

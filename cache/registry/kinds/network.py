@@ -10,21 +10,25 @@ import hashlib
 import os
 import random
 import re
+import secrets
 import time
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
-from functools import cache, cached_property
+from functools import cached_property
 from pathlib import Path
-from typing import Any, TypeVar
+from typing import TypeVar
 
 import obstore
 from obstore import exceptions as oe
-from obstore.store import ObjectStore, from_url
+from obstore.store import ObjectStore
 
 from kdcache.cache import files
-from kdcache.cache.errors import CorruptError, InputError, NotFoundError, UnreadableError
+from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError, UnreadableError
 from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, Identity, canonical, parse
+from kdcache.cache.registry.kinds.client import first_process
+from kdcache.cache.registry.kinds.client import store as _store
+from kdcache.cache.registry.kinds.failures import Failure, failure
 from kdcache.cache.registry.localstore import LocalStore
 from kdcache.cache.registry.objects import RemoteObjects
 from kdcache.cache.store.layout import Chunk, Commit, SplitLayout, StoredFile
@@ -37,8 +41,6 @@ PATIENCE, AT_FIRST = 90.0, 15.0
 _LONGEST_WAIT = 10.0
 _WRONG_AT_MOST = 3  # how often wrong bytes are fetched before they count as damaged there
 _AT_ONCE = 32  # simultaneous requests that ask what there is
-# A stalled connection is given up after read_timeout. A whole request may take long, since a chunk may have 2 GB.
-_CLIENT = {"connect_timeout": "10s", "read_timeout": "60s", "timeout": "1h"}
 _MD5 = re.compile(r'"?([0-9a-f]{32})"?')
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
@@ -52,6 +54,7 @@ class NetworkObjects:
     def __init__(self, url: str, bucket: bool) -> None:
         self.url, self.address, self.listable, self.writable = url, url, bucket, bucket
         self._reached = False
+        self.sealed = url.startswith("https://")  # TLS covers what is on its way
 
     def require_there(self) -> None:
         """Nothing to do: the first request for an object finds that out."""
@@ -77,7 +80,7 @@ class NetworkObjects:
                 right = files.sha256(content) == sha256
             else:
                 # In most buckets the tag is the content's MD5. One that is something else does not agree by chance.
-                right = self.url.startswith("https://") or (tag is not None and tag[1] == _md5(content))
+                right = self.sealed or (tag is not None and tag[1] == _md5(content))
                 # If nothing protects these bytes on their way, two answers must agree.
                 right = right or content == self._try(path, lambda: self._get(path, limit))[0]
             if right:
@@ -107,7 +110,9 @@ class NetworkObjects:
         def put() -> bool:
             try:
                 done = obstore.put(self._store, path, data, mode="create", use_multipart=False)
-            except oe.AlreadyExistsError:
+            except oe.AlreadyExistsError as e:
+                if failure(e).kind == "passing":  # somebody is writing it right now
+                    raise
                 return False  # perhaps by our own request, whose answer was lost
             tag = _MD5.fullmatch(done["e_tag"] or "")
             return tag is None or tag[1] == _md5(data)
@@ -180,7 +185,7 @@ class NetworkObjects:
 
     @property
     def _store(self) -> ObjectStore:
-        if (first := _process()) != os.getpid():
+        if (first := first_process()) != os.getpid():
             # A forked process lacks obstore's threads, so that every request would wait for ever.
             raise UnreadableError(
                 f"{self.url} cannot be read in this process, which was forked from one (process {first}) that has read "
@@ -189,32 +194,36 @@ class NetworkObjects:
         return _store(self.url)
 
     def _try(self, path: str, request: Callable[[], T]) -> T:
-        where, started, wait, tries = f"{self.url}/{path}", time.monotonic(), 0.1, 0
+        started, wait, tries = time.monotonic(), 0.1, 0
         while True:
             tries += 1
             try:
                 found = request()
-            except FileNotFoundError as e:
-                self._reached = True
-                if "NoSuchBucket" in str(e):
-                    raise NotFoundError(f"{self.url}: there is no such bucket") from e
-                raise NotFoundError(f"{where} is missing") from None
-            except (oe.PermissionDeniedError, oe.UnauthenticatedError) as e:
-                raise UnreadableError(f"{where}: {_reason(e)}: the credentials do not allow this") from e
             except (oe.BaseError, ValueError, OSError) as e:
-                if _final(e):
-                    raise UnreadableError(f"{self.url}: no credentials were found (see docs/sharing.md)") from e
-                passed = time.monotonic() - started
-                if passed + wait > (PATIENCE if self._reached else AT_FIRST):
-                    raise UnreadableError(
-                        f"{where}: {_reason(e)} ({tries} tries in {passed:.0f} s): check the network, then run the "
-                        "same command again (train: with --resume), which goes on where it stopped"
-                    ) from e
+                failed = failure(e)
+                self._reached |= isinstance(e, FileNotFoundError)
             else:
                 self._reached = True
                 return found
+            # Not in the except clause: obstore's error, which holds the server's answer, must be no part of ours.
+            passed = time.monotonic() - started
+            patience = {"passing": PATIENCE if self._reached else AT_FIRST, "garbled": AT_FIRST}.get(failed.kind, -1.0)
+            if passed + wait > patience:
+                raise self._error(path, failed, f"{tries} tries in {passed:.0f} s")
             time.sleep(wait * random.uniform(0.5, 1))
             wait = min(2 * wait, _LONGEST_WAIT)
+
+    def _error(self, path: str, failed: Failure, tries: str) -> NotFoundError | UnreadableError:
+        if failed.kind == "missing":
+            return NotFoundError(f"{self.url}/{path} is missing")
+        if failed.kind == "no bucket":
+            return NotFoundError(f"{self.url}: there is no such bucket")
+        if failed.kind == "final":
+            return UnreadableError(f"{self.url}/{path}: {failed.reason}")
+        return UnreadableError(
+            f"{self.url}/{path}: {failed.reason} ({tries}): check the network, then run the same command again (train: "
+            "with --resume), which goes on where it stopped"
+        )
 
 
 class Remote(ZarrChunks):
@@ -259,12 +268,20 @@ class Remote(ZarrChunks):
                 found.update(there)
                 return len(there) == len(names)
 
+            self._require_not_all()
             ask(fixed)
             step = -(-_AT_ONCE // train.parts)
             for first in range(0, MOST_VIEWS, step):
                 if not ask([train.commit_file(name) for name in train.shards(range(first, first + step))]):
                     break
         return found
+
+    def _require_not_all(self) -> None:
+        """UnreadableError for a server that has an answer to everything, as some have a page for what is not there."""
+        if self._objects.size(f"{self._prefix}/commits/{secrets.token_hex(8)}.json") is not None:
+            raise UnreadableError(
+                f"{self._objects.url} answers 200 for files that do not exist: what is missing needs status 404"
+            )
 
     def has(self, file: str) -> bool:
         return file == "identity.json" or file in self.files
@@ -274,14 +291,39 @@ class Remote(ZarrChunks):
         return [name.removeprefix(prefix) for name in self.files if name.startswith(prefix)]
 
     def read(self, file: str, limit: int) -> bytes:
+        """A commit is kept here once it is found to be the one of that name, and never on the server's word alone."""
         if file == "identity.json":
             return canonical(self._identity)
+        kept = self._mirror / file
         try:
-            return files.read_bounded(self._mirror / file, limit)
-        except NotFoundError:
+            if self._is_commit(file, content := files.read_bounded(kept, limit)):
+                return content
+        except (CorruptError, NotFoundError):
+            pass  # it is asked for
+        for _ in range(_WRONG_AT_MOST):
             content = self._objects.read(f"{self._prefix}/{file}", limit)
-        files.publish(self._mirror / file, content, self._mirror / "scratch")
-        return content
+            if self._is_commit(file, content):
+                files.publish(kept, content, self._mirror / "scratch", replace=True)
+                break
+        return content  # which whoever asked for it refuses where it is none
+
+    def _is_commit(self, file: str, content: bytes) -> bool:
+        """Whether this is a commit of that name in this cache, which names the files that it has to."""
+        split = SplitLayout(self._identity, "eval" if file.startswith("eval/") else "train")
+        name = file.rpartition("/")[2].removesuffix(".json")
+        try:
+            commit = parse(Commit, content, file, "")
+            files_named = {chunk.file for chunk in split.chunks(name)}
+        except (CorruptError, MismatchError, ValueError):
+            return False
+        told = (commit.key, commit.name, commit.format, set(commit.files))
+        return told == (self._identity.key, name, self._identity.format, files_named)
+
+    def distrust(self, file: str) -> bool:
+        kept = self._mirror / file
+        there = kept.is_file()
+        kept.unlink(missing_ok=True)
+        return there
 
     def require(self, file: str, stored: StoredFile) -> None:
         for name in (file, other(stored)):
@@ -325,49 +367,6 @@ class Remote(ZarrChunks):
 def other(stored: StoredFile) -> str:
     """Where a chunk lies if its own place was taken by bytes that were never committed."""
     return f"other/{stored.sha256}"
-
-
-@cache
-def _process() -> int:
-    """The process that was the first to call this."""
-    return os.getpid()
-
-
-@cache
-def _store(url: str) -> ObjectStore:
-    # A bucket's endpoint within a building may have plain http. No redirection may lead from https to http.
-    client = {**_CLIENT, "allow_http": not url.startswith("https://")}
-    options: dict[str, Any] = {"client_options": client, "retry_config": {"max_retries": 0}}
-    if url.startswith("s3://"):
-        options |= _profile()
-    try:
-        return from_url(url, **options)
-    except (oe.BaseError, ValueError) as e:
-        raise InputError(f"{url} cannot be opened: {_reason(e)}") from e
-
-
-def _profile() -> dict[str, Any]:
-    """What boto3 knows from ~/.aws and single sign-on, if it is installed and the environment names no keys."""
-    if "AWS_ACCESS_KEY_ID" in os.environ or "AWS_SKIP_SIGNATURE" in os.environ:
-        return {}
-    try:
-        import boto3
-        from obstore.auth.boto3 import Boto3CredentialProvider
-    except ImportError:
-        return {}
-    session = boto3.Session()
-    return {"credential_provider": Boto3CredentialProvider(session)} if session.get_credentials() else {}
-
-
-def _final(e: Exception) -> bool:
-    """Whether trying again is useless, because without credentials obstore asked for those of a cloud machine."""
-    return "169.254." in str(e)
-
-
-def _reason(e: Exception) -> str:
-    """The first line of one of obstore's errors, without anything that may be a token."""
-    lines = [line.strip() for line in str(e).splitlines() if line.strip()]
-    return re.sub(r"\?\S+", "?...", lines[0] if lines else type(e).__name__)[:300]
 
 
 def _md5(content: Content) -> str:

@@ -27,6 +27,7 @@ from kdcache.pipeline.share import pull, push
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.verify import source_of, verify
 from kdcache.pipeline.views.render import render
+from kdcache.tests.helpers.pages import blocks
 from kdcache.tests.helpers.places import ROOT
 from kdcache.tests.helpers.storedlogits import (
     CLASSES,
@@ -160,8 +161,7 @@ def test_views_of_tinyvit_are_left_to_its_own_transforms(place, tinyvit, data, t
     with pytest.raises(KdcacheError, match="only the transforms of its project can make: in a loop of your own"):
         train(TrainConfig("kd", cache=str(tinyvit[0].path), data=f"imagenet:{place}/images", student="resnet8"), quiet)
     # As docs/stores.md has it.
-    text = (ROOT / "docs/stores.md").read_text()
-    (example,) = re.findall(r"```python\n(.*?)```", text, re.S)
+    (example,) = (block.text for block in blocks(ROOT / "docs/stores.md") if "transform(" in block.text)
     transformed = []
     names = {
         "transform": lambda image, seed: transformed.append((image.size[::-1], seed)) or torch.zeros(3, 8, 8),

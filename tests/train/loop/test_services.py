@@ -6,15 +6,17 @@ import os
 import signal
 import subprocess
 import sys
+import traceback
 from pathlib import Path
 
 import numpy as np
 import pytest
 from PIL import Image
 
-from kdcache.cache.errors import CorruptError, InputError
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError
 from kdcache.tests.contracts.loggers import ServiceContract, lines
 from kdcache.tests.helpers import wandbfiles
+from kdcache.tests.helpers.servers import answering, send
 from kdcache.train.config import LOGS, TrainConfig, parse_log
 from kdcache.train.evaluate import examine_run
 from kdcache.train.loop.logs.logs import CHOICES, Logged, Logs, require_loggers
@@ -119,6 +121,19 @@ class TestMLflow(ServiceContract):
         monkeypatch.chdir(tmp_path)
         with pytest.raises(InputError, match="mlflow-skinny is not enough: pip install mlflow, or name a server"):
             Logs(tmp_path, [], pytest.fail, self.logged)
+
+    def test_nothing_that_the_server_answers_is_told(self, tmp_path, monkeypatch):
+        answers = (
+            (401, b'{"error_code": "UNAUTHENTICATED", "message": "hunter22 has expired"}', "UNAUTHENTICATED"),
+            (403, b"<html>hunter22 may not do this</html>", "error code 403"),
+        )
+        for status, body, words in answers:
+            with answering(lambda handler, _, s=status, b=body: send(handler, s, b)) as address:
+                monkeypatch.setenv("MLFLOW_TRACKING_URI", address.replace("//", "//me:pa55word@"))
+                with pytest.raises(KdcacheError, match=f"MLflow cannot log the run in .*{words}") as caught:
+                    Logs(tmp_path, [], pytest.fail, self.logged)
+            shown = "".join(traceback.format_exception(caught.value))
+            assert SECRET not in shown and "pa55word" not in shown
 
 
 def client_and_run(folder):

@@ -18,7 +18,7 @@ from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.train.loop.logs.csvfile import Csv
 from kdcache.train.loop.logs.jsonlines import JsonLines
 from kdcache.train.loop.logs.mlflow import MLflow
-from kdcache.train.loop.logs.services import Findings, Picture
+from kdcache.train.loop.logs.services import Findings, Picture, reason_of
 from kdcache.train.loop.logs.tensorboard import TensorBoard
 from kdcache.train.loop.logs.wandb import WandB
 
@@ -207,7 +207,10 @@ class Logs:
         except (KdcacheError, OSError):
             raise
         except Exception as e:  # a logger may call anybody's code
+            reason = reason_of(e)
+            # An error that holds a server's answer is no part of ours.
+            cause = e if reason == kind_and_message(e) else None
             raise KdcacheError(
-                f"{name} cannot log the run in {self._folder} ({kind_and_message(e)}): "
+                f"{name} cannot log the run in {self._folder} ({reason}): "
                 "once that is mended, --resume goes on from the last epoch that was kept"
-            ) from e
+            ) from cause

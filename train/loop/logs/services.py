@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from pathlib import Path
@@ -18,6 +19,10 @@ from kdcache.cache.sealed import read_sealed, sealed
 PROJECT = "kdcache"
 SWEEP = "sweep.json"
 _PATIENCE = 60.0  # seconds after a failure until the service is tried again
+# Where an error's text goes on with what the server has answered: after the status, or after these words.
+_ANSWER = re.compile(
+    r"(?i)(?P<status>(?:error|status|code|HTTP(?:/\d(?:\.\d)?)?|HTTPError)[ :=]{1,3}[1-5]\d\d\b)|\W+response body\b"
+)
 
 
 class Picture(NamedTuple):
@@ -139,7 +144,7 @@ class Service:
             self._failed = time.monotonic()
             if not self._is_warned:
                 self.say(
-                    f"warning: {self.name} cannot log the run in {self.folder} ({kind_and_message(e)}): the training "
+                    f"warning: {self.name} cannot log the run in {self.folder} ({reason_of(e)}): the training "
                     "goes on, and what it lacks is sent when it is there again"
                 )
             self._is_warned = True
@@ -163,6 +168,15 @@ class Service:
 
     def _end(self) -> None:
         raise NotImplementedError
+
+
+def reason_of(error: BaseException) -> str:
+    """An error of a service's own code in one line, without what the server answered beside its status."""
+    if type(error).__name__ == "RestException":  # MLflow's, whose text is the answer
+        return f"RestException: {getattr(error, 'error_code', 'unknown')}"
+    text = kind_and_message(error)
+    found = _ANSWER.search(text)
+    return text if found is None else text[: found.end() if found["status"] else found.start()]
 
 
 def flat(facts: Mapping[str, Any], before: str = "") -> Iterator[tuple[str, str]]:

@@ -1,0 +1,61 @@
+"""What must not be told: credentials, and the parts of an address that may hold some.
+
+Known credentials are the values of environment variables whose names say so, the passwords in addresses that other
+variables hold (that of a proxy, for example), and whatever was handed to `remember`.
+"""
+
+from __future__ import annotations
+
+import os
+import re
+from collections.abc import Mapping
+from urllib.parse import quote
+
+HIDDEN = "***"
+_SHORTEST = 6  # characters: a shorter value may be part of any word
+_NAME = re.compile(
+    r"(?i)(token|secret|passw|passphrase|credential|connection.?string|(^|[_-])sas([_-]|$)"
+    r"|(api|access|account|auth|private|service|storage)[_-]?key)"
+)
+# A user and a password before the host. A password may hold characters that end a host, so that all up to the last @
+# counts where there is a colon that begins no port.
+_USER = re.compile(r"(?<=://)(?:[^/?#\s'\"]*@|[^/?#\s:@'\"]+:(?!\d+(?:[/?#\s'\"]|$))[^\s'\"]*@)")
+_QUERY = re.compile(r"(://[^\s?#'\"]*[?#]|\?(?=[\w.~-]+=))[^\s'\"]+")
+_PASSWORD = re.compile(r"://[^/?#\s:@]*:([^\s]+)@")
+_remembered: set[str] = set()
+
+
+def names_a_secret(name: str) -> bool:
+    """Whether a variable or a flag of that name holds a credential."""
+    return bool(_NAME.search(name))
+
+
+def remember(*secrets: str | None) -> None:
+    """Keep credentials in mind that did not come from the environment, so that `hide` knows them."""
+    _remembered.update(one for one in secrets if one and len(one) >= _SHORTEST)
+
+
+def hide(text: str, environment: Mapping[str, str] | None = None) -> str:
+    """The text with *** for known credentials, and for what stands in an address for a user or a query.
+
+    environment: where variables are looked for, by default that of this process.
+    """
+    if "://" in text:
+        text = _USER.sub(f"{HIDDEN}@", text)
+    if "?" in text or "://" in text:
+        text = _QUERY.sub(rf"\1{HIDDEN}", text)
+    # The longest come first, since one may be a part of another.
+    for secret in sorted(_known(os.environ if environment is None else environment), key=len, reverse=True):
+        text = text.replace(secret, HIDDEN)
+    return text
+
+
+def _known(environment: Mapping[str, str]) -> set[str]:
+    found = set(_remembered)
+    for name, value in environment.items():
+        if names_a_secret(name):
+            found.add(value.strip())
+        if "://" in value:
+            found.update(_PASSWORD.findall(value))
+    found = {one for one in found if len(one) >= _SHORTEST}
+    return found | {quote(one, safe="") for one in found}  # as they stand in an address
