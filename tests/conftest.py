@@ -58,6 +58,7 @@ SLOW = (
     "cache/test_care.py::test_rm_that_is_stopped_anywhere",
     "cache/test_shared_folders",
     "cli/",
+    "machines/",
     "pipeline/build",
     "pipeline/cluster/test_ray",
     "pipeline/data/test_containers",

@@ -21,7 +21,9 @@ from kdcache.tests.helpers.places import BENCH, ROOT, bench_script
 README = (ROOT / "README.md").read_text()
 PICTURES = ROOT / "docs" / "front"
 PYTHON = re.findall(r"```python\n(.*?)```", README, re.DOTALL)
-LINES = [line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines()]
+LINES = [
+    line for block in re.findall(r"```sh\n(.*?)```", README, re.DOTALL) for line in block.splitlines() if line[0] != "#"
+]
 
 
 def block(part: str) -> str:

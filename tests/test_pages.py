@@ -105,7 +105,9 @@ def session(tmp_path_factory: pytest.TempPathFactory, one_thread: None, no_fsync
         "KDCACHE_BUILD_VIEWS": "2",
         "KDCACHE_ALLOW_LOW_ACCURACY": "true",
         "KDCACHE_TRAIN_STUDENT": "resnet8",
+        "KDCACHE_TRAIN_BATCH_SIZE": "256",
         "KDCACHE_LOG": "none",
+        "KDCACHE_REPORT_JUDGE": "0",
     }
     with pytest.MonkeyPatch.context() as patch:
         for name, value in settings.items():
@@ -170,6 +172,12 @@ def test_links_lead_somewhere(page: Path) -> None:
         assert target.exists(), f"{link}: no such file"
         if address.fragment:
             assert address.fragment in anchors(target), f"{link}: {target.name} has no such heading"
+
+
+def test_pages_that_code_and_changelog_name_are_there() -> None:
+    files = [ROOT / "CHANGELOG.md", *(p for top in ("cache", "pipeline", "train") for p in (ROOT / top).rglob("*.py"))]
+    named = {name for file in files for name in re.findall(r"\bdocs/[\w-]+\.md", file.read_text())}
+    assert len(named) > 5 and not [name for name in named if not (ROOT / name).exists()]
 
 
 def test_every_page_is_in_the_table_of_contents() -> None:

@@ -78,6 +78,10 @@ def _run(folder: Path, say: Callable[[str], None], show: Callable[[str], None]) 
     show(f"teach: {duration(teaching)}; build: {duration(built.seconds)} for {records:,} records, {size(built.bytes)}")
     show(f"train: {duration(sum(r['seconds'] for r in runs.values()))} for {len(runs)} students")
     show(f"one seed; {platform.machine()}, {os.cpu_count()} cores, torch {torch.__version__}")
+    say("")
+    say("next, with images of your own in FOLDER/CLASS/*.jpg:")
+    for step in ("teach --teacher resnet34", "build --teacher resnet34", "train --loss nkd"):
+        say(f"  kdcache {step} --data imagefolder:FOLDER")
     return {"teacher_top1": top1, "teach_seconds": teaching, "build": vars(built), "runs": runs}
 
 

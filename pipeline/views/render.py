@@ -267,48 +267,66 @@ class Renderer:
         there = self.device.type == "cpu"
         steps = [max(1, _CUTS // len(places)) for _, places in batches]
         counts = [-(-len(rows) // step) for (rows, _), step in zip(batches, steps, strict=True)]
+        cuts = [len(rows) * len(places) for rows, places in batches]
         cuts_each = max(
-            (min(len(rows), step) * len(to) for (rows, to), step in zip(batches, steps, strict=True)), default=0
+            (min(step * len(to), n) for (_, to), step, n in zip(batches, steps, cuts, strict=True)), default=0
         )
-        under_way: deque[list[ViewParameters]] = deque()  # the parameters of each batch that is not through
+        # The parameters of each batch that is not through, and where its pixels go.
+        under_way: deque[tuple[list[ViewParameters], int | None]] = deque()
 
         def tasks() -> Iterator[Task]:
             drawn_ahead = _drawn(tables, batches)
             for (rows, _), step, drawn in zip(batches, steps, drawn_ahead, strict=True):
                 samples = tables[0].samples_of(rows)
-                under_way.append(drawn)
-                for piece in (slice(i, i + step) for i in range(0, len(rows), step)):
-                    yield _task(samples[piece], [one[piece] for one in drawn], there)
+                at = loader.place(len(rows) * len(drawn))
+                under_way.append((drawn, at))
+                for first in range(0, len(rows), step):
+                    piece = slice(first, first + step)
+                    yield _task(samples[piece], [one[piece] for one in drawn], there, at)
+                    if at is not None:
+                        at += 3 * step * len(drawn) * self.size[0] * self.size[1]
 
         workers, ahead = min(self.workers, sum(counts)), 2 * max(counts, default=0)
-        if (loader := self._idle) is None or not loader.serves(workers, ahead):
-            cut = partial(render, size=self.size, interpolation=self.interpolation)
-            pin = self.device.type == "cuda"
-            if there:  # what operations import and compile is inherited by the worker processes
-                none = np.arange(0)
-                self._policy.apply(torch.empty((0, 3, *self.size), dtype=torch.uint8), tables[0].of(none).drawn, none)
-            loader = Workers(self.data, cut, self._policy.apply, self.size, workers, ahead, pin)
+        loader = self._workers_for(tables[0], workers, ahead, (max(cuts, default=0), max(counts, default=0)))
         # No other call may have it before this one is through.
         self._idle = None
         done = loader.run(tasks(), cuts_each, 2 * max(counts, default=0))
-        for number, (rows, _) in enumerate(batches):
-            cuts = [self._ready(loader.next(done)) for _ in range(counts[number])]
-            pixels = cuts[0] if len(cuts) == 1 else torch.cat(cuts)
-            drawn, everyone = under_way.popleft(), np.arange(len(rows))
+        for number, (rows, places) in enumerate(batches):
+            ready = [_ready(loader.next(done), self.device) for _ in range(counts[number])]
+            travelled = [pixels for pixels in ready if pixels is not None]
+            drawn, at = under_way.popleft()
+            if at is not None:
+                pixels = loader.taken(at, (len(rows), len(places), *self.size, 3))
+            else:
+                pixels = travelled[0] if len(travelled) == 1 else torch.cat(travelled)
             if not there and self._policy.operations:
-                views = zip(pixels.unbind(1), drawn, strict=True)
+                everyone, views = np.arange(len(rows)), zip(pixels.unbind(1), drawn, strict=True)
                 pixels = _side_by_side(
                     [self._policy.apply(view.permute(0, 3, 1, 2), of.drawn, everyone) for view, of in views]
                 )
             yield pixels
+            del pixels  # so that its memory can be used again when who asked has let go of it
         self._idle = loader
 
-    def _ready(self, pixels: Done) -> Tensor:
-        if isinstance(pixels, str):
-            raise InputError(pixels)
-        if isinstance(pixels, np.ndarray):
-            pixels = torch.from_numpy(pixels)
-        return pixels.to(self.device, non_blocking=True)
+    def _workers_for(self, table: Table, workers: int, ahead: int, batch: tuple[int, int]) -> Workers:
+        """The idle workers, if they can do this, or new ones: see Workers."""
+        if self._idle is not None and self._idle.serves(workers, ahead, batch[0]):
+            return self._idle
+        if self.device.type == "cpu":  # what operations import and compile is inherited by the worker processes
+            none = np.arange(0)
+            self._policy.apply(torch.empty((0, 3, *self.size), dtype=torch.uint8), table.of(none).drawn, none)
+        cut = partial(render, size=self.size, interpolation=self.interpolation)
+        return Workers(self.data, cut, self._policy.apply, self.size, workers, ahead, self.device.type == "cuda", batch)
+
+
+def _ready(done: Done, device: torch.device) -> Tensor | None:
+    """The pixels on the device; None where they are in the workers' pool."""
+    if isinstance(done, str):
+        raise InputError(done)
+    if done is None:
+        return None
+    pixels = torch.from_numpy(done) if isinstance(done, np.ndarray) else done
+    return pixels.to(device, non_blocking=True)
 
 
 def _drawn(tables: Sequence[Table], batches: Sequence[Batch]) -> Iterator[list[ViewParameters]]:
@@ -349,7 +367,7 @@ def _chosen(images: Tensor, places: Tensor) -> Tensor:
     return chosen.permute(0, 3, 1, 2)
 
 
-def _task(samples: NDArray[np.int64], views: Sequence[ViewParameters], with_operations: bool) -> Task:
+def _task(samples: NDArray[np.int64], views: Sequence[ViewParameters], with_operations: bool, at: int | None) -> Task:
     boxes, flips = [view.boxes for view in views], [view.flips for view in views]
     drawn = {
         name: {what: np.stack([view.drawn[name][what] for view in views], 1) for what in arrays}
@@ -358,4 +376,4 @@ def _task(samples: NDArray[np.int64], views: Sequence[ViewParameters], with_oper
     cuts = {
         name: {what: of.reshape(-1, *of.shape[2:]) for what, of in arrays.items()} for name, arrays in drawn.items()
     }
-    return Task(samples, np.stack(boxes, 1), np.stack(flips, 1), cuts)
+    return Task(samples, np.stack(boxes, 1), np.stack(flips, 1), cuts, at)

@@ -29,8 +29,10 @@ from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.process.reading import Reading, as_it_is, deaths_first, lost_workers
 from kdcache.pipeline.process.screen import begin_worker
 from kdcache.pipeline.views.operations.operation import Drawn
+from kdcache.pipeline.views.pool import Pool, can_share
 
 SHARED_MEMORY = "/dev/shm"
+_HELD = 3  # batches that are not under way: the one that is put together, the one before it, and the one in use
 Cut = Callable[[Tensor, Sequence[int], bool], Tensor]  # an image, a box and whether to flip it; uint8 [3, *size]
 # Images uint8 [b, 3, *size], what operations drew for them, and the rows there: changed images.
 Change = Callable[[Tensor, Mapping[str, Drawn], NDArray[np.int64]], Tensor]
@@ -41,17 +43,20 @@ class Task:
     """Samples [b], and their boxes [b, n, 4] and flips [b, n] in n views.
 
     drawn: what operations drew for the b * n cuts; empty where nothing is to be changed here.
-    shared: whether the pixels come back in shared memory, or else through a pipe.
+    at: where in the pool the pixels go; None where it has no room.
+    shared: whether pixels that are not in the pool come back in shared memory, or else through a pipe.
     """
 
     samples: NDArray[np.int64]
     boxes: NDArray[np.int32]
     flips: NDArray[np.bool_]
     drawn: Mapping[str, Drawn] = field(default_factory=dict)
+    at: int | None = None
     shared: bool = True
 
 
-Done = Tensor | NDArray[np.uint8] | str  # what came of a task: pixels, shared or not, or an error
+# What came of a task: pixels, shared or not, None if they are in the pool, or an error.
+Done = Tensor | NDArray[np.uint8] | None | str
 
 
 @dataclass
@@ -66,6 +71,7 @@ class _Cutter(TorchDataset[Done]):
     change: Change
     size: tuple[int, int]
     reading: Reading
+    pool: Pool | None
 
     def __getitem__(self, task: Task) -> Done:
         worker = get_worker_info()
@@ -95,6 +101,11 @@ class _Cutter(TorchDataset[Done]):
             drawn = zip(task.boxes[i].tolist(), task.flips[i].tolist(), strict=True)
             cuts += [self.cut(image, box, flip).permute(1, 2, 0) for box, flip in drawn]
         shape = (len(task.samples), views, *self.size, 3)
+        if task.at is not None:
+            assert self.pool is not None
+            there = torch.from_numpy(self.pool.array(task.at, (len(cuts), *self.size, 3)))
+            self._changed(torch.stack(cuts, out=there), task)
+            return None
         if task.shared:
             with suppress(RuntimeError):  # others have taken the shared memory meanwhile
                 stacked: Tensor = default_collate(cuts)  # a worker stacks straight into shared memory
@@ -124,16 +135,22 @@ class Workers:
     """Processes that cut views of `size` from a dataset's images and wait for tasks between the runs.
 
     With 0 workers this process does the work. ahead: how many tasks may be under way or done and not taken. pin:
-    whether the pixels come in pinned memory.
+    whether the pixels come in pinned memory. batch: how many cuts a batch has, and how many tasks, at most.
     """
 
     def __init__(
-        self, data: Dataset, cut: Cut, change: Change, size: tuple[int, int], workers: int, ahead: int, pin: bool
-    ) -> None:
+        self, data: Dataset, cut: Cut, change: Change, size: tuple[int, int], workers: int, ahead: int, pin: bool,
+        batch: tuple[int, int],
+    ) -> None:  # fmt: skip
         self._workers, self._tasks = workers, _Tasks()
-        self._cutter = _Cutter(data, cut, change, size, Reading(workers))
         self._cut_bytes = 3 * size[0] * size[1]
         self._each = max(2, -(-ahead // workers)) if workers else None  # tasks that a worker has under way or done
+        self._pool: Pool | None = None
+        if self._each is not None and can_share() and not pin:  # whose pixels are copied to pinned memory anyway
+            cuts, tasks = batch
+            with suppress(OSError):  # where there is no memory for it, the pixels travel
+                self._pool = Pool(-(-self._each * workers // tasks) + _HELD, cuts * self._cut_bytes)
+        self._cutter = _Cutter(data, cut, change, size, Reading(workers), self._pool)
         self._loader: DataLoader[Done] = DataLoader(
             self._cutter,
             batch_size=None,
@@ -148,9 +165,20 @@ class Workers:
         )
         _STARTED.add(self)
 
-    def serves(self, workers: int, ahead: int) -> bool:
-        """Whether there are that many workers, and so many tasks may be ahead."""
-        return self._workers >= workers and (self._each is None or self._each * self._workers >= ahead)
+    def serves(self, workers: int, ahead: int, cuts: int) -> bool:
+        """Whether there are that many workers, so many tasks may be ahead, and a batch may have so many cuts."""
+        enough = self._each is None or self._each * self._workers >= ahead
+        room = self._pool is None or cuts * self._cut_bytes <= self._pool.size
+        return self._workers >= workers and enough and room
+
+    def place(self, cuts: int) -> int | None:
+        """Where the pixels of a batch of so many cuts are to go; None if they have to travel."""
+        return self._pool.take(cuts * self._cut_bytes) if self._pool is not None else None
+
+    def taken(self, at: int, shape: tuple[int, ...]) -> Tensor:
+        """The pixels uint8 of this shape that went there, all of whose tasks are done."""
+        assert self._pool is not None
+        return self._pool.tensor(at, shape)
 
     def run(self, tasks: Iterator[Task], cuts: int, held: int) -> Iterator[Done]:
         """The results of the tasks, in their order. A task is taken from `tasks` when there is room for it.

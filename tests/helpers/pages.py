@@ -17,7 +17,7 @@ from pathlib import Path
 from kdcache.tests.helpers.places import ROOT
 
 DOCS = sorted((ROOT / "docs").glob("*.md"))
-PAGES = [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md"]
+PAGES = [*DOCS, ROOT / "README.md", ROOT / "CONTRIBUTING.md", ROOT / "SECURITY.md"]
 SHELL = ("bash", "sh", "console")
 PROMPT = "$ "
 
