@@ -23,9 +23,10 @@ from kdcache.pipeline.data.memory import memory_file, recall, remember
 from kdcache.pipeline.teachers.checkpoints import open_checkpoint
 from kdcache.pipeline.teachers.networks import canonical_name
 from kdcache.pipeline.teachers.sources.timm import pixels_of
+from kdcache.pipeline.teachers.weights import read_weights, write_weights
 from kdcache.tests.helpers.caches import Filled, identity
 from kdcache.tests.helpers.containers import Sample, write_hf
-from kdcache.train.loop.runfolder import RunFolder
+from kdcache.train.loop.runfolder import RunFolder, read_config
 from kdcache.train.sweep import asked_before
 
 LONG = "x" * 300  # no file may have such a name
@@ -70,6 +71,20 @@ def test_a_seed_of_a_sweep_that_is_infinite(tmp_path):
     (tmp_path / "sweep.json").write_text('{"runs": [{"loss": "kd", "seed": Infinity}]}')
     with pytest.raises(CorruptError, match="is not what kdcache writes"):
         asked_before(str(tmp_path))
+
+
+def test_settings_of_a_run_that_have_a_name_that_is_no_text(tmp_path):
+    (tmp_path / "config.json").write_text('{"\\udcff": 1}')
+    with pytest.raises(CorruptError, match="is not what kdcache writes"):
+        read_config(tmp_path)
+
+
+def test_notes_of_weights_whose_class_ids_are_not_below_their_classes(tmp_path):
+    notes = {"input_size": 8, "mean": [0.5] * 3, "std": [0.2] * 3, "class_names": ["a"], "classes": 2}
+    for ids in ([2], [-1], [2**70]):
+        write_weights(tmp_path / "w.safetensors", {"a": torch.zeros(1)}, {**notes, "class_ids": ids})
+        with pytest.raises(InputError, match="its notes are not what kdcache writes"):
+            read_weights(tmp_path / "w.safetensors")
 
 
 @pytest.mark.parametrize("split", [["train"], {"a": 1}, 1.5, True])

@@ -16,6 +16,7 @@ from pydantic import BaseModel, ConfigDict
 
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
 from kdcache.cache.files import read_plain, replace_file, sha256
+from kdcache.cache.identity import first_problem
 from kdcache.cache.sealed import inflates, read_sealed, seal_holds, sealed, sealed_zip
 from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 from kdcache.pipeline.views.render import RENDERER
@@ -74,8 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except NotFoundError:
         raise NotFoundError(f"{path} is no run folder: it has no config.json") from None
     except pydantic.ValidationError as e:
-        reason = f"{e.errors()[0]['loc'][0]}: {e.errors()[0]['msg']}"
-        raise CorruptError(f"{file} is not what kdcache writes ({reason}): {_OTHER_OUT}") from e
+        raise CorruptError(f"{file} is not what kdcache writes ({first_problem(e)}): {_OTHER_OUT}") from e
     return config
 
 
