@@ -7,6 +7,7 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from kdcache.cache.files import is_there
 from kdcache.pipeline.build.config import Weights
 from kdcache.pipeline.commandline.options import (
     Argument,
@@ -44,7 +45,7 @@ def parse_losses(text: str) -> tuple[str, ...]:
 
 def parse_caches(text: str) -> tuple[str, ...]:
     """The caches of a list with commas, or the one whose path has commas in it."""
-    return (text,) if Path(text).exists() and text else tuple(filter(None, text.split(",")))
+    return (text,) if text and is_there(Path(text)) else tuple(filter(None, text.split(",")))
 
 
 def parse_log(text: str) -> str:

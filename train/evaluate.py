@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.files import is_there
 from kdcache.pipeline.commandline.terminal import figure
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.process.device import pick_device
@@ -72,7 +73,7 @@ def open_trained(
     student: names the network, where the file names a function. say: gets a note where the file has no checksums.
     """
     path = Path(where)
-    if not path.exists():
+    if not is_there(path):
         raise NotFoundError(f"there is no run folder or weights file {where}")
     if path.is_dir():
         path = path / "last.safetensors"

@@ -29,8 +29,10 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, cast
 
+from pydantic import TypeAdapter, ValidationError
+
 from kdcache.cache import files
-from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError, first_sentence
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
 from kdcache.cache.registry.backends import open_objects, require_open
 from kdcache.cache.registry.bucket import BucketCache
@@ -212,11 +214,12 @@ class Registry:
         """Remember what is committed, and refuse a state that lacks what was seen here before."""
         seen = self._mirror / cache.key / "seen.json"
         try:
-            before = set(json.loads(files.read_bounded(seen, _MOST_SEEN_BYTES)))
+            content = files.read_bounded(seen, _MOST_SEEN_BYTES)
+            before = set(TypeAdapter(list[str]).validate_json(content, strict=True))
         except NotFoundError:
             before = set()
-        except (CorruptError, ValueError, TypeError) as e:
-            raise CorruptError(f"{seen} is damaged ({e}): remove it") from e
+        except (CorruptError, ValidationError) as e:
+            raise CorruptError(f"{seen} is damaged ({first_sentence(e)}): remove it") from e
         now = set(cache.commits())  # only now: another process may just have noted what it saw
         if lost := sorted(before - now):
             raise MismatchError(

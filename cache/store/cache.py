@@ -61,7 +61,7 @@ class Cache:
         self._place = place = _open(at) if isinstance(at, Path) else at
         self.where = where = place.where
         if not place.has("identity.json"):
-            there = not isinstance(at, Path) or at.exists()
+            there = not isinstance(at, Path) or files.is_there(at)
             reason = f"{where} is not a kdcache cache: it has no identity.json" if there else f"there is no {where}"
             raise NotFoundError(reason)
         content = place.read("identity.json", MAX_JSON_BYTES)
@@ -344,4 +344,4 @@ def clear_leavings(cache: Cache) -> None:
 
 def _open(path: Path) -> Place:
     """The folder or packed file at a path; a path where nothing is counts as a folder."""
-    return Folder(path) if path.is_dir() or not path.exists() else PackedFile(path)
+    return Folder(path) if not files.is_there(path) or path.is_dir() else PackedFile(path)
