@@ -70,12 +70,11 @@ def measured(work: Path, cache: Cache, rounds: int) -> dict[str, Any]:
     signing = share.sign_pushed = Within(share.sign_pushed)  # type: ignore[assignment]
     checking = [Within(share.say_signed), Within(share.fetch_signatures)]
     share.say_signed, share.fetch_signatures = checking  # type: ignore[assignment]
+    root, out = work / "shared", str(work / "out")
     for _ in range(rounds):
-        root = work / "shared"
         root.mkdir()
         with home_at(work / "home"):
             found["push"].append(timed(lambda: share.push(cache.path, str(root), say=quiet, key=key), signing))
-            out = str(work / "out")
             found["pull"].append(
                 timed(lambda: share.pull(cache.key, str(root), out=out, say=quiet, trust=trust), *checking)
             )
