@@ -12,7 +12,7 @@ FFCV_PACKAGES := g++ pkg-config python3-dev libturbojpeg0-dev libopencv-dev
 # Some tests look at pages in it.
 BROWSER_PACKAGES := chromium
 
-.PHONY: help demo test quick oldest lint format bench gpu docs dist release-check clean
+.PHONY: help demo test quick oldest lint collected checked format bench gpu docs dist release-check clean
 
 help:
 	@echo "make demo    build a small cache and train a student from it, on a data set that needs no download"
@@ -35,10 +35,10 @@ demo: $(READY)
 # wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n "$$(($$(nproc) + 1))" --maxprocesses 8 --dist loadfile
 
-test: lint
+test: checked
 	$(call PYTEST,$(BIN))
 
-quick: lint
+quick: checked
 	$(call PYTEST,$(BIN)) -m "not slow"
 
 format: $(READY)
@@ -53,6 +53,14 @@ oldest: .venv-oldest/.ready
 	$(PYTHON) -m venv .venv-oldest
 	.venv-oldest/bin/python -m pip install --disable-pip-version-check -q -c constraints-oldest.txt -e '.[test,hf,report,tensorboard,timm]'
 	@touch $@
+
+# While one core checks types, another one collects the tests: what pytest and Python compile of them is kept for the
+# processes that run them, each of which would compile it anew.
+checked: $(READY)
+	@$(MAKE) --no-print-directory -j2 lint collected
+
+collected: $(READY)
+	@OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q --collect-only >.venv/collected 2>&1 || { cat .venv/collected >&2; exit 1; }
 
 lint: $(READY)
 	$(BIN)/ruff check
@@ -93,9 +101,9 @@ clean:
 	find . -name __pycache__ -type d -not -path './.git/*' -prune -exec rm -rf {} +
 
 # $(call INSTALL,extras,file for pip's errors): of its many lines only the long downloads are shown (torch and CUDA are
-# gigabytes).
-INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check -c constraints.txt -e '.[$(1)]' \
-    2>$(2) | sed -nu -E '/^ *(Downloading|Using cached) .* (MB|GB)\)/p'
+# gigabytes). Python compiles what is imported when it first is, which is a small part of all that is installed.
+INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt \
+    -e '.[$(1)]' 2>$(2) | sed -nu -E '/^ *(Downloading|Using cached) .* (MB|GB)\)/p'
 HAVE_FFCV_LIBRARIES = { command -v c++ && pkg-config --exists opencv4 libturbojpeg; } >/dev/null 2>&1
 
 # __init__.py holds the version, which the installed metadata repeats.

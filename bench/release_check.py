@@ -36,6 +36,7 @@ from kdcache.train.bench.bench import machine
 ROOT = Path(__file__).parent.parent
 OUT = Path(__file__).parent / "results" / "release_check.json"
 TOLD = ("torch", "torchvision", "numpy", "zarr", "numcodecs", "pillow")  # whose versions are told
+KEPT = ("PATH", "LANG", "LC_ALL", "TMPDIR", "OMP_NUM_THREADS")  # of the environment; nothing of kdcache's
 PYTHONS = ("python3.11", "python3.12", "python3.13")
 LARGEST = 2 << 20  # bytes of the wheel, and of the source distribution
 IN_WHEEL = (
@@ -127,7 +128,7 @@ def python_blocks(page: str) -> list[str]:
 def use(programs: Path, work: Path) -> dict[str, float]:
     """What a new user types, with how many seconds each took."""
     work.mkdir()
-    home = {name: value for name, value in os.environ.items() if name in ("PATH", "LANG", "LC_ALL", "TMPDIR")}
+    home = {name: value for name, value in os.environ.items() if name in KEPT}
     home |= {"HOME": str(work), "KDCACHE_HOME": str(work / "home"), "PATH": f"{programs}:{home.get('PATH', '')}"}
     paint(work / "photos")
     readme = (ROOT / "README.md").read_text()

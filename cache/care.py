@@ -34,7 +34,7 @@ from kdcache.cache.registry.leases import LEASES, ObjectLeases
 from kdcache.cache.registry.localstore import LOCAL_STORE_BYTES, LocalStore
 from kdcache.cache.registry.registry import KEY, Registry, split_url
 from kdcache.cache.registry.teachers import weights_among
-from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.cache import Cache, make_work_folders
 from kdcache.cache.store.leases import FolderLeases, Leases
 
 HOUR, DAY = 3600.0, 86400.0
@@ -116,9 +116,7 @@ def _remove_folder(cache: Cache) -> None:
     strays = [name for name in files.names(path) if name.startswith(".") and name.endswith(".tmp")]  # make_folder's
     if foreign := sorted({*files.names(path)} - {*_PARTS, *strays, "leases", _LAST}):
         raise InputError(f"{path} also holds {foreign[0]}, which is no part of a cache: move it elsewhere first")
-    for name in ("leases", "scratch"):
-        if (path / name).is_symlink():
-            raise CorruptError(f"{path / name} is a symbolic link, which is not followed: remove it")
+    make_work_folders(path)
     for name in ("commits", "eval", "eval/commits"):  # before anything in them is looked for
         if (path / name).is_symlink():
             (path / name).unlink()

@@ -27,6 +27,10 @@ class MismatchError(KdcacheError):
     """Two things that must be the same (teacher, data, views, format) differ."""
 
 
+class ForeignError(MismatchError):
+    """A part of a cache belongs to another one, or it is the whole that is damaged: the others of its kind tell."""
+
+
 class CorruptError(KdcacheError):
     """Stored bytes are not those that were committed."""
 

@@ -19,7 +19,7 @@ from kdcache.cache.packing import choose_views
 from kdcache.cache.registry.bucket import BucketCache, require_create_only
 from kdcache.cache.registry.registry import Registry, check_name, in_bucket, split_url
 from kdcache.cache.registry.transfer import Moved, count, into_bucket, into_folder, into_objects, require_movable
-from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.cache import Cache, restore_identity
 from kdcache.pipeline.build.answers import teacher_top1
 from kdcache.pipeline.build.build import BuildResult, carry_out
 from kdcache.pipeline.build.plan import BuildPlan, plan_build
@@ -199,6 +199,7 @@ def build_shared(
     """
     if shared is None:
         return carry_out(plan, say, partial(_keep, plan.source, say))
+    restore_identity(plan.path, plan.identity)
     plan = _as_published(plan, shared, say)
     there = shared.folder(plan.key)
     if publish and there is None:

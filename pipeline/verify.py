@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
 from typing import Literal
@@ -11,14 +11,14 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.errors import CorruptError, ForeignError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.home import caches_folder
 from kdcache.cache.identity import Identity
 from kdcache.cache.records.choices import TEMPERATURES
 from kdcache.cache.records.records import Records
 from kdcache.cache.store import chunks
-from kdcache.cache.store.cache import Cache
-from kdcache.cache.store.layout import shard_name
+from kdcache.cache.store.cache import Cache, clear_leavings, odd_leavings
+from kdcache.cache.store.layout import parse_shard_name, shard_name
 from kdcache.cache.store.publish import SplitStore
 from kdcache.pipeline.build.answers import labels_in, teacher_renderer, view_parameters
 from kdcache.pipeline.build.config import BuildConfig
@@ -26,6 +26,7 @@ from kdcache.pipeline.build.source import Source, draft_build, open_teacher
 from kdcache.pipeline.data.kinds.base import drawn_places
 from kdcache.pipeline.data.split import Split, describe_data
 from kdcache.pipeline.process.progress import Progress
+from kdcache.pipeline.redrawn import Redrawn
 from kdcache.pipeline.teachers import weightstore
 from kdcache.pipeline.trust import images_of, stored_network
 from kdcache.pipeline.views.parameters import EvaluationView, Parameters, view_of_all
@@ -40,7 +41,11 @@ _BATCH = 128
 
 @dataclass
 class Report:
-    """What was looked at, every problem found, and the commits that can be rebuilt. Without problems it is a pass."""
+    """What was looked at, and every problem found. Without problems it is a pass.
+
+    repaired: the commits that were removed, which the next build makes again. mended: what was repaired without a
+    build. unknown: what could not be looked at, and why.
+    """
 
     views: tuple[int, ...] = ()
     shards: int = 0
@@ -48,6 +53,8 @@ class Report:
     total_variation: float | None = None
     problems: list[str] = field(default_factory=list)
     repaired: list[str] = field(default_factory=list)
+    mended: list[str] = field(default_factory=list)
+    unknown: list[str] = field(default_factory=list)
 
     @property
     def passed(self) -> bool:
@@ -61,7 +68,9 @@ class Report:
         ]
         if self.total_variation is not None:
             lines.append(f"largest mean total variation {self.total_variation:.2e}")
+        lines += [f"note: {reason}" for reason in self.unknown]
         lines += [f"FAILED: {p}" for p in self.problems] or ["passed"]
+        lines += self.mended
         lines += [f"removed {name}: run kdcache build again to rebuild it" for name in self.repaired]
         return "\n".join(lines)
 
@@ -72,23 +81,24 @@ def verify(
     """Look at every commit; with `contents` at every file's digest and values; with a source at the teacher's answers.
 
     A source is the data and a live teacher: `replay` seeded random records of each view that is looked at are asked for
-    again, where all else is sound. repair: remove damaged shards, labels and prior, which the next build makes again;
-    InputError for a packed file and for a cache that others share.
+    again, where all else is sound. repair: remove damaged shards, labels and prior, which the next build makes again,
+    write metadata for zarr again and clear away what builders have left; InputError for a packed file and for a cache
+    that others share.
     """
     if repair and not cache.writable:
         raise InputError(
             f"--repair is for folders of one's own: copy {cache.where} again, or remove it and pack the cache again"
         )
+    report = Report()
+    if cache.local and not cache.packed and (odd := odd_leavings(cache)):
+        report.problems += odd
+        if repair and _try(report, partial(clear_leavings, cache)) is None:
+            report.mended.append("cleared away what builders had left")
     cache = cache.fresh()
-    report = Report(views=cache.views)
+    report.views = cache.views
     if contents:
         _try(report, cache.check_rest)
-    for store, name, check in _commits(cache, contents, report):
-        error = _try(report, check)
-        # What could not be read now may be sound, and what a newer kdcache wrote is.
-        if repair and isinstance(error, (CorruptError, NotFoundError)):
-            store.remove(name)
-            report.repaired.append(f"{name} of {store.where}")
+    _Look(cache, contents, repair, report).at_all()
     if source is not None and not report.problems:
         try:
             _replay(cache, source, replay, report)
@@ -97,52 +107,94 @@ def verify(
     return report
 
 
-def _commits(cache: Cache, contents: bool, report: Report) -> Iterator[tuple[SplitStore, str, Callable[[], object]]]:
-    """Every commit there is or should be: its split, its name, and what checks it."""
-    has_prior = cache.train.layout.has_prior and 0 in cache.train.complete_views()
-    for store in cache.splits:
-        yield store, "labels", partial(_labels, store, contents)
-        if store.layout.sizes:
-            yield store, "sizes", partial(_sizes, store, contents)
-        committed = store.committed()
-        if not committed and (store is cache.train or cache.evaluation_views):
-            report.problems.append(f"{store.where}: nothing is committed: run kdcache build again")
-        if not cache.packed and (gaps := sorted(set(range(max(committed, default=0))) - committed.keys())):
-            report.problems.append(f"{store.where}: lacks views {gaps}: run kdcache build again")
-        for view, parts in sorted(committed.items()):
-            if missing := set(range(store.parts)) - parts:
-                report.problems.append(
-                    f"{store.where}: view {view} lacks parts {sorted(missing)}: run kdcache build again"
-                )
-            for part in sorted(parts):
-                report.shards += 1
-                name = shard_name(view, part)
-                deep = contents or part >= store.parts  # which is refused before anything is read
-                check = partial(store.check_shard, view, part) if deep else partial(store.require, name)
-                yield store, name, check
-    if has_prior:
-        yield cache.train, "prior", partial(_prior, cache, contents)
+@dataclass
+class _Look:
+    """A look at every commit of a cache and at what lies beside it.
 
+    sound: how many commits are as they should be. foreign: those of another cache, and those with another view's
+    parameters.
+    """
 
-def _labels(store: SplitStore, contents: bool) -> None:
-    if contents:
-        _ = store.labels
-    else:
-        store.require("labels")
+    cache: Cache
+    contents: bool
+    repair: bool
+    report: Report
+    sound: int = 0
+    foreign: tuple[list[tuple[SplitStore, str]], list[tuple[SplitStore, str]]] = field(default_factory=lambda: ([], []))
 
+    def at_all(self) -> None:
+        redrawn, described = Redrawn(self.cache), set[str]()
+        for store, name in self._names():
+            self._commit(store, name, redrawn)
+            if self.contents:
+                for file, content in store.metadata(name):
+                    if file not in described:
+                        described.add(file)
+                        self._metadata(store, file, content())
+        self.report.unknown += redrawn.unknown
+        # Where not one is as it should be, it is the identity that is damaged.
+        for foreign, own in zip(self.foreign, (self.sound, redrawn.fitting), strict=True):
+            if own:
+                self._remove(foreign)
 
-def _sizes(store: SplitStore, contents: bool) -> None:
-    if contents:
-        _ = store.sizes
-    else:
-        store.require("sizes")
+    def _commit(self, store: SplitStore, name: str, redrawn: Redrawn) -> None:
+        error, foreign = _try(self.report, partial(self._check, store, name)), self.foreign[0]
+        if error is None:
+            self.sound += 1
+            if self.contents and (shard := parse_shard_name(name)):
+                error, foreign = _try(self.report, partial(redrawn.require, store, *shard)), self.foreign[1]
+        if isinstance(error, ForeignError):
+            foreign.append((store, name))
+        # What could not be read now may be sound, and what a newer kdcache wrote is.
+        elif isinstance(error, (CorruptError, NotFoundError)):
+            self._remove([(store, name)])
 
+    def _names(self) -> Iterator[tuple[SplitStore, str]]:
+        """Every commit that there is or should be: its split and its name."""
+        cache, problems = self.cache, self.report.problems
+        has_prior = cache.train.layout.has_prior and (0 in cache.train.complete_views() or cache.train.has("prior"))
+        for store in cache.splits:
+            yield store, "labels"
+            if store.layout.sizes:
+                yield store, "sizes"
+            committed = store.committed()
+            if not committed and (store is cache.train or cache.evaluation_views):
+                problems.append(f"{store.where}: nothing is committed: run kdcache build again")
+            if not cache.packed and (gaps := sorted(set(range(max(committed, default=0))) - committed.keys())):
+                problems.append(f"{store.where}: lacks views {gaps}: run kdcache build again")
+            for view, parts in sorted(committed.items()):
+                if missing := set(range(store.parts)) - parts:
+                    problems.append(
+                        f"{store.where}: view {view} lacks parts {sorted(missing)}: run kdcache build again"
+                    )
+                for part in sorted(parts):
+                    self.report.shards += 1
+                    yield store, shard_name(view, part)
+        if has_prior:
+            yield cache.train, "prior"
 
-def _prior(cache: Cache, contents: bool) -> None:
-    if contents:
-        _ = cache.prior
-    else:
-        cache.train.require("prior")
+    def _check(self, store: SplitStore, name: str) -> None:
+        shard = parse_shard_name(name)
+        if not self.contents and not (shard and shard[1] >= store.parts):  # which is refused before anything is read
+            return store.require(name)
+        if name == "labels":
+            _ = store.labels
+        elif name == "sizes":
+            _ = store.sizes
+        elif name == "prior":
+            _ = self.cache.prior
+        return store.examine(name)
+
+    def _metadata(self, store: SplitStore, file: str, content: bytes) -> None:
+        error = _try(self.report, partial(store.require_metadata, file, content))
+        if self.repair and isinstance(error, (CorruptError, NotFoundError)):
+            store.write_metadata(file, content)
+            self.report.mended.append(f"wrote {file} again")
+
+    def _remove(self, found: Sequence[tuple[SplitStore, str]]) -> None:
+        for store, name in found if self.repair else ():
+            store.remove(name)
+            self.report.repaired.append(f"{name} of {store.where}")
 
 
 def _try(report: Report, check: Callable[[], object]) -> KdcacheError | None:

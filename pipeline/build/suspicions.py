@@ -14,7 +14,6 @@ from typing import NamedTuple
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import linear_sum_assignment
 from torch import Tensor, nn
 
 from kdcache.cache.errors import InputError
@@ -259,6 +258,8 @@ def moved_classes(labels: NDArray[np.int64], answers: NDArray[np.int64]) -> Move
 
 def _best_permutation(labels: NDArray[np.int64], answers: NDArray[np.int64]) -> dict[int, int]:
     """Map each label's class to a class, so that most answers are right; to itself where that is a draw."""
+    from scipy.optimize import linear_sum_assignment  # slow to import, and hardly ever needed
+
     rows, row = np.unique(labels, return_inverse=True)
     columns, column = np.unique(np.concatenate([answers, rows]), return_inverse=True)
     fits = np.zeros((len(rows), len(columns)))

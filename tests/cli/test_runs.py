@@ -68,7 +68,7 @@ def test_the_short_form_on_a_fresh_machine(tmp_path: Path, monkeypatch: pytest.M
     monkeypatch.chdir(tmp_path)
     home = str(tmp_path / "home")
     for line in ("build --teacher resnet8", "train --loss nkd"):
-        process = start(line, KDCACHE_HOME=home)
+        process = start(line, fresh=True, KDCACHE_HOME=home)
         out, _ = process.communicate(timeout=250)
         assert process.returncode == 0, out
         if line.startswith("build"):

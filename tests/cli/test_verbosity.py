@@ -3,6 +3,7 @@
 import os
 import re
 import signal
+import time
 from pathlib import Path
 
 import pytest
@@ -58,6 +59,7 @@ def test_an_error_and_ctrl_c_are_told_in_any_case(place: Place, quick: str) -> N
     terminal = kdcache(f"{endless} --out stopped -q", columns=300)
     while not Path("stopped/state.pt").exists():
         assert terminal.process.poll() is None
+        time.sleep(0.02)
     os.killpg(terminal.process.pid, signal.SIGINT)
     assert terminal.finish().startswith("stopped; nothing is lost") and terminal.process.returncode == 130
 

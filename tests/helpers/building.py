@@ -7,6 +7,7 @@ import sys
 
 from kdcache.pipeline.build.answers import answers, teacher_renderer, view_parameters
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.tests.helpers import warm
 
 # 150 images in parts of 64, 64 and 22; batches of 16, the last of each split short.
 TOY = """
@@ -197,7 +198,7 @@ def killed_at(event, by=signal.SIGKILL):
 
 
 def start_build(toy, script, *arguments, **env):
-    return subprocess.Popen(
+    return warm.Popen(
         [sys.executable, "-W", "error", "-c", DRIVER + script, *map(str, arguments)],
         env={**os.environ, "PYTHONPATH": str(toy), **{k: str(v) for k, v in env.items()}},
         stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,

@@ -12,6 +12,7 @@ from click.testing import CliRunner, Result
 from PIL import Image
 
 from kdcache.cli import main
+from kdcache.tests.helpers import warm
 
 COLOURS = ((220, 40, 40), (40, 200, 60), (50, 60, 220), (200, 200, 50))
 
@@ -78,9 +79,9 @@ def is_refused(place: Place, line: str | list[str], *parts: str, **env: str) -> 
     return lines[-1]
 
 
-def start(line: str, **env: str) -> subprocess.Popen[str]:
-    """`python -m kdcache.cli` in a process group of its own, as a shell starts it."""
-    return subprocess.Popen(
+def start(line: str, fresh: bool = False, **env: str) -> subprocess.Popen[str]:
+    """`python -m kdcache.cli` in a process group of its own, as a shell starts it; fresh: it imports all anew."""
+    return (subprocess.Popen if fresh else warm.Popen)(
         [sys.executable, "-m", "kdcache.cli", *shlex.split(line)],
         stdout=subprocess.PIPE,
         stderr=subprocess.STDOUT,
@@ -112,7 +113,21 @@ def commands_of(group: int) -> set[str]:
     return found
 
 
-def on_small_places(script: str) -> subprocess.CompletedProcess[str]:
-    """Run a shell script that may mount: what it mounts is its own, and gone with it."""
-    line = ["unshare", "--map-root-user", "--mount", "bash", "-c", script]
-    return subprocess.run(line, capture_output=True, text=True, timeout=120, env={**os.environ, "OMP_NUM_THREADS": "1"})
+_ON_SMALL_PLACES = """
+import ctypes, os, runpy, subprocess, sys
+from pathlib import Path
+user, group = os.getuid(), os.getgid()
+assert ctypes.CDLL(None, use_errno=True).unshare(0x10000000 | 0x00020000) == 0, ctypes.get_errno()  # NEWUSER, NEWNS
+for name, text in (("setgroups", "deny"), ("uid_map", f"0 {user} 1"), ("gid_map", f"0 {group} 1")):
+    Path(f"/proc/self/{name}").write_text(text)
+subprocess.run(["bash", "-c", sys.argv[1]], check=True)
+sys.argv[:2] = ["kdcache"]
+runpy.run_module("kdcache.cli", run_name="__main__", alter_sys=True)
+"""
+
+
+def on_small_places(mounts: str, line: str) -> subprocess.CompletedProcess[str]:
+    """Run a command after a shell script that may mount: what that mounts is the command's, and gone with it."""
+    words = [sys.executable, "-c", _ON_SMALL_PLACES, f"mount --make-rprivate /; {mounts}", *shlex.split(line)]
+    found: subprocess.CompletedProcess[str] = warm.run(words, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    return found

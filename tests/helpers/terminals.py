@@ -4,7 +4,6 @@ import fcntl
 import os
 import pty
 import struct
-import subprocess
 import sys
 import termios
 import time
@@ -12,6 +11,8 @@ from collections.abc import Callable
 from pathlib import Path
 
 import pyte
+
+from kdcache.tests.helpers import warm
 
 
 class Terminal:
@@ -24,10 +25,9 @@ class Terminal:
         self._ours, theirs = pty.openpty()
         fcntl.ioctl(theirs, termios.TIOCSWINSZ, struct.pack("HHHH", rows, columns, 0, 0))
         kept = {k: v for k, v in os.environ.items() if k not in ("NO_COLOR", "FORCE_COLOR", "COLUMNS", "LINES")}
-        self.process = subprocess.Popen(
-            line, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True,
+        self.process = warm.Popen(
+            line, stdin=theirs, stdout=theirs, stderr=theirs, start_new_session=True, terminal=True,
             env={**kept, "TERM": "xterm-256color", "OMP_NUM_THREADS": "1", **env},
-            preexec_fn=lambda: fcntl.ioctl(0, termios.TIOCSCTTY, 0),
         )  # fmt: skip
         os.close(theirs)
 

@@ -3,12 +3,13 @@
 import ast
 import importlib.util
 import re
-import subprocess
 import sys
 
 import pytest
 
+from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.places import ROOT
+from kdcache.tests.helpers.ranks import run_ranks
 from kdcache.tests.helpers.training import quiet
 from kdcache.train.config import TrainConfig
 from kdcache.train.run import train
@@ -44,10 +45,9 @@ for path in paths:
 """
 
 
-def printed_by(home, before, after=()):
-    """What a training, or several, have printed: metrics, and views where they are noted."""
-    command = [sys.executable, *before, home / "default", EPOCHS, *after]
-    done = subprocess.run([str(word) for word in command], capture_output=True, text=True, timeout=250)
+def printed_by(home, code, paths):
+    """What several trainings have printed: metrics and views."""
+    done = warm.run([sys.executable, "-c", code, home / "default", EPOCHS, *paths])
     assert done.returncode == 0, done.stderr
     lines = [ast.literal_eval(line) for line in done.stdout.splitlines() if line.startswith(("{", "["))]
     return [line["top1"] for line in lines if isinstance(line, dict)], [x for x in lines if isinstance(x, list)]
@@ -61,15 +61,16 @@ def test_there_are_four_and_each_is_under_60_lines():
 def test_each_learns_what_the_trainer_learns_from_one_view_after_the_other(home, trainers):
     """In so few epochs seeds differ by some percent: bench/own_loops.py compares whole trainings."""
     paths = [path for path in EXAMPLES if path.name not in NEEDS or importlib.util.find_spec(NEEDS[path.name])]
-    found, views = printed_by(home, ("-c", IN_TURN), paths)
+    found, views = printed_by(home, IN_TURN, paths)
     assert len(found) == len(paths) and all(top1 > 0.8 and abs(top1 - trainers) < 0.1 for top1 in found), found
     by_dataset = ["CachedLoader" not in path.read_text() for path in paths]
     assert views == [[0, 1, 2, 0] if own else [] for own in by_dataset]
 
 
-def test_two_ranks_of_torchrun_learn_together(home, trainers):
-    launch = "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", 2
-    (top1,), _ = printed_by(home, (*launch, ROOT / "examples" / "plain.py"))
+def test_two_ranks_learn_together(home, trainers):
+    codes, printed, said = run_ranks(2, [ROOT / "examples" / "plain.py", home / "default", EPOCHS])
+    assert codes == {0}, said
+    (top1,) = [ast.literal_eval(line)["top1"] for line in printed.splitlines() if line.startswith("{")]
     assert top1 > 0.8 and abs(top1 - trainers) < 0.1
 
 

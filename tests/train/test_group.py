@@ -3,7 +3,6 @@
 import json
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -22,6 +21,8 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.tests.helpers import warm
+from kdcache.tests.helpers.ranks import run_ranks
 from kdcache.tests.helpers.training import Same
 from kdcache.train import group
 from kdcache.train.config import TrainConfig
@@ -176,19 +177,8 @@ def in_ranks(out):
 def joined(tmp_path_factory):
     """What in_ranks found."""
     out = tmp_path_factory.mktemp("joined") / "found.json"
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    known = dict.fromkeys(("WORLD_SIZE", "LOCAL_WORLD_SIZE"), str(RANKS))
-    known |= {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(port), "OMP_NUM_THREADS": "1"}
-    started = [
-        subprocess.Popen(
-            [sys.executable, __file__, str(out)],
-            env={**os.environ, **known, "RANK": str(rank), "LOCAL_RANK": str(rank)},
-        )
-        for rank in range(RANKS)
-    ]
-    assert [one.wait(timeout=120) for one in started] == [0] * RANKS
+    codes, _, said = run_ranks(RANKS, [__file__, out])
+    assert codes == {0}, said
     return json.loads(out.read_text())
 
 
@@ -228,16 +218,19 @@ def settings(home, out, **more):
     return TrainConfig("dist", batch_size=95, lr=0.01, **of, **more)
 
 
-def torchrun(home, out, *flags, count=RANKS, restarts=0, batch=95):
+def line_of(home, out, *flags, batch=95):
     """A training as `settings` says."""
+    of = ["--cache", str(home / "cache"), "--student", "rankstudent:small", "--lr", "0.01", "--out", str(home / out)]
+    return ["-m", "kdcache.cli", "train", *of, "--batch-size", str(batch), *flags]
+
+
+def torchrun(home, out, *flags, restarts=0):
     command = [
         sys.executable, "-m", "torch.distributed.run", "--standalone",  # a free port, which several can have at once
-        "--nproc-per-node", str(count), "--max-restarts", str(restarts),
-        "-m", "kdcache.cli", "train", "--cache", str(home / "cache"), "--student", "rankstudent:small",
-        "--batch-size", str(batch), "--lr", "0.01", "--out", str(home / out), *flags,
+        "--nproc-per-node", str(RANKS), "--max-restarts", str(restarts), *line_of(home, out, *flags),
     ]  # fmt: skip
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return warm.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
 
 
 def require_same_weights(one, other):
@@ -252,11 +245,10 @@ def test_ranks_train_what_one_process_trains(home):
     weights = str(home / "teacher.safetensors")
     flags = [f for loss in losses for f in ("--loss", loss)]
     flags += ["--epochs", "2", "--online", "--weights", weights, "--teacher", "rankstudent:small"]
-    started = torchrun(home, "two", *flags)
     live = {"online": True, "weights": weights, "teacher": "rankstudent:small"}
     alone = sweep(settings(home, "one", epochs=2, **live), losses, [0], lambda _: None)
-    output, said = started.communicate(timeout=120)
-    assert started.returncode == 0, said
+    codes, output, said = run_ranks(RANKS, line_of(home, "two", *flags), home)
+    assert codes == {0}, said
     together = json.loads((home / "two" / "sweep.json").read_text())
     for one, two in zip(alone["runs"], together["runs"], strict=True):
         assert two["summary"]["ranks"] == RANKS
@@ -339,9 +331,8 @@ def test_torchrun_that_is_stopped_ends_its_ranks_and_one_process_goes_on(home, w
 
 
 def test_what_all_ranks_refuse_is_said_once(home):
-    started = torchrun(home, "refused", "--loss", "kd", "--epochs", "1", count=3, batch=2)
-    _, said = started.communicate(timeout=120)
-    assert started.returncode != 0
+    codes, _, said = run_ranks(3, line_of(home, "refused", "--loss", "kd", "--epochs", "1", batch=2), home)
+    assert codes == {2}
     lines = [line for line in said.splitlines() if line.startswith("Error: ")]
     assert lines == ["Error: a batch of 2 cannot be split over 3 ranks"]
     assert not (home / "refused").exists()

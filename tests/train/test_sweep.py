@@ -18,6 +18,7 @@ from kdcache.cache.sealed import read_sealed
 from kdcache.cli import main
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
+from kdcache.tests.helpers import warm
 from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.run import train
 from kdcache.train.sweep import sweep, table
@@ -132,7 +133,7 @@ def test_a_killed_sweep_goes_on(home, tmp_path):
     ]
     # As many threads as here, on which the last digits depend.
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
+    process = warm.Popen(command, env=env, stderr=subprocess.DEVNULL, stdout=subprocess.DEVNULL)
     second = tmp_path / "killed" / "kd-seed0"
     deadline = time.monotonic() + 200
     while not (second / "state.pt").exists() and time.monotonic() < deadline:

@@ -332,6 +332,9 @@ class Remote(ZarrChunks):
                 return
         raise CorruptError(f"{self.locate(file)} is not the object of {stored.size} bytes that was committed")
 
+    def metadata(self, file: str) -> bytes | None:
+        return self._objects.read(f"{self._prefix}/{file}", MAX_JSON_BYTES)
+
     def content(self, file: str, stored: StoredFile, chunk: Chunk) -> Content:
         if not _SHA256.fullmatch(stored.sha256) or not 0 <= stored.size <= chunk.spec.max_file_bytes:
             raise CorruptError(f"the commit of {self.locate(file)} names {stored.size} bytes, which is impossible")

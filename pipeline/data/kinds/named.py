@@ -5,10 +5,12 @@ import math
 import zlib
 from collections.abc import Callable
 from http.client import HTTPException
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
 import numpy as np
+from numpy.typing import NDArray
 from torchvision import datasets
 
 from kdcache.cache.errors import InputError, kind_and_message
@@ -23,13 +25,27 @@ DEBIAN_FASHION_MNIST = Path("/usr/share/datasets/fashion-mnist")
 
 def digits(train: bool) -> Arrays:
     """scikit-learn's 1,797 images of 8x8 pixels; every fifth image of each class is held out for the eval split."""
-    from sklearn.datasets import load_digits  # takes a second, which every worker process would spend
-
-    data = load_digits()
-    grey = (data.images.astype(np.int64) * 255 + 8) // 16  # 0..16 to 0..255, rounded
-    labels = data.target.astype(np.int64)
+    table = _digits_table()
+    grey = (table[:, :-1].reshape(-1, 8, 8) * 255 + 8) // 16  # 0..16 to 0..255, rounded
+    labels = table[:, -1].copy()
     chosen = held_out(labels, 5) != train
     return _three_channels(grey[chosen].astype(np.uint8)), labels[chosen], tuple("0123456789")
+
+
+def _digits_table() -> NDArray[np.int64]:
+    """Rows of 64 pixels from 0 to 16, and the digit: the file that sklearn.datasets.load_digits reads.
+
+    It is read without scikit-learn, whose import takes longer than all else that is done with so few images.
+    """
+    spec = find_spec("sklearn")
+    places = spec.submodule_search_locations if spec else None
+    file = Path(places[0] if places else "", "datasets/data/digits.csv.gz")
+    if not file.is_file():  # another version may keep it elsewhere
+        from sklearn.datasets import load_digits
+
+        data = load_digits()
+        return np.column_stack([data.data, data.target]).astype(np.int64)
+    return np.loadtxt(file, np.int64, delimiter=",")
 
 
 def cifar(name: str, asked: Asked, train: bool) -> Arrays:

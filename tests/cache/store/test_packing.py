@@ -4,7 +4,6 @@ import json
 import os
 import resource
 import shutil
-import subprocess
 import sys
 from pathlib import Path
 
@@ -17,6 +16,7 @@ from kdcache.cache import packing as packing
 from kdcache.cache.packing import pack_hdf5, unpack_hdf5
 from kdcache.cache.store import chunks
 from kdcache.pipeline.verify import verify
+from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.caches import BOTH, WRITER, Filled, identity, same
 from kdcache.tests.helpers.stores import read_all, tree, unpacked
 
@@ -99,7 +99,7 @@ def test_killed_at_any_step_nothing_half_made_is_seen_and_the_next_run_ends_it(t
     shutil.copytree(written.cache.path, tmp_path / "c")
     shutil.copy(file, tmp_path / "c.h5")
     command = [sys.executable, "-W", "ignore::DeprecationWarning", "-c", KILLED, str(tmp_path), what, str(step)]
-    done = subprocess.run(command, capture_output=True, text=True, timeout=200)
+    done = warm.run(command, timeout=200)
     assert done.returncode == 0, done.stderr
     assert int(done.stdout) > (8 if what == "pack" else 4) * 4 / step
     if what == "pack":

@@ -27,6 +27,7 @@ from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.teachers.teacher import Teacher
 from kdcache.pipeline.verify import verify
 from kdcache.pipeline.views.parameters import draw
+from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.building import (
     MIXED_FILES,
     as_json,
@@ -232,7 +233,7 @@ def test_a_signal_to_training_reaches_its_workers_through_it_alone(toy, photos, 
         f"train --loss nkd:temperature=1 --cache {config.out} --data {config.data} --student kd_toy:thousand "
         f"--image-size 32 --batch-size 8 --epochs 100000 --workers 2 --device cpu --out {tmp_path / 'run'}"
     )
-    with subprocess.Popen(
+    with warm.Popen(
         [sys.executable, "-m", "kdcache.cli", *line.split()],
         env={**os.environ, "PYTHONPATH": os.pathsep.join([str(toy), *filter(None, sys.path)])},
         stderr=subprocess.PIPE, text=True, start_new_session=True,

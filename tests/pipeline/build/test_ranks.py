@@ -18,11 +18,13 @@ from kdcache.pipeline.build.build import build
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.process.device import pick_device
 from kdcache.pipeline.process.rank import Rank, cores, this_rank
+from kdcache.tests.helpers import warm
+from kdcache.tests.helpers.ranks import run_ranks
 
 
 def torchrun(home, ranks, line, restarts=0):
     """Its standard output and error are pipes, and those of all ranks with them."""
-    return subprocess.Popen(
+    return warm.Popen(
         [
             sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
             f"--max-restarts={restarts}", "-m", "kdcache.cli", *line.split(),
@@ -53,10 +55,10 @@ def content(path):
 def taught(tmp_path_factory):
     """A home in which two ranks taught a teacher first, and built one view with it; what they said."""
     home = tmp_path_factory.mktemp("home")
-    with torchrun(home, 2, "build --teacher resnet8 --device cpu --views 1 --json") as process:
-        said = ended(process)
-    assert process.returncode == 0
-    return home, *said
+    line = "-m kdcache.cli build --teacher resnet8 --device cpu --views 1 --json"
+    codes, out, err = run_ranks(2, line, KDCACHE_HOME=str(home))
+    assert codes == {0}, err
+    return home, out, err.splitlines()
 
 
 def test_ranks_teach_once_speak_once_and_build_what_one_process_builds(taught, tmp_path, monkeypatch):
@@ -95,11 +97,10 @@ def test_a_killed_rank_is_started_again_and_the_build_goes_on(taught, tmp_path, 
 
 
 def test_what_is_wrong_alike_in_all_ranks_is_said_once(tmp_path):
-    with torchrun(tmp_path, 2, "build --teacher nonsense --device cpu") as process:
-        out, err = ended(process)
-    assert process.returncode == 1 and out == ""
-    assert len([line for line in err if line.startswith("Error: ") and "nonsense" in line]) == 1
-    assert not any("kdcache" in line for line in err if line.lstrip().startswith("File "))
+    codes, out, err = run_ranks(2, "-m kdcache.cli build --teacher nonsense --device cpu", KDCACHE_HOME=str(tmp_path))
+    assert codes == {2} and out == ""
+    assert len([line for line in err.splitlines() if line.startswith("Error: ") and "nonsense" in line]) == 1
+    assert not any("kdcache" in line for line in err.splitlines() if line.lstrip().startswith("File "))
 
 
 def test_more_ranks_than_shards_are_told_so(taught, tmp_path, monkeypatch):

@@ -4,6 +4,7 @@ import gzip
 import os
 import pickle
 import shutil
+import sys
 from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
@@ -262,7 +263,7 @@ def broken(split):
 def users_module(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     (tmp_path / "users_data.py").write_text(USERS)
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr("sys.path", ["/nowhere"])
+    monkeypatch.setattr("sys.path", ["/nowhere", *filter(None, sys.path)])
 
 
 @pytest.mark.usefixtures("users_module")

@@ -4,7 +4,6 @@ import json
 import os
 import signal
 import struct
-import subprocess
 import sys
 import zlib
 
@@ -22,6 +21,7 @@ from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.pipeline.views import workers
 from kdcache.pipeline.views.parameters import draw
 from kdcache.pipeline.views.render import Renderer
+from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.places import ROOT
 
 
@@ -79,12 +79,12 @@ print(refused)
 def test_one_changed_byte_in_a_png_is_refused_each_time(tmp_path):
     noise().save(tmp_path / "1.png")
     command = [sys.executable, "-c", ONE_BYTE, str(tmp_path / "1.png")]
-    assert subprocess.run(command, check=True, capture_output=True, text=True).stdout == "200\n"
+    assert warm.run(command, check=True).stdout == "200\n"
 
 
 def test_a_short_run_of_the_fuzz(tmp_path):
     command = [sys.executable, "bench/fuzz_images.py", "--cases", "150", "--out", str(tmp_path / "found.json")]
-    subprocess.run(command, check=True, capture_output=True, cwd=ROOT)
+    warm.run(command, check=True, cwd=ROOT)
     found = json.loads((tmp_path / "found.json").read_text())
     assert found["wrong"] == [] and sum(found["outcomes"].values()) == 150
     assert found["outcomes"].keys() == {"pixels", "refused", "same pixels"}

@@ -2,7 +2,6 @@
 
 import itertools
 import json
-import subprocess
 import sys
 from pathlib import Path
 
@@ -23,6 +22,7 @@ from kdcache.pipeline.info import describe, facts, one_line
 from kdcache.pipeline.pack import pack
 from kdcache.pipeline.share import pull, push
 from kdcache.pipeline.verify import source_of, verify
+from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.building import content
 from kdcache.tests.helpers.caches import FORMATS, identity, same
 from kdcache.tests.helpers.ensembles import Answered, answered, mean64, softmax64
@@ -187,7 +187,7 @@ def test_a_mix_that_is_killed_goes_on_to_the_same_bytes(tmp_path):
     caches = answered(tmp_path, 2)
     whole, out = mixed(caches, out=str(tmp_path / "whole")), tmp_path / "killed"
     arguments = [str(out), *(str(c.cache.path) for c in caches)]
-    run = subprocess.run([sys.executable, "-c", SCRIPT, *arguments], capture_output=True, text=True)
+    run = warm.run([sys.executable, "-c", SCRIPT, *arguments])
     assert run.returncode == 0 and int(run.stdout) >= 3, run.stderr
     assert content(out) == content(whole.path) and verify(Cache(out)).passed
     assert mixed(caches, out=str(out)).records == 0

@@ -19,6 +19,7 @@ from kdcache.pipeline.ffcv.pack import pack_ffcv
 from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.views.parameters import draw
 from kdcache.pipeline.views.render import RENDERER
+from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.caches import same
 from kdcache.tests.helpers.ffcv import packed_arrays, packed_files, quiet
 from kdcache.tests.helpers.images import arrays_data
@@ -111,7 +112,7 @@ def test_a_pack_that_is_stopped_leaves_no_file(packed, tmp_path, how):
         write.read_images = slowly
         pack_ffcv(Cache(Path({str(cache.path)!r})), arrays_data(50, 6, 9), Path("x.beton"))
     """
-    with subprocess.Popen(
+    with warm.Popen(
         [sys.executable, "-c", textwrap.dedent(script)], cwd=tmp_path, stdout=subprocess.PIPE, stderr=subprocess.PIPE
     ) as process:
         while process.stdout.readline() not in (b"there\n", b""):

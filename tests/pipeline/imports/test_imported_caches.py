@@ -4,7 +4,6 @@ import io
 import json
 import re
 import signal
-import subprocess
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -27,6 +26,7 @@ from kdcache.pipeline.share import pull, push
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.verify import source_of, verify
 from kdcache.pipeline.views.render import render
+from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.pages import blocks
 from kdcache.tests.helpers.places import ROOT
 from kdcache.tests.helpers.storedlogits import (
@@ -194,7 +194,7 @@ def test_a_killed_import_goes_on(fkd, tmp_path):
         "                                           out=sys.argv[3]))\n"
     )
     out = tmp_path / "c"
-    run = subprocess.run([sys.executable, "-c", script, fkd[1].path, fkd[1].data, str(out)], capture_output=True)
+    run = warm.run([sys.executable, "-c", script, fkd[1].path, fkd[1].data, out])
     assert run.returncode == -signal.SIGKILL, run.stderr
     assert len(list((out / "commits").glob("v*.json"))) == 5
     result = import_logits(replace(fkd[1], out=str(out)), quiet)

@@ -1,7 +1,8 @@
 """View parameters are a pure function of (policy, seed, view, sample, size), and always the same one."""
 
 import itertools
-import multiprocessing
+import pickle
+import sys
 
 import numpy as np
 import pytest
@@ -10,6 +11,7 @@ from hypothesis import strategies as st
 
 from kdcache.pipeline.views.parameters import TEACHING, ViewParameters, draw, evaluation_view
 from kdcache.tests.contracts.policies import PolicyContract
+from kdcache.tests.helpers import warm
 
 M = (1 << 64) - 1
 
@@ -132,11 +134,20 @@ def test_every_parameter_changes_the_digest():
         assert len({p.digest(), ViewParameters(p.boxes, flips).digest(), ViewParameters(boxes, p.flips).digest()}) == 3
 
 
-def test_a_spawned_process_draws_the_same():
+def test_another_process_draws_the_same(tmp_path):
     arguments = [("rrc,flip", 3, view, range(500), sizes_of(500, 333, 500)) for view in (0, 9)]
-    with multiprocessing.get_context("spawn").Pool(1) as pool:
-        for there, here in zip(pool.starmap(draw, arguments), itertools.starmap(draw, arguments), strict=True):
-            assert equal(there, here)
+    (tmp_path / "asked").write_bytes(pickle.dumps(arguments))
+    code = (
+        "import itertools, pickle\n"
+        "from pathlib import Path\n"
+        "from kdcache.pipeline.views.parameters import draw\n"
+        "asked = pickle.loads(Path('asked').read_bytes())\n"
+        "Path('drawn').write_bytes(pickle.dumps(list(itertools.starmap(draw, asked))))\n"
+    )
+    warm.run([sys.executable, "-c", code], cwd=tmp_path, check=True)
+    drawn = pickle.loads((tmp_path / "drawn").read_bytes())
+    for there, here in zip(drawn, itertools.starmap(draw, arguments), strict=True):
+        assert equal(there, here)
 
 
 def test_evaluation_views_are_the_whole_or_the_central_square():

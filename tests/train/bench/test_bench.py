@@ -18,6 +18,7 @@ from kdcache.cli import main
 from kdcache.pipeline.build.config import BuildConfig
 from kdcache.pipeline.build.source import open_source
 from kdcache.pipeline.teachers.teacher import Teacher
+from kdcache.tests.helpers import warm
 from kdcache.train.bench import bench as bench_module
 from kdcache.train.bench import measure, subject
 from kdcache.train.bench.bench import bench
@@ -128,9 +129,9 @@ def test_what_cannot_be_measured_is_one_line(place, args, says):
 
 
 def test_stopped_it_leaves_nothing(tmp_path):
-    command = [sys.executable, "-c", "from kdcache.cli import main; main()", "bench", "--teacher", "resnet8"]
+    command = [sys.executable, "-m", "kdcache.cli", "bench", "--teacher", "resnet8"]
     env = {**os.environ, "TMPDIR": str(tmp_path), "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
+    process = warm.Popen(command, env=env, stderr=subprocess.PIPE, text=True)
     assert "resnet8 -> resnet8" in process.stderr.readline()
     time.sleep(0.5)
     process.send_signal(signal.SIGINT)

@@ -4,7 +4,6 @@ import gc
 import json
 import os
 import shutil
-import subprocess
 import sys
 import textwrap
 import threading
@@ -21,6 +20,7 @@ from kdcache.cli import main
 from kdcache.pipeline.ffcv import format
 from kdcache.pipeline.ffcv.pack import pack_ffcv
 from kdcache.pipeline.ffcv.read import FFCVFile
+from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.caches import same
 from kdcache.tests.helpers.ffcv import Drawn, needs_ffcv, packed_arrays, packed_files, quiet
 from kdcache.tests.helpers.images import arrays_data
@@ -259,7 +259,7 @@ def test_a_process_that_stops_in_an_epoch_ends(packed):
         next(steps)
     """
     command = [sys.executable, "-c", textwrap.dedent(script)]
-    run = subprocess.run(command, capture_output=True, text=True, timeout=120)
+    run = warm.run(command, timeout=120)
     assert (run.returncode, run.stdout, run.stderr) == (0, "", "")
 
 

@@ -15,6 +15,7 @@ from click.testing import CliRunner
 from kdcache.cache import KdcacheError
 from kdcache.cli import main
 from kdcache.pipeline.teachers.weights import read_weights
+from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.training import metrics_of, quiet
 from kdcache.train.commands import students
 from kdcache.train.config import TrainConfig
@@ -32,14 +33,14 @@ def test_killed_within_an_epoch_and_resumed_equals_uninterrupted(home, tmp_path,
     command = [sys.executable, "-m", "kdcache.cli", *line]
     assert CliRunner().invoke(main, [*line, str(tmp_path / "whole")], catch_exceptions=False).exit_code == 0
     killed = tmp_path / "killed"
-    process = subprocess.Popen([*command, str(killed), "--save-every", "0"], stderr=subprocess.DEVNULL)
+    process = warm.Popen([*command, str(killed), "--save-every", "0"], stderr=subprocess.DEVNULL)
     while (at := stopped_at(process, killed))["epoch"] < 1 or at["batch"] == 0:
         process.send_signal(signal.SIGCONT)
-        time.sleep(0.02)
+        time.sleep(0.05)
     process.kill()
     process.wait()
     assert len((killed / "metrics.jsonl").read_text().splitlines()) == at["epoch"] < epochs
-    resumed = subprocess.run([*command, str(killed), "--resume"], check=True, capture_output=True, text=True)
+    resumed = warm.run([*command, str(killed), "--resume"], check=True)
     assert f"after epoch {at['epoch']} and {at['batch']} batches of {epochs}" in resumed.stderr
     a, b = (metrics_of(folder) for folder in (killed, tmp_path / "whole"))
     assert len(a) == epochs and a == b

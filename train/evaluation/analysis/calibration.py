@@ -14,7 +14,6 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from scipy.optimize import brentq
 from torch import Tensor
 
 from kdcache.train.evaluation.metrics import metrics, reliability
@@ -98,6 +97,8 @@ def fitted_temperature(logits: Tensor, labels: Tensor) -> float:
 
     The NLL is convex in 1 / temperature, so its slope has one zero, or none: then it is one of the two ends.
     """
+    from scipy.optimize import brentq  # slow to import, and not every evaluation fits a temperature
+
     low, high = math.log(SMALLEST), math.log(LARGEST)
 
     def slope(log: float) -> float:

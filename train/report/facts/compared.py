@@ -7,8 +7,6 @@ import statistics
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
-from scipy.stats import t as student_t
-
 ENOUGH = 3  # values: the interval of two is nine times as wide as their distance, which tells nothing
 
 
@@ -32,6 +30,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     deviation = statistics.stdev(values) if n > 1 else None
     if deviation is None or n < ENOUGH:
         return Estimate(mean, n, deviation, None, None)
+    from scipy.stats import t as student_t  # slow to import
+
     half = float(student_t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
     return Estimate(mean, n, deviation, mean - half, mean + half)
 
