@@ -11,10 +11,10 @@ import stat
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from functools import partial
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from kdcache.cache.errors import CorruptError, KdcacheError, NotFoundError, UnreadableError
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError, NotFoundError, UnreadableError
 
 Content = bytes | memoryview
 
@@ -124,11 +124,57 @@ def remove_folder(folder: Path, scratch: Path) -> None:
 
 
 def names(folder: Path) -> list[str]:
-    """The names in a folder, sorted; none where the folder is gone."""
+    """The names in a folder, sorted; none where it is gone or no folder."""
     try:
         return sorted(path.name for path in folder.iterdir())
-    except FileNotFoundError:
+    except (FileNotFoundError, NotADirectoryError):
         return []
+
+
+def discard(path: Path) -> None:
+    """Remove a file, a link, or a folder and all in it, if it is there. Nothing behind a link is touched."""
+    if path.is_dir() and not path.is_symlink():
+        shutil.rmtree(path)
+    else:
+        path.unlink(missing_ok=True)
+
+
+def remove_below(top: Path, file: str) -> None:
+    """Remove a file below the folder `top`, whatever it is. What is no folder on the way to it goes in its place."""
+    at = top
+    for name in PurePosixPath(file).parts:
+        at /= name
+        if at.is_symlink() or not at.is_dir():
+            break
+    discard(at)
+
+
+def links_below(top: Path) -> list[Path]:
+    """The links to folders below a folder. They are not followed."""
+    found = (Path(where, name) for where, folders, _ in os.walk(top) for name in folders)
+    return sorted(path for path in found if path.is_symlink())
+
+
+def require_no_link(top: Path, file: str) -> None:
+    """CorruptError if a folder on the way from `top` to a file is a link, which would lead elsewhere."""
+    at = top
+    for name in PurePosixPath(file).parent.parts:
+        at /= name
+        if at.is_symlink() and at.is_dir():
+            raise CorruptError(f"{at} is a symbolic link, which is not followed: remove it")
+
+
+def clear_way(top: Path, file: str) -> None:
+    """Remove what keeps a file below `top` from being written: no folder on the way to it, or a folder in its place."""
+    at = top
+    for name in PurePosixPath(file).parent.parts:
+        at /= name
+        if not at.is_dir():
+            with suppress(FileNotFoundError, IsADirectoryError):  # another process has just cleared it away
+                at.unlink()
+    if (top / file).is_dir():
+        with suppress(FileNotFoundError, NotADirectoryError):
+            discard(top / file)
 
 
 def sync_folder(folder: Path) -> None:
@@ -192,6 +238,29 @@ def read_range(path: Path, offset: int, size: int, *, short: bool = False) -> by
         return f.read(size)
 
 
+def is_there(path: Path) -> bool:
+    """Whether something is at the path; False too for a name that is too long for a file, where Path.exists raises."""
+    try:
+        return path.exists()
+    except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
+def expanded(text: str) -> Path:
+    """The path that a user has written, where ~ stands for a home. InputError for what no file can be called."""
+    try:
+        os.fsencode(text)
+        path = Path(text).expanduser()
+    except (UnicodeEncodeError, RuntimeError) as e:
+        reason = "it is no text" if isinstance(e, UnicodeEncodeError) else "there is no such home"
+        raise InputError(f"{text!r} is no path: {reason}") from e
+    if "\0" in text:
+        raise InputError(f"{text!r} is no path: it holds a NUL")
+    return path
+
+
 @contextmanager
 def _opened(path: Path, flags: int = 0) -> Iterator[tuple[BinaryIO, int]]:
     """Open a plain file: yields it and its size in bytes."""
@@ -200,6 +269,8 @@ def _opened(path: Path, flags: int = 0) -> Iterator[tuple[BinaryIO, int]]:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing") from None
+    except ValueError as e:  # a NUL, or what is no text
+        raise InputError(f"{str(path)!r} is no path of a file") from e
     except OSError as e:
         if e.errno == errno.ELOOP:
             raise CorruptError(f"{path} cannot be read: it is a symbolic link, which is not followed") from e

@@ -21,11 +21,12 @@ from __future__ import annotations
 import threading
 import time
 from collections.abc import Callable
+from functools import partial
 
-from kdcache.cache.errors import NotFoundError, UnreadableError
+from kdcache.cache.errors import UnreadableError
 from kdcache.cache.identity import canonical, parse
 from kdcache.cache.registry.objects import Objects, read_checked
-from kdcache.cache.store.leases import MOST_BYTES, Leases, Owner, ended
+from kdcache.cache.store.leases import MOST_BYTES, NOBODY, Leases, Owner, ended, owner_in
 
 LEASES = "leases"
 PAUSE = 5.0  # seconds between two lists
@@ -113,13 +114,13 @@ class ObjectLeases(Leases):
     def _read(self, name: str) -> Owner | None:
         path = f"{self._folder}/{name}"
         where = f"{self._objects.url}/{path}"
-        try:
-            return read_checked(self._objects, path, MOST_BYTES, lambda got: parse(Owner, got, where, "remove it"))
-        except NotFoundError:
-            return None
+        read = partial(read_checked, self._objects, path, MOST_BYTES, lambda got: parse(Owner, got, where, "remove it"))
+        return owner_in(read)
 
     def _living(self, name: str) -> Owner | None:
         owner, now = self._owner_of(name), self._times.get(self._me)
+        if owner == NOBODY:
+            return None
         if owner is None or owner == self._owner or now is None:  # without a time nobody is taken for dead
             return owner
         shown = self._times.get(f"{owner.token}.json")

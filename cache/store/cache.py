@@ -7,6 +7,7 @@
     views/v00042/                 a Zarr group: classes, gaps, target_gap, tail; of an imported cache also boxes and
                                   flips, or seeds
     commits/v00042-p0003.json     sizes and hashes of one shard's files and rows: its creation commits the shard
+    signatures/                   who vouches for it: statements and their signatures (signing/signatures.py)
     eval/                         labels, views and commits of the evaluation split
     leases/, scratch/             what builders need while they work; without files at other times
 
@@ -19,8 +20,9 @@ from __future__ import annotations
 import os
 import re
 import secrets
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -28,10 +30,11 @@ import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import files
-from kdcache.cache.errors import CorruptError, InputError, NotFoundError
+from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
 from kdcache.cache.identity import MAX_JSON_BYTES, Identity, SplitName, canonical, parse
 from kdcache.cache.store.hdf5 import PackedFile
-from kdcache.cache.store.leases import FolderLeases, Leases
+from kdcache.cache.store.layout import Commit
+from kdcache.cache.store.leases import FolderLeases, Leases, unreadable
 from kdcache.cache.store.place import Folder, Place, path_of
 from kdcache.cache.store.publish import SplitStore, require_folder
 from kdcache.cache.store.split import THREADS
@@ -42,6 +45,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and listing, moving or check
     from kdcache.cache.records.records import Records
 
 _COMMIT = re.compile(r"[a-z0-9-]+\.json")
+_COMMITS = ("commits", "eval/commits")
+_WORK = ("scratch", "leases")  # the folders of builders
 # Far above any real number of parts. A damaged identity may declare any number, and work grows with it.
 _MAX_PARTS = 1 << 16
 
@@ -56,11 +61,12 @@ class Cache:
         self._place = place = _open(at) if isinstance(at, Path) else at
         self.where = where = place.where
         if not place.has("identity.json"):
-            there = not isinstance(at, Path) or at.exists()
+            there = not isinstance(at, Path) or files.is_there(at)
             reason = f"{where} is not a kdcache cache: it has no identity.json" if there else f"there is no {where}"
             raise NotFoundError(reason)
         content = place.read("identity.json", MAX_JSON_BYTES)
-        advice = f"copy it again, or remove {where} and {place.again}"
+        anew = f"{place.again}, which writes it anew, " if place.writable else ""
+        advice = f"{anew}copy it again, or remove {where} and {place.again}"
         self.identity = parse(Identity, content, place.locate("identity.json"), advice)
         self._token = secrets.token_hex(8)
         self.train = SplitStore(place, "train", self.identity, self._token)
@@ -73,6 +79,7 @@ class Cache:
     def create(cls, path: Path, identity: Identity) -> Cache:
         """Open the cache in folder `path`, or make it if there is none; MismatchError if another cache is there."""
         require_folder(path)
+        restore_identity(path, identity)
         file = path / "identity.json"
         if not file.exists():
             # There may be a scratch folder already, of a builder that was stopped or is just ahead of this one.
@@ -193,9 +200,8 @@ class Cache:
 
     def commits(self) -> list[str]:
         """The files of all commits, sorted."""
-        folders = ("commits", "eval/commits")
         return sorted(
-            f"{folder}/{name}" for folder in folders for name in self._place.names(folder) if _COMMIT.fullmatch(name)
+            f"{folder}/{name}" for folder in _COMMITS for name in self._place.names(folder) if _COMMIT.fullmatch(name)
         )
 
     def contents(self, views: Sequence[int]) -> Iterator[tuple[SplitStore, str]]:
@@ -223,30 +229,119 @@ class Cache:
 
         say: is called, perhaps from another thread, when something goes wrong with the leases.
         """
-        for folder in (self.path / "scratch", self.path / "leases"):
-            if folder.is_symlink():
-                raise CorruptError(f"{folder} is a symbolic link, which is not followed: remove it")
-            files.make_folder(folder)
+        make_work_folders(self.path)
         with FolderLeases(self.path, self._token, say) as leases:
-            self._finish(leases)
+            _finish(self, leases)
             yield leases
-            self._finish(leases)
-
-    def _finish(self, leases: Leases) -> None:
-        for store in self.splits:
-            for name in store.decided():
-                store.finish(name)
-        leases.clear()
+            _finish(self, leases)
 
     def tidy(self) -> None:
         """Clear away what dead builders left, if there is anything and this user may remove it."""
-        folders = [self.path / "leases", self.path / "scratch"]
-        left = any(names for folder in folders for _, _, names in os.walk(folder))
-        if left and all(os.access(folder, os.W_OK) or not folder.exists() for folder in folders):
+        folders = [self.path / name for name in _WORK]
+        left = any(names for at in folders for _, _, names in os.walk(at))
+        left = left or any(at.exists() and not at.is_dir() for at in folders)
+        if left and all(os.access(at, os.W_OK) or not at.exists() for at in folders):
             with self.writing():
                 pass
 
 
+def place_of(cache: Cache) -> Place:
+    """Where the files of a cache lie."""
+    return cache._place
+
+
+def _finish(cache: Cache, leases: Leases) -> None:
+    """Commit what is decided, drop what never can be, and clear away what dead builders left."""
+    for store in cache.splits:
+        for name in store.decided():
+            try:
+                store.finish(name)
+            except CorruptError:
+                if leases.others():  # of whom one may be at work on it
+                    raise
+                store.forget(name)
+    leases.clear()
+
+
+def restore_identity(path: Path, identity: Identity) -> bool:
+    """Write identity.json in the folder of a cache anew if it is missing or damaged; whether that was done.
+
+    It is written only where most of the commits that are there name the key of this identity, and so it is theirs.
+    """
+    file, content = path / "identity.json", canonical(identity)
+    if not path.is_dir() or files.holds(file, content):
+        return False
+    with suppress(CorruptError, MismatchError, NotFoundError):
+        if parse(Identity, files.read_bounded(file, MAX_JSON_BYTES), str(file), "") == identity:
+            return False  # the same in other words
+    keys: Counter[str] = Counter()
+    for folder in _COMMITS:
+        for name in filter(_COMMIT.fullmatch, files.names(path / folder)):
+            with suppress(CorruptError, MismatchError, NotFoundError):
+                commit = files.read_bounded(path / folder / name, MAX_JSON_BYTES)
+                keys[parse(Commit, commit, name, "").key] += 1
+    if 2 * keys[identity.key] <= keys.total():
+        return False
+    make_work_folders(path)
+    files.clear_way(path, file.name)
+    files.publish(file, content, path / "scratch", replace=True)
+    return True
+
+
+def make_work_folders(path: Path) -> None:
+    """Make the folders that builders of the cache at `path` work in, in place of what is no folder.
+
+    Whatever lies there belongs to builders, and no reader looks at it. CorruptError for links.
+    """
+    for folder in (path / name for name in _WORK):
+        if folder.is_symlink():
+            raise CorruptError(
+                f"{folder} is a symbolic link, which is not followed: remove it, or run kdcache verify {path} --repair"
+            )
+        files.clear_way(path, f"{folder.name}/any")
+        files.make_folder(folder)
+    for folder in _decisions(path):
+        if folder.is_symlink() or not folder.is_dir():
+            with suppress(FileNotFoundError, IsADirectoryError):  # there is none, or another builder has just made it
+                folder.unlink()
+
+
+def _decisions(path: Path) -> list[Path]:
+    top = path / "scratch" / "decided"
+    return [top, top / "train", top / "eval"]
+
+
+def odd_leavings(cache: Cache) -> list[str]:
+    """What lies in a cache's folder, is named by no commit and is nothing that kdcache leaves there: a line for each.
+
+    That is links to folders, and what in the folders of builders no builder has left as it is.
+    """
+    path, advice = cache.path, "the next build clears it away, as kdcache verify --repair does"
+    links = [link for link in files.links_below(path) if link.relative_to(path).parts[0] not in _WORK]
+    folders = [*(path / name for name in _WORK), *_decisions(path)]
+    odd = [folder for folder in folders if os.path.lexists(folder) and (folder.is_symlink() or not folder.is_dir())]
+    found = [f"{folder} is no folder of builders" for folder in odd]
+    if path / "leases" not in odd:
+        found += [f"{file} is no lease" for file in unreadable(path / "leases")]
+    for store in cache.splits if not set(odd) - {path / "leases"} else ():
+        for name in store.decided():
+            try:
+                store.require_decision(name)
+            except CorruptError as e:
+                found.append(str(e).partition(";")[0])
+    refused = [f"{link} is a symbolic link, which is not followed: remove it" for link in links]
+    return refused + [f"{one}: {advice}" for one in found]
+
+
+def clear_leavings(cache: Cache) -> None:
+    """Clear away what `odd_leavings` tells and all that dead builders have left; what they had decided is committed."""
+    for link in [*files.links_below(cache.path), *(cache.path / name for name in _WORK)]:
+        if link.is_symlink():
+            link.unlink()
+    with cache.writing():
+        pass
+
+
 def _open(path: Path) -> Place:
     """The folder or packed file at a path; a path where nothing is counts as a folder."""
-    return Folder(path) if path.is_dir() or not path.exists() else PackedFile(path)
+    return Folder(path) if not files.is_there(path) or path.is_dir() else PackedFile(path)

@@ -7,6 +7,7 @@ a file cannot reach the decoder.
 from __future__ import annotations
 
 import hashlib
+import json
 from collections.abc import Callable, Mapping
 from functools import cache, lru_cache, partial
 from typing import TYPE_CHECKING, Any
@@ -33,6 +34,8 @@ if TYPE_CHECKING:  # torch takes seconds to import, and much that is done with a
 # Blosc takes no more than this at once.
 MAX_CHUNK_BYTES = 2**31 - 17
 _CRC_BYTES = 4
+# Fields of zarr.json that some versions of zarr leave out where they are empty.
+_MAY_BE_EMPTY = ("attributes", "storage_transformers", "consolidated_metadata", "configuration", "dimension_names")
 
 
 def encode_as(
@@ -127,6 +130,23 @@ def metadata_files(chunk: Chunk) -> list[tuple[str, Callable[[], bytes]]]:
     """
     group = [(f"{chunk.folder}/zarr.json", group_metadata)] if chunk.folder else []
     return [*group, (f"{chunk.base}{chunk.spec.name}/zarr.json", partial(array_metadata, chunk.spec))]
+
+
+def same_metadata(a: bytes, b: bytes) -> bool:
+    """Whether two zarr.json files say the same: versions of zarr differ in whether they write some fields if empty."""
+    try:
+        return a == b or _told(json.loads(a)) == _told(json.loads(b))
+    except (ValueError, RecursionError):
+        return False
+
+
+def _told(metadata: Any) -> str:
+    def without_empty(value: Any) -> Any:
+        if isinstance(value, dict):
+            return {name: without_empty(one) for name, one in value.items() if one or name not in _MAY_BE_EMPTY}
+        return [without_empty(one) for one in value] if isinstance(value, list) else value
+
+    return json.dumps(without_empty(metadata), sort_keys=True)  # in which 1, 1.0 and true differ
 
 
 def rows_digest(spec: ArraySpec, rows: NDArray[Any]) -> str:

@@ -31,7 +31,7 @@ from pathlib import Path
 from pydantic import Field
 
 from kdcache.cache import files
-from kdcache.cache.errors import NotFoundError, UnreadableError
+from kdcache.cache.errors import CorruptError, MismatchError, NotFoundError, UnreadableError
 from kdcache.cache.identity import Strict, canonical, parse
 
 EXPIRES = 60.0  # seconds without a sign of life
@@ -53,6 +53,24 @@ class Owner(Strict):
 
     def __str__(self) -> str:
         return f"{self.host} (process {self.process}, since {self.since})"
+
+
+# The owner of a lease that cannot be read, as a crash or a bad disk leaves one. Nobody lives who has it, so that it is
+# taken over; at worst a shard is computed twice.
+NOBODY = Owner(token="", host="", process=1, machine=None, started=None, since="", seconds=0.0)
+
+
+def owner_in(read: Callable[[], Owner]) -> Owner | None:
+    """The owner that a lease or a sign of life names: None where it is gone, NOBODY where it is none.
+
+    read: reads it. UnreadableError where its bytes are not to be had now, whatever they are.
+    """
+    try:
+        return read()
+    except NotFoundError:
+        return None
+    except (CorruptError, MismatchError):
+        return NOBODY
 
 
 class Leases(ABC):
@@ -177,7 +195,7 @@ class Leases(ABC):
 
     @abstractmethod
     def _owner_of(self, name: str) -> Owner | None:
-        """The builder that a lease or a sign of life belongs to; None where it is gone."""
+        """The builder that a lease or a sign of life belongs to; None where it is gone, NOBODY where it is none."""
 
     @abstractmethod
     def _living(self, name: str) -> Owner | None:
@@ -205,9 +223,10 @@ class FolderLeases(Leases):
         self._file = self._folder / f"{token}.json"
 
     def clear(self) -> None:
+        keep = (self._scratch / "decided", self._scratch / self._owner.token)
         for folder in (self._folder, self._scratch):
             for path in map(folder.joinpath, files.names(folder)):
-                if path.name in ("decided", self._owner.token) or self._in_use(path):
+                if path in keep or self._in_use(path):
                     continue
                 if path.is_dir() and not path.is_symlink():
                     files.remove_folder(path, self._scratch / self._owner.token)
@@ -245,20 +264,18 @@ class FolderLeases(Leases):
         return files.names(self._folder)
 
     def _owner_of(self, name: str) -> Owner | None:
-        path = self._folder / name
-        try:
-            return parse(Owner, files.read_bounded(path, MOST_BYTES), str(path), "remove it")
-        except NotFoundError:
-            return None
+        return _in_file(self._folder / name)
 
     def _living(self, name: str) -> Owner | None:
         owner = self._owner_of(name)
+        if owner is None or owner == NOBODY:
+            return None
         try:
             # After it was opened, because that makes an NFS client ask the server.
             touched = (self._folder / name).stat().st_mtime
         except FileNotFoundError:
             return None
-        return None if owner is None or ended(owner) or self._touch() - touched > owner.seconds else owner
+        return None if ended(owner) or self._touch() - touched > owner.seconds else owner
 
     def _make(self, lease: str) -> bool:
         self._touch()
@@ -275,7 +292,17 @@ class FolderLeases(Leases):
             return False
 
     def _remove(self, lease: str) -> None:
-        (self._folder / lease).unlink(missing_ok=True)
+        files.discard(self._folder / lease)
+
+
+def _in_file(path: Path) -> Owner | None:
+    return owner_in(lambda: parse(Owner, files.read_bounded(path, MOST_BYTES), str(path), "remove it"))
+
+
+def unreadable(folder: Path) -> list[Path]:
+    """What lies in a folder of leases, and is neither a lease nor a sign of life."""
+    found = (folder / name for name in files.names(folder) if not name.endswith(".tmp"))
+    return [path for path in found if _in_file(path) == NOBODY]
 
 
 def _number(lease: str) -> int:

@@ -16,6 +16,7 @@ from numpy.typing import NDArray
 from kdcache.cache import files
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError, UnreadableError
 from kdcache.cache.files import Content
+from kdcache.cache.identity import MAX_JSON_BYTES
 from kdcache.cache.store import chunks
 from kdcache.cache.store.layout import Chunk, StoredFile
 
@@ -56,6 +57,12 @@ class Place(Protocol):
 
     def content(self, file: str, stored: StoredFile, chunk: Chunk) -> Content:
         """The bytes that a committed chunk has in a folder; CorruptError unless they are what was committed."""
+
+    def metadata(self, file: str) -> bytes | None:
+        """What a file for plain zarr holds, which nothing has checked; None where a place has no such files.
+
+        NotFoundError if it is missing, CorruptError if it is too long, or no plain file.
+        """
 
     def rows(self, file: str, stored: StoredFile, chunk: Chunk, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The rows of a committed chunk, in `out` if given; CorruptError unless they are what was committed."""
@@ -123,7 +130,7 @@ class Folder(ZarrChunks):
         return str(self.folder / file)
 
     def has(self, file: str) -> bool:
-        return self.at(file).exists()
+        return os.path.lexists(self.at(file))  # a link that leads nowhere is refused when it is read
 
     def names(self, folder: str) -> list[str]:
         found = self.at(folder)
@@ -131,6 +138,9 @@ class Folder(ZarrChunks):
 
     def read(self, file: str, limit: int) -> bytes:
         return files.read_bounded(self.at(file), limit)
+
+    def metadata(self, file: str) -> bytes | None:
+        return self.read(file, MAX_JSON_BYTES)
 
     def require(self, file: str, stored: StoredFile) -> None:
         path = self.at(file)
@@ -164,4 +174,4 @@ class Folder(ZarrChunks):
         return total
 
     def check(self) -> None:
-        """Nothing to check: no commit covers the metadata for plain zarr, but kdcache reads none of it."""
+        """Nothing to check: `metadata` gives what no commit covers, and whoever asks for it compares it."""

@@ -16,12 +16,12 @@ import os
 import re
 import secrets
 import shutil
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from functools import cached_property
 from pathlib import Path
-from typing import Any
+from typing import Any, TypeVar
 
 import numpy as np
 from numpy.typing import NDArray
@@ -35,12 +35,13 @@ from kdcache.cache.store.layout import Chunk, Commit, StoredFile, shard_name
 from kdcache.cache.store.place import Place, path_of
 from kdcache.cache.store.split import THREADS, SplitReader
 
+T = TypeVar("T")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 _CHUNK = re.compile(r"(views/v[0-9]{5,9}/)?[a-z_]+/c(/[0-9]+)+")
 
 
-class SplitStore(SplitReader):
-    """One split of a cache, which can be read and, in a folder, written.
+class Decisions(SplitReader):
+    """One split of a cache, and what builders decide to commit there.
 
     token: names the builder's own folder in scratch/.
     """
@@ -61,7 +62,115 @@ class SplitStore(SplitReader):
     def _decided(self) -> Path:
         return path_of(self._place) / "scratch" / "decided" / self.split
 
-    # Rows
+    def _publish(self, name: str, contents: Mapping[str, Content]) -> None:
+        while not self.has(name):
+            self.finish(name, self._decide(name, contents))
+
+    def _decide(self, name: str, contents: Mapping[str, Content]) -> bool:
+        """Write the files aside and decide for them. Returns whether it was this call that decided."""
+        decided, folder = False, self._scratch / secrets.token_hex(8)
+        # The folder is missing if this builder was stopped for so long that another took it for dead. The caller tries
+        # again then.
+        with suppress(FileNotFoundError):
+            files.make_folder(folder)
+            for file, content in contents.items():
+                files.write(folder / file, content)
+            files.sync_folder(folder)
+            files.make_folder(self._decided)
+            try:
+                folder.rename(self._decided / name)
+                decided = True
+            except OSError as e:
+                if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+                    raise
+            files.sync_folder(self._decided)
+        shutil.rmtree(folder, ignore_errors=True)
+        return decided
+
+    def decided(self) -> list[str]:
+        """The names that are decided and perhaps not committed yet: their builder is at work on them, or has died."""
+        return files.names(self._decided)
+
+    def finish(self, name: str, just_written: bool = False) -> None:
+        """Put what is decided for `name` in its place and commit it; nothing happens if nothing is decided.
+
+        just_written: whether this process has just written it, so that nothing of it needs to be read again.
+        """
+        decided = self._decided / name
+        advice = f"remove {decided} and run kdcache build again"
+        try:
+            content = files.read_bounded(decided / "commit.json", MAX_JSON_BYTES)
+        except NotFoundError:
+            names = files.names(decided)
+            if names and "commit.json" not in names and not self.has(name):
+                raise CorruptError(f"{decided} lacks its commit; {advice}") from None
+            return
+        self.refresh()
+        if not self.has(name):
+            commit = self._decided_commit(name, content)
+            for file, stored in commit.files.items():
+                if not self._put(file, stored, decided, just_written) and not self.has(name):
+                    raise CorruptError(f"{decided} does not hold the bytes of {file} that were decided; {advice}")
+            for folder in {(self._root / file).parent for file in commit.files}:
+                files.sync_folder(folder)  # another builder may not have synced what it has put there
+            files.publish(self._root / "commits" / f"{name}.json", content, self._scratch)
+        files.remove_folder(decided, self._scratch)
+
+    def _decided_commit(self, name: str, content: bytes) -> Commit:
+        """The commit in the bytes that were decided for `name`; CorruptError where they hold none."""
+        decided = self._decided / name
+        advice = f"remove {decided} and run kdcache build again"
+        commit = parse(Commit, content, str(decided / "commit.json"), advice)
+        if (commit.key, commit.name, commit.format) != (self._key, name, self._format) or not all(
+            _CHUNK.fullmatch(file) and _SHA256.fullmatch(stored.sha256) for file, stored in commit.files.items()
+        ):
+            raise CorruptError(f"{decided} holds no commit of {name}; {advice}")
+        return commit
+
+    def require_decision(self, name: str) -> None:
+        """CorruptError if something is decided for `name` that can never be finished. Nothing is changed."""
+        decided = self._decided / name
+        try:
+            content = files.read_bounded(decided / "commit.json", MAX_JSON_BYTES)
+        except NotFoundError:
+            if not files.names(decided):
+                return  # finished just now
+            raise CorruptError(f"{decided} lacks its commit") from None
+        if not self.has(name):
+            for file, stored in self._decided_commit(name, content).files.items():
+                if not _is(decided / stored.sha256, stored) and not _is(self._root / file, stored):
+                    if self.has(name):
+                        return
+                    raise CorruptError(f"{decided} does not hold the bytes of {file} that were decided")
+
+    def forget(self, name: str) -> None:
+        """Drop what is decided for `name`, and cannot be finished, so that it can be computed again."""
+        files.remove_folder(self._decided / name, self._scratch)
+        files.discard(self._decided / name)  # a link that leads nowhere
+
+    def _put(self, file: str, stored: StoredFile, decided: Path, just_written: bool) -> bool:
+        """Put a decided file in its place. Returns whether the bytes there are the decided ones."""
+        path, source = self._root / file, decided / stored.sha256
+        if just_written or not (_is(path, stored) or source.is_dir()):
+            # The file is missing if another builder has finished this decision and removed it.
+            with suppress(FileNotFoundError):
+                _in_place(
+                    path_of(self._place), self.prefix + file, lambda: files.link_file(path, source, self._scratch)
+                )
+                if just_written:
+                    return True
+        return _is(path, stored)
+
+    def refresh(self) -> None:
+        """Touch the folder of commits, so that `committed` and `has` show what other builders have done."""
+        # An NFS client remembers for a while that a file was missing, but not beyond a change of the file's folder.
+        folder = self._root / "commits"
+        _in_place(path_of(self._place), f"{self.prefix}commits/any", lambda: files.make_folder(folder))
+        os.utime(folder)
+
+
+class SplitStore(Decisions):
+    """One split of a cache, which can be read and, in a folder, written."""
 
     def write_shard(
         self,
@@ -145,95 +254,40 @@ class SplitStore(SplitReader):
         self._publish(name, {"commit.json": commit, **contents})
 
     def remove(self, name: str) -> None:
-        """Remove a commit and its files, so that the next build makes them again. For folders only."""
-        require_folder(path_of(self._place))
+        """Remove a commit and its files, so that the next build makes them again. For folders only.
+
+        Whatever stands in a file's place goes, and of links only these: they may lead to what belongs to others.
+        """
+        top = path_of(self._place)
+        require_folder(top)
         # The commit goes first, because what no commit names does not exist.
         for file in (f"commits/{name}.json", *(chunk.file for chunk in self.chunks(name))):
-            (self._root / file).unlink(missing_ok=True)
+            files.remove_below(top, self.prefix + file)
 
     def _describe(self, chunk: Chunk) -> None:
         # This is for people who use plain zarr. kdcache reads none of it, so another zarr may write it differently.
         for file, content in chunks.metadata_files(chunk):
             if not (self._root / file).exists():
-                files.publish(self._root / file, content(), self._scratch, replace=True)
+                self.write_metadata(self.prefix + file, content())
 
-    # Decisions
+    def write_metadata(self, file: str, content: bytes) -> None:
+        """Write a file for plain zarr, by its name in the cache, in place of whatever is there. For folders only."""
+        top = path_of(self._place)
+        path = top / file
+        _in_place(top, file, lambda: files.publish(path, content, self._scratch, replace=True))
 
-    def _publish(self, name: str, contents: Mapping[str, Content]) -> None:
-        while not self.has(name):
-            self.finish(name, self._decide(name, contents))
 
-    def _decide(self, name: str, contents: Mapping[str, Content]) -> bool:
-        """Write the files aside and decide for them. Returns whether it was this call that decided."""
-        decided, folder = False, self._scratch / secrets.token_hex(8)
-        # The folder is missing if this builder was stopped for so long that another took it for dead. The caller tries
-        # again then.
-        with suppress(FileNotFoundError):
-            files.make_folder(folder)
-            for file, content in contents.items():
-                files.write(folder / file, content)
-            files.sync_folder(folder)
-            files.make_folder(self._decided)
-            try:
-                folder.rename(self._decided / name)
-                decided = True
-            except OSError as e:
-                if e.errno not in (errno.EEXIST, errno.ENOTEMPTY):
-                    raise
-            files.sync_folder(self._decided)
-        shutil.rmtree(folder, ignore_errors=True)
-        return decided
+def _in_place(top: Path, file: str, put: Callable[[], T]) -> T:
+    """What `put` returns, which makes a file of the cache in the folder `top`; what stands in its way goes first.
 
-    def decided(self) -> list[str]:
-        """The names that are decided and perhaps not committed yet: their builder is at work on them, or has died."""
-        return files.names(self._decided)
-
-    def finish(self, name: str, just_written: bool = False) -> None:
-        """Put what is decided for `name` in its place and commit it; nothing happens if nothing is decided.
-
-        just_written: whether this process has just written it, so that nothing of it needs to be read again.
-        """
-        decided = self._decided / name
-        advice = f"remove {decided} and run kdcache build again"
-        try:
-            content = files.read_bounded(decided / "commit.json", MAX_JSON_BYTES)
-        except NotFoundError:
-            names = files.names(decided)
-            if names and "commit.json" not in names and not self.has(name):
-                raise CorruptError(f"{decided} lacks its commit; {advice}") from None
-            return
-        self.refresh()
-        if not self.has(name):
-            commit = parse(Commit, content, str(decided / "commit.json"), advice)
-            if (commit.key, commit.name, commit.format) != (self._key, name, self._format) or not all(
-                _CHUNK.fullmatch(file) and _SHA256.fullmatch(stored.sha256) for file, stored in commit.files.items()
-            ):
-                raise CorruptError(f"{decided} holds no commit of {name}; {advice}")
-            for file, stored in commit.files.items():
-                if not self._put(file, stored, decided, just_written) and not self.has(name):
-                    raise CorruptError(f"{decided} does not hold the bytes of {file} that were decided; {advice}")
-            for folder in {(self._root / file).parent for file in commit.files}:
-                files.sync_folder(folder)  # another builder may not have synced what it has put there
-            files.publish(self._root / "commits" / f"{name}.json", content, self._scratch)
-        files.remove_folder(decided, self._scratch)
-
-    def _put(self, file: str, stored: StoredFile, decided: Path, just_written: bool) -> bool:
-        """Put a decided file in its place. Returns whether the bytes there are the decided ones."""
-        path = self._root / file
-        if just_written or not _is(path, stored):
-            # The file is missing if another builder has finished this decision and removed it.
-            with suppress(FileNotFoundError):
-                files.link_file(path, decided / stored.sha256, self._scratch)
-                if just_written:
-                    return True
-        return _is(path, stored)
-
-    def refresh(self) -> None:
-        """Touch the folder of commits, so that `committed` and `has` show what other builders have done."""
-        # An NFS client remembers for a while that a file was missing, but not beyond a change of the file's folder.
-        folder = self._root / "commits"
-        files.make_folder(folder)
-        os.utime(folder)
+    CorruptError where a link leads elsewhere.
+    """
+    files.require_no_link(top, file)
+    try:
+        return put()
+    except (FileExistsError, IsADirectoryError, NotADirectoryError):
+        files.clear_way(top, file)
+        return put()
 
 
 def require_folder(path: Path) -> None:

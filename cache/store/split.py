@@ -14,11 +14,19 @@ from typing import TYPE_CHECKING, Any, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from kdcache.cache.errors import CorruptError, KdcacheError, MismatchError, NotFoundError, UnreadableError
+from kdcache.cache.errors import (
+    CorruptError,
+    ForeignError,
+    KdcacheError,
+    MismatchError,
+    NotFoundError,
+    UnreadableError,
+)
 from kdcache.cache.files import Content
 from kdcache.cache.identity import MAX_JSON_BYTES, Identity, SplitName, parse
 from kdcache.cache.records.pairs import partners
 from kdcache.cache.store import chunks
+from kdcache.cache.store.chunks import metadata_files
 from kdcache.cache.store.layout import Chunk, Commit, SplitLayout, StoredFile, parse_shard_name, shard_name
 from kdcache.cache.store.place import Place
 
@@ -83,7 +91,7 @@ class CommitReader:
         return self._place.read(self.layout.commit_file(name), MAX_JSON_BYTES)
 
     def commit(self, name: str) -> Commit:
-        """The commit of that name; MismatchError when another cache's is there, CorruptError when another name's is."""
+        """The commit of that name; ForeignError when another cache's is there, CorruptError when another name's is."""
         where = self._commit_where(name)
         try:
             content = self.commit_bytes(name)
@@ -93,10 +101,11 @@ class CommitReader:
             raise CorruptError(f"{e}; {self._remedy(name)}") from e
         commit = parse(Commit, content, where, self._remedy(name))
         if commit.key != self._key:
-            # Removing the commit would repair nothing: one wrong bit in identity.json would take all shards with it.
-            raise MismatchError(
+            # Which of the two is wrong only the other commits tell: one wrong bit in identity.json makes all foreign.
+            repair = f", or run kdcache verify {self._place.where} --repair" if self._place.writable else ""
+            raise ForeignError(
                 f"{where} belongs to cache {commit.key[:12]}, and {self._place.locate('identity.json')} is that of "
-                f"{self._key[:12]}: one of the two is damaged or from elsewhere, copy it again"
+                f"{self._key[:12]}: one of the two is damaged or from elsewhere, copy it again{repair}"
             )
         if commit.name != name:
             raise CorruptError(f"{where} is that of {commit.name}; {self._remedy(name)}")
@@ -145,6 +154,19 @@ class CommitReader:
     def require(self, name: str) -> None:
         """CorruptError unless the commit is sound and its files are there; they are not read."""
         self._each(name, lambda file, stored, chunk: self._place.require(file, stored))
+
+    def metadata(self, name: str) -> list[tuple[str, Callable[[], bytes]]]:
+        """The files for plain zarr beside what a commit names: each by its name in the cache, and its content."""
+        return [(self.prefix + file, content) for chunk in self.chunks(name) for file, content in metadata_files(chunk)]
+
+    def require_metadata(self, file: str, content: bytes) -> None:
+        """CorruptError or NotFoundError unless a file for plain zarr, if this kind of place has it, says that."""
+        found = self._place.metadata(file)
+        if found is not None and not chunks.same_metadata(found, content):
+            raise CorruptError(
+                f"{self._place.locate(file)} does not describe what lies there: kdcache does not read it, and plain "
+                "zarr would go wrong"
+            )
 
     def _each(
         self, name: str, get: Callable[[str, StoredFile, Chunk], T], only: Collection[str] | None = None
@@ -303,6 +325,27 @@ class SplitReader(CommitReader):
         for name, rows in shard.items():
             self._require_sound(view, part, name, rows)
         return shard
+
+    def examine(self, name: str) -> None:
+        """Read all that a commit names, and compare it with all that the commit says; CorruptError where they differ.
+
+        Beside `check_shard` this covers the digests of rows, which readers of a folder do without. Whether a shard's
+        view parameters are those of its view is not known here.
+        """
+        shard = parse_shard_name(name)
+        rows = self.load(name) if shard is None else list(self.check_shard(*shard).values())
+        commit = self.commit(name)
+        if (shard is None) != (commit.parameters is None):
+            raise CorruptError(
+                f"{self._commit_where(name)} {'has' if shard is None else 'lacks'} parameters of a view; "
+                f"{self._remedy(name)}"
+            )
+        for chunk, part in zip(self.chunks(name), rows, strict=True):
+            if chunks.rows_digest(chunk.spec, part) != commit.files[chunk.file].rows:
+                raise CorruptError(
+                    f"{self._commit_where(name)} names another digest of rows than "
+                    f"{self._place.locate(self.prefix + chunk.file)} has; {self._remedy(name)}"
+                )
 
     def _require_sound(self, view: int, part: int, name: str, rows: NDArray[Any]) -> None:
         if problem := chunks.unsound(name, rows, self._record.classes):

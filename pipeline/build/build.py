@@ -16,7 +16,7 @@ from kdcache.cache.files import make_folder
 from kdcache.cache.identity import id_dtype
 from kdcache.cache.registry.bucket import BucketCache
 from kdcache.cache.store import chunks
-from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.cache import Cache, restore_identity
 from kdcache.cache.store.layout import record_arrays
 from kdcache.cache.store.publish import require_folder
 from kdcache.pipeline.build import suspicions
@@ -77,6 +77,8 @@ def carry_out(
     `views_per_decode` for files, `WAITING_JOBS` batches of records, and the pixels that `Renderer` states.
     """
     start = time.monotonic()
+    if bucket is None and restore_identity(plan.path, plan.identity):
+        say(f"note: the identity in {plan.path} was missing or damaged, and is written again")
     todo = missing_shards(plan, bucket)
     spools, where = spool_folder(plan.path, plan.key), str(plan.path) if bucket is None else bucket.where
     if not todo and (cache := bucket or Cache(plan.path)).finished:

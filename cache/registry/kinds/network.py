@@ -294,6 +294,8 @@ class Remote(ZarrChunks):
         """A commit is kept here once it is found to be the one of that name, and never on the server's word alone."""
         if file == "identity.json":
             return canonical(self._identity)
+        if not file.rpartition("/")[0].endswith("commits"):  # signatures, of which the newest count
+            return self._objects.read(f"{self._prefix}/{file}", limit)
         kept = self._mirror / file
         try:
             if self._is_commit(file, content := files.read_bounded(kept, limit)):
@@ -331,6 +333,9 @@ class Remote(ZarrChunks):
             if (self.files.get(name) if self._objects.listable else self._objects.size(path)) == stored.size:
                 return
         raise CorruptError(f"{self.locate(file)} is not the object of {stored.size} bytes that was committed")
+
+    def metadata(self, file: str) -> bytes | None:
+        return self._objects.read(f"{self._prefix}/{file}", MAX_JSON_BYTES)
 
     def content(self, file: str, stored: StoredFile, chunk: Chunk) -> Content:
         if not _SHA256.fullmatch(stored.sha256) or not 0 <= stored.size <= chunk.spec.max_file_bytes:

@@ -168,10 +168,14 @@ def test_a_builder_says_so_when_it_loses_a_lease_or_cannot_reach_the_bucket_and_
 
 
 @pytest.mark.parametrize("content", [b"", b"{}", b"x" * 9999])
-def test_a_lease_that_is_none_is_named(objects, content):
-    objects.create(f"leases/{KEY}/{NAME}.0", content)
-    with builder(objects) as mine, pytest.raises(e.CorruptError, match=f"{objects.url}/leases/{KEY}/{NAME}.0"):
-        mine.take(NAME)
+def test_a_lease_that_is_none_is_nobodys_and_is_taken_over(objects, content):
+    for name in (f"{NAME}.0", "dead.json"):
+        objects.create(f"leases/{KEY}/{name}", content)
+    with builder(objects) as mine:
+        assert mine.others() == [] and mine.holder(NAME) is None
+        assert mine.take(NAME) and mine.holder(NAME) == mine._owner
+        mine.clear()
+        assert there(objects) == {f"{KEY}/{mine._owner.token}.json", f"{KEY}/{NAME}.1"}
 
 
 def test_gc_finds_what_builders_left_in_a_bucket_after_an_hour(objects, bucket, monkeypatch):

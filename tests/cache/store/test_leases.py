@@ -15,7 +15,8 @@ from kdcache.cache import Cache
 from kdcache.cache import errors as e
 from kdcache.cache.identity import Identity
 from kdcache.cache.store import leases as module
-from kdcache.cache.store.leases import FolderLeases
+from kdcache.cache.store.cache import clear_leavings, odd_leavings
+from kdcache.cache.store.leases import FolderLeases, unreadable
 from kdcache.tests.helpers.interleaving import (
     CASES,
     IN_MEMORY,
@@ -241,15 +242,43 @@ def test_only_what_dead_builders_left_is_cleared_away(tmp_path, identity, ended)
     assert (scratch / "live" / "half" / "gaps").exists()
 
 
-@pytest.mark.parametrize("content", [b"", b"{}", b"[" * 9999, b"x" * 9999, None])
-def test_a_lease_that_is_none_is_named(tmp_path, identity, content):
+@pytest.mark.parametrize("content", [b"", b"{}", b'{"format":7}', b"[" * 9999, b"x" * 9999, None, "folder"])
+def test_a_lease_that_is_none_is_nobodys_and_is_taken_over(tmp_path, identity, content):
+    """As a crash leaves one. It saves work and decides nothing, so that nothing is lost with it."""
     cache = Cache.create(tmp_path, identity)
-    path = tmp_path / "leases" / f"{NAME}.0"
-    path.parent.mkdir()
-    path.symlink_to("/dev/zero") if content is None else path.write_bytes(content)
-    with pytest.raises(e.CorruptError, match=f"{path}.*"), cache.writing():
-        pass
-    assert [p.name for p in path.parent.iterdir()] == [path.name]
+    for name in (f"{NAME}.0", "dead.json"):
+        path = tmp_path / "leases" / name
+        path.parent.mkdir(exist_ok=True)
+        if content == "folder":
+            path.mkdir()
+        else:
+            path.symlink_to("/dev/zero") if content is None else path.write_bytes(content)
+    assert {p.name for p in unreadable(path.parent)} == {f"{NAME}.0", "dead.json"}
+    with builder(tmp_path, "first") as first:
+        assert first.others() == [] and first.holder(NAME) is None
+        assert first.take(NAME) and not first.lost(NAME) and first.holder(NAME).token == "first"
+    with cache.writing() as leases:
+        assert {p.name for p in path.parent.iterdir()} == {f"{leases._owner.token}.json"}
+
+
+@pytest.mark.parametrize("folder", ["leases", "scratch", "scratch/decided", "scratch/decided/train"])
+@pytest.mark.parametrize("kind", ["a file", "a loop"])
+def test_what_is_no_folder_of_builders_makes_way_for_one(tmp_path, identity, folder, kind):
+    root = tmp_path / "c"
+    cache, path = Cache.create(root, identity), root / folder
+    shutil.rmtree(root / "scratch")
+    path.parent.mkdir(exist_ok=True, parents=True)
+    path.write_bytes(b"x") if kind == "a file" else path.symlink_to(path.name)
+    (line,) = odd_leavings(cache)
+    assert line.startswith(f"{path} is no folder of builders: the next build clears it away")
+    if kind == "a loop" and "/" not in folder:
+        with pytest.raises(e.CorruptError, match="is a symbolic link"), cache.writing():
+            pass
+        clear_leavings(cache)
+    with cache.writing():
+        cache.train.write_labels(np.zeros((2, 1), "uint8"), {})
+    assert cache.train.has("labels") and odd_leavings(cache) == []
+    assert not [p for name in ("leases", "scratch") for p in (root / name).rglob("*") if p.is_file()]
 
 
 def test_a_folder_of_leases_that_leads_elsewhere_is_refused(tmp_path, identity):
@@ -294,5 +323,9 @@ def test_a_decision_that_is_damaged_or_forged_is_named_and_nothing_of_it_seen(tm
     with pytest.raises(e.CorruptError, match=f"{message}.*remove {decided} and run kdcache build again"):
         world.write("a")
     assert world.committed() is None and not list(tmp_path.rglob("escaped"))
-    shutil.rmtree(decided)
+    # A build that begins with nobody else at work clears it away.
+    (line,) = odd_leavings(Cache(root))
+    assert message in line and str(decided) in line
+    with Cache(root).writing():
+        assert not decided.exists()
     assert world.write("a") and world.committed() == "a"
