@@ -42,7 +42,19 @@ HOUR, DAY = 3600.0, 86400.0
 _TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp|\..+\.packing")
 _LAST = "identity.json"
 _UNNAMED = "weights of a teacher that no cache names, which were not used for long"
-_PARTS = ("commits", "eval", "labels", "prior", "sizes", "tail_sums", "views", "other", "published", "scratch")
+_PARTS = (
+    "commits",
+    "eval",
+    "labels",
+    "prior",
+    "sizes",
+    "tail_sums",
+    "views",
+    "other",
+    "published",
+    "signatures",
+    "scratch",
+)
 
 
 @dataclass(frozen=True)

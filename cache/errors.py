@@ -44,6 +44,10 @@ class CorruptError(KdcacheError):
     """Stored bytes are not those that were committed."""
 
 
+class UntrustedError(KdcacheError):
+    """Nobody whom the user trusts has signed what is to be read."""
+
+
 class BusyError(KdcacheError):
     """Another process is writing here."""
 

@@ -9,7 +9,17 @@ from typing import Annotated, Literal
 
 from kdcache.cache.files import is_there
 from kdcache.pipeline.build.config import Weights
-from kdcache.pipeline.commandline.options import Argument, Bf16, Device, Option, Registry, Seed, StoreSize, Workers
+from kdcache.pipeline.commandline.options import (
+    Argument,
+    Bf16,
+    Device,
+    Option,
+    Registry,
+    Seed,
+    StoreSize,
+    Trust,
+    Workers,
+)
 from kdcache.pipeline.data.defaults import DATA, Augment, Data, data_option, names_function
 
 Optimiser = Literal["sgd", "adamw", "muon"]
@@ -105,6 +115,7 @@ class EvalConfig:
         ),
     ] = None
     registry: Registry = None
+    trust: Trust = None
     device: Device = None
     workers: Workers = None
     predictions: Annotated[
@@ -147,6 +158,7 @@ class TrainConfig:
     ] = None
     _: KW_ONLY
     registry: Registry = None
+    trust: Trust = None
     local_store_size: StoreSize = None
     data: Data = DATA
     student: Student = None

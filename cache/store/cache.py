@@ -7,6 +7,7 @@
     views/v00042/                 a Zarr group: classes, gaps, target_gap, tail; of an imported cache also boxes and
                                   flips, or seeds
     commits/v00042-p0003.json     sizes and hashes of one shard's files and rows: its creation commits the shard
+    signatures/                   who vouches for it: statements and their signatures (signing/signatures.py)
     eval/                         labels, views and commits of the evaluation split
     leases/, scratch/             what builders need while they work; without files at other times
 
@@ -242,6 +243,11 @@ class Cache:
         if left and all(os.access(at, os.W_OK) or not at.exists() for at in folders):
             with self.writing():
                 pass
+
+
+def place_of(cache: Cache) -> Place:
+    """Where the files of a cache lie."""
+    return cache._place
 
 
 def _finish(cache: Cache, leases: Leases) -> None:
