@@ -1,351 +1,276 @@
-"""What readers do with damaged and hostile caches, in a folder and packed in one HDF5 file; writes JSON.
+"""What every parser of kdcache does with damaged and hostile input, in one command; writes JSON.
 
-    python bench/fuzz.py
+    python bench/fuzz.py [--cases 100000] [--parser NAME] [--seed 0]
 
-Flips: single bits, drawn evenly over all bytes of all files. Each must be found, with the file named, or change nothing
-that kdcache reads: then all records, labels, prior and identity are compared with the undamaged cache's. Fuzz: random,
-truncated, lengthened, swapped, renamed, linked, emptied and oversized files, mutated JSON, and damaged chunks whose
-commits have been forged to fit. Every case must end in the same values or in a KdcacheError, within seconds and without
-taking memory; each runs in a process of its own kind, so that a crash counts as one and names its seed.
+The table of parsers is in bench/parsers/. A case is a sound file or text, damaged in one way (damages.py), or forged so
+that its checksums fit (forgeries.py). It must be read as before, give other values where no digest covers it, or be
+refused by a KdcacheError of one line. Everything else is a finding: another exception, a crash, more than 2 seconds of
+CPU, more memory than its row allows, or other values where a digest covers the file. All chance comes from the parser's
+name and the case's seed: `--parser NAME --seed N --cases 1 --show` tries a finding again.
 """
 
 from __future__ import annotations
 
 import argparse
 import collections
-import hashlib
 import json
 import os
 import random
+import resource
+import selectors
 import shutil
 import sys
 import tempfile
-from collections.abc import Callable
+import time
+import traceback
+import warnings
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
-import google_crc32c  # zarr's
-import numpy as np
-import torch
+import click
 
 sys.path += [str(Path(__file__).parent)]
 import fuzzing
-from fuzzing import within
+from parsers import PARSERS
+from parsers.caches import template
+from parsers.parser import Parser, Prepared
 
-from kdcache.cache import Cache, Identity, KdcacheError, open_cache
-from kdcache.cache.packing import pack_hdf5
-from kdcache.cache.records.encoding import tail_distribution
-from kdcache.cache.store import chunks
-from kdcache.pipeline.verify import verify
-from kdcache.train.bench.bench import machine
+from kdcache.cache import KdcacheError
+from kdcache.cache.errors import in_one_line
 
-SECONDS, MEGABYTES = 20, 512
-BATCH = 100  # cases a process
-
-
-def small_cache(path: Path) -> Cache:
-    """Two views in two parts of random answers to 60 samples: top 4 of 20 classes, with all that can be stored."""
-    data = {"name": "toy", "fingerprint": "f" * 64, "full_contents": False, "files": True}
-    about = {
-        "teacher": {
-            "architecture": "toy", "weights": "a" * 64, "mean": (0.5,) * 3, "std": (0.2,) * 3,
-            "input_size": 8, "numeric": "float32",
-        },
-        "data": {**data, "split": "train", "samples": 60},
-        "evaluation": {**data, "split": "eval", "samples": 20},
-        "views": {"policy": "crop,flip", "seed": 0, "renderer": "toy"},
-        "record": {
-            "classes": 20, "k": 4, "temperatures": (1.0, 4.0), "precision": "uint8", "labels": 1, "tail_std": True,
-        },
-        "class_map": None,
-        "part": 40,
-    }  # fmt: skip
-    identity = Identity.model_validate(about)
-    cache, writer = Cache.create(path, identity), {"host": "bench"}
-    generator = torch.Generator().manual_seed(0)
-    for store, views in ((cache.evaluation, 1), (cache.train, 2)):
-        labels = torch.randint(0, 20, (store.samples, 1), generator=generator)
-        store.write_labels(labels.numpy().astype(np.uint8), writer)
-        store.write_sizes(np.full((store.samples, 2), 40, np.int32), writer)
-        for view in range(views):
-            for part in range(store.parts):
-                rows = slice(store.rows(part).start, store.rows(part).stop)
-                logits = 3 * torch.randn(rows.stop - rows.start, 20, generator=generator)
-                records = chunks.encode_as(identity.record, logits, labels[rows])
-                sums = tail_distribution(logits, records).numpy() if store.carries_tail_sums(view) else None
-                store.write_shard(view, part, chunks.as_arrays(records), "0" * 64, writer, sums)
-    cache.write_prior(writer)
-    return cache
+SECONDS = 4  # half of them are slow
+BATCH = 250  # cases a process
+MOST_CHARACTERS = 4000  # of an error's line
+_ROOM = 8 << 30  # bytes of memory that a case may reserve, so that a bomb does not take the machine with it
+_KEPT = 40  # findings of a parser that are told one by one
+FINE = ("same", "refused", "other values")
 
 
-def contents(path: Path) -> dict[str, str]:
-    """Digests of all that readers get."""
-    cache = open_cache(path)
-    sizes = cache.train.sizes.tobytes() + cache.evaluation.sizes.tobytes()
-    found = {"identity": cache.key, "sizes": hashlib.sha256(sizes).hexdigest()}
-    views = {f"view {view}": cache.read(view) for view in cache.views}
-    for name, records in {"evaluation": cache.read_evaluation(), **views}.items():
-        digest = hashlib.sha256(records.labels.numpy().tobytes())
-        for rows in chunks.as_arrays(records).values():
-            digest.update(rows.tobytes())
-        if name != "evaluation":  # without view 0 there is no prior for it
-            digest.update(b"none" if records.prior is None else records.prior.numpy().tobytes())
-        found[name] = digest.hexdigest()
-    return found
+class Cases:
+    """The cases of a parser that is ready: case(seed) gives the outcome and the way of the damage."""
+
+    def __init__(self, parser: Parser, prepared: Prepared) -> None:
+        self.name, self.megabytes, self.prepared = parser.name, parser.megabytes, prepared
+        self.wanted = {seed: prepared.read(seed, content) for seed, content in prepared.seeds.items()}
+
+    def __call__(self, seed: int) -> tuple[str, str]:
+        name, content, way = self.damaged(seed)
+        forges = getattr(way, "forges", False)
+
+        def read() -> str:
+            return _outcome(lambda: self._told(name, content, forges))
+
+        return fuzzing.within(SECONDS, self.megabytes, read), f"{name}, {way.__name__}"
+
+    def damaged(self, seed: int) -> tuple[str, bytes, Any]:
+        """The seed's name, the damaged content and the way of the damage."""
+        rng = random.Random(f"{self.name} {seed}")
+        name, way = rng.choice(list(self.prepared.seeds)), rng.choice(self.prepared.ways)
+        others = [*(c for n, c in self.prepared.seeds.items() if n != name), *self.prepared.others]
+        return name, way(self.prepared.seeds[name], others, rng), way
+
+    def _told(self, name: str, content: bytes, forges: bool) -> str:
+        if self.prepared.read(name, content) == self.wanted[name]:
+            return "same"
+        return "SILENT" if self.prepared.covered(name, content) and not forges else "other values"
 
 
-class Sandbox:
-    """A cache to damage, and its undamaged files to put back."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.files = {p: p.read_bytes() for p in _files(path)}
-        self.want = contents(path)
-
-    def restore(self) -> None:
-        for path in _files(self.path):
-            if path not in self.files:
-                path.unlink() if not path.is_dir() or path.is_symlink() else shutil.rmtree(path)
-        for path, content in self.files.items():
-            if path.is_symlink() or not path.is_file() or path.stat().st_size != len(content):
-                if path.is_dir() and not path.is_symlink():
-                    shutil.rmtree(path)
-                path.unlink(missing_ok=True)
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_bytes(content)
-            elif path.read_bytes() != content:
-                path.write_bytes(content)
-
-
-def _files(path: Path) -> list[Path]:
-    if path.is_file():
-        return [path]
-    return sorted(p for p in path.rglob("*") if not p.is_dir() or p.is_symlink())
-
-
-# ---- single bits ----
-
-
-def flip(box: Sandbox, rng: random.Random) -> tuple[str, str]:
-    """One bit, and what became of it: ('found' | 'harmless' | 'SILENT' | 'UNNAMED', kind of file)."""
-    paths = list(box.files)
-    path = rng.choices(paths, [len(box.files[p]) for p in paths])[0]
-    content = bytearray(box.files[path])
-    at = rng.randrange(8 * len(content))
-    content[at // 8] ^= 1 << at % 8
-    path.write_bytes(bytes(content))
-    kind = _kind(box.path, path)
+def _outcome(read: Callable[[], str]) -> str:
+    """What became of it: what `read` gives, 'refused', or in another word or line what went wrong."""
     try:
-        problems = verify(Cache(box.path)).problems
+        return read()
     except KdcacheError as e:
-        problems = [str(e)]
-    if problems:
-        # A shard's files are named by its commit, an array's by its folder.
-        named = any(str(path) in p or path.stem in p for p in problems)
-        return ("found" if named else "UNNAMED"), kind
-    return ("harmless" if contents(box.path) == box.want else "SILENT"), kind
+        text = str(e)
+    except click.UsageError as e:  # of a value that is no option's
+        text = in_one_line(e.format_message())
+    except Exception as e:
+        frames = [f for f in traceback.extract_tb(e.__traceback__) if "site-packages" not in f.filename]
+        at = f"{Path(frames[-1].filename).name}:{frames[-1].lineno}" if frames else "?"
+        return f"{type(e).__name__} at {at}: {' '.join(ascii(str(e)).split())}"[:240]
+    if len(text.splitlines()) > 1:
+        return f"SEVERAL LINES: {text!a}"[:240]
+    return "refused" if len(text) <= MOST_CHARACTERS else f"LONG: {text!a}"[:240]
 
 
-def _kind(root: Path, path: Path) -> str:
-    if path == root:
-        return "packed file"
-    if path.name == "zarr.json":
-        return "zarr.json (for plain zarr; only verify reads it)"
-    return "commit" if "commits" in path.parts else "identity.json" if path.name == "identity.json" else "chunk"
+def ready(parser: Parser, top: Path) -> Cases:
+    """Make what the parser needs in an empty folder; its process is not used for another parser after that."""
+    warnings.simplefilter("ignore")  # of other people's parsers, which errors follow
+    top.mkdir()
+    os.fsync = lambda fd: None  # takes most of the time
+    return Cases(parser, parser.prepare(top))
 
 
-# ---- any damage ----
+def _work(parser: Parser, seeds: range, top: Path, out: IO[str]) -> None:
+    """Try all cases of a parser, and write a line for each."""
+    import torch
+
+    torch.set_num_threads(1)
+    silent = os.open(os.devnull, os.O_WRONLY)
+    cases = ready(parser, top)
+    for fd in (1, 2):  # C libraries complain there
+        os.dup2(silent, fd)
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    resource.setrlimit(resource.RLIMIT_AS, (used + _ROOM, used + _ROOM))
+    for seed, outcome, kind in fuzzing.in_processes(seeds, BATCH, cases):
+        print(json.dumps([seed, outcome or f"DIED by {kind}", kind]), file=out, flush=seed % 16 == 0)
 
 
-def random_bytes(box: Sandbox, path: Path, rng: random.Random) -> None:
-    path.write_bytes(rng.randbytes(rng.choice([1, 20, 300, 5000])))
-
-
-def overwritten(box: Sandbox, path: Path, rng: random.Random) -> None:
-    content = bytearray(box.files[path])
-    for _ in range(rng.randint(1, 8)):
-        content[rng.randrange(len(content))] = rng.randrange(256)
-    path.write_bytes(bytes(content))
-
-
-def truncated(box: Sandbox, path: Path, rng: random.Random) -> None:
-    os.truncate(path, rng.randrange(len(box.files[path])))
-
-
-def lengthened(box: Sandbox, path: Path, rng: random.Random) -> None:
-    with path.open("ab") as f:
-        f.write(rng.randbytes(rng.randint(1, 5000)))
-
-
-def oversized(box: Sandbox, path: Path, rng: random.Random) -> None:
-    os.truncate(path, rng.choice([2**31, 10**10]))  # sparse: takes no space
-
-
-def emptied(box: Sandbox, path: Path, rng: random.Random) -> None:
-    path.write_bytes(b"")
-
-
-def removed(box: Sandbox, path: Path, rng: random.Random) -> None:
-    path.unlink()
-
-
-def swapped(box: Sandbox, path: Path, rng: random.Random) -> None:
-    other = rng.choice(list(box.files))
-    path.write_bytes(box.files[other])
-    other.write_bytes(box.files[path])
-
-
-def renamed(box: Sandbox, path: Path, rng: random.Random) -> None:
-    path.rename(path.with_name(rng.choice(["1", "2", "v00002-p0000.json", "v00000-p0007.json", "x", "labels.json"])))
-
-
-def linked(box: Sandbox, path: Path, rng: random.Random) -> None:
-    target = rng.choice(["/dev/zero", "/etc/passwd", str(rng.choice(list(box.files))), "missing", path.name])
-    path.unlink()
-    path.symlink_to(target)
-
-
-def a_folder(box: Sandbox, path: Path, rng: random.Random) -> None:
-    path.unlink()
-    path.mkdir()
-
-
-def a_pipe(box: Sandbox, path: Path, rng: random.Random) -> None:
-    path.unlink()
-    os.mkfifo(path)
-
-
-def other_json(box: Sandbox, path: Path, rng: random.Random) -> None:
-    """A field of a JSON file changed in kind, size or name."""
-    path = rng.choice([p for p in box.files if p.suffix == ".json"] or [path])
-    if path == box.path or path.suffix != ".json":
-        return overwritten(box, path, rng)
-    value = json.loads(box.files[path])
-    inner: Any = value
-    while True:
-        name = rng.choice(sorted(inner))
-        if not isinstance(inner[name], dict) or not inner[name] or rng.random() < 0.2:
-            break
-        inner = inner[name]
-    odd = [None, -1, 0, 1, 2**63, 10**30, 1e308, "", "x" * 100_000, "../../etc/passwd", [], {}, True, [[[]]], "\0"]
-    how = rng.randrange(4)
-    if how == 0:
-        del inner[name]
-    elif how == 1:
-        inner[rng.choice(["extra", "", "__proto__", "../x"])] = rng.choice(odd)
-    elif how == 2 and isinstance(inner[name], int):
-        inner[name] = rng.choice([inner[name] + 1, inner[name] * 2**20, -inner[name]])
-    else:
-        inner[name] = rng.choice(odd)
-    text = json.dumps(value)
-    path.write_text(rng.choice([text, text, text * 2, "[" * 50_000, text[:-1], text.replace("{", '{"format":9,', 1)]))
-    return None
-
-
-def forged(box: Sandbox, path: Path, rng: random.Random) -> None:
-    """A damaged chunk with a valid checksum of its own, and a commit that names its digests."""
-    chunks = [p for p in box.files if "/c/" in str(p)]
-    if not chunks:
-        return overwritten(box, path, rng)
-    path = rng.choice(chunks)
-    body = bytearray(box.files[path][:-4])
-    where = rng.choice(["header", "anywhere", "cut", "other"])
-    if where == "cut":
-        body = body[: rng.randrange(1, len(body))]
-    elif where == "other":
-        body = bytearray(box.files[rng.choice(chunks)][:-4])
-    else:
-        for _ in range(rng.randint(1, 6)):
-            body[rng.randrange(min(len(body), 16 if where == "header" else len(body)))] = rng.randrange(256)
-    if rng.random() < 0.7 and len(body) >= 16:  # a header that declares what belongs there
-        body[4:8] = box.files[path][4:8]
-        body[12:16] = len(body).to_bytes(4, "little")
-    content = bytes(body) + google_crc32c.value(bytes(body)).to_bytes(4, "little")
-    path.write_bytes(content)
-    for commit in (p for p in box.files if "commits" in p.parts):
-        value = json.loads(box.files[commit])
-        root = commit.parent.parent
-        for file in value["files"]:
-            if root / file == path:
-                value["files"][file].update(size=len(content), sha256=hashlib.sha256(content).hexdigest())
-                commit.write_text(json.dumps(value, sort_keys=True, separators=(",", ":")))
-    return None
-
-
-DAMAGES: tuple[Callable[[Sandbox, Path, random.Random], None], ...] = (
-    random_bytes, overwritten, truncated, lengthened, oversized, emptied, removed, swapped, renamed, linked, a_folder,
-    a_pipe, other_json, other_json, forged, forged, forged,
-)  # fmt: skip
-
-
-def damage(box: Sandbox, seed: int) -> tuple[str, str]:
-    """One case: ('refused' | 'same' | 'other values' | what went wrong, kind of damage)."""
-    rng = random.Random(seed)
-    how = rng.choice(DAMAGES)
-    how(box, rng.choice(list(box.files)), rng)
-
-    def read() -> str:
+def begin(parser: Parser, seeds: range, top: Path) -> tuple[int, IO[bytes]]:
+    """Start a process for a parser's cases; its id, and where its lines come from."""
+    reader, writer = os.pipe()
+    sys.stdout.flush()
+    child = os.fork()
+    if child == 0:
+        os.close(reader)
+        code = 1
         try:
-            found = contents(box.path)
-        except KdcacheError as e:
-            return "refused" if "\n" not in str(e) else "SEVERAL LINES"
-        except Exception as e:
-            return f"{type(e).__name__}: {e}"[:200]
-        if found.items() <= box.want.items():
-            return "same" if found == box.want else "fewer views"
-        # Forged commits claim other contents: that is for replay to find, and for a key's owner not to sign.
-        return "other values" if how is forged else "SILENT"
-
-    outcome = within(SECONDS, MEGABYTES, read)
-    return outcome, how.__name__
+            with os.fdopen(writer, "w") as out:
+                _work(parser, seeds, top, out)
+            code = 0
+        except BaseException:
+            traceback.print_exc()
+        finally:
+            os._exit(code)
+    os.close(writer)
+    return child, os.fdopen(reader, "rb")
 
 
-def in_processes(box: Sandbox, seeds: range) -> collections.Counter[tuple[str, str]]:
-    """Every case, in forked processes of BATCH cases; one that ends by a signal is counted with its last seed."""
-    found: collections.Counter[tuple[str, str]] = collections.Counter()
+class Tally:
+    """What has been found of one parser so far."""
 
-    def case(seed: int) -> tuple[str, str]:
-        result = damage(box, seed)
-        box.restore()
-        return result
+    def __init__(self, cases: int) -> None:
+        self.cases, self.done, self.findings = cases, 0, 0
+        self.started, self.seconds = time.monotonic(), 0.0
+        self.outcomes: collections.Counter[str] = collections.Counter()
+        self.kept: list[dict[str, Any]] = []
 
-    for seed, outcome, kind in fuzzing.in_processes(seeds, BATCH, case):
-        found[(outcome, kind) if outcome else (f"DIED by {kind}", f"seed {seed}")] += 1
-    return found
+    def add(self, seed: int, outcome: str, kind: str) -> None:
+        self.done += 1
+        self.outcomes[outcome if outcome in FINE else "FINDING"] += 1
+        if outcome not in FINE:
+            self.findings += 1
+            if len(self.kept) < _KEPT:
+                self.kept.append({"seed": seed, "outcome": outcome, "of": kind})
+
+    def facts(self) -> dict[str, Any]:
+        rate = self.done / self.seconds if self.seconds else 0
+        return {
+            "cases": self.done, "findings": self.findings, "seconds": round(self.seconds, 1),
+            "a second": round(rate, 1), "outcomes": dict(sorted(self.outcomes.items())), "found": self.kept,
+        }  # fmt: skip
+
+
+def run(chosen: dict[Parser, range], processes: int, say: Callable[[str], None]) -> dict[str, Tally]:
+    """Try the parsers' cases, in so many processes at once; each parser's process makes what it needs itself."""
+    template()
+    tallies: dict[str, Tally] = {}
+    todo = list(chosen.items())
+    total, started, told = sum(map(len, chosen.values())), time.monotonic(), 0.0
+    with tempfile.TemporaryDirectory(prefix="kdcache-fuzz-") as top, selectors.DefaultSelector() as waiting:
+        while todo or waiting.get_map():
+            while todo and len(waiting.get_map()) < processes:
+                parser, seeds = todo.pop(0)
+                tallies[parser.name] = Tally(len(seeds))
+                child, lines = begin(parser, seeds, Path(top) / str(len(tallies)))
+                waiting.register(lines, selectors.EVENT_READ, (parser, child, len(tallies), _Rest()))
+            for key, _ in waiting.select(1.0):
+                parser, child, number, rest = key.data
+                tally, content = tallies[parser.name], os.read(key.fd, 1 << 16)
+                for line in rest.lines(content):
+                    tally.add(*json.loads(line))
+                tally.seconds = time.monotonic() - tally.started
+                if not content:
+                    waiting.unregister(key.fileobj)
+                    key.fileobj.close()  # type: ignore[union-attr]
+                    os.waitpid(child, 0)
+                    shutil.rmtree(Path(top) / str(number), ignore_errors=True)
+                    _finish(parser, tally, say)
+            done, now = sum(tally.done for tally in tallies.values()), time.monotonic()
+            if now - told > 15 and done:
+                told = now
+                rate = done / (now - started)
+                found = sum(tally.findings for tally in tallies.values())
+                say(
+                    f"{done:,} of {total:,} cases, {found} findings, {rate:.0f} a second, "
+                    f"about {(total - done) / rate:.0f} s left"
+                )
+    return tallies
+
+
+class _Rest:
+    """What came of a line so far."""
+
+    def __init__(self) -> None:
+        self._rest = b""
+
+    def lines(self, content: bytes) -> Iterator[bytes]:
+        *whole, self._rest = (self._rest + content).split(b"\n")
+        yield from whole
+
+
+def _finish(parser: Parser, tally: Tally, say: Callable[[str], None]) -> None:
+    if tally.done < tally.cases:
+        tally.findings += 1
+        tally.kept.append({"seed": None, "outcome": f"ended after {tally.done} of {tally.cases} cases", "of": ""})
+    say(f"{parser.name:24} {tally.done:6} cases {tally.seconds:6.1f} s  {dict(sorted(tally.outcomes.items()))}")
+    seen: set[str] = set()
+    for one in tally.kept:
+        if (kind := one["outcome"].partition(": ")[0]) not in seen:
+            seen.add(kind)
+            say(f"    --parser {parser.name!r} --seed {one['seed']}  {one['of']}: {one['outcome']}")
+
+
+def shares(cases: int, first: int, only: list[str]) -> dict[Parser, range]:
+    """How many of all cases each parser gets: by its share, or all that are chosen alike."""
+    chosen = [PARSERS[name] for name in only] if only else list(PARSERS.values())
+    whole = sum(parser.share for parser in chosen)
+    return {p: range(first, first + max(1, -int(-cases * p.share // whole))) for p in chosen}
+
+
+def show(parser: Parser, seeds: range) -> None:
+    """Print the damaged content of cases, and the whole traceback of what their reading raises."""
+    with tempfile.TemporaryDirectory() as top:
+        cases = ready(parser, Path(top) / "p")
+        for seed in seeds:
+            name, content, way = cases.damaged(seed)
+            print(f"{seed}: {name}, {way.__name__}: {len(content)} bytes: {content[:2000]!r}")
+            try:
+                print(cases._told(name, content, getattr(way, "forges", False)))
+            except Exception:
+                traceback.print_exc()
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--flips", type=int, default=1000)
-    parser.add_argument("--cases", type=int, default=10_000)
-    parser.add_argument("--seed", type=int, default=0)
+    parser.add_argument("--cases", type=int, default=100_000, help="of all parsers together")
+    parser.add_argument(
+        "--parser", action="append", default=[], choices=list(PARSERS), help="only this one; may repeat"
+    )
+    parser.add_argument("--seed", type=int, default=0, help="of each parser's first case")
+    parser.add_argument("--processes", type=int, default=2)
+    parser.add_argument("--show", action="store_true", help="print cases and tracebacks")
     parser.add_argument("--out", type=Path, default=Path("bench/results/fuzz.json"))
     a = parser.parse_args()
-    torch.set_num_threads(1)
-    result: dict[str, Any] = {
-        "machine": machine(),
-        "command": f"python bench/fuzz.py --flips {a.flips} --cases {a.cases} --seed {a.seed}",
-    }
-    with tempfile.TemporaryDirectory() as top:
-        cache = small_cache(Path(top) / "folder")
-        shutil.rmtree(cache.path / "scratch", ignore_errors=True)
-        pack_hdf5(cache, Path(top) / "cache.h5", cache.views)
-        for name, path in (("folder", cache.path), ("hdf5", Path(top) / "cache.h5")):
-            box, rng = Sandbox(path), random.Random(a.seed)
-            flips: collections.Counter[tuple[str, str]] = collections.Counter()
-            for _ in range(a.flips):
-                flips[flip(box, rng)] += 1
-                box.restore()
-            cases = in_processes(box, range(a.seed, a.seed + a.cases // 2))
-            result[name] = {
-                kind: [{"outcome": o, "of": k, "cases": n} for (o, k), n in sorted(counts.items())]
-                for kind, counts in (("flips", flips), ("fuzz", cases))
-            }
+    chosen = shares(a.cases, a.seed, a.parser)
+    if a.show:
+        for one, seeds in chosen.items():
+            show(one, seeds)
+        return
+    from kdcache.train.bench.bench import machine
+
+    started = time.monotonic()
+    tallies = run(chosen, a.processes, lambda line: print(line, flush=True))
+    found = sum(tally.findings for tally in tallies.values())
+    only = "".join(f" --parser {name!r}" for name in a.parser)
+    result = {
+        "machine": machine(), "command": f"python bench/fuzz.py --cases {a.cases} --seed {a.seed}{only}",
+        "cases": sum(tally.done for tally in tallies.values()), "findings": found,
+        "seconds": round(time.monotonic() - started), "processes": a.processes,
+        "parsers": {name: tally.facts() for name, tally in tallies.items()},
+    }  # fmt: skip
     a.out.write_text(json.dumps(result, indent=1) + "\n")
-    for name in ("folder", "hdf5"):
-        for kind in ("flips", "fuzz"):
-            for row in result[name][kind]:
-                print(f"{name:7} {kind:6} {row['cases']:6} {row['outcome']:14} {row['of']}")
+    print(f"{result['cases']:,} cases of {len(tallies)} parsers in {result['seconds']} s: {found} findings, in {a.out}")
 
 
 if __name__ == "__main__":

@@ -21,6 +21,7 @@ import tempfile
 import time
 import zlib
 from collections.abc import Callable
+from functools import lru_cache
 from pathlib import Path
 from typing import Any
 
@@ -148,7 +149,7 @@ def forged(good: bytes, rng: random.Random) -> bytes:
 
 def bomb(good: bytes, rng: random.Random) -> bytes:
     """A few bytes that stand for very many."""
-    zeros = zlib.compress(bytes(50_000_000), 9)
+    zeros = fifty_million_zeros()
     text = b"zTXt" + b"a\0\0" + zeros, b"iTXt" + b"a\0\1\0\0\0" + zeros, b"iCCP" + b"a\0\0" + zeros
     pixels = b"IDAT" + zeros
     if good.startswith(PNG):
@@ -188,6 +189,12 @@ DAMAGES: tuple[Callable[[bytes, random.Random], bytes], ...] = (
     one_bit, one_bit, overwritten, inserted, removed, cut, beginning, beginning, lie, lie, forged, forged, bomb,
 )  # fmt: skip
 FORGED = (lie, forged, bomb)
+
+
+@lru_cache(1)
+def fifty_million_zeros() -> bytes:
+    """Compressed to 50 kB, which takes a while: call it before processes are forked."""
+    return zlib.compress(bytes(50_000_000), 9)
 
 
 # ---- one file, all files ----

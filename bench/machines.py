@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import re
 import subprocess
 import sys
 import tempfile
@@ -129,7 +130,8 @@ def plant(steps: int, number: int) -> dict[str, Any]:
             except BaseException as error:
                 if isinstance(error, KeyboardInterrupt):
                     raise
-                told = f"{type(error).__name__}: {str(error).splitlines()[0][:200]}" if str(error) else repr(error)
+                told = f"{type(error).__name__}: {str(error).splitlines()[0]}" if str(error) else repr(error)
+                told = re.sub(r"/\S*/machine\w+/", "", told)[:200]
         found[name] = {
             "machine": which, "found": told is not None, "told": told, "sequences": len(kind.lengths),
             "steps": sum(kind.lengths), "cpu_seconds": round(time.process_time() - start, 1),

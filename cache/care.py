@@ -11,6 +11,7 @@ import os
 import re
 import secrets
 import shutil
+import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
@@ -41,7 +42,19 @@ HOUR, DAY = 3600.0, 86400.0
 _TEMPORARY = re.compile(r"\.(.+\.)?[0-9a-f]{16}\.tmp|\..+\.packing")
 _LAST = "identity.json"
 _UNNAMED = "weights of a teacher that no cache names, which were not used for long"
-_PARTS = ("commits", "eval", "labels", "prior", "sizes", "tail_sums", "views", "other", "published", "scratch")
+_PARTS = (
+    "commits",
+    "eval",
+    "labels",
+    "prior",
+    "sizes",
+    "tail_sums",
+    "views",
+    "other",
+    "published",
+    "signatures",
+    "scratch",
+)
 
 
 @dataclass(frozen=True)
@@ -207,7 +220,7 @@ def gc(found: Sequence[Leaving], delete: bool) -> dict[str, Any]:
 
 
 def _of_builders(cache: Cache) -> Iterator[Leaving]:
-    yield from _temporary(cache.path, files.names(cache.path))
+    yield from _unnamed_folders(cache.path)
     folders = (cache.path / "leases", cache.path / "scratch")
     if any(folder.is_symlink() or not _may_write(folder) for folder in folders):
         return
@@ -223,6 +236,16 @@ def _of_builders(cache: Cache) -> Iterator[Leaving]:
         )
 
 
+def _unnamed_folders(cache: Path) -> Iterator[Leaving]:
+    """The folders that `files.make_folder` had made and not yet named, as it does only in the folder of a group."""
+    if not cache.stat().st_mode & stat.S_ISGID:
+        return
+    for where, folders, _ in os.walk(cache):
+        if Path(where) == cache:
+            folders[:] = [name for name in folders if name not in ("leases", "scratch")]  # where builders clear up
+        yield from _temporary(Path(where), folders)
+
+
 def _holds_files(path: Path) -> bool:
     return path.is_symlink() or not path.is_dir() or any(names for _, _, names in os.walk(path))
 
@@ -233,7 +256,7 @@ def _may_write(folder: Path) -> bool:
 
 
 def _temporary(folder: Path, names: list[str]) -> Iterator[Leaving]:
-    """Temporary files among these names in a folder, and the empty folders that `files.make_folder` began with."""
+    """Temporary files among these names in a folder, and empty folders that were not yet named."""
     for name in names:
         path = folder / name
         if not _TEMPORARY.fullmatch(name) or path.is_symlink():

@@ -4,15 +4,24 @@ from collections.abc import Callable
 
 from kdcache.cache.secrecy import hide
 
+_LONGEST = 3000  # characters of a message
+
 
 class KdcacheError(Exception):
     """Something the user can act on: the message says what is wrong, where, and what to do.
 
-    Neither a credential nor the user or the query of an address is ever part of it.
+    It is one line, whatever the names and values are that it repeats. Neither a credential nor the user or the query of
+    an address is ever part of it.
     """
 
     def __init__(self, message: str = "") -> None:
-        super().__init__(hide(message))
+        super().__init__(in_one_line(hide(message)))
+
+
+def in_one_line(message: str) -> str:
+    """The message without line breaks and, where it is a page long, without its middle."""
+    line, half = " ".join(message.splitlines()), _LONGEST // 2
+    return line if len(line) <= _LONGEST else f"{line[:half]} [...] {line[-half:]}"
 
 
 class InputError(KdcacheError):
@@ -33,6 +42,10 @@ class ForeignError(MismatchError):
 
 class CorruptError(KdcacheError):
     """Stored bytes are not those that were committed."""
+
+
+class UntrustedError(KdcacheError):
+    """Nobody whom the user trusts has signed what is to be read."""
 
 
 class BusyError(KdcacheError):

@@ -14,7 +14,7 @@ from functools import partial
 from pathlib import Path, PurePosixPath
 from typing import BinaryIO
 
-from kdcache.cache.errors import CorruptError, KdcacheError, NotFoundError, UnreadableError
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError, NotFoundError, UnreadableError
 
 Content = bytes | memoryview
 
@@ -238,6 +238,29 @@ def read_range(path: Path, offset: int, size: int, *, short: bool = False) -> by
         return f.read(size)
 
 
+def is_there(path: Path) -> bool:
+    """Whether something is at the path; False too for a name that is too long for a file, where Path.exists raises."""
+    try:
+        return path.exists()
+    except OSError as e:
+        if e.errno == errno.ENAMETOOLONG:
+            return False
+        raise
+
+
+def expanded(text: str) -> Path:
+    """The path that a user has written, where ~ stands for a home. InputError for what no file can be called."""
+    try:
+        os.fsencode(text)
+        path = Path(text).expanduser()
+    except (UnicodeEncodeError, RuntimeError) as e:
+        reason = "it is no text" if isinstance(e, UnicodeEncodeError) else "there is no such home"
+        raise InputError(f"{text!r} is no path: {reason}") from e
+    if "\0" in text:
+        raise InputError(f"{text!r} is no path: it holds a NUL")
+    return path
+
+
 @contextmanager
 def _opened(path: Path, flags: int = 0) -> Iterator[tuple[BinaryIO, int]]:
     """Open a plain file: yields it and its size in bytes."""
@@ -246,6 +269,8 @@ def _opened(path: Path, flags: int = 0) -> Iterator[tuple[BinaryIO, int]]:
         fd = os.open(path, os.O_RDONLY | os.O_NONBLOCK | flags)
     except FileNotFoundError:
         raise NotFoundError(f"{path} is missing") from None
+    except ValueError as e:  # a NUL, or what is no text
+        raise InputError(f"{str(path)!r} is no path of a file") from e
     except OSError as e:
         if e.errno == errno.ELOOP:
             raise CorruptError(f"{path} cannot be read: it is a symbolic link, which is not followed") from e

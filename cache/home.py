@@ -9,6 +9,7 @@ from contextlib import contextmanager
 from pathlib import Path
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
+from kdcache.cache.files import is_there
 from kdcache.cache.registry.localstore import LOCAL_STORE_BYTES
 from kdcache.cache.registry.registry import DIGITS, Registry, may_be_name, split_url
 from kdcache.cache.registry.teachers import weights_name
@@ -75,7 +76,7 @@ def open_cache(where: str | os.PathLike[str], registry: str | None = None, store
     text = os.fspath(where)
     if text.endswith(WITH_IMAGES):
         raise InputError(f"{text} is packed for training (kdcache train, eval): give the cache that it was packed from")
-    if Path(text).exists():
+    if is_there(Path(text)):
         return Cache(Path(text))
     if "://" in text:
         if (address := split_url(text)) is None:

@@ -281,10 +281,15 @@ def parse(model: type[M], data: bytes, where: str, advice: str) -> M:
     try:
         return model.model_validate_json(data)
     except pydantic.ValidationError as e:
-        first = e.errors()[0]
-        problem = f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
+        problem = first_problem(e)
     # Not in the except clause: pydantic's error holds the data, which a server may have sent.
     raise CorruptError(f"{where} is not what kdcache writes: {problem}; {advice}")
+
+
+def first_problem(error: pydantic.ValidationError) -> str:
+    """The first field that is wrong, and why, in one line."""
+    first = error.errors()[0]
+    return f"{'.'.join(map(str, first['loc'])) or 'the whole'}: {first['msg']}"
 
 
 def _json(data: bytes) -> tuple[Any, str]:

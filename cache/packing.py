@@ -11,8 +11,9 @@ from pathlib import Path
 from kdcache.cache import files
 from kdcache.cache.errors import BusyError, CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
 from kdcache.cache.identity import canonical
+from kdcache.cache.signing.signatures import all_signatures, copy_signatures, into_folder
 from kdcache.cache.store import chunks
-from kdcache.cache.store.cache import Cache
+from kdcache.cache.store.cache import Cache, place_of
 from kdcache.cache.store.hdf5 import Packer, Target
 from kdcache.cache.store.publish import SplitStore
 
@@ -89,6 +90,7 @@ def unpack_hdf5(cache: Cache, out: Path, advance: Advance = lambda n: None) -> i
                 raise MismatchError(f"{into.where} has another {name} than {cache.where}: give another --out")
             changed += into.commit_bytes(name) != store.commit_bytes(name)
             advance(_bytes(store, name))
+    copy_signatures(all_signatures(place_of(cache))[0], place_of(target), into_folder(out))
     return changed
 
 
@@ -103,6 +105,9 @@ def _write(cache: Cache, views: Sequence[int], target: Target, advance: Advance)
                 packer.rows(store.prefix, chunk, rows)
                 advance(chunk.spec.chunk_bytes)
             packer.put(store.layout.commit_file(name), store.commit_bytes(name))
+        for one in all_signatures(place_of(cache))[0]:
+            packer.put(f"{one.name}.sha256", one.signed)
+            packer.put(f"{one.name}.sig", one.signature)
         packer.finish()
 
 
@@ -121,6 +126,7 @@ def _require_equal(cache: Cache, out: Path, views: Sequence[int]) -> None:
     except KdcacheError as e:
         raise InputError(f"{out} exists already: remove it, or give another --out ({e})") from e
     same = there.packed and there.key == cache.key and there.views == tuple(views)
+    same = same and all_signatures(place_of(there)) == all_signatures(place_of(cache))
     if not same or any(
         store.commit_bytes(name) != mine.commit_bytes(name)
         for (store, name), (mine, _) in zip(there.contents(views), cache.contents(views), strict=True)

@@ -1,10 +1,15 @@
-"""JSON files of kdcache's own that carry a checksum of themselves, so that a changed value is not taken for what was
-written. People can still read them, and change them on purpose if they remove the line of the checksum."""
+"""Files of kdcache's own that carry a checksum of themselves, so that changed ones are not taken for what was written.
+
+People can still read JSON, and change it on purpose if they remove the line of the checksum. The zip files are those
+that torch.save and numpy.savez write.
+"""
 
 from __future__ import annotations
 
+import io
 import json
 import re
+import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -15,6 +20,9 @@ from kdcache.cache.files import read_plain, sha256
 _SEAL = "sha256"
 _MOST_BYTES = 1 << 28
 _IS_HASH = re.compile(r"[0-9a-f]{64}")
+# The checksum of a zip file stands where that has room for a comment. It covers all that is before it.
+_MARK = b"kdcache sha256 "
+_DIGITS = 64
 
 
 def sealed(value: Mapping[str, Any], *, sort: bool = False) -> bytes:
@@ -39,7 +47,11 @@ def unsealed(content: bytes, where: str, advice: str) -> dict[str, Any]:
     if not isinstance(value, dict):
         raise CorruptError(f"{where} is not what kdcache writes: {advice}")
     had = value.pop(_SEAL, None)
-    if _is_renamed(value) if had is None else had != _digest(value):
+    try:
+        damaged = _is_renamed(value) if had is None else had != _digest(value)
+    except RecursionError as e:  # nested as deeply as can just be read, and not written
+        raise CorruptError(f"{where} is not what kdcache writes: {advice}") from e
+    if damaged:
         raise CorruptError(
             f"{where} is not what was written, by the checksum in it: {advice}; if you changed it on purpose, remove "
             f'its "{_SEAL}"'
@@ -57,3 +69,37 @@ def _digest(value: Mapping[str, Any]) -> str:
     """The checksum of a value as it is after it was written and read."""
     plain = json.loads(json.dumps(value))
     return sha256(json.dumps(plain, sort_keys=True, separators=(",", ":")).encode())
+
+
+# Zip files
+
+
+def sealed_zip(content: bytes) -> bytes:
+    """The zip file, which has no comment yet, with a comment that holds the checksum of all that stands before it."""
+    length = len(_MARK) + _DIGITS
+    begin = content[:-2] + length.to_bytes(2, "little") + _MARK  # a zip file without a comment ends with its length, 0
+    return begin + sha256(begin).encode()
+
+
+def seal_holds(content: bytes) -> bool | None:
+    """Whether the checksum of a zip file is its own; None where it has none."""
+    begin, digest = content[:-_DIGITS], content[-_DIGITS:]
+    return sha256(begin).encode() == digest if begin.endswith(_MARK) else None
+
+
+def inflates(file: Path | bytes) -> bool:
+    """Whether what is in a zip file takes more memory than the file has bytes; False for what is no zip file.
+
+    Neither torch.save nor numpy.savez compresses, so such a file is another's, and a few bytes could fill all memory.
+    ValueError for one whose directory cannot be read.
+    """
+    content, size = (io.BytesIO(file), len(file)) if isinstance(file, bytes) else (file.open("rb"), file.stat().st_size)
+    with content:
+        if content.read(2) != b"PK":
+            return False
+        try:
+            with zipfile.ZipFile(content) as opened:
+                # TorchScript compresses its programs' code, which torch.load never reads.
+                return sum(entry.file_size for entry in opened.infolist() if "/code/" not in entry.filename) > size
+        except (zipfile.BadZipFile, NotImplementedError) as e:
+            raise ValueError(str(e)) from e

@@ -17,6 +17,8 @@ _NAME = re.compile(
     r"(?i)(token|secret|passw|passphrase|credential|connection.?string|(^|[_-])sas([_-]|$)"
     r"|(api|access|account|auth|private|service|storage)[_-]?key)"
 )
+# The value of such a variable is where something lies, and names no secret itself.
+_PLACE = re.compile(r"(?i)(^|[_-])(file|path|dir|directory|folder|home|url|uri|endpoint)s?$")
 # A user and a password before the host. A password may hold characters that end a host, so that all up to the last @
 # counts where there is a colon that begins no port.
 _USER = re.compile(r"(?<=://)(?:[^/?#\s'\"]*@|[^/?#\s:@'\"]+:(?!\d+(?:[/?#\s'\"]|$))[^\s'\"]*@)")
@@ -27,7 +29,7 @@ _remembered: set[str] = set()
 
 def names_a_secret(name: str) -> bool:
     """Whether a variable or a flag of that name holds a credential."""
-    return bool(_NAME.search(name))
+    return bool(_NAME.search(name)) and not _PLACE.search(name)
 
 
 def remember(*secrets: str | None) -> None:
@@ -48,6 +50,11 @@ def hide(text: str, environment: Mapping[str, str] | None = None) -> str:
     for secret in sorted(_known(os.environ if environment is None else environment), key=len, reverse=True):
         text = text.replace(secret, HIDDEN)
     return text
+
+
+def is_part_of_one(text: str) -> bool:
+    """Whether a text is a known credential, or stands in one."""
+    return any(text in secret for secret in _known(os.environ))
 
 
 def _known(environment: Mapping[str, str]) -> set[str]:

@@ -9,6 +9,7 @@ from typing import Any
 from kdcache.cache.errors import KdcacheError
 from kdcache.cache.home import caches_folder, list_caches, open_registry, registry_beside, weights_file
 from kdcache.cache.registry.registry import KEY, Registry
+from kdcache.cache.secrecy import hide
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.commandline.terminal import show
@@ -199,7 +200,7 @@ def built(cache: Cache) -> list[dict[str, Any]]:
         commits = threads.map(lambda shard: cache.train.commit(shard_name(*shard)), shards)
         found: dict[str, dict[str, Any]] = {}
         for (view, _), commit in zip(shards, commits, strict=True):
-            who = {name: value for name, value in commit.writer.items() if name not in ("process", "time")}
+            who = {name: hide(value) for name, value in commit.writer.items() if name not in ("process", "time")}
             time = commit.writer.get("time", "")
             new = {"views": [], "first": time, "last": time, **who}
             one = found.setdefault(json.dumps(who, sort_keys=True), new)

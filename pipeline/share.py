@@ -13,12 +13,13 @@ from pathlib import Path
 from filelock import FileLock
 
 from kdcache import __version__
-from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
+from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError, UntrustedError
 from kdcache.cache.home import caches_folder, home, list_caches, open_cache, open_registry
 from kdcache.cache.packing import choose_views
 from kdcache.cache.registry.bucket import BucketCache, require_create_only
 from kdcache.cache.registry.registry import Registry, check_name, in_bucket, split_url
 from kdcache.cache.registry.transfer import Moved, count, into_bucket, into_folder, into_objects, require_movable
+from kdcache.cache.signing.keys import SigningKey
 from kdcache.cache.store.cache import Cache, restore_identity
 from kdcache.pipeline.build.answers import teacher_top1
 from kdcache.pipeline.build.build import BuildResult, carry_out
@@ -30,6 +31,13 @@ from kdcache.pipeline.process.progress import Progress, duration, size
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.teachers import weightstore
 from kdcache.pipeline.teachers.networks import canonical_name
+from kdcache.pipeline.trust import (
+    fetch_signatures,
+    publish_signatures,
+    say_signed,
+    sign_pushed,
+    trusting_registry,
+)
 
 Say = Callable[[str], None]
 _THREADS = 8  # for reading identities, which may be far away
@@ -73,10 +81,11 @@ def push(
     move: bool = False,
     say: Say = print,
     teacher: bool = True,
+    key: SigningKey | None = None,
 ) -> ShareResult:
     """Publish complete views of a cache, and a name for it if given. What is there already stays as it is.
 
-    views: all complete ones by default. teacher: whether the teacher's weights are published too.
+    views: all complete ones by default. teacher: whether the teacher's weights are published too. key: what signs it.
     """
     shared = open_registry(require_registry(registry)).require_writable()
     if name is not None:
@@ -84,14 +93,16 @@ def push(
     elif move:
         raise InputError("--move moves a name: give --name too")
     found = open_cache(cache)
-    result = _publish(found, shared, choose_views(found, views), say, teacher)
+    result = _publish(found, shared, choose_views(found, views), say, teacher, key)
     if name is not None:
         shared.give_name(name, found.key, move)
         say(f"{name} is cache {found.key[:12]}")
     return result
 
 
-def _publish(cache: Cache, shared: Registry, views: Sequence[int], say: Say, teacher: bool) -> ShareResult:
+def _publish(
+    cache: Cache, shared: Registry, views: Sequence[int], say: Say, teacher: bool, key: SigningKey | None = None
+) -> ShareResult:
     require_movable(cache)
     start, prefix = time.monotonic(), f"caches/{cache.key}"
     became: list[weightstore.Published | None] = []
@@ -104,6 +115,10 @@ def _publish(cache: Cache, shared: Registry, views: Sequence[int], say: Say, tea
         moved = into_objects(cache, shared.objects, prefix, views, progress.advance, begun)
     for line in lines:
         say(line)
+    if key is not None:
+        sign_pushed(cache, shared, key, moved.theirs, say)
+    else:
+        publish_signatures(cache, shared)
     if moved.new:
         shared.record(cache, __version__, teacher_top1(cache))
     result = _result("pushed", moved, cache, f"{shared.url}/{prefix}", len(views), start, say)
@@ -119,24 +134,37 @@ def _publish_teacher(cache: Cache, shared: Registry, say: Say, wanted: bool) -> 
 
 
 def pull(
-    what: str, registry: str | None, out: str | None = None, views: range | None = None, say: Say = print
+    what: str,
+    registry: str | None,
+    out: str | None = None,
+    views: range | None = None,
+    say: Say = print,
+    trust: str | None = None,
+    check: Callable[[Cache, Sequence[int]], object] | None = None,
 ) -> ShareResult:
     """Copy complete views of a shared cache to where builds look for it. The next pull goes on where one was stopped.
 
-    what: a key, its first digits, a name, or the address of a cache. views: all complete ones by default.
+    what: a key, its first digits, a name, or the address of a cache. views: all complete ones by default. trust: a file
+    of keys, by one of which it has to be signed. check: is called with the cache and the views before anything is
+    copied, and raises an error where nothing may be; what it reads is kept, and not fetched again.
     """
     start = time.monotonic()
     root, wanted = split_url(what) or (require_registry(registry), what)
-    shared = open_registry(root, store_bytes=0)
+    shared = trusting_registry(open_registry(root, store_bytes=0 if check is None else None), trust)
     cache = shared.cache(shared.find(wanted))
     path = Path(out) if out else caches_folder() / cache.key
     chosen = choose_views(cache, views)
+    say_signed(cache, chosen, say)
+    if check is not None:
+        check(cache, chosen)
     return _result("pulled", _pull(cache, path, chosen), cache, str(path), len(chosen), start, say)
 
 
 def _pull(cache: Cache, path: Path, views: Sequence[int]) -> Moved:
     with Progress("pull", count(cache, views), "parts") as progress:
-        return into_folder(cache, path, views, progress.advance)
+        moved = into_folder(cache, path, views, progress.advance)
+    fetch_signatures(cache, path)
+    return moved
 
 
 def _result(done: str, moved: Moved, cache: Cache, where: str, views: int, start: float, say: Say) -> ShareResult:
@@ -154,13 +182,16 @@ def _say_kept(moved: Moved, say: Say) -> None:
         )
 
 
-def open_shared(registry: str | None, publish: bool) -> Registry | None:
-    """The registry that a build looks in, if one is named. publish: whether it has to be writable."""
+def open_shared(registry: str | None, publish: bool, trust: str | None = None) -> Registry | None:
+    """The registry that a build looks in, if one is named. publish: whether it has to be writable.
+
+    trust: a file of keys, by one of which a cache there has to be signed.
+    """
     if publish:
         require_registry(registry)
     if registry is None:
         return None
-    shared = open_registry(registry, store_bytes=0)
+    shared = trusting_registry(open_registry(registry, store_bytes=0), trust)
     if publish:
         require_create_only(shared.require_writable().objects)
     return shared
@@ -361,7 +392,7 @@ def _opened(shared: Registry, key: str) -> Cache | None:
     """The cache; None if it cannot be read, which ls reports."""
     try:
         return shared.open(key)
-    except (CorruptError, MismatchError, NotFoundError):
+    except (CorruptError, MismatchError, NotFoundError, UntrustedError):
         return None
 
 
@@ -373,6 +404,7 @@ def _fetch(theirs: Cache, path: Path, views: int, say: Say) -> None:
         wanted = sorted({v for v in theirs.views if v < views} - _complete(path))
         if wanted or not (_is_cache(path) and Cache(path).complete):
             say(f"{len(wanted)} of {views} views of cache {theirs.key[:12]} are in {theirs.where}")
+            say_signed(theirs, wanted, say)
             _pull(theirs, path, wanted)
 
 

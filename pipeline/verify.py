@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import random
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -206,20 +207,38 @@ def _try(report: Report, check: Callable[[], object]) -> KdcacheError | None:
     return None
 
 
-def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
-    """Ask the teacher again for some records of the evaluation split and of the first, middle and last view."""
+def require_answers(cache: Cache, source: Source, count: int, views: Sequence[int]) -> str:
+    """Have the teacher answer again for some records of these views, and return a line on what was compared.
+
+    Which records of which three views nobody can know before. MismatchError if they are not what it answers.
+    """
+    report, chance = Report(), random.SystemRandom()
+    _replay(cache, source, count, report, chance.sample(views, min(3, len(views))), chance.getrandbits(63))
+    if report.problems:
+        raise MismatchError(f"nothing was copied: {report.problems[0]}")
+    return (
+        f"asked {source.teacher.identity.network} again for {report.replayed} records of cache {cache.key[:12]}, and "
+        f"it answers what they hold (largest mean total variation {report.total_variation:.2e})"
+    )
+
+
+def _replay(cache: Cache, source: Source, count: int, report: Report, views: Sequence[int] = (), salt: int = 0) -> None:
+    """Ask the teacher again for some records of the evaluation split and of the first, middle and last view.
+
+    views: to be asked about instead of these three. salt: makes it other records than those that are usual.
+    """
     # The answer may be asked for in another numeric type than the cache's: then by the coarser type's tolerance.
     mine, theirs = cache.identity.teacher, source.identity.teacher
     in_type = source.identity.model_copy(update={"teacher": theirs.model_copy(update={"numeric": mine.numeric})})
     cache.identity.require(in_type, cache.where)
     limit, record_limit = (max(t[mine.numeric], t[theirs.numeric]) for t in (TOLERANCE, RECORD_TOLERANCE))
     train, evaluation = source.splits(cache)
-    views = sorted({cache.views[0], cache.views[len(cache.views) // 2], cache.views[-1]})
-    chosen = [(evaluation, 0), *((train, view) for view in views)]
+    usual = {cache.views[0], cache.views[len(cache.views) // 2], cache.views[-1]}
+    chosen = [(evaluation, 0), *((train, view) for view in sorted(views or usual))]
     distances = []
     with Progress("replay", sum(min(count, len(split.data)) for split, _ in chosen), "records") as progress:
         for split, view in chosen:
-            index, distance = _distances(cache, source, split, view, count, progress)
+            index, distance = _distances(cache, source, split, view, count, progress, salt)
             root, mean, worst = split.store.where, float(distance.mean()), int(distance.argmax())
             distances.append(mean)
             report.replayed += len(index)
@@ -237,7 +256,7 @@ def _replay(cache: Cache, source: Source, count: int, report: Report) -> None:
 
 
 def _distances(
-    cache: Cache, source: Source, split: Split, view: int, count: int, progress: Progress
+    cache: Cache, source: Source, split: Split, view: int, count: int, progress: Progress, salt: int
 ) -> tuple[NDArray[np.int64], torch.Tensor]:
     """Up to `count` seeded samples of a view, and how far what is stored of them is from what the teacher answers now.
 
@@ -246,7 +265,7 @@ def _distances(
     split.store.require_labels(split.labels)
     split.store.require_sizes(split.data.sizes)
     _require_parameters(split, source, view)
-    index = drawn_places(len(split.data), count, key=11 + view)
+    index = drawn_places(len(split.data), count, key=salt + 11 + view)
     stored = split.store.read(view, cache.prior, samples=index)
     logits, labels = _answer(source, split, view, index, progress)
     record = source.identity.record
@@ -308,22 +327,22 @@ def source_of(
     device: str | None = None,
     numeric: Literal["float32", "bf16"] | None = None,
     registry: str | None = None,
+    otherwise: str = "give --depth contents",
 ) -> Source:
     """Open the data and the live teacher that the cache names; verify finds what differs from the cache.
 
     data, teacher: by default those that the cache names, unless these are functions. numeric: the type in which the
-    teacher answers, by default the cache's. registry: its weights are looked for there too.
-
-    InputError, NotFoundError or MismatchError where there is no such teacher or data to ask.
+    teacher answers, by default the cache's. registry: its weights are looked for there too. otherwise: what helps where
+    there is no teacher or there are no images. InputError, NotFoundError or MismatchError where none can be asked.
     """
     i = cache.identity
     if reason := i.without_teacher:
-        raise InputError(f"{cache.where} {reason}: give --depth contents{_members_at_hand(i)}")
+        raise InputError(f"{cache.where} {reason}: {otherwise}{_members_at_hand(i)}")
     policy_of(i.views, cache.where)
-    network = teacher or stored_network(i.teacher.network, cache.where, "--teacher")
-    images = images_of(i.data.name, data, cache.where, ", or --depth contents to do without them")
+    teacher = teacher or stored_network(i.teacher.network, cache.where, "--teacher")
+    images = images_of(i.data.name, data, cache.where, f", or {otherwise} to do without them")
     config = BuildConfig(
-        teacher=network,
+        teacher=teacher,
         weights=weightstore.weights_of(i, cache.where, weights, registry),
         teacher_size=i.teacher.input_size,
         teacher_mean=i.teacher.mean,

@@ -47,7 +47,7 @@ def root(request, tmp_path):
 # Tests that train, build whole caches, wait for other processes or try very many cases: `make quick` goes without them.
 # What a test's address begins with, below tests/; a single test elsewhere can say so itself: @pytest.mark.slow.
 SLOW = (
-    "bench/test_fuzz",
+    "bench/test_fuzz_caches",
     "cache/registry/test_bucket",
     "bench/test_gpu.py::test_a_dry_run",
     "cache/registry/test_registry",

@@ -7,8 +7,19 @@ from dataclasses import KW_ONLY, dataclass
 from pathlib import Path
 from typing import Annotated, Literal
 
+from kdcache.cache.files import is_there
 from kdcache.pipeline.build.config import Weights
-from kdcache.pipeline.commandline.options import Argument, Bf16, Device, Option, Registry, Seed, StoreSize, Workers
+from kdcache.pipeline.commandline.options import (
+    Argument,
+    Bf16,
+    Device,
+    Option,
+    Registry,
+    Seed,
+    StoreSize,
+    Trust,
+    Workers,
+)
 from kdcache.pipeline.data.defaults import DATA, Augment, Data, data_option, names_function
 
 Optimiser = Literal["sgd", "adamw", "muon"]
@@ -34,7 +45,7 @@ def parse_losses(text: str) -> tuple[str, ...]:
 
 def parse_caches(text: str) -> tuple[str, ...]:
     """The caches of a list with commas, or the one whose path has commas in it."""
-    return (text,) if Path(text).exists() and text else tuple(filter(None, text.split(",")))
+    return (text,) if text and is_there(Path(text)) else tuple(filter(None, text.split(",")))
 
 
 def parse_log(text: str) -> str:
@@ -104,6 +115,7 @@ class EvalConfig:
         ),
     ] = None
     registry: Registry = None
+    trust: Trust = None
     device: Device = None
     workers: Workers = None
     predictions: Annotated[
@@ -146,6 +158,7 @@ class TrainConfig:
     ] = None
     _: KW_ONLY
     registry: Registry = None
+    trust: Trust = None
     local_store_size: StoreSize = None
     data: Data = DATA
     student: Student = None

@@ -13,6 +13,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from kdcache.cache.errors import InputError, MismatchError, NotFoundError
+from kdcache.cache.files import is_there
 from kdcache.pipeline.commandline.terminal import figure
 from kdcache.pipeline.data.dataset import Dataset, open_data
 from kdcache.pipeline.process.device import pick_device
@@ -21,7 +22,7 @@ from kdcache.pipeline.teachers.checkpoints import open_checkpoint
 from kdcache.pipeline.teachers.networks import build_network, load_fitting
 from kdcache.pipeline.teachers.teacher import Classifier
 from kdcache.pipeline.teachers.weights import notes_of, read_weights
-from kdcache.pipeline.trust import stored_data, stored_network
+from kdcache.pipeline.trust import stored_data, stored_network, trusting
 from kdcache.train.evaluation.analysis.analysis import Analysis, analyse, described
 from kdcache.train.evaluation.analysis.classes import names_of_classes
 from kdcache.train.evaluation.judge import Answers, Judge, on_training_images
@@ -72,7 +73,7 @@ def open_trained(
     student: names the network, where the file names a function. say: gets a note where the file has no checksums.
     """
     path = Path(where)
-    if not path.exists():
+    if not is_there(path):
         raise NotFoundError(f"there is no run folder or weights file {where}")
     if path.is_dir():
         path = path / "last.safetensors"
@@ -134,21 +135,22 @@ def examine_run(
     registry: str | None = None,
     train_images: int | None = None,
     say: Callable[[str], None] = print,
+    trust: str | None = None,
 ) -> Examined:
     """Evaluate a run folder's last weights or a weights file that kdcache wrote.
 
     data: other than the run's they are any labelled data with its classes, matched by name, and there is no agreement
     with the teacher. student, and teacher where one learnt beside it, name the networks where the file names functions.
     train_images: on how many training images the student is compared with its teacher too; None for 2,000 where the
-    cache and the images can be had here.
+    cache and the images can be had here. trust: a file of keys, by one of which the cache has to be signed.
     """
     trained = open_trained(where, student, say=say)
     on = pick_device(device)
     model = trained.model.to(on)
     beside = _beside(trained.path, trained.notes, teacher, on)
-    found, evaluation, labels, about = _judged_on(trained, data, cache, registry)
+    found, evaluation, labels, about = _judged_on(trained, data, cache, registry, trust)
     size, names = trained.notes["input_size"], trained.class_names
-    parts = {} if found is None else parts_of(found, registry, say)
+    parts = {} if found is None else parts_of(found, registry, say, trust)
     answers = Judge(found, evaluation, size, on, workers, labels, parts).answers(model, beside)
     training = None
     if found is not None:
@@ -161,7 +163,7 @@ def examine_run(
 
 
 def _judged_on(
-    trained: Trained, data: str | None, cache: str | None, registry: str | None
+    trained: Trained, data: str | None, cache: str | None, registry: str | None, trust: str | None
 ) -> tuple[Stored | None, Dataset, NDArray[np.int64] | None, dict[str, Any]]:
     """The cache and the images to evaluate on; for other data than the run's, labels and what to say in place of it."""
     path, notes = trained.path, trained.notes
@@ -173,6 +175,7 @@ def _judged_on(
             return None, other, labels, {"data": data, "images": len(other)}
     place = notes.get("cache_path")
     found = open_store(cache or (place if place and exists(place) else notes["cache"]), registry)
+    found = trusting(found, trust)
     if cache is None and found.key != notes["cache"]:
         raise MismatchError(f"{found.where} is not the cache of this run any more: give the one to use with --cache")
     evaluation = open_data(

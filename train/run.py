@@ -161,7 +161,9 @@ def _evaluation(
     Also what does so at the end of a run that is logged.
     """
     on = (plan.image_size, plan.device, plan.asked.workers)
-    judge = Judge(plan.cache, plan.evaluation, *on, parts=parts_of(plan.cache, plan.asked.registry, say))
+    judge = Judge(
+        plan.cache, plan.evaluation, *on, parts=parts_of(plan.cache, plan.asked.registry, say, plan.asked.trust)
+    )
     validate = None
     if plan.held_out is not None:
         places = np.flatnonzero(plan.held_out)

@@ -58,7 +58,7 @@ def asked_before(out: str | None) -> tuple[tuple[str, ...], tuple[int, ...]] | N
         asked = [(str(run["loss"]), int(run["seed"])) for run in found["runs"]]
         losses, seeds = found.get("asked", zip(*asked, strict=True))
         return tuple(dict.fromkeys(map(str, losses))), tuple(dict.fromkeys(map(int, seeds)))
-    except (ValueError, TypeError, KeyError, AttributeError) as e:
+    except (ValueError, OverflowError, TypeError, KeyError, AttributeError) as e:
         raise CorruptError(f"{file} is not what kdcache writes ({e}): remove it, and give --loss and --seed") from e
 
 

@@ -242,13 +242,15 @@ def build_and_teach(
     teacher: bool = True,
     store: StoreName = "zarr",
     ray: str | None = None,
+    trust: str | None = None,
 ) -> tuple[BuildResult, PackResult | None]:
     """`kdcache build`: build what the registry lacks; with `publish` push it, with another store than zarr pack it.
 
     teacher: whether its weights are pushed too. ray: the address of the Ray cluster on which the teacher answers, so
-    that this process needs no GPU. The teacher of the embedded digits is taught first where there is none.
+    that this process needs no GPU. trust: a file of keys, by one of which a cache in the registry has to be signed. The
+    teacher of the embedded digits is taught first where there is none.
     """
-    shared = open_shared(registry, publish)
+    shared = open_shared(registry, publish, trust)
     if ray is not None:
         require_address(ray)
     draft = draft_build(config if ray is None else replace(config, device="cpu"), say)

@@ -3,6 +3,7 @@
     caches/KEY/               as a cache's folder (store/cache.py); other/SHA256: chunks whose place was taken
     caches/KEY/published/     who pushed what and when: one small file for each push
     names/NAME                the key that a name stands for; the only file that may change
+    caches/KEY/signatures/    who vouches for it (signing/signatures.py)
     teachers/HASH.safetensors a teacher's weights, by the hash that the identities of its caches name
     leases/KEY/               what the builders of a cache need while they build it in a bucket (leases.py)
 
@@ -28,14 +29,18 @@ from functools import cached_property, partial
 from pathlib import Path
 from typing import Literal, cast
 
+from pydantic import TypeAdapter, ValidationError
+
 from kdcache.cache import files
-from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError
+from kdcache.cache.errors import CorruptError, InputError, KdcacheError, MismatchError, NotFoundError, first_sentence
 from kdcache.cache.identity import FORMAT, MAX_JSON_BYTES, Identity, Strict, canonical, parse
 from kdcache.cache.registry.backends import open_objects, require_open
 from kdcache.cache.registry.bucket import BucketCache
 from kdcache.cache.registry.localstore import LocalStore
 from kdcache.cache.registry.objects import RemoteObjects, read_checked
 from kdcache.cache.registry.teachers import SharedTeachers
+from kdcache.cache.signing.signers import Signers
+from kdcache.cache.signing.trusted import trusted
 from kdcache.cache.store.cache import Cache
 
 KEY = re.compile(r"[0-9a-f]{64}")
@@ -72,7 +77,10 @@ class Registry:
     """The registry at `url`, which is a folder or an address.
 
     local: a folder of one's own that keeps what came from registries. teachers: the teachers' weights in the registry.
+    signers: if set, caches are opened only as these have signed them.
     """
+
+    signers: Signers | None = None
 
     def __init__(self, url: str, local: Path, store_bytes: int) -> None:
         self.objects = open_objects(url)
@@ -186,7 +194,8 @@ class Registry:
             identity = read_checked(self.objects, f"{prefix}/identity.json", MAX_JSON_BYTES, identified)
         except NotFoundError:
             raise NotFoundError(f"{self.url} has no cache {key[:16]}: {self._listing}") from None
-        return Cache(self.objects.place(prefix, identity, self._mirror / key, self._store))
+        cache = Cache(self.objects.place(prefix, identity, self._mirror / key, self._store))
+        return cache if self.signers is None else trusted(cache, self.signers)
 
     def folder(self, key: str) -> Path | None:
         """The folder in which the cache of that key is built right in the registry; None over a network."""
@@ -205,11 +214,12 @@ class Registry:
         """Remember what is committed, and refuse a state that lacks what was seen here before."""
         seen = self._mirror / cache.key / "seen.json"
         try:
-            before = set(json.loads(files.read_bounded(seen, _MOST_SEEN_BYTES)))
+            content = files.read_bounded(seen, _MOST_SEEN_BYTES)
+            before = set(TypeAdapter(list[str]).validate_json(content, strict=True))
         except NotFoundError:
             before = set()
-        except (CorruptError, ValueError, TypeError) as e:
-            raise CorruptError(f"{seen} is damaged ({e}): remove it") from e
+        except (CorruptError, ValidationError) as e:
+            raise CorruptError(f"{seen} is damaged ({first_sentence(e)}): remove it") from e
         now = set(cache.commits())  # only now: another process may just have noted what it saw
         if lost := sorted(before - now):
             raise MismatchError(

@@ -16,7 +16,7 @@ from functools import partial
 from pathlib import Path
 
 from kdcache.cache.errors import CorruptError, InputError, MismatchError
-from kdcache.cache.files import Content
+from kdcache.cache.files import Content, sha256
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
 from kdcache.cache.registry.bucket import BucketCache, put_commit
 from kdcache.cache.registry.objects import Objects, read_checked
@@ -37,13 +37,15 @@ _MEMORY = 1 << 30  # bytes of chunks that are on their way at once, at most
 class Moved:
     """What a copy did. bytes: of data that went. new, there: how many commits were new, and were there already.
 
-    kept: the commits that were there already with other rows.
+    kept: the commits that were there already with other rows. theirs: of all commits that were there and are not the
+    source's own, byte for byte, the sha256 by file; None for those that name other bytes or other parameters.
     """
 
     bytes: int = 0
     new: int = 0
     there: int = 0
     kept: list[str] = field(default_factory=list)
+    theirs: dict[str, str | None] = field(default_factory=dict)
 
 
 def into_folder(
@@ -134,7 +136,11 @@ def _compared(theirs: Commit, store: SplitStore, name: str) -> Moved:
     mine = store.commit(name)
     if (theirs.key, theirs.name) != (mine.key, mine.name):
         raise CorruptError(f"the commit {name} of {store.where} and the one at the destination name different things")
-    return Moved(there=1) if theirs.content() == mine.content() else Moved(there=1, kept=[name])
+    if theirs == mine:
+        return Moved(there=1)
+    equal = (theirs.files, theirs.parameters) == (mine.files, mine.parameters)  # by another writer
+    digests = {store.layout.commit_file(name): sha256(canonical(theirs)) if equal else None}
+    return Moved(there=1, kept=[] if theirs.content() == mine.content() else [name], theirs=digests)
 
 
 def _all(items: list[_Item], move: Callable[[_Item], Moved], advance: Advance = lambda n: None) -> Moved:
@@ -150,6 +156,7 @@ def _all(items: list[_Item], move: Callable[[_Item], Moved], advance: Advance = 
                 moved.new += one.new
                 moved.there += one.there
                 moved.kept += one.kept
+                moved.theirs |= one.theirs
                 advance(1)
     return moved
 

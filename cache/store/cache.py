@@ -7,6 +7,7 @@
     views/v00042/                 a Zarr group: classes, gaps, target_gap, tail; of an imported cache also boxes and
                                   flips, or seeds
     commits/v00042-p0003.json     sizes and hashes of one shard's files and rows: its creation commits the shard
+    signatures/                   who vouches for it: statements and their signatures (signing/signatures.py)
     eval/                         labels, views and commits of the evaluation split
     leases/, scratch/             what builders need while they work; without files at other times
 
@@ -60,7 +61,7 @@ class Cache:
         self._place = place = _open(at) if isinstance(at, Path) else at
         self.where = where = place.where
         if not place.has("identity.json"):
-            there = not isinstance(at, Path) or at.exists()
+            there = not isinstance(at, Path) or files.is_there(at)
             reason = f"{where} is not a kdcache cache: it has no identity.json" if there else f"there is no {where}"
             raise NotFoundError(reason)
         content = place.read("identity.json", MAX_JSON_BYTES)
@@ -244,6 +245,11 @@ class Cache:
                 pass
 
 
+def place_of(cache: Cache) -> Place:
+    """Where the files of a cache lie."""
+    return cache._place
+
+
 def _finish(cache: Cache, leases: Leases) -> None:
     """Commit what is decided, drop what never can be, and clear away what dead builders left."""
     for store in cache.splits:
@@ -338,4 +344,4 @@ def clear_leavings(cache: Cache) -> None:
 
 def _open(path: Path) -> Place:
     """The folder or packed file at a path; a path where nothing is counts as a folder."""
-    return Folder(path) if path.is_dir() or not path.exists() else PackedFile(path)
+    return Folder(path) if not files.is_there(path) or path.is_dir() else PackedFile(path)

@@ -19,7 +19,7 @@ from typing import Any
 import click
 from click.core import ParameterSource
 
-from kdcache.cache.errors import KdcacheError, machine_error
+from kdcache.cache.errors import KdcacheError, in_one_line, machine_error
 from kdcache.cache.secrecy import hide
 from kdcache.pipeline.commandline.options import Option
 from kdcache.pipeline.commandline.parameters import CommandOption, flag_of, options_of
@@ -224,11 +224,11 @@ class Main(click.Group):
 
 
 def _one_line(e: click.ClickException) -> click.ClickException:
-    """The error in one line, without secrets: click lists the choices of what is missing below each other."""
-    text = hide(e.format_message())
-    if "\n" not in text and text == e.format_message():
+    """The error in one line, without secrets: click lists choices below each other, and repeats whole values."""
+    text = e.format_message()
+    if (line := in_one_line(hide(text))) == text:
         return e
-    return click.UsageError(" ".join(text.split()), getattr(e, "ctx", None))
+    return click.UsageError(" ".join(line.split()), getattr(e, "ctx", None))
 
 
 def _unraisable(unraisable: Any, otherwise: Callable[[Any], object]) -> None:

@@ -60,7 +60,7 @@ _WORDS: dict[str, Callable[[], Iterable[str]]] = {
     "student": NETWORKS.split,
     "teacher": NETWORKS.split,
 }
-_FILES, _FOLDERS = ("file", "path", "run", "student_weights", "weights"), ("out", "registry")
+_FILES, _FOLDERS = ("file", "key", "path", "run", "sign", "student_weights", "trust", "weights"), ("out", "registry")
 _LISTS = ("log", "loss")  # with commas between the values
 
 

@@ -93,6 +93,14 @@ Registry = Annotated[
     str | None,
     Option("A team's caches: a folder, s3://..., gs://..., az://..., https://...", metavar="URL|DIR"),
 ]
+Trust = Annotated[
+    str | None,
+    Option(
+        "Refuse caches that no key in this file has signed, which is like OpenSSH's allowed_signers.",
+        metavar="FILE",
+        flags=("--trust", "--trusted"),
+    ),
+]
 TypedRegistry = Annotated[
     str | None, Option("A team's caches; must be typed, settings do not count.", metavar="URL|DIR", typed=True)
 ]

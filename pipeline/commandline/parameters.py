@@ -225,4 +225,4 @@ def options_of(command: click.Command) -> list[CommandOption]:
 
 def flag_of(param: click.Parameter) -> str:
     """The option as it is typed, without the dashes; the first of two spellings."""
-    return max(param.opts, key=len).lstrip("-")
+    return next((o for o in param.opts if o.startswith("--")), param.opts[0]).lstrip("-")

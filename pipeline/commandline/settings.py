@@ -15,7 +15,7 @@ from kdcache.cache.files import read_plain
 FILE = "kdcache.toml"
 _PREFIX = "KDCACHE_"
 _OWN = {"KDCACHE_HOME"}
-_MOST_BYTES = 1 << 24
+_MOST_BYTES = 24 << 10  # tomllib takes seconds for a longer name with dots
 
 
 class KnownOption(NamedTuple):
@@ -60,7 +60,7 @@ def _from_file(found: dict[str, dict[str, Setting]], commands: Options, file: Pa
         return
     try:
         content = tomllib.loads(read_plain(file, _MOST_BYTES).decode("utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as e:
+    except (ValueError, RecursionError) as e:  # also where it is no text, or nested too deeply
         raise InputError(f"{file} is not valid TOML: {e}") from e
     tables = {key: value for key, value in content.items() if isinstance(value, dict)}
     top: dict[str, str] = {}

@@ -54,6 +54,14 @@ def confirm(question: str, yes: bool) -> None:
         sys.exit(1)
 
 
+def ask_secretly(question: str) -> str:
+    """The user's answer, which is not shown while it is typed; InputError where there is no terminal to ask on."""
+    if sys.stdin is None or sys.stdin.closed or not sys.stdin.isatty():
+        raise InputError(f"there is no terminal to ask on ({question}): take a key without a passphrase here")
+    answer: str = click.prompt(safe(question), hide_input=True, default="", show_default=False, err=True)
+    return answer
+
+
 def figure(name: str, value: float) -> str:
     """A figure for people: rates in percent, all others as they are."""
     return percent(value) if name.split("_")[-1] in ("top1", "top5", "agreement") else f"{value:.4f}"

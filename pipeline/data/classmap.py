@@ -5,6 +5,7 @@ import difflib
 import io
 import json
 import re
+import reprlib
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from importlib import import_module
 from pathlib import Path
@@ -15,9 +16,10 @@ from torch import Tensor
 from torchvision.models import ResNet18_Weights
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.files import sha256
+from kdcache.cache.files import expanded, is_there, sha256
 
 _SHOWN = 5  # names in one message
+_MOST_DIGITS = 20  # of a class id
 _SYNSET = re.compile(r"n\d{8}")
 
 
@@ -45,7 +47,7 @@ def map_classes(
     if spec == "auto":
         groups = [(i,) for i in _auto(class_names, teacher_classes, teacher_count)]
     else:
-        given = _read(Path(spec).expanduser())
+        given = _read(expanded(spec))
         if missing := [name for name in class_names if name not in given]:
             raise InputError(f"{spec}: has no line for {_listed(missing, given)}")
         known = teacher_classes or ()
@@ -110,7 +112,7 @@ def _resolve(spec: str, wanted: Sequence[str | int], teacher_classes: Sequence[s
     find = _finder(teacher_classes)
     for value in wanted:
         found = find(value) if isinstance(value, str) else value
-        if found is None and str(value).isdecimal():
+        if found is None and str(value).isdecimal() and len(str(value)) < _MOST_DIGITS:
             found = int(value)
         if found is None:
             raise InputError(f"{spec}: the teacher has no class {_listed([str(value)], teacher_classes)}")
@@ -163,7 +165,7 @@ def _imagenet_synsets() -> list[str]:
 
 def _read(path: Path) -> dict[str, list[str | int]]:
     """Read the file: the teacher's classes, by name or id, for each class of the dataset."""
-    if path.exists() and not path.is_file():
+    if is_there(path) and not path.is_file():
         raise InputError(f"class map {path}: is no plain file")
     try:
         text = path.read_text(encoding="utf-8-sig")
@@ -182,7 +184,9 @@ def _read(path: Path) -> dict[str, list[str | int]]:
         if len(values) == 1 and isinstance(values[0], list):
             values = values[0]
         if not values or any(type(value) not in (str, int) for value in values):
-            raise InputError(f"class map {path}: {(name, *values)!r} is not a dataset class and teacher classes or ids")
+            raise InputError(
+                f"class map {path}: {reprlib.repr((name, *values))} is not a dataset class and teacher classes or ids"
+            )
         if name in result:
             raise InputError(f"class map {path}: has two lines for {name!r}")
         result[name] = values

@@ -43,6 +43,7 @@ import numpy as np
 import torch
 
 from kdcache.cache.errors import InputError
+from kdcache.cache.files import expanded, is_there
 from kdcache.cache.home import home as default_home
 from kdcache.pipeline.data.imagefiles import FilesDone, Triple
 from kdcache.pipeline.data.kinds import named
@@ -226,7 +227,7 @@ def _asked(spec: str, split: str, unlabelled: bool, home: Path | None) -> Asked:
     kind = KINDS.get(name)
     if kind and kind.takes_folders and (found := _FOLDERS.search(place)):
         folders, place = dict(parse_qsl(found[1])), place[: found.start()]
-    path = Path(place).expanduser().absolute() if place else None
+    path = expanded(place).absolute() if place else None
     return Asked(spec, name, path, folders, split, unlabelled, home or default_home())
 
 
@@ -247,5 +248,9 @@ def _kind(asked: Asked) -> Kind:
             f"unknown dataset {asked.spec!r}: there is no such kind{near or ''}, and kdcache cannot import "
             f"{asked.name!r}: what follows is not the name of a function; known are {known}"
         )
-    hint = f"; a folder of images is imagefolder:{asked.spec}" if Path(asked.spec).is_dir() else ""
+    hint = (
+        f"; a folder of images is imagefolder:{asked.spec}"
+        if is_there(Path(asked.spec)) and Path(asked.spec).is_dir()
+        else ""
+    )
     raise InputError(f"unknown dataset {asked.spec!r}: known are {known}{near}{hint}")

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import io
-import zipfile
 from collections.abc import Mapping
 from pathlib import Path
 
@@ -12,18 +11,21 @@ import numpy as np
 
 from kdcache.cache.errors import KdcacheError
 from kdcache.cache.files import read_plain, replace_file
+from kdcache.cache.sealed import seal_holds, sealed_zip
 
 _USED: set[Path] = set()  # files that this process has read or written
 
 
 def recall(home: Path, key: str) -> dict[str, np.ndarray] | None:
-    """The arrays that `remember` kept under this key; None where there are none, or they cannot be read."""
+    """The arrays that `remember` kept under this key; None where there are none, or not just those any more."""
     try:
         content = read_plain(memory_file(home, key))
-        with np.load(io.BytesIO(content), allow_pickle=False) as stored:
-            arrays = dict(stored)
-    except (KdcacheError, ValueError, KeyError, EOFError, zipfile.BadZipFile):
-        return None  # it is learnt again
+    except KdcacheError:
+        return None
+    if not seal_holds(content):  # it is damaged, or was written before there were checksums
+        return None
+    with np.load(io.BytesIO(content), allow_pickle=False) as stored:
+        arrays = dict(stored)
     _USED.add(memory_file(home, key))
     return arrays
 
@@ -33,7 +35,7 @@ def remember(home: Path, key: str, arrays: Mapping[str, np.ndarray]) -> None:
     buffer = io.BytesIO()
     np.savez(buffer, **arrays)  # type: ignore[arg-type]  # it takes the flag for one of them
     with contextlib.suppress(OSError):  # without a place to keep them, they are learnt again next time
-        replace_file(memory_file(home, key), buffer.getvalue())
+        replace_file(memory_file(home, key), sealed_zip(buffer.getvalue()))
         _USED.add(memory_file(home, key))
 
 

@@ -6,7 +6,7 @@ from typing import Annotated
 
 from kdcache.cache.records.choices import Precision
 from kdcache.pipeline.build.config import parse_temperatures
-from kdcache.pipeline.commandline.options import Argument, CacheFolder, Option, Registry
+from kdcache.pipeline.commandline.options import Argument, CacheFolder, Option, Registry, Trust
 
 _LEAST = 1e-6  # of the sum of all weights
 
@@ -44,4 +44,5 @@ class MixConfig:
         Precision | None, Option("Precision of the stored gaps between logits [the finest of the caches'].")
     ] = None
     registry: Registry = None
+    trust: Trust = None
     out: CacheFolder = None

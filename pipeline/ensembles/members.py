@@ -14,6 +14,7 @@ from kdcache.cache.identity import Identity, MemberIdentity, SplitName
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.layout import shard_name
 from kdcache.pipeline.ensembles.mean import TEMPERATURE
+from kdcache.pipeline.trust import trusting
 
 _THREADS = 8  # for reading commits, which may be far away
 
@@ -38,11 +39,14 @@ class Member(NamedTuple):
         return MemberIdentity(key=self.cache.key, weight=self.weight)
 
 
-def open_members(caches: Sequence[str], weights: Sequence[float] | None, registry: str | None) -> list[Member]:
+def open_members(
+    caches: Sequence[str], weights: Sequence[float] | None, registry: str | None, trust: str | None = None
+) -> list[Member]:
     """The caches with their weights in the order of their keys, in whatever order they are given.
 
     weights: in proportion; None for equal ones. InputError for caches that cannot be mixed at all or are given twice;
-    MismatchError where they do not hold answers to the same images.
+    MismatchError where they do not hold answers to the same images; UntrustedError for one that no key in the file
+    `trust` has signed, if that is given.
     """
     if len(caches) < 2:
         raise InputError("a mix needs two caches or more, of different teachers: see kdcache ls")
@@ -50,7 +54,8 @@ def open_members(caches: Sequence[str], weights: Sequence[float] | None, registr
         raise InputError(f"--weights has {len(weights)} numbers for {len(caches)} caches: give one for each")
     given = [1.0] * len(caches) if weights is None else weights
     total = math.fsum(given)
-    found = [Member(open_cache(where, registry), w / total) for where, w in zip(caches, given, strict=True)]
+    opened = [trusting(open_cache(where, registry), trust) for where in caches]
+    found = [Member(cache, w / total) for cache, w in zip(opened, given, strict=True)]
     found.sort(key=lambda member: member.cache.key)
     for one, other in itertools.pairwise(found):
         if one.cache.key == other.cache.key:

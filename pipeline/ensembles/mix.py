@@ -96,7 +96,7 @@ def mix(config: MixConfig, say: Callable[[str], None] = print) -> MixResult:
     of each member and of the mean. InputError, NotFoundError or MismatchError where the caches cannot be mixed.
     """
     start = time.monotonic()
-    members = open_members(config.caches, config.weights, config.registry)
+    members = open_members(config.caches, config.weights, config.registry, config.trust)
     identity = ensemble_identity(members, config)
     views = common_views(members, say)
     require_same_pixels(members, "eval", range(1))

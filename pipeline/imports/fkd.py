@@ -11,7 +11,6 @@ import codecs
 import io
 import os
 import pickle
-import zipfile
 from collections.abc import Callable, Iterator
 from itertools import chain
 from pathlib import Path
@@ -23,6 +22,7 @@ from numpy.typing import NDArray
 
 from kdcache.cache import files
 from kdcache.cache.errors import InputError
+from kdcache.cache.sealed import inflates
 from kdcache.pipeline.build.config import PART
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.imports.stored import Answers, by_name, require_all, stem
@@ -133,15 +133,13 @@ def _torch_load(path: Path) -> Any:
     """Load what torch.save wrote, without running code and with memory in proportion to the file."""
     content = files.read_range(path, 0, _TAR_BYTES + 1, short=True)
     advice = f"{path} is no file of torch.save (1.6 or later), or a damaged one"
+    if not content.startswith(b"PK"):
+        raise InputError(advice)
     try:
-        entries = zipfile.ZipFile(io.BytesIO(content)).infolist()
-    except (zipfile.BadZipFile, ValueError, NotImplementedError) as e:
+        too_large = len(content) > _TAR_BYTES or inflates(content)
+    except ValueError as e:
         raise InputError(f"{advice}: {e}") from e
-    if (
-        len(content) > _TAR_BYTES
-        or any(e.compress_type for e in entries)
-        or sum(e.file_size for e in entries) > _TAR_BYTES
-    ):
+    if too_large:
         raise InputError(f"{path} holds more than {size(_TAR_BYTES)}, or is compressed, as no file of FKD's is")
     try:
         with torch.serialization.safe_globals(_ARRAYS):

@@ -23,7 +23,8 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kdcache.cache.errors import CorruptError, InputError, first_sentence
-from kdcache.cache.files import sha256
+from kdcache.cache.files import is_there, sha256
+from kdcache.cache.sealed import inflates
 
 State = dict[str, Tensor]
 
@@ -198,8 +199,9 @@ def open_checkpoint(file: str | Path) -> Checkpoint:
     InputError for a file that is none, is damaged, or can only be read by running code from it.
     """
     path, part = split_place(file)
-    if not path.is_file():
-        raise InputError(f"{path} is a folder, not a weights file" if path.is_dir() else f"no weights file at {path}")
+    if not is_there(path) or not path.is_file():
+        is_folder = is_there(path) and path.is_dir()
+        raise InputError(f"{path} is a folder, not a weights file" if is_folder else f"no weights file at {path}")
     if path.suffix == ".safetensors":
         tensors, about = _read_safetensors(path)
         checked = _require_sound(path, tensors, about)
@@ -212,7 +214,7 @@ def open_checkpoint(file: str | Path) -> Checkpoint:
 def split_place(file: str | Path) -> tuple[Path, str | None]:
     """A file, and the place in it that is named after a `#`; None where none is."""
     name, mark, place = str(file).rpartition("#")
-    if not mark or Path(file).exists():
+    if not mark or is_there(Path(file)):
         return Path(file), None
     return Path(name), place.strip(".")
 
@@ -242,10 +244,14 @@ def _flatten(value: object, path: Path, place: str, depth: int, tensors: State, 
 def _loaded(path: Path) -> object:
     """What torch.load gives for tensors and harmless values alone. InputError for a file that needs more."""
     try:
+        if inflates(path):
+            raise InputError(
+                f"{path} is compressed, as no file of torch.save is: unpack it, and save the tensors again"
+            )
         with warnings.catch_warnings(), torch.serialization.safe_globals(_HARMLESS):
             warnings.simplefilter("ignore")  # pickle's protocol and the like, before the error that counts
             return torch.load(path, map_location="cpu", weights_only=True)
-    except OSError:
+    except (InputError, OSError):
         raise
     except Exception as e:  # bytes that are no pickle raise whatever comes first: KeyError, EOFError, ...
         if "TorchScript" in str(e):

@@ -196,7 +196,7 @@ def split_arguments(name: str) -> tuple[str, dict[str, Any]]:
 def _value_of(text: str) -> bool | int | float | str:
     if text.lower() in ("true", "false"):
         return text.lower() == "true"
-    if re.fullmatch(r"[+-]?\d+", text):
+    if re.fullmatch(r"[+-]?\d{1,20}", text):
         return int(text)
     try:
         number = float(text)

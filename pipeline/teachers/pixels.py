@@ -13,6 +13,7 @@ from pathlib import Path
 from torch import nn
 
 from kdcache.cache.errors import InputError
+from kdcache.cache.files import is_there
 from kdcache.cache.identity import TeacherIdentity
 from kdcache.cache.records.choices import Interpolation
 from kdcache.pipeline.data.dataset import Dataset
@@ -76,7 +77,7 @@ class Asked:
     def names_weights(self) -> bool:
         """Whether `weights` is written as torchvision writes the names of weights, and is not the name of a file."""
         w = self.weights
-        return w is not None and w.isidentifier() and w.upper() == w and not Path(w).exists()
+        return w is not None and w.isidentifier() and w.upper() == w and not is_there(Path(w))
 
 
 @dataclass(frozen=True, eq=False)

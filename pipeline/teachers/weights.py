@@ -8,13 +8,14 @@ from pathlib import Path
 from typing import Any
 
 import pydantic
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import BaseModel, ConfigDict, Field, model_validator
 from safetensors.torch import save
 from torch import Tensor
 
 from kdcache.cache.errors import InputError
 from kdcache.cache.files import replace_file
 from kdcache.cache.home import teachers_folder
+from kdcache.cache.identity import first_problem
 from kdcache.cache.records.choices import Interpolation
 from kdcache.pipeline.data.dataset import Dataset
 from kdcache.pipeline.teachers.checkpoints import Checkpoint, checksums, open_checkpoint
@@ -73,6 +74,12 @@ class _Notes(BaseModel):
     # Only in the file of a teacher that learnt beside a student, which has `classes` too:
     network: str | None = None
 
+    @model_validator(mode="after")
+    def _has_ids_of_its_classes(self) -> _Notes:
+        if self.classes is not None and not all(i is None or 0 <= i < self.classes for i in self.class_ids or ()):
+            raise ValueError("class_ids that are not below classes")
+        return self
+
 
 def read_weights(path: Path) -> tuple[dict[str, Tensor], dict[str, Any]]:
     """Read tensors by name and kdcache's notes (empty for a foreign file), without running code from the file."""
@@ -88,6 +95,4 @@ def notes_of(checkpoint: Checkpoint) -> dict[str, Any]:
     try:
         return _Notes.model_validate_json(checkpoint.notes).model_dump(exclude_none=True)
     except pydantic.ValidationError as e:
-        first = e.errors()[0]
-        where = ".".join(map(str, first["loc"])) or "the whole"
-        raise InputError(f"{checkpoint.path}: its notes are not what kdcache writes: {where}: {first['msg']}") from e
+        raise InputError(f"{checkpoint.path}: its notes are not what kdcache writes: {first_problem(e)}") from e

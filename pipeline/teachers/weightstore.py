@@ -167,7 +167,7 @@ def named_weights(text: str, registries: Sequence[Registry], say: Say) -> str:
 
 
 def _is_hash(text: str) -> bool:
-    return bool(DIGITS.fullmatch(text)) and not Path(text).exists()
+    return bool(DIGITS.fullmatch(text)) and not files.is_there(Path(text))
 
 
 def weights_of(identity: Identity, where: str, given: str | None, registry: str | None) -> str | None:

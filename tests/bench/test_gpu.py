@@ -12,6 +12,7 @@ from pathlib import Path
 
 import pytest
 
+from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.places import BENCH
 
 pytestmark = pytest.mark.filterwarnings("ignore:This process .* is multi-threaded:DeprecationWarning")
@@ -153,7 +154,7 @@ def test_a_dry_run_goes_through_the_parts(gpu, tmp_path):
     names = [name for name in gpu.PARTS if name != "steps from ffcv"]
     out = tmp_path / "dry.json"
     line = [sys.executable, "gpu.py", "--dry", "--out", str(out), "--only", ";".join(names)]
-    done = subprocess.run(line, cwd=BENCH, capture_output=True, text=True, env={**os.environ, "OMP_NUM_THREADS": "1"})
+    done = warm.run(line, cwd=BENCH, env={**os.environ, "OMP_NUM_THREADS": "1"})
     assert done.returncode == 0, done.stdout + done.stderr
     found = json.loads(out.read_text())["parts"]
     assert [name for name in found if found[name]["status"] == "done"] == names

@@ -23,7 +23,7 @@ STEP = st.one_of(st.integers(1, 40), st.integers(1, 300))
 FATE = st.one_of(
     st.just(LIVES), st.builds(Fate, st.sampled_from(["killed", "killed", "power", "full", "interrupted"]), STEP)
 )
-DAMAGE = st.sampled_from(["flip", "truncate", "delete", "foreign", "moved"])
+DAMAGE = st.sampled_from(["flip", "truncate", "delete", "foreign", "moved", "folder"])
 SECONDS = st.sampled_from([-7200.0, -90.0, 30.0, 61.0, 3700.0, 86400.0 * 40])
 
 

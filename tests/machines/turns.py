@@ -121,6 +121,8 @@ class Turns(RuleBasedStateMachine):
 
     @rule(version=VERSION, who=WHO, step=STEP)
     def collect(self, version, who, step):
+        if not list(self.folder.glob("shared/names/best")):  # without a name it may go, once it is old
+            self.views["shared"] = set()
         self.ask(version, "gc", who, step)
 
     @precondition(lambda self: self.there("a", "b"))

@@ -12,6 +12,7 @@ from click.testing import CliRunner
 from kdcache.cache.errors import InputError
 from kdcache.cli import main
 from kdcache.pipeline.trust import images_of
+from kdcache.tests.helpers.signing import write_key
 
 GOOD = """
 import numpy as np
@@ -76,6 +77,7 @@ def victim(tmp_path_factory):
         train = "train --data theirs:images --student theirs:net --epochs 1 --batch-size 16"
         works(f"{train} --loss nkd --out run")
         works(f"{train} --loss bdkd --online --teacher theirs:net --out beside")
+        write_key(root / "alice")
         (root / "theirs.py").write_text(BAD)
         sys.modules.pop("theirs")
         shutil.rmtree(root / "__pycache__", ignore_errors=True)
@@ -116,7 +118,9 @@ LINES = [
     ("mix THEIRS OURS", 2, "data.name"),
     ("report THEIRS run beside --out theirs.html", 0, "theirs.html"),
     ("push THEIRS --registry registry", 0, ""),
+    ("sign THEIRS --key alice", 0, "SHA256:"),
     ("pull THEIRS --registry registry --out pulled", 0, ""),
+    ("pull THEIRS --registry registry --replay 5", 2, "--teacher theirs:net"),
     ("ls --registry registry", 0, ""),
     ("info THEIRS", 0, ""),
     ("rm THEIRS --registry registry --yes", 0, ""),

@@ -8,7 +8,7 @@ import click
 
 from kdcache.cache.records.choices import FileStore, StoreName
 from kdcache.pipeline.build.config import BuildConfig
-from kdcache.pipeline.commandline.commands import command, typed_names
+from kdcache.pipeline.commandline.commands import command, is_set, typed_names
 from kdcache.pipeline.commandline.options import (
     Argument,
     CacheFolder,
@@ -16,6 +16,7 @@ from kdcache.pipeline.commandline.options import (
     NoTeacher,
     Option,
     Registry,
+    Trust,
     Views,
 )
 from kdcache.pipeline.commandline.parameters import from_signature
@@ -90,6 +91,7 @@ def build(
     registry: Registry = None,
     publish: Annotated[bool, Option("Build it in the registry, with all who do.", flags=("--push",))] = False,
     no_teacher: NoTeacher = False,
+    trust: Trust = None,
     ray: Annotated[
         str | None,
         Option(
@@ -119,7 +121,12 @@ def build(
         found = unreadable_files(config.data, config.unlabelled, say)
         show(found, as_json, "\n".join(found) or "every file can be read")
         sys.exit(1 if found else 0)
-    built, packed = build_and_teach(config, registry, publish, say, not no_teacher, store, ray)
+    if publish and trust is not None:
+        if not is_set("trust"):
+            raise click.UsageError("--trust is for caches that are fetched, and nothing is signed while all build it.")
+        say("note: with --push, what others build in the registry is taken although it is not signed yet")
+        trust = None
+    built, packed = build_and_teach(config, registry, publish, say, not no_teacher, store, ray, trust)
     if packed is None:
         show(vars(built), as_json, str(built.where or built.path))
     else:

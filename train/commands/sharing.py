@@ -1,11 +1,16 @@
 """The commands that look after caches, here and in a registry."""
 
+from __future__ import annotations
+
 import sys
-from typing import Annotated
+from collections.abc import Sequence
+from dataclasses import fields
+from functools import partial
+from typing import TYPE_CHECKING, Annotated
 
 import click
 
-from kdcache.pipeline.commandline.commands import command, is_set_for_all
+from kdcache.pipeline.commandline.commands import command, is_set_for_all, typed_names
 from kdcache.pipeline.commandline.options import (
     Argument,
     CacheFolder,
@@ -13,12 +18,17 @@ from kdcache.pipeline.commandline.options import (
     NoTeacher,
     Option,
     Registry,
+    Trust,
     TypedRegistry,
     Views,
 )
 from kdcache.pipeline.commandline.parameters import from_signature
-from kdcache.pipeline.commandline.terminal import confirm, say, show
-from kdcache.pipeline.config import GcConfig, VerifyConfig
+from kdcache.pipeline.commandline.terminal import ask_secretly, confirm, say, show
+from kdcache.pipeline.config import GcConfig, ReplayConfig, VerifyConfig
+
+if TYPE_CHECKING:
+    from kdcache.cache.signing.keys import SigningKey
+    from kdcache.cache.store.cache import Cache
 
 
 @command("ls")
@@ -47,6 +57,7 @@ def push(
     move: Annotated[bool, Option("Also where that name stands for another cache.")] = False,
     views: Views = None,
     no_teacher: NoTeacher = False,
+    sign: Annotated[str | None, Option("Sign it with this Ed25519 key of OpenSSH's.", metavar="FILE")] = None,
     as_json: Json = False,
 ) -> None:
     """Publish a cache and its teacher's weights in the registry. What is there already stays; stopped, the same command
@@ -55,10 +66,14 @@ def push(
     \b
     Example: kdcache push 1f0c2a --registry s3://bucket/kd
              kdcache push 1f0c2a --registry /mnt/team/kd --name r34-imagenet-v1
+             kdcache push 1f0c2a --registry /mnt/team/kd --sign ~/.ssh/id_ed25519
     """
     from kdcache.pipeline.share import push as run
+    from kdcache.pipeline.share import require_registry
 
-    result = run(cache, registry, say=say, teacher=not no_teacher, name=name, move=move, views=views)
+    require_registry(registry)  # before a passphrase is asked for
+    key = None if sign is None else _load_key(sign)
+    result = run(cache, registry, say=say, teacher=not no_teacher, name=name, move=move, views=views, key=key)
     show(vars(result), as_json, result.where)
 
 
@@ -66,9 +81,11 @@ def push(
 @from_signature
 def pull(
     cache: Annotated[str, Argument("KEY|NAME|URL")],
+    asked: ReplayConfig,
     registry: Registry = None,
     views: Views = None,
     out: CacheFolder = None,
+    trust: Trust = None,
     as_json: Json = False,
 ) -> None:
     """Copy a cache from the registry, verified. Stopped, the same command goes on.
@@ -76,11 +93,56 @@ def pull(
     \b
     Example: kdcache pull r34-imagenet-v1 --registry s3://bucket/kd --views 0:50
              kdcache pull https://example.org/kd/names/r34-imagenet-v1
+             kdcache pull r34-imagenet-v1 --registry s3://bucket/kd --trust signers.txt
+             kdcache pull r34-imagenet-v1 --registry s3://bucket/kd --replay 500 --data imagenet:/data/imagenet
     """
     from kdcache.pipeline.share import pull as run
 
-    result = run(cache, registry, say=say, views=views, out=out)
+    unread = sorted(typed_names() & {field.name for field in fields(asked)} - {"replay"})
+    if asked.replay is None and unread:
+        raise click.UsageError(
+            f"--{unread[0].replace('_', '-')} is for --replay, which asks the teacher: give that too."
+        )
+    check = None if asked.replay is None else partial(_replay, asked, registry)
+    result = run(cache, registry, say=say, views=views, out=out, trust=trust, check=check)
     show(vars(result), as_json, result.where)
+
+
+def _replay(asked: ReplayConfig, registry: str | None, cache: Cache, views: Sequence[int]) -> None:
+    from kdcache.pipeline.verify import require_answers, source_of
+
+    source = source_of(
+        cache, _data_of(cache, asked.data), asked.teacher, asked.weights, asked.class_map, asked.device, asked.numeric,
+        registry, otherwise="leave out --replay",
+    )  # fmt: skip
+    say(require_answers(cache, source, asked.replay or 1, views))
+
+
+@command()
+@from_signature
+def sign(
+    cache: Annotated[str, Argument()],
+    key: Annotated[str, Option("An Ed25519 key of OpenSSH's: ssh-keygen -t ed25519 makes one.", metavar="FILE")],
+    registry: Registry = None,
+    as_json: Json = False,
+) -> None:
+    """Sign a cache as it is now: one here, or by its address one in a registry. Views that are added later have to be
+    signed again.
+
+    \b
+    Example: kdcache sign 1f0c2a --key ~/.ssh/id_ed25519
+             kdcache sign s3://bucket/kd/names/r34-imagenet-v1 --key ~/.ssh/id_ed25519
+    """
+    from kdcache.pipeline.trust import sign_cache
+
+    result = sign_cache(cache, _load_key(key), registry, say)
+    show(vars(result), as_json, result.signer)
+
+
+def _load_key(file: str) -> SigningKey:
+    from kdcache.cache.signing.keys import load_key
+
+    return load_key(file, ask_secretly)
 
 
 @command("rm")
@@ -166,18 +228,18 @@ def verify(config: VerifyConfig, as_json: Json = False) -> None:
              kdcache verify 1f0c2a --depth contents --repair
     """
     from kdcache.cache.home import open_cache
+    from kdcache.pipeline.trust import say_signed, trusting
     from kdcache.pipeline.verify import source_of
     from kdcache.pipeline.verify import verify as run
 
-    cache, data = open_cache(config.cache, config.registry), config.data
-    named = cache.identity.data.name
-    if is_set_for_all("data") and data != named and not str(data).startswith(f"{named}:"):
-        data = None  # the setting is for caches of those data
+    cache = open_cache(config.cache, config.registry)
+    cache = trusting(cache, config.trust, cache.views)
+    say_signed(cache, (), say)
     source = None
     if config.depth == "replay":
         source = source_of(
-            cache, data, config.teacher, config.weights, config.class_map, config.device, config.numeric,
-            config.registry,
+            cache, _data_of(cache, config.data), config.teacher, config.weights, config.class_map, config.device,
+            config.numeric, config.registry,
         )  # fmt: skip
     contents = config.depth != "commits"
     report = run(cache, source, contents=contents, replay=config.replay, repair=config.repair)
@@ -185,4 +247,11 @@ def verify(config: VerifyConfig, as_json: Json = False) -> None:
     sys.exit(0 if report.passed else 1)
 
 
-COMMANDS = (list_command, push, pull, remove_command, gc, info, verify)
+def _data_of(cache: Cache, data: str | None) -> str | None:
+    """The images to ask the teacher about; None where the setting for all commands is for caches of other data."""
+    named = cache.identity.data.name
+    other = is_set_for_all("data") and data != named and not str(data).startswith(f"{named}:")
+    return None if other else data
+
+
+COMMANDS = (list_command, push, pull, sign, remove_command, gc, info, verify)

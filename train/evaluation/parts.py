@@ -12,20 +12,22 @@ from kdcache.cache.errors import KdcacheError, NotFoundError
 from kdcache.cache.home import open_cache, registry_beside
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.stores import Stored
+from kdcache.pipeline.trust import trusting
 
 _DIGITS = 6  # of a part's key in the names of figures, since two parts may have networks of one name
 Parts = Mapping[str, Tensor]
 
 
-def parts_of(cache: Stored, registry: str | None, say: Callable[[str], None]) -> Parts:
+def parts_of(cache: Stored, registry: str | None, say: Callable[[str], None], trust: str | None = None) -> Parts:
     """What the teacher of each part of a mixed cache names for the evaluation images, by the name of its figure.
 
-    int64 [N] each; nothing for a cache that is not mixed. A part that cannot be read is left out, and `say` says so.
+    int64 [N] each; nothing for a cache that is not mixed. A part that cannot be read is left out, and `say` says so;
+    so is one that is not signed by a key in the file `trust`, if that is given.
     """
     found = {}
     for member in cache.identity.members:
         try:
-            part = _open(member.key, cache, registry)
+            part = trusting(_open(member.key, cache, registry), trust)
             found[_name(part)] = part.read_evaluation().predictions()
         except KdcacheError as e:
             why = str(e)

@@ -16,7 +16,8 @@ from pydantic import BaseModel, ConfigDict
 
 from kdcache.cache.errors import CorruptError, InputError, NotFoundError
 from kdcache.cache.files import read_plain, replace_file, sha256
-from kdcache.cache.sealed import read_sealed, sealed
+from kdcache.cache.identity import first_problem
+from kdcache.cache.sealed import inflates, read_sealed, seal_holds, sealed, sealed_zip
 from kdcache.pipeline.teachers.teacher import Classifier, file_classifier
 from kdcache.pipeline.views.render import RENDERER
 from kdcache.train.losses.options import LOSSES
@@ -24,9 +25,6 @@ from kdcache.train.losses.options import LOSSES
 ANEW = "remove it to start the run again"
 _OTHER_OUT = "give another --out"
 METRICS, METRICS_SEAL = "metrics.jsonl", "metrics_sha256"
-# A state's checksum stands where a zip file, which it is, has room for a comment. It covers all that is before it.
-_MARK = b"kdcache sha256 "
-_DIGITS = 64
 _MOST_LINES_BYTES = 1 << 30
 
 # The values that settings had before they existed: a run whose config.json lacks one was made with this value.
@@ -77,8 +75,7 @@ def read_config(path: Path) -> dict[str, Any]:
     except NotFoundError:
         raise NotFoundError(f"{path} is no run folder: it has no config.json") from None
     except pydantic.ValidationError as e:
-        reason = f"{e.errors()[0]['loc'][0]}: {e.errors()[0]['msg']}"
-        raise CorruptError(f"{file} is not what kdcache writes ({reason}): {_OTHER_OUT}") from e
+        raise CorruptError(f"{file} is not what kdcache writes ({first_problem(e)}): {_OTHER_OUT}") from e
     return config
 
 
@@ -150,12 +147,16 @@ class RunFolder:
         if not os.path.lexists(file):
             return None
         content = read_plain(file)
-        if not _is_sealed(file, content):
+        if (holds := seal_holds(content)) is False:
+            raise CorruptError(f"{file} is damaged, by the checksum in it: {ANEW}")
+        if holds is None:
             say(
                 f"note: {file} has no checksum, since an earlier version wrote it: only a part of what could have been "
                 "damaged in it would be found"
             )
         try:
+            if inflates(content):
+                raise CorruptError(f"{file} is compressed, as none of kdcache's is: {ANEW}")
             if (damaged := zipfile.ZipFile(io.BytesIO(content)).testzip()) is not None:
                 raise CorruptError(f"{file} is damaged, in {damaged}: {ANEW}")
             state: dict[str, Any] = torch.load(io.BytesIO(content), map_location="cpu", weights_only=True)
@@ -181,7 +182,7 @@ class RunFolder:
         """After the weights and metrics of a whole epoch, so that a kill in between repeats only its end."""
         content = io.BytesIO()
         torch.save({"history": history, "training": training}, content)
-        replace_file(self.path / "state.pt", _sealed_zip(content.getvalue()))
+        replace_file(self.path / "state.pt", sealed_zip(content.getvalue()))
 
     def finish(self, summary: dict[str, Any]) -> None:
         """Write the summary of a finished run, with the checksums of itself and of metrics.jsonl."""
@@ -206,20 +207,3 @@ def best_of(history: list[dict[str, Any]]) -> dict[str, Any] | None:
 
 def _are_lines(history: object) -> bool:
     return isinstance(history, list) and all(isinstance(x, dict) and isinstance(x.get("epoch"), int) for x in history)
-
-
-def _sealed_zip(content: bytes) -> bytes:
-    """The zip file with a comment that holds the checksum of all that stands before it."""
-    length = len(_MARK) + _DIGITS
-    begin = content[:-2] + length.to_bytes(2, "little") + _MARK  # a zip file without a comment ends with its length, 0
-    return begin + sha256(begin).encode()
-
-
-def _is_sealed(file: Path, content: bytes) -> bool:
-    """Whether the content has a checksum. CorruptError where that is not its own."""
-    begin, digest = content[:-_DIGITS], content[-_DIGITS:]
-    if not begin.endswith(_MARK):
-        return False
-    if sha256(begin).encode() != digest:
-        raise CorruptError(f"{file} is damaged, by the checksum in it: {ANEW}")
-    return True

@@ -16,6 +16,7 @@ from kdcache.pipeline.ensembles.mix import mix
 from kdcache.pipeline.info import one_line
 from kdcache.pipeline.stores import Stored, open_store
 from kdcache.pipeline.teachers.networks import canonical_name
+from kdcache.pipeline.trust import trusting
 from kdcache.train.config import TrainConfig
 
 _EXAMPLE = "resnet34"  # a teacher to name in a message, where the user has named none
@@ -34,15 +35,21 @@ def with_one_cache(config: TrainConfig, caches: Sequence[str], say: Callable[[st
             "--online"
         )
     say(f"{len(caches)} caches are named, so their mean is trained from, as kdcache mix makes it")
-    mixed = mix(MixConfig(tuple(caches), registry=config.registry), say)
+    mixed = mix(MixConfig(tuple(caches), registry=config.registry, trust=config.trust), say)
     return replace(config, cache=str(mixed.path))
 
 
 def choose_cache(config: TrainConfig) -> Stored:
     """Find the cache that is asked for, or the only one that matches the data and the teacher.
 
-    NotFoundError where there is none; InputError where several match; MismatchError for another teacher's.
+    NotFoundError where there is none; InputError where several match; MismatchError for another teacher's;
+    UntrustedError where --trust is given and its views are not signed.
     """
+    found = _found(config)
+    return trusting(found, config.trust, found.views[: config.views])
+
+
+def _found(config: TrainConfig) -> Stored:
     where, teacher = config.cache, canonical_name(config.teacher) if config.teacher else None
     if where is None:
         try:

@@ -10,6 +10,8 @@ from typing import Any
 import pydantic
 
 from kdcache.cache.errors import CorruptError
+from kdcache.cache.files import expanded, is_there
+from kdcache.cache.identity import first_problem
 from kdcache.pipeline.data.dataset import KINDS, is_function
 from kdcache.pipeline.trust import stored_data, stored_network
 from kdcache.pipeline.views.render import RENDERER
@@ -61,7 +63,7 @@ def _fields_of(kind: type[TrainConfig], had: dict[str, Any], folder: Path) -> di
     except (KeyError, TypeError, AttributeError, pydantic.ValidationError) as e:
         reason = f"no {e}" if isinstance(e, KeyError) else str(e)
         if isinstance(e, pydantic.ValidationError):
-            reason = f"{e.errors()[0]['loc'][0]}: {e.errors()[0]['msg']}"
+            reason = first_problem(e)
         raise CorruptError(f"{folder / 'config.json'} is not what kdcache writes ({reason}): give another --out") from e
     return before
 
@@ -100,9 +102,9 @@ def placed(data: str) -> str:
 
 def place_of(path: str) -> str:
     """The place as it can be found from any folder: an absolute path, or the address that it is."""
-    return path if "://" in path else str(Path(path).expanduser().absolute())
+    return path if "://" in path else str(expanded(path).absolute())
 
 
 def exists(place: str) -> bool:
     """Whether there is such a file or folder; an address counts as there."""
-    return "://" in place or Path(place).exists()
+    return "://" in place or is_there(Path(place))

@@ -13,7 +13,7 @@ from typing import Literal, NamedTuple
 from obstore import exceptions as oe
 
 from kdcache.cache.registry.kinds.client import NOWHERE
-from kdcache.cache.secrecy import HIDDEN, hide
+from kdcache.cache.secrecy import hide, is_part_of_one
 
 Kind = Literal["missing", "no bucket", "final", "garbled", "passing"]
 
@@ -102,7 +102,7 @@ def failure(e: Exception) -> Failure:
     status = int(answer["status"]) if answer and answer["status"] else status
     found = _CODE.search(text, answer.end() if answer else 0) if answer or "(code: " in text else None
     code = found[1] or found[2] if found else None
-    code = None if code is None or HIDDEN in hide(code) else code
+    code = None if code is None or is_part_of_one(code) else code
     if status in (404, 410) or (isinstance(e, FileNotFoundError) and status is None):
         return Failure("no bucket" if code in _NO_BUCKET else "missing", "")
     if status is not None or code is not None:

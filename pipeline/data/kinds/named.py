@@ -14,6 +14,7 @@ from numpy.typing import NDArray
 from torchvision import datasets
 
 from kdcache.cache.errors import InputError, kind_and_message
+from kdcache.cache.files import is_there
 from kdcache.pipeline.data.kinds.arrays import Arrays
 from kdcache.pipeline.data.kinds.base import Asked
 from kdcache.pipeline.data.kinds.folders import held_out
@@ -60,7 +61,7 @@ def fashion_mnist(asked: Asked, train: bool) -> Arrays:
     names = tuple(datasets.FashionMNIST.classes)
     part = "train" if train else "t10k"
     packed = asked.path or DEBIAN_FASHION_MNIST
-    if (packed / f"{part}-images-idx3-ubyte.gz").is_file():
+    if is_there(packed / f"{part}-images-idx3-ubyte.gz"):
         grey = _read_idx(packed / f"{part}-images-idx3-ubyte.gz", 3)
         labels = _read_idx(packed / f"{part}-labels-idx1-ubyte.gz", 1).astype(np.int64)
         if len(grey) != len(labels) or (labels >= len(names)).any():
@@ -93,7 +94,7 @@ def _read_idx(path: Path, dims: int) -> np.ndarray:
 
     Its header is 0, 0, the type (8), the number of dimensions, and each size as a big-endian 32-bit number.
     """
-    if path.exists() and not path.is_file():
+    if is_there(path) and not path.is_file():
         raise InputError(f"{path}: is no plain file")
     try:
         with gzip.open(path) as f:

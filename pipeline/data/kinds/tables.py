@@ -15,6 +15,7 @@ from typing import Any
 import numpy as np
 
 from kdcache.cache.errors import InputError, first_sentence
+from kdcache.cache.files import is_there
 from kdcache.pipeline.data.decode import in_one_line
 from kdcache.pipeline.data.imagefiles import FilesDone, unreadable_files
 from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath, paths_at
@@ -153,7 +154,7 @@ def _read(asked: Asked) -> Rows:
     readers = {".csv": _csv, ".tsv": _csv, ".jsonl": _json_lines, ".ndjson": _json_lines, ".parquet": _parquet}
     if (read := readers.get(table.suffix.lower())) is None:
         raise InputError(f"{table}: is no table of a known kind, which are {_FORMATS}")
-    if table.exists() and not table.is_file():
+    if is_there(table) and not table.is_file():
         raise InputError(f"{table}: is no plain file")
     rows = _in_columns(table, read(table), labelled=not asked.unlabelled)
     if not rows.paths:
@@ -173,7 +174,7 @@ def _in_columns(table: Path, cells: Iterator[_Cells], *, labelled: bool) -> Rows
             if path.__class__ is not str or not path or not (path.isprintable() or _is_path(path)):
                 raise InputError(f"{_at(table, line)}: {path!r} is no path of a file")
             codes.append(labels.code(label, line) if labelled else 0)
-            if (place := by_name.get(split)) is None:
+            if split.__class__ is not str or (place := by_name.get(split)) is None:
                 place = by_name[split] = names.setdefault(_split(_at(table, line), split), len(names))
             paths.append(path)
             lines.append(line)

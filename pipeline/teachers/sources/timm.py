@@ -83,7 +83,7 @@ def pixels_of(cfg: Mapping[str, Any], name: str) -> Pixels:
         channels, height, width = (int(v) for v in size)
         r, g, b = (float(v) for v in cfg.get("mean") or IMAGENET_MEAN)
         red, green, blue = (float(v) for v in cfg.get("std") or IMAGENET_STD)
-    except (TypeError, ValueError) as e:
+    except (OverflowError, TypeError, ValueError) as e:
         raise InputError(f"the pretrained_cfg of {name} cannot be read: {first_sentence(e)}") from e
     if channels != 3 or height != width or height < 1:
         raise InputError(

@@ -217,10 +217,22 @@ def test_profiles_are_known_and_their_trouble_is_one_line(monkeypatch, tmp_path)
     assert "(ProfileNotFound): check AWS_PROFILE" in told("ls --registry s3://bucket/kd")
 
 
+def test_a_reason_that_is_a_part_of_a_credential_is_not_told(monkeypatch):
+    for code, words in (
+        ("AccessDenied", "403 (AccessDenied)"),
+        ("IQoJ", "the server answers 403:"),
+        (TOKEN, "answers 403:"),
+    ):
+        body = f"<Error><Code>{code}</Code></Error>".encode()
+        with bucket_of(lambda handler, _, body=body: send(handler, 403, body), monkeypatch) as at:
+            assert words in told(f"ls --registry {at}")
+
+
 def test_hide_knows_secrets_as_they_may_stand_in_a_text():
     environment = {
         "HF_TOKEN": "hf_abcdefgh", "AZURE_STORAGE_ACCOUNT_KEY": "key/with==", "MY_SAS": "sv=2024&sig=xyz",
-        "HTTPS_PROXY": "http://me:pa55word@proxy:3128", "DATABASE_PASSWORD": "short", "PATH": "/usr/bin",
+        "HTTPS_PROXY": "http://me:pa55word@proxy:3128", "DATABASE_PASSWORD": "short",
+        "AWS_WEB_IDENTITY_TOKEN_FILE": "/usr/bin",
     }  # fmt: skip
     text = "hf_abcdefgh key/with== key%2Fwith%3D%3D sv=2024&sig=xyz pa55word short /usr/bin s3://bucket/a@b"
     assert hide(text, environment) == "*** *** *** *** *** short /usr/bin s3://bucket/a@b"

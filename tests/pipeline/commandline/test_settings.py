@@ -55,6 +55,8 @@ OWN = {
     ("import", "teacher"),
     ("mix", "weights"),
     ("verify", "teacher"),
+    ("pull", "teacher"),
+    ("pull", "replay"),
 }
 
 

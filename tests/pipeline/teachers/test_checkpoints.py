@@ -5,7 +5,6 @@ import collections
 import copy
 import pathlib
 import shlex
-import subprocess
 import sys
 import warnings
 import zipfile
@@ -26,6 +25,7 @@ from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.sources.files import start_from
 from kdcache.pipeline.teachers.teacher import Classifier, Teacher, load_teacher
 from kdcache.pipeline.teachers.weights import read_weights, write_weights
+from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.images import arrays_data
 
 CPU = torch.device("cpu")
@@ -331,7 +331,7 @@ def test_a_file_that_needs_code_is_refused_with_the_line_that_converts_it(form, 
     line = shlex.split(message.partition("convert it with ")[2])
     assert line[:2] == ["python", "-c"]
     if form == "whole":  # the rest in this process, which is quicker
-        subprocess.run([sys.executable, "-W", "ignore", *line[1:]], check=True, timeout=60)
+        warm.run([sys.executable, "-W", "ignore", *line[1:]], check=True)
     else:
         with warnings.catch_warnings():
             warnings.simplefilter("ignore")

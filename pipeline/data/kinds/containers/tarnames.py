@@ -8,6 +8,7 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from kdcache.cache.errors import InputError
+from kdcache.cache.files import expanded, is_there
 from kdcache.pipeline.data.kinds.base import Asked
 from kdcache.pipeline.data.kinds.folders import EVALUATION, TEST, TRAIN, VALIDATION, words_of
 
@@ -61,13 +62,13 @@ def _by_names(tars: tuple[Path, ...]) -> tuple[tuple[Path, ...], tuple[Path, ...
 
 def expand(pattern: str) -> tuple[Path, ...]:
     """The tars that a pattern names: a file, all tars below a folder, {000..099}, {a,b}, and * ? [ ] in byte order."""
-    whole = Path(pattern).expanduser().absolute()
-    if whole.is_dir():
+    whole = expanded(pattern).absolute()
+    if is_there(whole) and whole.is_dir():
         found = [path for path in whole.rglob("*.tar") if "/." not in f"/{path.relative_to(whole)}"]
         if not found:
             raise InputError(f"{whole}: holds no .tar files")
         return tuple(sorted(found, key=os.fsencode))
-    if whole.exists():
+    if is_there(whole):
         return (whole,)
     tars: list[Path] = []
     for name in _braces(str(whole)):
@@ -78,7 +79,7 @@ def expand(pattern: str) -> tuple[Path, ...]:
         else:
             raise InputError(f"{name}: no such files")
     for path in tars:
-        if not path.exists():
+        if not is_there(path):
             named = f", one of {len(tars):,} that {pattern} names" if len(tars) > 1 else ""
             raise InputError(f"{path}: no such file{named}")
     if len(set(tars)) < len(tars):

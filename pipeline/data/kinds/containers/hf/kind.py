@@ -153,6 +153,8 @@ class _Found:
         if not self.asked.unlabelled:
             label = _label_column(text, rows_of.features, self.named.options.get("label"))
         classes = getattr(rows_of.features[label], "names", None) if label else None
+        if any(not isinstance(one, str) for one in classes or ()):
+            raise InputError(f"{name}: the classes of {label} have names that are no text")
         files = _arrow_files(rows_of)
         states = file_states(files)
         about = [[(file.name, *state) for file, state in zip(files, states, strict=True)], image, label, classes]

@@ -17,6 +17,7 @@ from typing import Any
 from urllib.parse import parse_qsl
 
 from kdcache.cache.errors import InputError, first_sentence
+from kdcache.cache.files import expanded, is_there
 from kdcache.pipeline.process.functions import did_you_mean
 from kdcache.pipeline.process.rank import this_rank
 
@@ -66,7 +67,7 @@ def read_spec(text: str) -> Named:
         splits, place = tuple(found[1].split(",")), place[: found.start()]
     files = _files(place)
     if not files and (not HUB_NAME.fullmatch(place) or place.startswith((".", "~")) or Path(place).suffix in _FORMS):
-        path = Path(place).expanduser()
+        path = expanded(place)
         near = did_you_mean(path.name, (one.name for one in path.parent.iterdir())) if path.parent.is_dir() else ""
         raise InputError(f"{place}: there is no such file or folder{near}")
     return Named(place, files, splits, options)
@@ -74,8 +75,8 @@ def read_spec(text: str) -> Named:
 
 def _files(place: str) -> tuple[Path, ...]:
     """The folder or the files at a place on this disk."""
-    path = Path(place).expanduser().absolute()
-    if not place or path.exists():
+    path = expanded(place).absolute()
+    if not place or is_there(path):
         return (path,) if place else ()
     if not has_magic(place):
         return ()

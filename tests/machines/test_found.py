@@ -1,0 +1,45 @@
+"""Sequences that machines found, in which something went wrong once; each is kept as it was found, but shorter."""
+
+import shutil
+
+import pytest
+
+from kdcache.cache import Cache
+from kdcache.tests.machines.folders import damage
+from kdcache.tests.machines.world import VIEWS, World, toy
+
+
+@pytest.fixture(scope="module")
+def made(tmp_path_factory):
+    with toy(tmp_path_factory.mktemp("toy")) as found:
+        yield found
+
+
+@pytest.fixture
+def world(made, tmp_path):
+    found = World(made, tmp_path)
+    assert found.run("a", lambda: found.build(VIEWS)) == "done"
+    return found
+
+
+def test_a_folder_in_the_place_of_a_commit_is_no_end_of_repair(world):
+    """verify --repair ended with IsADirectoryError."""
+    damage(world.cache("a") / "commits" / "labels.json", "folder", 0, [], None)
+    assert world.run("a", lambda: world.look("a", True)) == "done"
+    world.heal("a", "a")
+
+
+def test_a_commit_of_another_cache_is_no_end_of_repair(world, made):
+    """verify --repair left it there, and build said to copy the cache again."""
+    name = "eval/commits/labels.json"
+    damage(world.cache("a") / name, "foreign", 0, [], made.other[name])
+    world.heal("a", "a")
+
+
+@pytest.mark.parametrize("name", ["leases", "scratch"])
+def test_a_file_in_the_place_of_a_folder_of_builders_is_cleared_away(world, name):
+    """Every build stopped there, as at an empty lease."""
+    shutil.rmtree(world.cache("a") / name)
+    (world.cache("a") / name).write_bytes(b"")
+    world.heal("a", "a")
+    assert len(Cache(world.cache("a")).views) == VIEWS
