@@ -167,13 +167,18 @@ def use(programs: Path, work: Path) -> dict[str, float]:
     return seconds
 
 
+def starts(python: str) -> bool:
+    """Whether this interpreter is here; of pyenv's names some stand for none."""
+    return bool(shutil.which(python)) and not subprocess.run([python, "-V"], capture_output=True).returncode
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--python", action="append", help=f"an interpreter, by default {', '.join(PYTHONS)}")
     parser.add_argument("--work", type=Path, help="an empty folder to work in, by default a temporary one")
     asked = parser.parse_args()
     (wheel,), (sources,) = (sorted((ROOT / "dist").glob(kind)) for kind in ("*.whl", "*.tar.gz"))
-    here = [python for python in asked.python or PYTHONS if shutil.which(python)]
+    here = [python for python in asked.python or PYTHONS if starts(python)]
     absent = [python for python in asked.python or PYTHONS if python not in here]
     if not here:
         fail(f"none of {', '.join(absent)} is on this machine")

@@ -8,7 +8,6 @@ from collections.abc import Callable
 import pytest
 
 from kdcache.cache import care, files
-from kdcache.cache.registry import bucket, transfer
 from kdcache.cache.store import chunks, leases
 from kdcache.cache.store.place import Folder
 
@@ -62,18 +61,6 @@ def collects_what_lives(patch: Patch) -> None:
     patch.setattr(care, "_TEMPORARY", re.compile(r".*"))
 
 
-def commit_before_bytes(patch: Patch) -> None:
-    """In a bucket the commit is created before the chunks that it names."""
-    real = bucket.put_commit
-
-    def put_commit(objects, prefix, store, commit, content, contents, each=map):
-        first = objects.create(f"{prefix}/{store.layout.commit_file(commit.name)}", content)
-        return real(objects, prefix, store, commit, content, contents, each) or first
-
-    patch.setattr(bucket, "put_commit", put_commit)
-    patch.setattr(transfer, "put_commit", put_commit)
-
-
 # The machine that has to find each.
 PLANTS: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "a read without digests": ("folders", without_digests),
@@ -81,5 +68,4 @@ PLANTS: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "a lease that never expires": ("folders", leases_for_ever),
     "a name before the bytes are durable": ("folders", not_durable),
     "a gc that takes what lives": ("folders", collects_what_lives),
-    "a commit before its bytes": ("bucket", commit_before_bytes),
 }
