@@ -22,7 +22,9 @@ _PLACE = re.compile(r"(?i)(^|[_-])(file|path|dir|directory|folder|home|url|uri|e
 # A user and a password before the host. A password may hold characters that end a host, so that all up to the last @
 # counts where there is a colon that begins no port.
 _USER = re.compile(r"(?<=://)(?:[^/?#\s'\"]*@|[^/?#\s:@'\"]+:(?!\d+(?:[/?#\s'\"]|$))[^\s'\"]*@)")
-_QUERY = re.compile(r"(://[^\s?#'\"]*[?#]|\?(?=[\w.~-]+=))[^\s'\"]+")
+# The options of a Hugging Face data set name columns and a configuration, and are no query.
+_OPTIONS = r"(?:(?:config|image|label)=[^\s&'\"]*(?:&|(?=[\s'\"]|$)))+(?=[\s'\"]|$)"
+_QUERY = re.compile(rf"(://[^\s?#'\"]*[?#]|\?(?=[\w.~-]+=)(?!{_OPTIONS}))[^\s'\"]+")
 _PASSWORD = re.compile(r"://[^/?#\s:@]*:([^\s]+)@")
 _remembered: set[str] = set()
 

@@ -164,8 +164,8 @@ class CommitReader:
         found = self._place.metadata(file)
         if found is not None and not chunks.same_metadata(found, content):
             raise CorruptError(
-                f"{self._place.locate(file)} does not describe what lies there: kdcache does not read it, and plain "
-                "zarr would go wrong"
+                f"{self._place.locate(file)} does not describe what lies there: plain zarr would go wrong, though "
+                "it means nothing to kdcache"
             )
 
     def _each(

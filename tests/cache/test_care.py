@@ -332,7 +332,7 @@ def test_gc_takes_what_killed_pushes_and_pulls_leave(tmp_path, mine, into, monke
         found = list(care.leavings(60, str(shared)))
         assert all(one["kept"] is None for one in care.gc(found, True)["found"])
         assert _temporaries(home(), shared) == [] and list(care.leavings(60, str(shared))) == []
-    assert left > 3
+    assert left
     move()
     assert open_registry(str(shared)).cache(mine.key).views == Cache(caches_folder() / mine.key).views == (0, 1)
 

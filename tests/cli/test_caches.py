@@ -81,14 +81,13 @@ def test_a_damaged_cache(place: Place, data: str, quick: str, refused: Callable[
     assert result.exit_code == 1 and str(chunk) in result.stdout and "FAILED" in result.stdout
     result = invoke(f"verify {cache} --depth contents --json")
     assert result.exit_code == 1 and json.loads(result.stdout)["passed"] is False
+    original = (cache / "identity.json").read_bytes()
     (cache / "identity.json").write_text("{}")
-    for line in (
-        f"info {cache}",
-        f"verify {cache}",
-        f"{quick} --cache {cache}",
-        f"build --teacher resnet8 {data} --out {cache}",
-    ):
+    for line in (f"info {cache}", f"verify {cache}", f"{quick} --cache {cache}"):
         refused(line, f"{cache}/identity.json")
+    result = invoke(f"build --teacher resnet8 {data} --out {cache}")  # which knows what it says
+    assert result.exit_code == 0 and f"the identity in {cache} was missing or damaged" in result.stderr
+    assert (cache / "identity.json").read_bytes() == original
 
 
 def test_an_absurd_identity_is_refused_by_every_reader(place: Place, data: str, refused: Callable[..., str]) -> None:

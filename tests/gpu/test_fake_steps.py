@@ -331,12 +331,15 @@ def test_views_of_another_size_come_from_pinned_memory(policy, monkeypatch):
     data = images_of()
 
     class Cut:
-        def __init__(self, data, cut, change, size, workers, ahead, pin):
+        def __init__(self, data, cut, change, size, workers, ahead, pin, batch):
             assert pin
             self.size = size
 
         def run(self, tasks, *_):
             return (torch.empty((*task.flips.shape, *self.size, 3), dtype=torch.uint8) for task in tasks)
+
+        def place(self, cuts):
+            return None
 
         def next(self, done):
             return next(done)

@@ -238,5 +238,8 @@ def test_hide_knows_secrets_as_they_may_stand_in_a_text():
     assert hide(text, environment) == "*** *** *** *** *** short /usr/bin s3://bucket/a@b"
     assert hide("at http://h:8080/a@b: what?", {}) == "at http://h:8080/a@b: what?"
     assert hide("'https://a:b/c@h/x?y=z#w', n/m?sig=T ok?", {}) == "'https://***@h/x?***', n/m?*** ok?"
+    for spec in ("hf:a/b?label=fine", "hf:x?config=c&image=i", "'hf:x?image=i'", "?config=NAME takes one of a, b"):
+        assert hide(spec, {}) == spec
+    assert hide("hf:x?label=a&sig=T hf://x?label=T", {}) == "hf:x?*** hf://x?***"
     remember("remembered0", None, "")
     assert hide("a remembered0 b", {}) == "a *** b"
