@@ -179,7 +179,7 @@ def run_rank(path: str, size: str, rank: int, world: int) -> None:
 def until_read(loader: CachedLoader) -> None:
     """Wait for what is read ahead, by old code and new."""
     slabs: Any = loader._slabs
-    kept = list(slabs.values()) if isinstance(slabs, dict) else slabs.all()
+    kept = list(slabs.values() if isinstance(slabs, dict) else slabs._slabs.values())
     for slab in kept:
         slab.result() if isinstance(slabs, dict) else slab.settle()
 

@@ -92,8 +92,10 @@ class Spool:
             with suppress(Timeout):
                 self._lock = _locked(self._folder)
                 break
-        self._blocks: list[dict[str, NDArray[Any]]] = []
-        self._unsynced: list[dict[str, NDArray[Any]]] = []
+        # All rows in one piece from the first batch on: many small arrays, made between the large ones of each batch,
+        # would keep the memory of these from being used again.
+        self._arrays: dict[str, NDArray[Any]] = {}
+        self._filled = 0
         self._synced_at = time.monotonic()
         self.sums: NDArray[np.float64] | None = None
         self.rows = 0
@@ -105,7 +107,7 @@ class Spool:
 
     def add(self, block: dict[str, NDArray[Any]], sums: NDArray[np.float64] | None) -> None:
         """Append a batch's arrays by name, and its tail sums [T, C]."""
-        self._unsynced.append(block)
+        self._put(block)
         # Summed batch by batch, so that the sum has the same bits wherever the spool was cut.
         if sums is not None:
             self.sums = sums if self.sums is None else self.sums + sums
@@ -114,29 +116,35 @@ class Spool:
 
     def keep(self) -> None:
         """Sync what is not yet synced, and leave the shard to others."""
-        if self._unsynced:
+        if self._filled > self.rows:
             self._sync()
         self.close()
 
     def arrays(self) -> dict[str, NDArray[Any]]:
         """All rows by array name."""
-        blocks = self._blocks + self._unsynced
-        return {name: np.concatenate([b[name] for b in blocks]) for name in blocks[0]}
+        return {name: rows[: self._filled] for name, rows in self._arrays.items()}
 
     def remove(self) -> None:
         """Remove what is spooled."""
         shutil.rmtree(self._folder, ignore_errors=True)
 
+    def _put(self, block: dict[str, NDArray[Any]]) -> None:
+        stop = self._filled + len(block["gaps"])
+        for name, rows in block.items():
+            if name not in self._arrays:
+                self._arrays[name] = np.empty((self._total, *rows.shape[1:]), rows.dtype)
+            self._arrays[name][self._filled : stop] = rows
+        self._filled = stop
+
     def _sync(self) -> None:
-        block = {name: np.concatenate([b[name] for b in self._unsynced]) for name in self._unsynced[0]}
-        stop = self.rows + len(block["gaps"])
+        stop = self._filled
+        block = {name: rows[self.rows : stop] for name, rows in self._arrays.items()}
         content = io.BytesIO()
         extra = {} if self.sums is None else {"_sums": self.sums}
         np.savez(content, allow_pickle=False, **block, **extra)
         data = content.getvalue()
         replace_file(self._folder / f"{self.rows:012d}-{stop:012d}.block", sha256(data).encode() + data)
-        self._blocks.append(block)
-        self._unsynced, self.rows, self._synced_at = [], stop, time.monotonic()
+        self.rows, self._synced_at = stop, time.monotonic()
 
     def _load(self) -> None:
         for path in sorted(self._folder.glob(f"{'[0-9]' * 12}-{'[0-9]' * 12}.block")):
@@ -149,7 +157,7 @@ class Spool:
             with np.load(io.BytesIO(data), allow_pickle=False) as f:
                 block = {name: f[name] for name in f.files}
             self.sums = block.pop("_sums", self.sums)
-            self._blocks.append(block)
+            self._put(block)
             self.rows = stop
 
 
