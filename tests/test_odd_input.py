@@ -216,3 +216,8 @@ def test_classes_of_a_hugging_face_data_set_whose_names_are_no_text(tmp_path):
         file.write_text(file.read_text().replace('"bloom"', '["bloom"]'))
     with pytest.raises(InputError):
         open_data(spec, "train", home=tmp_path)
+
+
+def test_a_range_of_tars_with_a_number_of_5_000_digits_is_no_such_file() -> None:
+    with pytest.raises(KdcacheError, match="no such file"):
+        open_data("wds:a{0.." + "9" * 5000 + "}.tar", "train")

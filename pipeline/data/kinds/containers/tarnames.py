@@ -13,7 +13,7 @@ from kdcache.pipeline.data.kinds.base import Asked
 from kdcache.pipeline.data.kinds.folders import EVALUATION, TEST, TRAIN, VALIDATION, words_of
 
 BETWEEN = "::"  # what stands between the tars of the train split and those of the eval split
-_BRACES = re.compile(r"\{(\d+)\.\.(\d+)\}|\{([^{}]*,[^{}]*)\}")
+_BRACES = re.compile(r"\{(\d{1,18})\.\.(\d{1,18})\}|\{([^{}]*,[^{}]*)\}")
 _MOST = 1_000_000  # tars that a pattern may name
 _EVALS = (VALIDATION, TEST, EVALUATION)  # the first of them that has tars is the eval split
 
