@@ -12,13 +12,13 @@ from typing import Any
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torchvision.io import ImageReadMode
 
-from kdcache.cache.errors import CorruptError, MismatchError, NotFoundError
+from kdcache.cache.errors import CorruptError, InputError, MismatchError, NotFoundError
 from kdcache.cache.files import sha256
 from kdcache.cache.identity import id_dtype
 from kdcache.cache.records.records import Records
 from kdcache.cache.store.chunks import as_records
+from kdcache.pipeline.data.decode import decode_bytes
 from kdcache.pipeline.ffcv.format import AREA_RENDERER, CRC_BYTES, RAW, Block, PackedView
 from kdcache.pipeline.ffcv.headers import corrupt, read_headers, sizes_of
 from kdcache.pipeline.views.parameters import ViewParameters, draw_as
@@ -116,14 +116,14 @@ class FFCVFile:
         """The whole image of a sample, uint8 [3, H, W], by the decoder that built the cache."""
         row = self.table["image"][index]
         start = int(row["pointer"])
-        data = torch.from_numpy(self.content[start : start + int(self.image_bytes[index])].copy())
+        data = self.content[start : start + int(self.image_bytes[index])]
         if row["mode"] == RAW:
-            return data.view(int(row["height"]), int(row["width"]), 3).permute(2, 0, 1).contiguous()
+            pixels = torch.from_numpy(data.copy())
+            return pixels.view(int(row["height"]), int(row["width"]), 3).permute(2, 0, 1).contiguous()
         try:
-            decoded: torch.Tensor = torch.ops.image.decode_image(data, ImageReadMode.RGB.value)
-        except RuntimeError as e:
+            return decode_bytes(data.tobytes(), f"{self.path}, sample {index}")
+        except InputError as e:
             raise self.corrupt(f"the image of sample {index} cannot be decoded") from e
-        return decoded
 
     def check_pixels(self) -> None:
         """CorruptError unless raw pixels are those that were packed. Image files have no digest here."""
