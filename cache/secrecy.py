@@ -8,7 +8,8 @@ from __future__ import annotations
 
 import os
 import re
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
+from functools import lru_cache
 from urllib.parse import quote
 
 HIDDEN = "***"
@@ -36,7 +37,7 @@ def names_a_secret(name: str) -> bool:
 
 def remember(*secrets: str | None) -> None:
     """Keep credentials in mind that did not come from the environment, so that `hide` knows them."""
-    _remembered.update(one for one in secrets if one and len(one) >= _SHORTEST)
+    _remembered.update(_as_told(one for one in secrets if one))
 
 
 def hide(text: str, environment: Mapping[str, str] | None = None) -> str:
@@ -59,12 +60,22 @@ def is_part_of_one(text: str) -> bool:
     return any(text in secret for secret in _known(os.environ))
 
 
-def _known(environment: Mapping[str, str]) -> set[str]:
-    found = set(_remembered)
-    for name, value in environment.items():
+def _known(environment: Mapping[str, str]) -> frozenset[str]:
+    return _in_variables(frozenset(environment.items())) | _remembered
+
+
+@lru_cache(maxsize=1)  # every error asks, also those that are only looked at, and variables hardly ever change
+def _in_variables(variables: frozenset[tuple[str, str]]) -> frozenset[str]:
+    found = set[str]()
+    for name, value in variables:
         if names_a_secret(name):
             found.add(value.strip())
         if "://" in value:
             found.update(_PASSWORD.findall(value))
-    found = {one for one in found if len(one) >= _SHORTEST}
-    return found | {quote(one, safe="") for one in found}  # as they stand in an address
+    return _as_told(found)
+
+
+def _as_told(secrets: Iterable[str]) -> frozenset[str]:
+    """Those that are long enough to be told from other words, also as they stand in an address."""
+    found = [one for one in secrets if len(one) >= _SHORTEST]
+    return frozenset([*found, *(quote(one, safe="") for one in found)])
