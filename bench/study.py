@@ -18,14 +18,14 @@ import signal
 import sys
 import time
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import torch
 from study_data import parts_of_evaluation
 from study_head import heads
-from study_jobs import child, done, run_all
+from study_jobs import arguments, child, command_of, done, merged, run_all
 from study_protocol import (
     AUGMENT,
     BATCH,
@@ -60,8 +60,7 @@ from kdcache.train.run import train
 from kdcache.train.teach import teach
 
 TEACHER_DATA, STUDENT_DATA = "study_data:teacher", "study_data:students"
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "study.json"
+RESULTS = Path(__file__).parent / "results" / "study.json"
 
 
 @dataclass(frozen=True)
@@ -185,16 +184,12 @@ def measured(logits: Tensor, records: Records) -> dict[str, dict[str, Any]]:
 
 def collected(work: Path, out: Path, teacher_epochs: int) -> dict[str, Any]:
     """The results so far, those in `out` and those in the work folder, by job."""
-    mine = done(work)
     if not out.exists():
-        return mine
+        return done(work)
     there = json.loads(out.read_text())
     if there["protocol"] != protocol(teacher_epochs):
         sys.exit(f"{out} holds another study, {there['protocol']}: give another --out")
-    theirs = there["jobs"]
-    if (a := theirs.get("build-dense")) and (b := mine.get("build-dense")) and a["key"] != b["key"]:
-        sys.exit(f"{out} holds the students of another teacher: take its work folder, or give another --out")
-    return {**theirs, **mine}
+    return merged(work, out, there["jobs"], "build-dense")
 
 
 def stages(group: str, teacher_epochs: int) -> list[Job]:
@@ -209,9 +204,7 @@ def go_on(a: argparse.Namespace) -> int:
     """All that is left of the groups; how many jobs failed."""
 
     def command(job: Job) -> list[str]:
-        logits = ["--logits", str(a.logits)] if a.logits else []
-        kind = json.dumps([type(job).__name__, asdict(job)])
-        return [sys.executable, __file__, "--work", str(a.work), "--data", str(a.data), *logits, "--job", kind]
+        return command_of(__file__, a, job)
 
     def results() -> dict[str, Any]:
         return collected(a.work, a.out, a.teacher_epochs)
@@ -241,17 +234,8 @@ def say(text: str) -> None:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of teacher, caches, runs and logs")
-    parser.add_argument("--data", type=Path, default=os.environ.get("STUDY_DATA"), help="the .npz (or STUDY_DATA)")
-    parser.add_argument("--logits", type=Path, help="ImageNet logits, for the group imagenet")
-    parser.add_argument("--only", type=lambda v: v.split(","), default=list(GROUPS), help=f"some of {','.join(GROUPS)}")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser = arguments(__doc__, GROUPS, RESULTS, "imagenet")
     parser.add_argument("--teacher-epochs", type=int, default=TEACHER_EPOCHS)
-    parser.add_argument("--report", action="store_true", help="results, plots and tables, from what is done")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
     a = parser.parse_args()
     if unknown := set(a.only) - set(GROUPS):
         parser.error(f"unknown groups {', '.join(unknown)}: take some of {', '.join(GROUPS)}")

@@ -26,13 +26,13 @@ import signal
 import sys
 import time
 from collections.abc import Sequence
-from dataclasses import asdict, dataclass
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 import study
 from study_head import presets
-from study_jobs import child, done, run_all
+from study_jobs import arguments, child, command_of, merged, run_all
 from study_protocol import (
     AUGMENT,
     BATCH,
@@ -54,8 +54,7 @@ from kdcache.train.config import TeachConfig, TrainConfig
 from kdcache.train.run import train
 from kdcache.train.teach import teach
 
-HERE = Path(__file__).parent
-RESULTS = HERE / "results" / "study_again.json"
+RESULTS = Path(__file__).parent / "results" / "study_again.json"
 LR, DECAY = 0.025, 0.01
 KD, NKD = "kd:alpha=0.1,beta=0.9,temperature=2", "nkd:gamma=1.5,temperature=1"
 LOSSES = {"ce": "ce", "kd": KD, "nkd": NKD}
@@ -218,10 +217,7 @@ def trained(run: Student, work: Path) -> dict[str, Any]:
 def collected(work: Path, out: Path) -> dict[str, Any]:
     """The results so far, those in `out` and those in the work folder, by job."""
     theirs = json.loads(out.read_text())["jobs"] if out.exists() else {}
-    mine = done(work)
-    if (a := theirs.get(PLAIN.name)) and (b := mine.get(PLAIN.name)) and a["key"] != b["key"]:
-        sys.exit(f"{out} holds the students of another teacher: take its work folder, or give another --out")
-    return {**theirs, **mine}
+    return merged(work, out, theirs, PLAIN.name)
 
 
 def stages(runs: Sequence[Run]) -> list[Job]:
@@ -234,9 +230,7 @@ def go_on(a: argparse.Namespace) -> int:
     """All that is left of the groups; how many jobs failed."""
 
     def command(job: Job) -> list[str]:
-        logits = ["--logits", str(a.logits)] if a.logits else []
-        kind = json.dumps([type(job).__name__, asdict(job)])
-        return [sys.executable, __file__, "--work", str(a.work), "--data", str(a.data), *logits, "--job", kind]
+        return command_of(__file__, a, job)
 
     def left(names: Sequence[str]) -> list[Run]:
         found = collected(a.work, a.out)
@@ -268,16 +262,7 @@ def read_job(kind: str, fields: dict[str, Any]) -> Job:
 
 
 def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--work", type=Path, required=True, help="folder of teacher, caches, runs and logs")
-    parser.add_argument("--data", type=Path, help="the .npz")
-    parser.add_argument("--logits", type=Path, help="ImageNet logits, for the group heads")
-    parser.add_argument("--only", type=lambda v: v.split(","), default=list(GROUPS), help=f"some of {','.join(GROUPS)}")
-    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
-    parser.add_argument("--report", action="store_true", help="results, plots and tables, from what is done")
-    parser.add_argument("--out", type=Path, default=RESULTS)
-    parser.add_argument("--docs", type=Path, default=HERE.parent / "docs")
-    parser.add_argument("--job", help=argparse.SUPPRESS)
+    parser = arguments(__doc__, GROUPS, RESULTS, "heads")
     a = parser.parse_args()
     if unknown := set(a.only) - set(GROUPS):
         parser.error(f"unknown groups {', '.join(unknown)}: take some of {', '.join(GROUPS)}")

@@ -6,13 +6,14 @@ In a work folder, `done` has a file of results for each finished job, `spent` th
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import json
 import os
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Hashable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterable, Iterator, Sequence
 from dataclasses import asdict
 from pathlib import Path
 from typing import Any, Protocol, TypeVar
@@ -62,6 +63,37 @@ def child(job: Job, work: Path, perform: Callable[[], dict[str, Any]]) -> None:
 def done(work: Path) -> dict[str, Any]:
     """The results that lie in the work folder, by job."""
     return {file.stem: json.loads(file.read_text()) for file in sorted((work / "done").glob("*.json"))}
+
+
+def merged(work: Path, out: Path, theirs: dict[str, Any], build: str) -> dict[str, Any]:
+    """The jobs in `out` and those in the work folder; exits where the two hold different caches by the name `build`."""
+    mine = done(work)
+    if (a := theirs.get(build)) and (b := mine.get(build)) and a["key"] != b["key"]:
+        sys.exit(f"{out} holds the students of another teacher: take its work folder, or give another --out")
+    return {**theirs, **mine}
+
+
+def arguments(doc: str | None, groups: Iterable[str], results: Path, logits_for: str) -> argparse.ArgumentParser:
+    """What every study can be asked for. logits_for: the group that needs ImageNet logits."""
+    names = list(groups)
+    parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--work", type=Path, required=True, help="folder of teacher, caches, runs and logs")
+    parser.add_argument("--data", type=Path, default=os.environ.get("STUDY_DATA"), help="the .npz (or STUDY_DATA)")
+    parser.add_argument("--logits", type=Path, help=f"ImageNet logits, for the group {logits_for}")
+    parser.add_argument("--only", type=lambda v: v.split(","), default=names, help=f"some of {','.join(names)}")
+    parser.add_argument("--jobs", type=int, default=2, help="runs at once")
+    parser.add_argument("--report", action="store_true", help="results, plots and tables, from what is done")
+    parser.add_argument("--out", type=Path, default=results)
+    parser.add_argument("--docs", type=Path, default=Path(__file__).parents[1] / "docs")
+    parser.add_argument("--job", help=argparse.SUPPRESS)
+    return parser
+
+
+def command_of(script: str, a: argparse.Namespace, job: Job) -> list[str]:
+    """The line that does one job in a process of its own."""
+    logits = ["--logits", str(a.logits)] if a.logits else []
+    kind = json.dumps([type(job).__name__, asdict(job)])
+    return [sys.executable, script, "--work", str(a.work), "--data", str(a.data), *logits, "--job", kind]
 
 
 @contextlib.contextmanager

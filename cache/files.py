@@ -248,6 +248,11 @@ def is_there(path: Path) -> bool:
         raise
 
 
+def is_folder(path: Path) -> bool:
+    """Whether a folder is at the path; False, as with `is_there`, for a name that is too long for a file."""
+    return is_there(path) and path.is_dir()
+
+
 def expanded(text: str) -> Path:
     """The path that a user has written, where ~ stands for a home. InputError for what no file can be called."""
     try:

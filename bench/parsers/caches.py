@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import tempfile
+from collections.abc import Callable
 from functools import lru_cache
 from pathlib import Path
 from typing import Any
@@ -103,30 +104,16 @@ def _owner(top: Path) -> bytes:
 
 
 def _leases(top: Path) -> Prepared:
-    """The files of another builder in a folder, while this one begins, looks for work and ends."""
-    folder = top / "leases"
-    folder.mkdir()
-    sound = _owner(top)
-    files = {"builder": folder / f"{'a' * 16}.json", "lease": folder / f"{_NAME}.0"}
-
-    def read(name: str, content: bytes) -> Any:
-        for other, path in files.items():
-            path.write_bytes(content if other == name else sound)
-        leases = FolderLeases(top, "b" * 16, quiet)
-        leases._touch()  # and no thread, which __enter__ would begin
-        try:
-            return sorted(map(str, leases.others())), str(leases.holder(_NAME)), leases.take(_NAME), leases.clear()
-        finally:
-            leases._leave()
-            for path in folder.iterdir():
-                path.unlink()
-
-    return Prepared(dict.fromkeys(files, sound), read, JSON)
+    return _of_leases(top, top / "leases", lambda: FolderLeases(top, "b" * 16, quiet))
 
 
 def _bucket_leases(top: Path) -> Prepared:
     key = "c" * 64
-    folder = top / "leases" / key
+    return _of_leases(top, top / "leases" / key, lambda: ObjectLeases(open_objects(str(top)), key, "b" * 16, quiet))
+
+
+def _of_leases(top: Path, folder: Path, begun: Callable[[], FolderLeases | ObjectLeases]) -> Prepared:
+    """The files of another builder in a folder, while this one begins, looks for work and ends."""
     folder.mkdir(parents=True)
     sound = _owner(top)
     files = {"builder": folder / f"{'a' * 16}.json", "lease": folder / f"{_NAME}.0"}
@@ -134,8 +121,8 @@ def _bucket_leases(top: Path) -> Prepared:
     def read(name: str, content: bytes) -> Any:
         for other, path in files.items():
             path.write_bytes(content if other == name else sound)
-        leases = ObjectLeases(open_objects(str(top)), key, "b" * 16, quiet)
-        leases._touch()
+        leases = begun()
+        leases._touch()  # and no thread, which __enter__ would begin
         try:
             return sorted(map(str, leases.others())), str(leases.holder(_NAME)), leases.take(_NAME), leases.clear()
         finally:

@@ -43,7 +43,7 @@ import numpy as np
 import torch
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.files import expanded, is_there
+from kdcache.cache.files import expanded, is_folder
 from kdcache.cache.home import home as default_home
 from kdcache.pipeline.data.imagefiles import FilesDone, Triple
 from kdcache.pipeline.data.kinds import named
@@ -248,9 +248,5 @@ def _kind(asked: Asked) -> Kind:
             f"unknown dataset {asked.spec!r}: there is no such kind{near or ''}, and kdcache cannot import "
             f"{asked.name!r}: what follows is not the name of a function; known are {known}"
         )
-    hint = (
-        f"; a folder of images is imagefolder:{asked.spec}"
-        if is_there(Path(asked.spec)) and Path(asked.spec).is_dir()
-        else ""
-    )
+    hint = f"; a folder of images is imagefolder:{asked.spec}" if is_folder(Path(asked.spec)) else ""
     raise InputError(f"unknown dataset {asked.spec!r}: known are {known}{near}{hint}")

@@ -23,7 +23,7 @@ from safetensors import SafetensorError, safe_open
 from torch import Tensor
 
 from kdcache.cache.errors import CorruptError, InputError, first_sentence
-from kdcache.cache.files import is_there, sha256
+from kdcache.cache.files import is_folder, is_there, sha256
 from kdcache.cache.sealed import inflates
 
 State = dict[str, Tensor]
@@ -200,8 +200,7 @@ def open_checkpoint(file: str | Path) -> Checkpoint:
     """
     path, part = split_place(file)
     if not is_there(path) or not path.is_file():
-        is_folder = is_there(path) and path.is_dir()
-        raise InputError(f"{path} is a folder, not a weights file" if is_folder else f"no weights file at {path}")
+        raise InputError(f"{path} is a folder, not a weights file" if is_folder(path) else f"no weights file at {path}")
     if path.suffix == ".safetensors":
         tensors, about = _read_safetensors(path)
         checked = _require_sound(path, tensors, about)

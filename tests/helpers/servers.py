@@ -86,9 +86,14 @@ class Ranges(Files):
         self.wfile.write(part)
 
 
-@contextlib.contextmanager
 def web_server(folder, handler=Files):
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), functools.partial(handler, directory=str(folder)))
+    """A server of a folder's files; its address."""
+    return _serving(functools.partial(handler, directory=str(folder)))
+
+
+@contextlib.contextmanager
+def _serving(handler):
+    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), handler)
     thread = threading.Thread(target=server.serve_forever, args=(0.02,))
     thread.start()
     try:
@@ -202,7 +207,6 @@ def faulty(target, share=0.25, seed=0, content=True):
         proxy.close()
 
 
-@contextlib.contextmanager
 def answering(answer):
     """A server that has `answer(handler, body)` answer every request of any method; its address."""
 
@@ -218,16 +222,7 @@ def answering(answer):
 
         do_PUT = do_HEAD = do_POST = do_DELETE = do_GET
 
-    server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Handler)
-    server.daemon_threads = True
-    thread = threading.Thread(target=server.serve_forever, args=(0.02,))
-    thread.start()
-    try:
-        yield f"http://127.0.0.1:{server.server_port}"
-    finally:
-        server.shutdown()
-        thread.join()
-        server.server_close()
+    return _serving(Handler)
 
 
 def send(handler, status, body=b"", **headers):

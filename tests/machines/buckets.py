@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import shutil
-import tempfile
 from collections import Counter
 from contextlib import ExitStack
 from functools import partial
@@ -11,13 +10,13 @@ from pathlib import Path
 from typing import ClassVar
 
 from hypothesis import strategies as st
-from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, precondition, rule
+from hypothesis.stateful import initialize, invariant, precondition, rule
 
 from kdcache.cache.home import open_registry
-from kdcache.tests.machines.folders import COUNT, SECONDS, STEP, WHO
+from kdcache.tests.machines.folders import COUNT, STEP, WHO, Machine, damaged
 from kdcache.tests.machines.processes import LIVES, Fate
 from kdcache.tests.machines.server import URL, Server, served
-from kdcache.tests.machines.world import HOMES, MEMORY, VIEWS, Toy, World, content, signature
+from kdcache.tests.machines.world import HOMES, VIEWS, Toy, World, content, signature
 
 KINDS = ["killed", "killed", "power", "full", "interrupted", "lost", "lost", "busy", "away"]
 FATE = st.one_of(st.just(LIVES), st.builds(Fate, st.sampled_from(KINDS), STEP))
@@ -42,17 +41,12 @@ class BucketWorld(World):
         found += self.look_at(lambda: open_registry(self.url).cache(self.key), self.url, hurt or refused)
 
 
-class Buckets(RuleBasedStateMachine):
-    """tally: how often each rule was called, and how that ended, in all sequences. lengths: the steps of each."""
-
-    toy: Toy
+class Buckets(Machine):
     tally: ClassVar[Counter[str]] = Counter()
     lengths: ClassVar[list[int]] = []
 
     def __init__(self) -> None:
         super().__init__()
-        self.steps = 0
-        self.folder = Path(tempfile.mkdtemp(prefix="machine", dir=MEMORY)).resolve()
         self.server, self.stack = Server(), ExitStack()
         self.stack.enter_context(served(self.server))
         self.world = BucketWorld(self.toy, self.folder, self.server)
@@ -62,14 +56,8 @@ class Buckets(RuleBasedStateMachine):
         self.seen: dict[str, object] = {}
 
     def teardown(self) -> None:
-        self.lengths.append(self.steps)
         self.stack.close()
-        shutil.rmtree(self.folder)
-
-    def did(self, what: str, outcome: str) -> str:
-        self.tally[what] += 1
-        self.tally[f"{what}: {outcome.partition(':')[0]}"] += 1
-        return outcome
+        super().teardown()
 
     def there(self):
         return bool(self.server.names(f"caches/{self.world.key}/identity.json"))
@@ -162,24 +150,14 @@ class Buckets(RuleBasedStateMachine):
         if not there:
             return
         name, number = there[number % len(there)], number // len(there)
-        data: bytes | None = self.server.read(name)
-        if kind == "flip" and data:
-            at = number % (8 * len(data))
-            data = data[: at // 8] + bytes([data[at // 8] ^ 1 << at % 8]) + data[at // 8 + 1 :]
-        elif kind == "truncate":
-            data = data[: number % (len(data) or 1)]
-        elif kind == "foreign":
+        data: bytes | None = damaged(self.server.read(name), kind, number)
+        if kind == "foreign":
             data = self.toy.other.get(name.removeprefix(top), b"foreign")
         elif kind == "moved":
             data = self.server.read(there[number % len(there)])
         self.server.write(name, None if kind == "delete" else data)
         self.hurt = True
         self.did("damage", kind)
-
-    @rule(seconds=SECONDS)
-    def pass_time(self, seconds):
-        self.world.pass_time(seconds)
-        self.did("clock", "forwards" if seconds > 0 else "backwards")
 
     # What has to be true
 

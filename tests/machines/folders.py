@@ -27,15 +27,18 @@ DAMAGE = st.sampled_from(["flip", "truncate", "delete", "foreign", "moved", "fol
 SECONDS = st.sampled_from([-7200.0, -90.0, 30.0, 61.0, 3700.0, 86400.0 * 40])
 
 
-def damage(path: Path, kind: str, number: int, others: list[Path], foreign: bytes | None) -> None:
-    """Damage a file. number: which bit, byte or file."""
-    data = path.read_bytes()
+def damaged(data: bytes, kind: str, number: int) -> bytes:
+    """The bytes with one bit flipped, or without their end, or as they are where that is another kind of damage."""
     if kind == "flip" and data:
         at = number % (8 * len(data))
-        data = data[: at // 8] + bytes([data[at // 8] ^ 1 << at % 8]) + data[at // 8 + 1 :]
-    elif kind == "truncate":
-        data = data[: number % (len(data) or 1)]
-    elif kind == "foreign" and foreign is not None:
+        return data[: at // 8] + bytes([data[at // 8] ^ 1 << at % 8]) + data[at // 8 + 1 :]
+    return data[: number % (len(data) or 1)] if kind == "truncate" else data
+
+
+def damage(path: Path, kind: str, number: int, others: list[Path], foreign: bytes | None) -> None:
+    """Damage a file. number: which bit, byte or file."""
+    data = damaged(path.read_bytes(), kind, number)
+    if kind == "foreign" and foreign is not None:
         data = foreign
     elif kind == "moved":
         data = others[number % len(others)].read_bytes()
@@ -46,22 +49,18 @@ def damage(path: Path, kind: str, number: int, others: list[Path], foreign: byte
         path.write_bytes(data)
 
 
-class Folders(RuleBasedStateMachine):
+class Machine(RuleBasedStateMachine):
     """tally: how often each rule was called, and how that ended, in all sequences. lengths: the steps of each."""
 
     toy: Toy
-    tally: ClassVar[Counter[str]] = Counter()
-    lengths: ClassVar[list[int]] = []
+    tally: ClassVar[Counter[str]]
+    lengths: ClassVar[list[int]]
+    world: World
 
     def __init__(self) -> None:
         super().__init__()
         self.steps = 0
         self.folder = Path(tempfile.mkdtemp(prefix="machine", dir=MEMORY)).resolve()
-        self.world = World(self.toy, self.folder)
-        self.hurt = dict.fromkeys(PLACES, False)
-        self.removed = False  # whether a cache was removed from the registry, of which others know what it held
-        self.seen: dict[str, tuple] = {}
-        self.views = dict.fromkeys(PLACES, ())
 
     def teardown(self) -> None:
         self.lengths.append(self.steps)
@@ -71,6 +70,24 @@ class Folders(RuleBasedStateMachine):
         self.tally[what] += 1
         self.tally[f"{what}: {outcome.partition(':')[0]}"] += 1
         return outcome
+
+    @rule(seconds=SECONDS)
+    def pass_time(self, seconds):
+        self.world.pass_time(seconds)
+        self.did("clock", "forwards" if seconds > 0 else "backwards")
+
+
+class Folders(Machine):
+    tally: ClassVar[Counter[str]] = Counter()
+    lengths: ClassVar[list[int]] = []
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.world = World(self.toy, self.folder)
+        self.hurt = dict.fromkeys(PLACES, False)
+        self.removed = False  # whether a cache was removed from the registry, of which others know what it held
+        self.seen: dict[str, tuple] = {}
+        self.views = dict.fromkeys(PLACES, ())
 
     def there(self, *places):
         return any((self.world.cache(place) / "identity.json").exists() for place in places)
@@ -193,11 +210,6 @@ class Folders(RuleBasedStateMachine):
         damage(path, kind, number // len(there), there, foreign)
         self.hurt[place] = True
         self.did("damage", kind)
-
-    @rule(seconds=SECONDS)
-    def pass_time(self, seconds):
-        self.world.pass_time(seconds)
-        self.did("clock", "forwards" if seconds > 0 else "backwards")
 
     # What has to be true
 

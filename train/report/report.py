@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any, TypeVar
 
 from kdcache.cache.errors import InputError, KdcacheError, NotFoundError
-from kdcache.cache.files import is_there, read_range, replace_file
+from kdcache.cache.files import is_folder, read_range, replace_file
 from kdcache.cache.identity import SplitName
 from kdcache.cache.store.cache import Cache
 from kdcache.pipeline.build.answers import teacher_top1
@@ -77,7 +77,7 @@ def _subjects(config: ReportConfig) -> Subjects:
     found = Subjects()
     for what in dict.fromkeys(config.what):
         path = Path(what)
-        if is_there(path) and path.is_dir() and not (path / "identity.json").exists():
+        if is_folder(path) and not (path / "identity.json").exists():
             if not (runs := runs_in(path)):
                 raise NotFoundError(
                     f"{what} holds neither a cache nor a run: give a run folder, a sweep's folder or a cache"

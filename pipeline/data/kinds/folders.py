@@ -9,7 +9,7 @@ from pathlib import Path
 import numpy as np
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.files import is_there
+from kdcache.cache.files import is_folder, is_there
 from kdcache.pipeline.data.decode import in_one_line
 from kdcache.pipeline.data.imagefiles import FilesDone, is_hidden, left_out, list_images, unreadable_files
 from kdcache.pipeline.data.kinds.base import Asked, Kind, TakesPath, paths_at
@@ -130,7 +130,7 @@ def _unread_test(top: Path, train: Path, held: Path) -> str | None:
 
 def _split_folders(top: Path, split: str, layout: Layout) -> tuple[Path, Path | None]:
     """The folder of the train split, and the folder of the eval split, or None where there is none."""
-    if not is_there(top) or not top.is_dir():
+    if not is_folder(top):
         raise InputError(f"{top}: {'is not a folder' if is_there(top) else 'no such folder'}")
     there = _folders(top)
     train = _named(top, layout.train, "--train-folder") or _only(top, there, TRAIN, "--train-folder")
@@ -160,7 +160,7 @@ def _named(top: Path, name: str | None, flag: str) -> Path | None:
     if name is None:
         return None
     folder = Path(os.path.normpath(top / name))
-    if not is_there(folder) or not folder.is_dir():
+    if not is_folder(folder):
         raise InputError(f"{folder}: no such folder: {flag} is relative to {top}")
     return folder
 

@@ -8,7 +8,7 @@ from glob import glob, has_magic
 from pathlib import Path
 
 from kdcache.cache.errors import InputError
-from kdcache.cache.files import expanded, is_there
+from kdcache.cache.files import expanded, is_folder, is_there
 from kdcache.pipeline.data.kinds.base import Asked
 from kdcache.pipeline.data.kinds.folders import EVALUATION, TEST, TRAIN, VALIDATION, words_of
 
@@ -63,7 +63,7 @@ def _by_names(tars: tuple[Path, ...]) -> tuple[tuple[Path, ...], tuple[Path, ...
 def expand(pattern: str) -> tuple[Path, ...]:
     """The tars that a pattern names: a file, all tars below a folder, {000..099}, {a,b}, and * ? [ ] in byte order."""
     whole = expanded(pattern).absolute()
-    if is_there(whole) and whole.is_dir():
+    if is_folder(whole):
         found = [path for path in whole.rglob("*.tar") if "/." not in f"/{path.relative_to(whole)}"]
         if not found:
             raise InputError(f"{whole}: holds no .tar files")
