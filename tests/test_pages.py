@@ -67,6 +67,8 @@ def test_commands_are_taken_by_what_they_are_for(block: Block) -> None:
                 pytest.fail(f"{line}: {e.format_message()}")
         for script in re.findall(r"\bpython\S* (\w+/\w+\.py)\b", line):
             text = (ROOT / script).read_text()
+            shared = [(ROOT / script).parent / f"{m}.py" for m in re.findall(r"^from (\w+) import", text, re.MULTILINE)]
+            text += "".join(file.read_text() for file in shared if file.exists())
             flags = re.findall(r"(?<=\s)--[a-z-]+", line.split(script)[1])
             assert all(f'"{flag}"' in text for flag in flags), line
         for target in re.findall(r"^make (?:\w+=\S+ )*([a-z]+)", line):
