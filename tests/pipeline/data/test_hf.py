@@ -265,6 +265,28 @@ def test_compressed_arrow_files_are_refused(top: Path) -> None:
     refused(spec, "its Arrow files are compressed or damaged: save it again with save_to_disk")
 
 
+@pytest.mark.parametrize(
+    ("names", "label", "message"),
+    [
+        (["label"], AB, r"00002\.arrow: does not have one column 'image' \(its columns: label\): save it again"),
+        (["image"], AB, r"does not have one column 'label' \(its columns: image\)"),
+        (["image", "label"], [None] * 6, "the column label is string in other files, and null in this one: save it"),
+    ],
+)
+def test_a_file_with_other_columns_is_named(top: Path, names: list[str], label: list[Any], message: str) -> None:
+    import pyarrow as pa
+
+    rows(label=AB).save_to_disk(str(top / "set"), num_shards=2)
+    file = top / "set/data-00001-of-00002.arrow"
+    with pa.ipc.open_stream(file.read_bytes()) as stream:
+        table = stream.read_all()
+    columns = {"image": table["image"], "label": pa.array(label[:6])}
+    table = pa.Table.from_arrays([columns[name] for name in names], names)
+    with pa.ipc.new_stream(str(file), table.schema) as out:
+        out.write_table(table)
+    refused(f"hf:{top}/set", message)
+
+
 def test_a_name_on_the_hub(top: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(top)
     refused("hf:nobody/nothing", r"http://127\.0\.0\.1:9 does not answer, there is no such folder here, and .* no copy")

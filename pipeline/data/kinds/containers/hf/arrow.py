@@ -21,6 +21,7 @@ from kdcache.pipeline.data.imagefiles import Paths
 from kdcache.pipeline.data.kinds.containers.items import State, read_part, size_by_parts
 
 _NOT = -1  # the code of a label that a row does not have
+_AGAIN = "save it again with save_to_disk"
 
 
 @dataclass(frozen=True, eq=False)
@@ -123,7 +124,7 @@ def index_rows(name: str, files: Sequence[Path], image: str, label: str | None, 
     for number, file in enumerate(files):
         try:
             for batch, start, end in _batches(file):
-                found = _Column(name, n, batch.column(image), start, end)
+                found = _Column(name, n, _column(file, batch, image), start, end)
                 if (places := found.places()) is None:
                     paths.append(Paths.of(found.paths()))
                 else:
@@ -131,7 +132,10 @@ def index_rows(name: str, files: Sequence[Path], image: str, label: str | None, 
                 if bool(paths) and bool(images):
                     raise InputError(f"{row_of(name, n)}: some rows hold images, and others paths of images")
                 if label is not None:
-                    labels.append(batch.column(label))
+                    labels.append(_column(file, batch, label))
+                    if labels[-1].type != labels[0].type:
+                        types = f"{labels[0].type} in other files, and {labels[-1].type} in this one"
+                        raise InputError(f"{file}: the column {label} is {types}: {_AGAIN}")
                 n += len(batch)
         except (OSError, pa.ArrowException) as e:
             raise InputError(f"{file}: cannot be read as Arrow: {first_sentence(e)}") from e
@@ -142,6 +146,14 @@ def index_rows(name: str, files: Sequence[Path], image: str, label: str | None, 
         codes, texts = _labels(name, label, pa.chunked_array(labels), classes)
     joined = Paths.of(chain.from_iterable(paths))
     return Rows(np.concatenate(images, 1) if images else np.empty((3, 0), np.int64), joined, codes, texts)
+
+
+def _column(file: Path, batch: Any, name: str) -> Any:
+    """A column of a record batch. InputError where the file, damaged, lacks it or holds it twice."""
+    if batch.schema.get_field_index(name) < 0:
+        held = ", ".join(batch.schema.names) or "none"
+        raise InputError(f"{file}: does not have one column {name!r} (its columns: {held}): {_AGAIN}")
+    return batch.column(name)
 
 
 def _batches(file: Path) -> Iterator[tuple[Any, int, int]]:
@@ -188,7 +200,7 @@ class _Column:
         begin = content.address if content is not None and content.size else self.start
         inside = len(bounds) == len(bytes_) + 1 and self.start <= begin and begin + int(bounds[-1]) <= self.end
         if not inside or bounds[0] < 0 or (lengths < 0).any():
-            raise InputError(f"{self.name}: its Arrow files are compressed or damaged: save it again with save_to_disk")
+            raise InputError(f"{self.name}: its Arrow files are compressed or damaged: {_AGAIN}")
         self._require(lengths > 0, "its image is empty")
         self._require(lengths <= MAX_BYTES, "its image is larger than 1 GiB")
         return begin - self.start + bounds[:-1], lengths
