@@ -8,6 +8,8 @@ from collections.abc import Callable
 import pytest
 
 from kdcache.cache import care, files
+from kdcache.cache.registry import bucket, transfer
+from kdcache.cache.registry.leases import ObjectLeases
 from kdcache.cache.store import chunks, leases
 from kdcache.cache.store.place import Folder
 
@@ -61,6 +63,24 @@ def collects_what_lives(patch: Patch) -> None:
     patch.setattr(care, "_TEMPORARY", re.compile(r".*"))
 
 
+def commits_first(patch: Patch) -> None:
+    """In a bucket a commit is there before the chunks that it names."""
+    put_commit = bucket.put_commit
+
+    def reversed_(objects, prefix, store, commit, content, contents, each=map) -> bool:
+        made = objects.create(f"{prefix}/{store.layout.commit_file(commit.name)}", content)
+        put_commit(objects, prefix, store, commit, content, contents, each)
+        return made
+
+    for module in (bucket, transfer):
+        patch.setattr(module, "put_commit", reversed_)
+
+
+def nobody_dies(patch: Patch) -> None:
+    """To builders in a bucket whoever has a lease is alive, however long ago they have shown themselves."""
+    patch.setattr(ObjectLeases, "_living", lambda self, name: self._owner_of(name))
+
+
 # The machine that has to find each.
 PLANTS: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "a read without digests": ("folders", without_digests),
@@ -68,4 +88,6 @@ PLANTS: dict[str, tuple[str, Callable[[Patch], None]]] = {
     "a lease that never expires": ("folders", leases_for_ever),
     "a name before the bytes are durable": ("folders", not_durable),
     "a gc that takes what lives": ("folders", collects_what_lives),
+    "a commit before its chunks": ("bucket", commits_first),
+    "a lease in a bucket that never expires": ("bucket", nobody_dies),
 }
