@@ -31,6 +31,9 @@ help:
 demo: $(READY)
 	@$(BIN)/kdcache demo
 
+# What Python compiles is kept, wherever the environment says that it be not: a thousand processes would compile it anew.
+export PYTHONDONTWRITEBYTECODE =
+
 # A process a core and one more, since many tests wait for others to end; a file at a time; threads of so many would only
 # wait for each other.
 PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n "$$(($$(nproc) + 1))" --maxprocesses 8 --dist loadfile

@@ -10,7 +10,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, Protocol
 
-from scipy.stats import t as student_t
 from study_head import DENSE, KS, TAILS
 from study_protocol import (
     EPOCHS,
@@ -65,6 +64,8 @@ def estimate(values: Sequence[float]) -> Estimate:
     n = len(values)
     if n == 1:
         return Estimate(values[0], 1)
+    from scipy.stats import t as student_t  # slow
+
     deviation = statistics.stdev(values)
     half = float(student_t.ppf(0.975, n - 1)) * deviation / math.sqrt(n)
     return Estimate(statistics.fmean(values), n, deviation, half)

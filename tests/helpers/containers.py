@@ -14,6 +14,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kdcache.tests.helpers.images import photograph
+
 CLASSES = ("bloom", "roof")
 
 
@@ -37,9 +39,7 @@ class Sample:
 
 def pictures(train: int = 17, val: int = 7, side: int = 0) -> list[Sample]:
     """Cuts of scikit-learn's two photographs as JPEG and PNG files, by class, of many sizes (or all of one side)."""
-    from sklearn.datasets import load_sample_images
-
-    photos = dict(zip(("roof", "bloom"), load_sample_images().images, strict=True))
+    photos = {"roof": photograph("china"), "bloom": photograph("flower")}
     rng = np.random.default_rng(0)
     found = []
     for split, n in (("train", train), ("val", val)):
@@ -164,6 +164,8 @@ from pathlib import Path
 import numpy as np
 import torch
 from PIL import Image
+
+from kdcache.tests.helpers.images import photograph
 
 TOP = Path({top!r})
 FILES = json.loads((TOP / "files.json").read_text())

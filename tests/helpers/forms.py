@@ -13,6 +13,8 @@ from typing import Any
 import numpy as np
 from PIL import Image
 
+from kdcache.tests.helpers.images import photograph
+
 PNG = b"\x89PNG\r\n\x1a\n"
 HEIC = struct.pack(">I4s4sI8s", 24, b"ftyp", b"heic", 0, b"mif1heic") + bytes(400)
 
@@ -33,9 +35,7 @@ class Form:
 
 def photo() -> Image.Image:
     """A part of a photograph, RGB, 70 x 91."""
-    from sklearn.datasets import load_sample_images
-
-    return Image.fromarray(load_sample_images().images[1][100:170, 200:291])
+    return Image.fromarray(photograph("flower")[100:170, 200:291])
 
 
 def saved(image: Image.Image, kind: str = "PNG", **options: Any) -> bytes:

@@ -1,5 +1,6 @@
 """Image files and datasets of noise."""
 
+from importlib.util import find_spec
 from pathlib import Path
 
 import numpy as np
@@ -8,6 +9,13 @@ from PIL import Image
 
 from kdcache.pipeline.data.kinds.arrays import ArrayDataset
 from kdcache.pipeline.data.kinds.files import FileDataset
+
+
+def photograph(name: str) -> np.ndarray:
+    """One of scikit-learn's two photographs, "china" or "flower", without an import of scikit-learn; 427 x 640 RGB."""
+    folder = Path(find_spec("sklearn").origin).parent / "datasets" / "images"
+    with Image.open(folder / f"{name}.jpg") as image:
+        return np.asarray(image)
 
 
 def draw(path: Path, h: int = 8, w: int = 8) -> Path:

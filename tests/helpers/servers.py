@@ -15,8 +15,6 @@ from pathlib import Path
 from urllib.parse import urlsplit
 
 import pytest
-from moto.s3.responses import S3Response
-from moto.server import ThreadedMotoServer
 
 from kdcache.cache.registry.kinds import network
 
@@ -35,6 +33,9 @@ def one_at_a_time(put):
 @contextlib.contextmanager
 def s3_server(buckets=("shared",)):
     """moto's server, an S3 peer on loopback; its address."""
+    from moto.s3.responses import S3Response  # slow, and few need it
+    from moto.server import ThreadedMotoServer
+
     server = ThreadedMotoServer("127.0.0.1", 0, verbose=False)
     server.start()
     host, port = server.get_host_and_port()

@@ -28,8 +28,9 @@ from kdcache.pipeline.cluster.worker import Work, Worker
 from kdcache.pipeline.process.rank import Rank
 from kdcache.tests.helpers.building import MIXED_FILES, content, of_files, quiet
 from kdcache.tests.helpers.commands import invoke, works
+from kdcache.tests.helpers.lazily import Lazily
 
-ray = pytest.importorskip("ray")
+ray = Lazily("ray", optional=True)
 pytestmark = pytest.mark.usefixtures("home")
 
 # The network of these tests is watched: while a build is under way, the first worker to come so far kills itself, and

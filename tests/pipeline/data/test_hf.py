@@ -9,7 +9,6 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -20,9 +19,11 @@ from kdcache.pipeline.data.kinds.containers.hf import kind, library
 from kdcache.pipeline.data.kinds.containers.items import ItemDataset
 from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.tests.helpers.containers import Sample, pictures, write_folder, write_hf
+from kdcache.tests.helpers.lazily import Lazily
 from kdcache.train.evaluation.otherdata import whole_of
 from kdcache.train.plan.resuming import placed
 
+datasets = Lazily("datasets")
 SAMPLES = pictures(12, 4)
 CONTENTS = [s.content for s in SAMPLES]
 
@@ -191,8 +192,11 @@ IMAGES = {"bytes": CONTENTS[0], "path": None}
 
 
 def with_image(image: Any) -> Callable[[], Any]:
-    features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
-    return lambda: datasets.Dataset.from_dict({"image": [IMAGES, image], "label": ["a", "b"]}, features=features)
+    def make() -> Any:
+        features = datasets.Features({"image": datasets.Image(), "label": datasets.Value("string")})
+        return datasets.Dataset.from_dict({"image": [IMAGES, image], "label": ["a", "b"]}, features=features)
+
+    return make
 
 
 @pytest.mark.parametrize(

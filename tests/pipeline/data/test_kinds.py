@@ -5,7 +5,6 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-import datasets
 import numpy as np
 import pytest
 import torch
@@ -19,7 +18,9 @@ from kdcache.pipeline.data.kinds.base import Asked, Described, Kind
 from kdcache.pipeline.data.kinds.files import FileDataset
 from kdcache.tests.contracts.datasets import DatasetContract, images
 from kdcache.tests.helpers.containers import write_tar
+from kdcache.tests.helpers.lazily import Lazily
 
+datasets = Lazily("datasets")
 GREY = (0.5, 0.5, 0.5)
 
 

@@ -15,9 +15,10 @@ from kdcache.pipeline.teachers.teacher import load_teacher
 from kdcache.pipeline.teachers.weights import taught_file
 from kdcache.pipeline.trust import stored_network
 from kdcache.tests.helpers.images import arrays_data
+from kdcache.tests.helpers.lazily import Lazily
 from kdcache.tests.helpers.members import works
 
-timm = pytest.importorskip("timm")
+timm = Lazily("timm", optional=True)
 CPU = torch.device("cpu")
 
 

@@ -3,10 +3,11 @@
 import numpy as np
 import pytest
 import torch
-from sklearn.calibration import calibration_curve
 
+from kdcache.tests.helpers.lazily import Lazily
 from kdcache.train.evaluation.metrics import metrics, reliability
 
+calibration = Lazily("sklearn.calibration")
 BINS = 15
 
 
@@ -54,7 +55,7 @@ def test_calibration_equals_scikit_learn_and_the_paper():
     z, y = logits_of(confidence), torch.from_numpy(np.where(right, 0, 3))
     found = reliability(z, y)
     assert found.dtype == torch.float64 and found[:, 0].sum() == len(z)
-    accuracy, sure = calibration_curve(right, confidence, n_bins=BINS)
+    accuracy, sure = calibration.calibration_curve(right, confidence, n_bins=BINS)
     filled = found[found[:, 0] > 0]
     np.testing.assert_allclose(filled[:, 1], sure, rtol=1e-9)
     np.testing.assert_allclose(filled[:, 2], accuracy, rtol=1e-12)

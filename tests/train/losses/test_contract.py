@@ -9,7 +9,6 @@ import torch
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from torch import nn
-from torch._dynamo.testing import CompileCounter
 
 from kdcache.cache import encode
 from kdcache.cache.records.records import Tail
@@ -171,6 +170,8 @@ def test_every_loss_that_goes_by_the_epoch_is_compiled_in_a_test():
 @pytest.mark.parametrize("name", COMPILED)
 def test_a_compiled_step_is_compiled_once_for_all_epochs_of_a_warm_up(name):
     """Torch gives up where it would have to compile a ninth time."""
+    from torch._dynamo.testing import CompileCounter  # slow
+
     loss, counter = make_loss(COMPILED[name], 10), CompileCounter()
     torch._dynamo.reset()
     s, t, y = sample()

@@ -2,10 +2,6 @@
 
 import pytest
 import torch
-from timm.models.convnext import ConvNeXt
-from timm.models.mlp_mixer import MlpMixer
-from timm.models.swin_transformer import SwinTransformer as TimmSwin
-from timm.models.vision_transformer import VisionTransformer as TimmViT
 from torch import nn
 from torchvision import models
 from torchvision.models.maxvit import MaxVit
@@ -14,7 +10,10 @@ from torchvision.models.swin_transformer import SwinTransformer, SwinTransformer
 from kdcache.cache import KdcacheError
 from kdcache.pipeline.teachers.networks import build_network
 from kdcache.pipeline.teachers.teacher import Classifier
+from kdcache.tests.helpers.lazily import Lazily
 from kdcache.train.losses.features import FeatureTap
+
+timm = Lazily("timm.models")
 
 
 def swin(width, **more):
@@ -27,11 +26,13 @@ def maxvit():
 
 
 def timm_swin():
-    return TimmSwin(64, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=2, num_classes=5)
+    return timm.SwinTransformer(
+        64, embed_dim=8, depths=(1, 1, 1, 1), num_heads=(1, 1, 2, 2), window_size=2, num_classes=5
+    )
 
 
 def convnext():
-    return ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5)
+    return timm.ConvNeXt(depths=(1, 1, 1, 1), dims=(8, 16, 24, 32), num_classes=5)
 
 
 def plain_resnet():
@@ -78,9 +79,9 @@ def test_features_are_those_of_the_stage_before_the_last(name):
 @pytest.mark.parametrize(
     "make",
     [
-        lambda: TimmViT(32, 16, embed_dim=8, depth=1, num_heads=2, num_classes=5),
+        lambda: timm.VisionTransformer(32, 16, embed_dim=8, depth=1, num_heads=2, num_classes=5),
         lambda: models.VisionTransformer(32, 16, 1, 2, 8, 8, num_classes=5),
-        lambda: MlpMixer(num_classes=5, img_size=32, patch_size=16, num_blocks=1, embed_dim=8),
+        lambda: timm.MlpMixer(num_classes=5, img_size=32, patch_size=16, num_blocks=1, embed_dim=8),
         lambda: nn.Sequential(nn.Flatten(), nn.Linear(3 * 32 * 32, 5)),
     ],
     ids=["timm's vit", "vit", "mixer", "linear"],

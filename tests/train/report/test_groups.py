@@ -3,14 +3,15 @@
 import json
 
 import pytest
-from scipy import stats
 
 from kdcache.cache.errors import CorruptError
+from kdcache.tests.helpers.lazily import Lazily
 from kdcache.tests.helpers.reports import write_run
 from kdcache.train.report.facts.compared import difference, estimate
 from kdcache.train.report.facts.groups import LOGGED, differing, labels_of, runs_facts, thinned
 from kdcache.train.report.facts.runs import read_run, runs_in
 
+stats = Lazily("scipy.stats")
 HOW = {"data": None, "registry": None, "device": None, "workers": None}
 
 

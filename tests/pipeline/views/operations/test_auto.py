@@ -7,7 +7,6 @@ from fractions import Fraction
 import numpy as np
 import pytest
 import torch
-from scipy.stats import chi2_contingency
 from torchvision.transforms import v2
 from torchvision.transforms.v2 import functional as tv
 
@@ -24,7 +23,9 @@ from kdcache.pipeline.views.operations.kinds.auto import (
 )
 from kdcache.pipeline.views.operations.kinds.members import ONE, sines
 from kdcache.tests.contracts.operations import OperationContract, pictures, words_of
+from kdcache.tests.helpers.lazily import Lazily
 
+stats = Lazily("scipy.stats")
 pytestmark = pytest.mark.usefixtures("one_thread")
 
 SPACES = {"wide": WIDE, "narrow": NARROW}
@@ -288,13 +289,13 @@ def test_what_is_drawn_has_torchvisions_distribution(transform, operation, space
     member, number = drawn_by(transform, 4000)
     drawn = {name: array.reshape(-1) for name, array in operation.draw(words_of(operation, 100_000)).items()}
     table = np.array([np.bincount(some, minlength=len(MEMBERS)) for some in (member, drawn["member"])])
-    assert chi2_contingency(table).pvalue > 0.01
+    assert stats.chi2_contingency(table).pvalue > 0.01
     for names in (SIGNED, ("Solarize",)):
         here, there = (np.isin(some, [MEMBERS.index(name) for name in names]) for some in (drawn["member"], member))
         levels = drawn["level"][here] + LEVELS, nearest_levels(member[there], number[there], space) + LEVELS
         table = np.array([np.bincount(some, minlength=2 * LEVELS + 1) for some in levels])
         table = table[:, table.any(0)]
-        assert table.shape[1] == 1 or chi2_contingency(table).pvalue > 0.01
+        assert table.shape[1] == 1 or stats.chi2_contingency(table).pvalue > 0.01
     without = ~np.isin(drawn["member"], [MEMBERS.index(name) for name in (*SIGNED, *PLAIN)])
     assert not drawn["level"][without].any()
 

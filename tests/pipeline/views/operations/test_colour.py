@@ -8,13 +8,15 @@ import pytest
 import torch
 import torchvision.transforms.v2 as reference
 from PIL import Image, ImageEnhance, ImageOps
-from scipy.stats import chisquare, ks_2samp
 from torchvision.transforms.v2 import functional as tv
 
 from kdcache.pipeline.views.operations.kinds import colour
 from kdcache.pipeline.views.operations.kinds.colour import Blur, Color, Gray, Solarize, Three, deviation, kernel
 from kdcache.pipeline.views.operations.pixels import ONE, SMOOTHED, blend, smooth
 from kdcache.tests.contracts.operations import OperationContract, pictures, words_of
+from kdcache.tests.helpers.lazily import Lazily
+
+stats = Lazily("scipy.stats")
 
 
 class TestColor(OperationContract):
@@ -213,13 +215,13 @@ def test_factors_are_spread_as_those_of_torchvision(part, most):
     jitter, ours = reference.ColorJitter(**{part: most}), Color(**{**dict.fromkeys(NEUTRAL, 0.0), part: most})
     theirs = [jitter.make_params([])[f"{part}_factor"] for _ in range(N)]
     drawn = ours.draw(words_of(ours, N))
-    assert ks_2samp(drawn[part] / (6144 if part == "hue" else ONE), theirs).pvalue > 0.01
+    assert stats.ks_2samp(drawn[part] / (6144 if part == "hue" else ONE), theirs).pvalue > 0.01
     assert all((drawn[name] == value).all() for name, value in NEUTRAL.items() if name != part)
 
 
 def test_factors_and_orders_are_independent_and_every_order_is_as_probable():
     drawn = Color(0.4, 0.4, 0.4, 0.5).draw(words_of(Color(), 24_000))
-    assert chisquare(np.bincount(drawn["order"], minlength=24)).pvalue > 0.01
+    assert stats.chisquare(np.bincount(drawn["order"], minlength=24)).pvalue > 0.01
     correlations = np.corrcoef([drawn[name] for name in (*NEUTRAL, "order")])
     assert abs(correlations - np.eye(5)).max() < 0.03
 
@@ -240,7 +242,7 @@ def test_the_ends_of_the_ranges_are_drawn():
 def test_as_many_images_are_changed_as_asked_for(operation, name):
     for p in (0.2, 0.5):
         changed = np.count_nonzero(operation(p).draw(words_of(operation(), N))[name])
-        assert chisquare([changed, N - changed], [p * N, (1 - p) * N]).pvalue > 0.01
+        assert stats.chisquare([changed, N - changed], [p * N, (1 - p) * N]).pvalue > 0.01
     assert not operation(0).draw(words_of(operation(), N))[name].any()
     assert operation(1).draw(words_of(operation(), N))[name].all()
 
@@ -249,13 +251,13 @@ def test_blurs_are_spread_as_those_of_torchvision():
     torch.manual_seed(0)
     theirs = [reference.GaussianBlur(9, (0.1, 2.0)).make_params([])["sigma"][0] for _ in range(N)]
     ours = [float(deviation(sigma, 224)) for sigma in Blur(1).draw(words_of(Blur(), N))["sigma"].tolist()]
-    assert ks_2samp(ours, theirs).pvalue > 0.01
+    assert stats.ks_2samp(ours, theirs).pvalue > 0.01
 
 
 def test_three_does_exactly_one_and_each_as_often():
     drawn = Three().draw(words_of(Three(), N))
     done = np.stack([drawn[name] > 0 for name in ("gray", "solarize", "sigma")])
-    assert (done.sum(0) == 1).all() and chisquare(done.sum(1)).pvalue > 0.01
+    assert (done.sum(0) == 1).all() and stats.chisquare(done.sum(1)).pvalue > 0.01
     images = pictures(N // 100)
     few = {name: array[: len(images)] for name, array in drawn.items()}
     for operation, name in ((Gray(), "gray"), (Solarize(), "solarize"), (Blur(), "sigma")):

@@ -3,13 +3,14 @@
 import subprocess
 import sys
 
-import numba
 import numpy as np
 import pytest
 
 from kdcache.cache.errors import InputError
 from kdcache.pipeline.views.operations.compiled import compiled, kept
+from kdcache.tests.helpers.lazily import Lazily
 
+numba = Lazily("numba")
 SIGNATURE = "i8(u1[::1])"
 
 

@@ -5,13 +5,14 @@ import math
 import numpy as np
 import pytest
 import torch
-from scipy.stats import kstest
 from torchvision.transforms import RandomErasing
 
 from kdcache.pipeline.views.operations.boxes import edges
 from kdcache.pipeline.views.operations.kinds.erase import Erase
 from kdcache.tests.contracts.operations import COUNT, OperationContract, pictures, words_of
+from kdcache.tests.helpers.lazily import Lazily
 
+stats = Lazily("scipy.stats")
 LARGE = 1024  # pixels: torchvision's boxes have whole ones, which matter less the more there are
 
 
@@ -39,7 +40,7 @@ def test_boxes_are_distributed_as_torchvisions():
         (our_height / our_width, height / width),
         (ours[:, 0] / (LARGE - our_height), top / (LARGE - height)),
     ):
-        assert kstest(got, expected).pvalue > 1e-3
+        assert stats.kstest(got, expected).pvalue > 1e-3
 
 
 def test_areas_ratios_and_places_are_uniform_within_the_bounds():
@@ -49,7 +50,7 @@ def test_areas_ratios_and_places_are_uniform_within_the_bounds():
     assert 0.2999 < (height / width).min() and (height / width).max() < 3.3001
     assert box.min() >= 0 and box.max() <= 1 and max(height.max(), width.max()) < 1
     for places in (box[:, 0] / (1 - height), box[:, 1] / (1 - width)):
-        assert kstest(places, "uniform").pvalue > 1e-3
+        assert stats.kstest(places, "uniform").pvalue > 1e-3
 
 
 def test_a_box_is_the_first_of_four_tries_that_fits():

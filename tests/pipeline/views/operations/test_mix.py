@@ -8,7 +8,6 @@ import torch
 import torch.nn.functional as F
 from hypothesis import given
 from hypothesis import strategies as st
-from scipy.stats import beta, kstest
 from torchvision.transforms import v2
 
 from kdcache.cache.errors import InputError
@@ -16,7 +15,9 @@ from kdcache.pipeline.views.operations import boxes
 from kdcache.pipeline.views.operations.beta import THRESHOLDS
 from kdcache.pipeline.views.operations.kinds.mix import Cutmix, Mixup, beta_weights, label_weights, mixed
 from kdcache.tests.contracts.operations import COUNT, digest, pictures, words_of
+from kdcache.tests.helpers.lazily import Lazily
 
+stats = Lazily("scipy.stats")
 MIXES = [Mixup(0.8), Mixup(0.1), Cutmix(1.0), Cutmix(0.5)]
 FORMATS = [torch.contiguous_format, torch.channels_last]
 LARGE = 1024  # pixels: torchvision's boxes have whole ones, which matter less the more there are
@@ -92,7 +93,7 @@ def test_extreme_words_are_drawn_within_the_bounds(mix, word):
 @pytest.mark.parametrize("alpha", THRESHOLDS)
 def test_the_table_is_the_beta_distribution(alpha):
     """scipy's in float64: of draws that are rounded to 1/256."""
-    expected = beta.cdf((np.arange(256) + 0.5) / 256, alpha, alpha)
+    expected = stats.beta.cdf((np.arange(256) + 0.5) / 256, alpha, alpha)
     assert np.abs(np.array(THRESHOLDS[alpha].split(), float) - expected[:128] * 2**32).max() <= 1
     words = np.arange(2**14, dtype=np.uint64) << np.uint64(50)
     weights = beta_weights(words, alpha)
@@ -113,7 +114,7 @@ def test_an_alpha_without_a_table_is_refused():
 def test_weights_are_distributed_as_torchvisions(alpha, torch_seed):
     theirs = v2.MixUp(alpha=alpha, num_classes=2)
     expected = [round(theirs.make_params([])["lam"] * 256) for _ in range(5000)]
-    assert kstest(drawn_of(Mixup(alpha), 5000)["weight"], expected).pvalue > 1e-3
+    assert stats.kstest(drawn_of(Mixup(alpha), 5000)["weight"], expected).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("alpha", [0.2, 1.0, 2.0])
@@ -124,12 +125,12 @@ def test_boxes_are_distributed_as_torchvisions(alpha, torch_seed):
     assert (drawn["weight"] == 256).all()
     # Areas are drawn in steps of 1/256, so they are compared in these.
     parts = label_weights(drawn, LARGE, LARGE)[:, 1], 1 - np.array([p["lam_adjusted"] for p in params])
-    assert kstest(*(np.rint(256 * part) for part in parts)).pvalue > 1e-3
+    assert stats.kstest(*(np.rint(256 * part) for part in parts)).pvalue > 1e-3
     left, top, right, bottom = np.array([p["box"] for p in params]).T
     ours, expected = boxes.edges(drawn["box"], LARGE, LARGE), np.stack([top, left, bottom, right], 1)
     ours, expected = (edges[edges[:, 2] - edges[:, 0] > LARGE // 8] for edges in (ours, expected))
     for edge in range(4):
-        assert kstest(ours[:, edge], expected[:, edge]).pvalue > 1e-3
+        assert stats.kstest(ours[:, edge], expected[:, edge]).pvalue > 1e-3
 
 
 @pytest.mark.parametrize("size", [32, 224])

@@ -6,15 +6,16 @@ from dataclasses import asdict
 import numpy as np
 import pytest
 import torch
-from scipy.optimize import minimize_scalar
-from scipy.special import log_softmax, softmax
-from sklearn.metrics import brier_score_loss, confusion_matrix, log_loss, precision_recall_fscore_support
 
 from kdcache.cache.records.encoding import encode
+from kdcache.tests.helpers.lazily import Lazily
 from kdcache.train.evaluation.analysis.analysis import agreement, analyse, described, most_probable
 from kdcache.train.evaluation.analysis.calibration import LARGEST, SMALLEST, fitted_temperature, halves, scaling
 from kdcache.train.evaluation.analysis.classes import MATRIX_UP_TO, confusions, names_of_classes, per_class
 from kdcache.train.evaluation.judge import Answers
+
+optimize, special = Lazily("scipy.optimize"), Lazily("scipy.special")
+reference = Lazily("sklearn.metrics")
 
 
 def drawn(n=900, classes=7, seed=0, sure=3.0):
@@ -35,10 +36,10 @@ def test_classes_and_confusions_equal_scikit_learn():
     y[y == 4] = 3  # a class without images, which is still predicted
     predicted = z.argmax(1)
     found, mixed_up = per_class(predicted, y, list("abcdefg")), confusions(predicted, y, 7)
-    want = confusion_matrix(y, predicted, labels=range(7))
+    want = reference.confusion_matrix(y, predicted, labels=range(7))
     assert np.array_equal(mixed_up.matrix, want)
     assert found.images == tuple(want.sum(1)) and found.predicted == tuple(want.sum(0))
-    recall = precision_recall_fscore_support(y, predicted, labels=range(7), zero_division=np.nan)[1]
+    recall = reference.precision_recall_fscore_support(y, predicted, labels=range(7), zero_division=np.nan)[1]
     assert found.accuracy[4] is None and found.images[4] == 0 and found.predicted[4] > 0
     some = [c for c in range(7) if c != 4]
     assert [found.accuracy[c] for c in some] == pytest.approx(recall[some].tolist())
@@ -58,13 +59,13 @@ def test_many_classes_have_no_matrix_and_few_confusions():
 
 
 def nll64(z, y, temperature=1.0):
-    return -log_softmax(z.astype(np.float64) / temperature, 1)[np.arange(len(y)), y].mean()
+    return -special.log_softmax(z.astype(np.float64) / temperature, 1)[np.arange(len(y)), y].mean()
 
 
 @pytest.mark.parametrize("sure", [0.4, 1.0, 3.0])
 def test_the_temperature_is_the_one_that_scipy_finds(sure):
     z, y = drawn(sure=sure)
-    best = minimize_scalar(
+    best = optimize.minimize_scalar(
         lambda log: nll64(z, y, np.exp(log)), bounds=(-4, 4), method="bounded", options={"xatol": 1e-9}
     )
     assert fitted_temperature(*tensors(z, y)) == pytest.approx(np.exp(best.x), rel=1e-5)
@@ -81,9 +82,9 @@ def test_calibration_before_and_after_equals_scikit_learn():
         )
     after = z / np.where(first, found.of_halves[1], found.of_halves[0])[:, None]
     for one, logits in ((found.before, z), (found.after, after)):
-        p = softmax(logits.astype(np.float64), 1)
-        assert one.nll == pytest.approx(log_loss(y, p, labels=range(7)), rel=1e-5)
-        assert one.brier == pytest.approx(sum(brier_score_loss(y == c, p[:, c]) for c in range(7)), rel=1e-5)
+        p = special.softmax(logits.astype(np.float64), 1)
+        assert one.nll == pytest.approx(reference.log_loss(y, p, labels=range(7)), rel=1e-5)
+        assert one.brier == pytest.approx(sum(reference.brier_score_loss(y == c, p[:, c]) for c in range(7)), rel=1e-5)
         assert sum(b.images for b in one.bins) == len(y) and len(one.bins) == 15
         gaps = [b.images * abs(b.accuracy - b.confidence) for b in one.bins]
         assert one.ece == pytest.approx(sum(gaps) / len(y), abs=1e-6)
@@ -118,7 +119,7 @@ def test_agreement_is_with_one_and_with_five_of_the_teachers_classes(k):
     assert found.top5 == (None if k == 3 else pytest.approx(near))
     assert found.accuracy == pytest.approx((z.argmax(1) == y).mean())
     if k is None:
-        p, q = softmax(t.astype(np.float64), 1), log_softmax(z.astype(np.float64), 1)
+        p, q = special.softmax(t.astype(np.float64), 1), special.log_softmax(z.astype(np.float64), 1)
         assert found.kl == pytest.approx((p * (np.log(p) - q)).sum(1).mean(), rel=1e-4)
     agreed = sum(b.images * b.accuracy for b in found.bins) / 300
     assert agreed == pytest.approx(found.top1)
