@@ -224,13 +224,25 @@ def line_of(home, out, *flags, batch=95):
     return ["-m", "kdcache.cli", "train", *of, "--batch-size", str(batch), *flags]
 
 
-def torchrun(home, out, *flags, restarts=0):
-    command = [
-        sys.executable, "-m", "torch.distributed.run", "--standalone",  # a free port, which several can have at once
-        "--nproc-per-node", str(RANKS), "--max-restarts", str(restarts), *line_of(home, out, *flags),
-    ]  # fmt: skip
+def running(home, line):
     env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    return warm.Popen(command, cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True)
+    return warm.Popen(
+        [sys.executable, *line], cwd=home, env=env, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True
+    )
+
+
+def torchrun(home, out, *flags):
+    """As a user starts it, on a free port, which several can have at once."""
+    how = ["-m", "torch.distributed.run", "--standalone", "--nproc-per-node", str(RANKS)]
+    return running(home, [*how, *line_of(home, out, *flags)])
+
+
+def agent(home, out, *flags, restarts=0):
+    """torchrun's agent, whose ranks are forked and write their pids to files."""
+    pids = home / f"{out}-ranks"
+    pids.mkdir()
+    words = [RANKS, restarts, pids, *line_of(home, out, *flags)[2:]]
+    return running(home, ["-m", "kdcache.tests.helpers.elastic", *words])
 
 
 def require_same_weights(one, other):
@@ -259,9 +271,11 @@ def test_ranks_train_what_one_process_trains(home):
     assert said.count("epoch 2/2") == len(losses) and output.count("agreement") == 1
 
 
-def rank_process(started, rank):
-    """The pid of a rank of torchrun's, once it is there."""
+def rank_process(pids, started, rank):
+    """The pid of a rank, once it is there."""
     while started.poll() is None:
+        if (pids / str(rank)).exists():
+            return int((pids / str(rank)).read_text())
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
                 parent = stat.read_text().rpartition(")")[2].split()[1]
@@ -276,7 +290,7 @@ def rank_process(started, rank):
 
 def in_training(home, out, started):
     """Waits until something is kept; the pids of the ranks."""
-    both = [rank_process(started, rank) for rank in range(RANKS)]
+    both = [rank_process(home / f"{out}-ranks", started, rank) for rank in range(RANKS)]
     while not (home / out / "state.pt").exists() and started.poll() is None:
         time.sleep(0.01)
     return both
@@ -297,7 +311,7 @@ def whole(home):
 
 
 def test_ranks_that_torchrun_restarts_go_on(home, whole):
-    started = torchrun(home, "restarted", "--loss", "dist", "--epochs", str(EPOCHS), restarts=1)
+    started = agent(home, "restarted", "--loss", "dist", "--epochs", str(EPOCHS), restarts=1)
     kill_rank(home, "restarted", started)
     _, said = started.communicate(timeout=120)
     assert started.returncode == 0, said
@@ -306,7 +320,7 @@ def test_ranks_that_torchrun_restarts_go_on(home, whole):
 
 
 def test_a_rank_that_dies_ends_the_others_and_one_process_goes_on(home, whole):
-    started = torchrun(home, "dead", "--loss", "dist", "--epochs", str(EPOCHS))
+    started = agent(home, "dead", "--loss", "dist", "--epochs", str(EPOCHS))
     both = kill_rank(home, "dead", started)
     at = time.monotonic()
     _, said = started.communicate(timeout=60)

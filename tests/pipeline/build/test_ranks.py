@@ -22,13 +22,11 @@ from kdcache.tests.helpers import warm
 from kdcache.tests.helpers.ranks import run_ranks
 
 
-def torchrun(home, ranks, line, restarts=0):
-    """Its standard output and error are pipes, and those of all ranks with them."""
+def agent(home, pids, line, ranks=2, restarts=1):
+    """torchrun's; its standard output and error are pipes, and those of all ranks with them."""
+    pids.mkdir()
     return warm.Popen(
-        [
-            sys.executable, "-m", "torch.distributed.run", "--standalone", f"--nproc-per-node={ranks}",
-            f"--max-restarts={restarts}", "-m", "kdcache.cli", *line.split(),
-        ],
+        [sys.executable, "-m", "kdcache.tests.helpers.elastic", ranks, restarts, pids, *line.split()],
         env={**os.environ, "KDCACHE_HOME": str(home)}, stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
     )  # fmt: skip
 
@@ -79,7 +77,7 @@ def test_a_killed_rank_is_started_again_and_the_build_goes_on(taught, tmp_path, 
     home = taught[0]
     monkeypatch.setenv("KDCACHE_HOME", str(home))
     line = f"build --teacher resnet8 --device cpu --views 6 --json --out {tmp_path / 'c'}"
-    with torchrun(home, 2, line, restarts=1) as process:
+    with agent(home, tmp_path / "pids", line) as process:
         leases, until = [], time.monotonic() + 100
         while not leases and time.monotonic() < until:
             time.sleep(0.01)
