@@ -1,6 +1,9 @@
 """Caches of random logits, and what stands in them."""
 
+import copy
 import os
+import shutil
+import tempfile
 
 import numpy as np
 import pytest
@@ -60,10 +63,50 @@ def identity(samples=21, held_out=9, part=8, mixed=False, sequence="random", **r
     )
 
 
+class Copies:
+    """Copies of the caches that were asked for before: to write one takes ten times as long."""
+
+    def __init__(self):
+        self._asked, self._made = set(), {}
+
+    def take(self, key, path):
+        """Copy the cache with this key to a path; what goes with it, or None where it has to be made."""
+        if key not in self._made:
+            return None
+        folder, more = self._made[key]
+        shutil.copytree(folder.name, path, copy_function=shutil.copy, dirs_exist_ok=True)
+        return copy.deepcopy(more)
+
+    def keep(self, key, path, more):
+        """Keep a cache that was made for the second time, and is likely to be asked for again."""
+        if key in self._asked:
+            folder = tempfile.TemporaryDirectory(prefix="kdcache-kept-")
+            shutil.copytree(path, folder.name, dirs_exist_ok=True)
+            self._made[key] = folder, copy.deepcopy(more)
+        self._asked.add(key)
+
+
+COPIES = Copies()
+
+
 class Filled:
     """A cache with `views` complete views of random logits, and what its records are."""
 
+    more = ()  # what a cache depends on besides the arguments; None: on what nobody can compare
+
+    def __init_subclass__(cls):
+        cls.more = None
+
     def __init__(self, path, about, views=2, seed=0):
+        key = None if self.more is None else (type(self), about.model_dump_json(), views, seed, self.more)
+        if key is not None and (found := COPIES.take(key, path)):
+            self.__dict__.update(found, cache=Cache.create(path, about))
+            return
+        self._fill(path, about, views, seed)
+        if key is not None:
+            COPIES.keep(key, path, {name: value for name, value in vars(self).items() if name != "cache"})
+
+    def _fill(self, path, about, views, seed):
         self.cache, self.about, self.rng = Cache.create(path, about), about, np.random.default_rng(seed)
         r = about.record
         self.labels = {}

@@ -15,7 +15,7 @@ class Answered(Filled):
     """
 
     def __init__(self, path, about, views=2, number=0, wide=3.0):
-        self._own, self._wide = np.random.default_rng(100 + number), wide
+        self._own, self._wide, self.more = np.random.default_rng(100 + number), wide, (number, wide)
         teacher = about.teacher.model_copy(
             update={"architecture": f"net{number}", "weights": WEIGHTS[number] * 64, "input_size": 8 + number}
         )
