@@ -191,7 +191,8 @@ def killed_at(event, by=signal.SIGKILL):
                 os.kill(os.getpid(), by)
             return function(*args, **kwargs)
         return counted
-    os.fsync, os.link, os.replace = counting(os.fsync), counting(os.link), counting(os.replace)
+    # What is killed is not the machine: nothing has to reach the disk, which takes most of the time.
+    os.fsync, os.link, os.replace = counting(lambda fd: None), counting(os.link), counting(os.replace)
     os.mkdir, os.unlink, Teacher.logits = counting(os.mkdir), counting(os.unlink), counting(Teacher.logits)
     return left
 """

@@ -102,7 +102,9 @@ class Filled:
         if key is not None and (found := COPIES.take(key, path)):
             self.__dict__.update(found, cache=Cache.create(path, about))
             return
-        self._fill(path, about, views, seed)
+        with pytest.MonkeyPatch.context() as patch:
+            patch.setattr(os, "fsync", lambda fd: None)  # takes most of the time
+            self._fill(path, about, views, seed)
         if key is not None:
             COPIES.keep(key, path, {name: value for name, value in vars(self).items() if name != "cache"})
 
@@ -117,13 +119,11 @@ class Filled:
             store.write_sizes(self.sizes(store), WRITER)
         self.logits = {("eval", 0): self.draw(self.cache.evaluation)}
         self.logits |= {("train", v): self.draw(self.cache.train) for v in range(views)}
-        with pytest.MonkeyPatch.context() as patch:
-            patch.setattr(os, "fsync", lambda fd: None)  # takes most of the time
-            for split, view in self.logits:
-                store = self.cache.train if split == "train" else self.cache.evaluation
-                for part in range(store.parts):
-                    self.write(store, view, part)
-            self.cache.write_prior(WRITER)
+        for split, view in self.logits:
+            store = self.cache.train if split == "train" else self.cache.evaluation
+            for part in range(store.parts):
+                self.write(store, view, part)
+        self.cache.write_prior(WRITER)
 
     def sizes(self, store):
         return self.rng.integers(1, 900, (store.samples, 2)).astype(np.int32)

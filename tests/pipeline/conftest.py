@@ -33,7 +33,7 @@ def toy(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def toy_at_hand(toy):
+def toy_at_hand(toy, no_fsync):
     with _in(toy):
         yield
 

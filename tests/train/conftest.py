@@ -1,5 +1,6 @@
 """For tests of training: a home with a teacher and caches of it, made once for all files."""
 
+import os
 import shutil
 
 import pytest
@@ -18,6 +19,7 @@ def _first_home(tmp_path_factory):
     folder = tmp_path_factory.mktemp("first-home")
     with pytest.MonkeyPatch.context() as patch:
         patch.setenv("KDCACHE_HOME", str(folder))
+        patch.setattr(os, "fsync", lambda fd: None)
         teach(TeachConfig("resnet8", epochs=4), quiet)
         for name, precision in (("default", "float16"), ("exact", "float32")):
             build(BuildConfig("resnet8", views=3, precision=precision, out=str(folder / name)), quiet)
@@ -26,7 +28,7 @@ def _first_home(tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def home(_first_home, tmp_path_factory):
+def home(_first_home, tmp_path_factory, no_fsync):
     """A taught teacher and caches of it: dense as stored by default, dense float32, and all of top 3."""
     folder = tmp_path_factory.mktemp("home")
     shutil.copytree(_first_home, folder, dirs_exist_ok=True)

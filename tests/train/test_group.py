@@ -195,7 +195,7 @@ EPOCHS = 6
 
 
 @pytest.fixture(scope="module")
-def home(tmp_path_factory):
+def home(tmp_path_factory, no_fsync):
     """A folder to work in, with a network, its weights as a teacher's, and a cache."""
     folder = tmp_path_factory.mktemp("ranks")
     with pytest.MonkeyPatch.context() as patch:

@@ -18,6 +18,7 @@ import torch
 from kdcache.cache.errors import InputError, KdcacheError
 from kdcache.pipeline.build.build import build
 from kdcache.pipeline.data.dataset import Dataset, list_unreadable, open_data
+from kdcache.pipeline.data.kinds.containers import passes
 from kdcache.pipeline.views.parameters import draw
 from kdcache.pipeline.views.render import Renderer
 from kdcache.tests.helpers import containers
@@ -31,6 +32,7 @@ from kd_toy import net
 def thousands():
     return net(20_000, 4, 8, 2)
 """
+THOUSANDS = {"teacher": "kd_thousands:thousands", "topk": 3, "batch_size": 1}
 BY_ID = [kind for kind in WRITERS if kind != "folder"]  # whose labels can be ids: folders name their classes
 WRONG = (1.5, -1, None, "cat", True)  # among labels that are whole numbers
 WRONG_TEXT = ("1.5", "-1", "")  # the same, where everything is written as text; there "cat" makes all labels names
@@ -39,7 +41,7 @@ Put = Callable[[list[Sample]], str]
 
 
 @pytest.fixture(scope="module", autouse=True)
-def place(toy: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterator[Path]:
+def place(toy: Path, tmp_path_factory: pytest.TempPathFactory, no_fsync: None) -> Iterator[Path]:
     """A folder with a home of kdcache's, and two modules of teachers at hand."""
     top = tmp_path_factory.mktemp("containers")
     (top / "kd_thousands.py").write_text(TOY)
@@ -116,11 +118,29 @@ def reference(files: dict[str, Dataset], place: Path) -> dict[str, Any]:
     return records(f"imagefolder:{place / 'files'}", place / "reference")
 
 
+@pytest.fixture(scope="module")
+def alone(few: list[Sample]) -> list[Sample]:
+    """One image for each split, of 20,000 classes."""
+    return [replace(few[0], label=19_999), replace(of_split(few, "eval")[0], label=3)]
+
+
+@pytest.fixture(scope="module")
+def of_alone(alone: list[Sample], place: Path) -> dict[str, Any]:
+    """The records of these, which a table names."""
+    return records(written("csv", place / "alone", alone), place / "records of alone", **THOUSANDS)
+
+
 def refusal(spec: str, split: str = "train") -> str:
     with pytest.raises(InputError) as caught:
         open_data(spec, split)
     assert "\n" not in str(caught.value)
     return str(caught.value)
+
+
+@pytest.fixture
+def one_worker(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A single process reads items, however many cores there are."""
+    monkeypatch.setattr(passes, "cores", lambda: 1)
 
 
 class TestEveryContainer:
@@ -137,22 +157,23 @@ class TestEveryContainer:
             assert (data.mean, data.std) == (same.mean, same.std)
             assert data.note and f"{n} images to" in data.note and data.unreadable() == []
 
+    @pytest.mark.usefixtures("one_worker")
     def test_records_are_equal_bit_for_bit(self, spec: str, tmp_path: Path, reference: dict[str, Any]) -> None:
         found = records(spec, tmp_path / "cache")
         assert found == reference and len(found) > 40
 
+    @pytest.mark.usefixtures("one_worker")
     @pytest.mark.parametrize("kind", BY_ID)
-    def test_one_image_alone_and_20_000_classes(self, few: list[Sample], put: Put, tmp_path: Path) -> None:
-        alone = [replace(few[0], label=19_999), replace(of_split(few, "eval")[0], label=3)]
+    def test_one_image_alone_and_20_000_classes(
+        self, alone: list[Sample], of_alone: dict[str, Any], put: Put, tmp_path: Path
+    ) -> None:
         spec = put(alone)
         data = open_data(spec, "train")
         assert data.labels.tolist() == [[19_999]] and data.subset(np.array([0])).fingerprint() == data.fingerprint()
         assert data.class_names == open_data(spec, "eval").class_names == tuple(map(str, range(20_000)))
-        changes = {"teacher": "kd_thousands:thousands", "topk": 3, "batch_size": 1}
-        found = records(spec, tmp_path / "cache", **changes)
-        same = written("csv", tmp_path / "same", alone)
-        assert found == records(same, tmp_path / "same cache", **changes)
+        assert records(spec, tmp_path / "cache", **THOUSANDS) == of_alone
 
+    @pytest.mark.usefixtures("one_worker")
     @pytest.mark.parametrize("kind", BY_ID)
     def test_two_classes_by_their_ids(self, few: list[Sample], put: Put) -> None:
         spec = put([replace(s, label=s.id) for s in few])
@@ -161,6 +182,7 @@ class TestEveryContainer:
             assert data.class_names == ("0", "1")
             assert data.labels[:, 0].tolist() == [s.id for s in of_split(few, split)]
 
+    @pytest.mark.usefixtures("one_worker")
     def test_moved_copies_keep_their_fingerprint_and_changed_ones_do_not(self, few: list[Sample], put: Put) -> None:
         first, second = few[0], few[1]
         other = bytearray(first.content)
@@ -183,12 +205,14 @@ class TestEveryContainer:
         seen |= {open_data(spec, split).fingerprint(full) for split, full in (("train", True), ("eval", False))}
         assert len(seen) == 3 + len(changes)
 
+    @pytest.mark.usefixtures("one_worker")
     def test_without_labels(self, spec: str) -> None:
         bare, data = open_data(spec, "train", unlabelled=True), open_data(spec, "train")
         assert bare.labels.shape == (len(data), 0) and bare.class_names == ()
         assert torch.equal(bare.decode(3), data.decode(3))
         assert bare.fingerprint() == data.unlabelled().fingerprint() != data.fingerprint()
 
+    @pytest.mark.usefixtures("one_worker")
     def test_small_images_are_held_in_memory(self, put: Put, tmp_path: Path) -> None:
         small = containers.pictures(side=12)
         folder, spec = written("folder", tmp_path / "folder", small), put(small)
@@ -215,6 +239,7 @@ class TestEveryContainer:
             list(renderer.views([draw("rrc", 0, 0, range(40), some.sizes)], [(np.arange(40), range(1))]))
         assert str(caught.value).startswith(f"{data.where(17)}: the worker process that read it was killed")
 
+    @pytest.mark.usefixtures("one_worker")
     def test_unreadable_images_are_named_and_all_of_them_are_listed(
         self, kind: str, few: list[Sample], put: Put
     ) -> None:

@@ -31,7 +31,7 @@ SMALL = ["--teacher", "resnet8", "--batch-size", "16", "--samples", "64", "--rou
 
 
 @pytest.fixture
-def place(tmp_path, monkeypatch, one_thread):
+def place(tmp_path, monkeypatch, one_thread, no_fsync):
     """An empty KDCACHE_HOME and an empty folder for temporary files; little to read."""
     monkeypatch.setenv("KDCACHE_HOME", str(tmp_path / "home"))
     monkeypatch.setattr(bench_module.tempfile, "tempdir", str(tmp_path))

@@ -28,6 +28,8 @@ from kdcache.tests.helpers.oddthings import ODD, put_in_place
 from kdcache.train.loaders.cached import CachedLoader
 from kdcache.train.loaders.ffcv import FFCVLoader
 
+pytestmark = pytest.mark.usefixtures("no_fsync")
+
 
 @pytest.fixture(scope="module")
 def packed(tmp_path_factory):
