@@ -31,18 +31,14 @@ help:
 demo: $(READY)
 	@$(BIN)/kdcache demo
 
-# What Python compiles is kept, wherever the environment says that it be not: a thousand processes would compile it anew.
+# What Python compiles is kept, whatever the environment says: each of a thousand processes would compile it anew.
 export PYTHONDONTWRITEBYTECODE =
 
-# A process a core and one more, since many tests wait for others to end; a file at a time; threads of so many would only
-# wait for each other.
-PYTEST = OMP_NUM_THREADS=1 $(1)/python -m pytest -n "$$(($$(nproc) + 1))" --maxprocesses 8 --dist loadfile
-
 test: checked
-	$(call PYTEST,$(BIN))
+	@bash tests/run.sh $(BIN)
 
 quick: checked
-	$(call PYTEST,$(BIN)) -m "not slow"
+	@bash tests/run.sh $(BIN) -m "not slow"
 
 format: $(READY)
 	$(BIN)/ruff check --select I --fix
@@ -50,7 +46,7 @@ format: $(READY)
 
 # With the oldest versions that pyproject.toml admits, without FFCV. It takes long: for who changes a bound there.
 oldest: .venv-oldest/.ready
-	$(call PYTEST,.venv-oldest/bin)
+	@bash tests/run.sh .venv-oldest/bin
 
 .venv-oldest/.ready: pyproject.toml constraints-oldest.txt
 	$(PYTHON) -m venv .venv-oldest

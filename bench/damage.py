@@ -90,6 +90,8 @@ class Bench:
             for file, stored in json.loads(commit.read_bytes())["files"].items():
                 (at / file).rename(decided / name / stored["sha256"])
             commit.rename(decided / name / "commit.json")
+            digest = files.sha256((decided / name / "commit.json").read_bytes())
+            (decided / name / "commit.sha256").write_text(digest)
 
     def cases(self) -> Iterator[tuple[Callable[..., None], str, int]]:
         """Every way to damage something, what, and a number where a way is taken more than once."""

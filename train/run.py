@@ -31,7 +31,7 @@ from kdcache.train.loop.cotrain import LearningTeacher
 from kdcache.train.loop.logs.logs import Logged
 from kdcache.train.loop.runfolder import RunFolder, best_of, config_of, goes_on
 from kdcache.train.loop.trainer import fit, new_classifier
-from kdcache.train.loop.watching import PARTNER
+from kdcache.train.loop.watching import PARTNER, guesses
 from kdcache.train.losses.prepare import prepared
 from kdcache.train.plan.plan import TrainPlan, default_out, make_plan
 from kdcache.train.plan.resuming import exists, given_by, resumed
@@ -106,6 +106,8 @@ def _train(
         if exists(where):
             raise
         raise UnreadableError(f"{where} has gone: bring the disk or folder back, and go on with --resume") from e
+    if note := guesses(history[-1], plan.classes, plan.recipe.lr):
+        say(note)
     summary = _summary(plan, history, time.monotonic() - started)
     if group.rank() == 0:
         folder.finish(summary)

@@ -44,6 +44,7 @@ from kdcache.train.loaders.order import usual_batch
 from kdcache.train.loop.optimisers import Recipe
 from kdcache.train.loop.runfolder import RunFolder
 from kdcache.train.loop.trainer import Training, fit, new_classifier
+from kdcache.train.loop.watching import guesses
 from kdcache.train.losses import CE
 
 _POLL_SECONDS = 0.5
@@ -123,6 +124,8 @@ def _teach(config: TeachConfig, device: torch.device, say: Callable[[str], None]
         file_classifier(plan.path, model, {**plan.notes, "metrics": history[-1]})
         shutil.rmtree(folder.path)
     group.wait()  # for the file
+    if note := guesses(history[-1], len(data.class_names), plan.recipe.lr):
+        say(note)
     say(f"{name} has top-1 {percent(history[-1]['top1'])} on {data.name}'s evaluation split: {plan.path}")
     return plan.path, history[-1]["top1"]
 

@@ -37,6 +37,7 @@ from kdcache.cache.store.split import THREADS, SplitReader
 
 T = TypeVar("T")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
+_DIGEST = "commit.sha256"  # in a decision, of its commit, which nothing else names yet
 _CHUNK = re.compile(r"(views/v[0-9]{5,9}/)?[a-z_]+/c(/[0-9]+)+")
 
 
@@ -75,6 +76,7 @@ class Decisions(SplitReader):
             files.make_folder(folder)
             for file, content in contents.items():
                 files.write(folder / file, content)
+            files.write(folder / _DIGEST, files.sha256(contents["commit.json"]).encode())
             files.sync_folder(folder)
             files.make_folder(self._decided)
             try:
@@ -125,6 +127,8 @@ class Decisions(SplitReader):
             _CHUNK.fullmatch(file) and _SHA256.fullmatch(stored.sha256) for file, stored in commit.files.items()
         ):
             raise CorruptError(f"{decided} holds no commit of {name}; {advice}")
+        if not _has_digest(decided, content):
+            raise CorruptError(f"{decided} holds another commit than was decided; {advice}")
         return commit
 
     def require_decision(self, name: str) -> None:
@@ -296,6 +300,16 @@ def require_folder(path: Path) -> None:
         raise InputError(
             f"{path} is a file where a folder is needed: give another --out, or run kdcache unpack {path} first"
         )
+
+
+def _has_digest(decided: Path, content: bytes) -> bool:
+    """Whether the bytes are those of the commit that was decided."""
+    try:
+        return files.read_bounded(decided / _DIGEST, 64) == files.sha256(content).encode()
+    except NotFoundError:  # an earlier version decided it, or somebody has finished it just now
+        return True
+    except CorruptError:
+        return False
 
 
 def _is(path: Path, stored: StoredFile) -> bool:

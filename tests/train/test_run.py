@@ -54,6 +54,15 @@ def test_a_run_folder_holds_what_it_should(home, tmp_path):
         train(TrainConfig("nkd", cache=str(home / "top3"), epochs=4, out=str(out), resume=True), quiet)
 
 
+@pytest.mark.parametrize(("lr", "guesses"), [(None, False), (20.0, True)])
+def test_a_student_that_guesses_is_told_of(home, tmp_path, lr, guesses):
+    said = []
+    train(TrainConfig("ce", cache=str(home / "top3"), epochs=2, lr=lr, out=str(tmp_path / "run")), said.append)
+    notes = [line for line in said if line.startswith("note: it guesses (")]
+    assert len(notes) == guesses
+    assert all(" are by chance): lower --lr (now 20), or train it for more --epochs" in note for note in notes)
+
+
 @pytest.mark.parametrize("name", LOSSES)
 def test_every_loss_trains(home, tmp_path, name):
     config = {"epochs": 2, "batch_size": 256, "data": "digits"}

@@ -15,6 +15,7 @@ from kdcache.pipeline.process.screen import Detail
 PARTNER = "teacher"  # in the names of its metrics and files
 _LINES = 4  # a run, after the first one
 _PATIENCE = 30.0  # seconds, after which the next epoch is told of in any case
+_BY_CHANCE = 1.5  # times as many right as by chance, at most, where a network guesses
 
 
 class Glance:
@@ -65,6 +66,18 @@ class EpochLines:
             return Detail(text)
         self._told = now
         return text
+
+
+def guesses(line: dict[str, Any], classes: int, rate: float) -> str | None:
+    """What helps where a network guesses after its last epoch; None where it has learnt something.
+
+    line: its metrics. It guesses where it is hardly right more often than by chance, and less sure of the right class
+    than who thinks all equally probable. rate: the highest learning rate that it was trained with.
+    """
+    if "top1" not in line or line["top1"] > _BY_CHANCE / classes or line["nll"] < math.log(classes):
+        return None
+    right = f"{percent(line['top1'])} of its answers are right, and {percent(1 / classes)} are by chance"
+    return f"note: it guesses ({right}): lower --lr (now {rate:g}), or train it for more --epochs"
 
 
 def of_partner(line: dict[str, Any]) -> dict[str, Any]:

@@ -13,6 +13,7 @@ import pytest
 
 from kdcache.cache import Cache
 from kdcache.cache import errors as e
+from kdcache.cache.files import sha256
 from kdcache.cache.identity import Identity
 from kdcache.cache.store import leases as module
 from kdcache.cache.store.cache import clear_leavings, odd_leavings
@@ -304,6 +305,7 @@ def stored(sha256):
         (lambda about: about["files"].update({"../../escaped": stored("0" * 64)}), "holds no commit of"),
         (lambda about: about["files"].update({"toy/c/7/0": stored("../../../../toy")}), "holds no commit of"),
         (lambda about: about["files"].update({"toy/c/7/0": stored("0" * 64)}), "does not hold the bytes"),
+        (lambda about: about.update(parameters="0" * 64), "holds another commit than was decided"),  # or a flipped bit
         (lambda about: about.clear(), "is not what kdcache writes"),
         (None, "lacks its commit"),
     ],
@@ -318,6 +320,8 @@ def test_a_decision_that_is_damaged_or_forged_is_named_and_nothing_of_it_seen(tm
     if change:
         change(about)
         file.write_text(json.dumps(about))
+        if "another commit" not in message:  # who forges a commit forges its digest too
+            (decided / "commit.sha256").write_text(sha256(file.read_bytes()))
     else:
         file.unlink()
     with pytest.raises(e.CorruptError, match=f"{message}.*remove {decided} and run kdcache build again"):
