@@ -151,7 +151,7 @@ def _remove_folder(cache: Cache) -> None:
 
 def _require_alone(leases: Leases, where: str) -> None:
     if others := leases.others():
-        raise BusyError(f"{where} is being built by {others[0]}: wait for it, or stop it first")
+        raise BusyError(f"{where} is being built or pushed by {others[0]}: wait for it, or stop it first")
 
 
 def _is_shard(commit: str) -> bool:

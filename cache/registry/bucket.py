@@ -74,8 +74,8 @@ def put_commit(
 class Building(Remote):
     """A cache below `prefix` of objects over a network while it is built there: it asks again what is committed.
 
-    What it knows to be committed stays so. Lists are made no more often than every few seconds, and more rarely while
-    nothing changes.
+    What it knows to be committed stays so while it gives signs of life. Lists are made no more often than every few
+    seconds, and more rarely while nothing changes.
     """
 
     def __init__(
@@ -97,6 +97,11 @@ class Building(Remote):
         if self._listed < 0:
             self.look()
         return self._committed
+
+    def forget(self) -> None:
+        """Ask anew what is committed: until this builder gave a sign of life, the cache could be removed."""
+        self._committed.clear()
+        self._listed, self._pause = float("-inf"), PAUSE
 
     def look(self) -> None:
         """List what is committed, unless that was done a short time ago."""
@@ -208,9 +213,11 @@ class BucketCache(Cache):
 
     @contextmanager
     def writing(self, say: Callable[[str], None] = lambda _: None) -> Iterator[Leases]:
-        """Join the builders of this cache. What dead builders left is cleared away."""
+        """Join the builders of this cache, which nobody removes meanwhile. What dead builders left is cleared away."""
         with ObjectLeases(self._building.objects, self.key, self._token, say) as leases:
             leases.clear()
+            self._building.forget()
+            self.begin()
             self._building.look()
             yield leases
             leases.clear()

@@ -6,8 +6,8 @@
 They do what leases in a folder do (store/leases.py). What differs:
 
 - There are no links. So a lease holds its builder's token, and a builder's sign of life is the time of TOKEN.json.
-- Time is the server's alone: that of others' signs of life is compared with that of one's own, from the same list. As
-  one's own is some seconds old, the dead are noticed a little later. A server tells whole seconds, so one is allowed.
+- Time is the server's: that of others' signs of life is compared with that of one's own, from the same list. As one's
+  own is some seconds old, the dead are noticed a little later. A server tells whole seconds, so one is allowed.
 - Nothing is removed on a condition. A builder that is stopped between a look and the removal that follows from it may
   remove another's lease when it wakes up. Then a shard is computed twice, and the first commit counts.
 - A list may be some seconds old, so that not every question is a request. Whatever a builder goes by it looks up
@@ -46,7 +46,7 @@ class ObjectLeases(Leases):
         self._me, self._content = f"{token}.json", canonical(self._owner)
         self._times: dict[str, float] = {}
         self._owners: dict[tuple[str, float], Owner] = {}
-        self._listed = self._shown = float("-inf")
+        self._asked = self._listed = self._shown = float("-inf")
         self._away = False  # whether the bucket did not let something be removed
         self._lock = threading.RLock()  # the thread that gives signs of life looks too
 
@@ -94,6 +94,7 @@ class ObjectLeases(Leases):
     def _look(self, pause: float) -> None:
         """List what there is, unless that was done less than so many seconds ago."""
         if time.monotonic() - self._listed >= pause:
+            self._asked = time.monotonic()
             self._times = self._objects.times(self._folder)
             self._listed = time.monotonic()
             there = {self._version(name) for name in self._times}
@@ -124,9 +125,10 @@ class ObjectLeases(Leases):
         if owner is None or owner == self._owner or now is None:  # without a time nobody is taken for dead
             return owner
         shown = self._times.get(f"{owner.token}.json")
-        if shown is None or ended(owner) or now - shown > owner.seconds + _GRAIN:
+        if shown is None or ended(owner):
             return None
-        return owner
+        silent = max(now - shown, self._unchanged(owner, shown, self._asked))
+        return None if silent > owner.seconds + _GRAIN else owner
 
     def _make(self, lease: str) -> bool:
         if time.monotonic() - self._shown > self._owner.seconds / 2:  # stopped until now

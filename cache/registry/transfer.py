@@ -9,6 +9,7 @@ once.
 from __future__ import annotations
 
 import os
+import secrets
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
@@ -19,6 +20,7 @@ from kdcache.cache.errors import CorruptError, InputError, MismatchError
 from kdcache.cache.files import Content, sha256
 from kdcache.cache.identity import MAX_JSON_BYTES, canonical, parse
 from kdcache.cache.registry.bucket import BucketCache, put_commit
+from kdcache.cache.registry.leases import ObjectLeases
 from kdcache.cache.registry.objects import Objects, read_checked
 from kdcache.cache.store.cache import Cache
 from kdcache.cache.store.chunks import metadata_files
@@ -75,8 +77,9 @@ def into_folder(
 
 def into_bucket(source: Cache, target: BucketCache, views: Sequence[int]) -> Moved:
     """Copy what `source` has of these views, whole or not, and of what belongs to them, into a bucket."""
-    target.begin()
-    return _all([(store, name) for store, name in source.contents(views) if store.has(name)], partial(_adopted, target))
+    with target.writing():
+        items = [(store, name) for store, name in source.contents(views) if store.has(name)]
+        return _all(items, partial(_adopted, target))
 
 
 def _adopted(target: Cache, item: _Item, decode: bool = False) -> Moved:
@@ -101,6 +104,13 @@ def into_objects(
     """Copy complete views of `source` as `into_folder` does, into the objects below `prefix`."""
     if folder := objects.folder(prefix):
         return into_folder(source, folder, views, advance, begun)
+    with ObjectLeases(objects, source.key, secrets.token_hex(8), lambda _: None):  # so that nobody removes it meanwhile
+        return _into_objects(source, objects, prefix, views, advance, begun)
+
+
+def _into_objects(
+    source: Cache, objects: Objects, prefix: str, views: Sequence[int], advance: Advance, begun: Begun
+) -> Moved:
     identity = canonical(source.identity)
     if not objects.create(f"{prefix}/identity.json", identity):
         raise MismatchError(f"{objects.url}/{prefix}/identity.json differs from that of {source.where}")

@@ -10,7 +10,8 @@ whoever holds which lease, it is decided elsewhere what becomes part of the cach
 There are two kinds, for a folder (here) and for a bucket (registry/leases.py). In a folder each builder has one small
 file, leases/TOKEN.json, which it touches every few seconds. A lease is a hard link to that file, named after the shard.
 Only one builder can make that link, over NFS too, and one touch of the file renews all leases of its builder. Time is
-taken from the file system's own clock: other builders compare with a file of theirs that they have just touched.
+taken from the file system's own clock: other builders compare with a file of theirs that they have just touched. Since
+that clock may be set back, they also note by their own how long they have seen no new sign of life.
 
 filelock's SoftFileLease comes close, but takes a lease over by exchanging two names, which NFS refuses.
 """
@@ -91,6 +92,7 @@ class Leases(ABC):
             seconds=EXPIRES,
         )
         self._held: dict[str, str] = {}  # the lease of each name
+        self._seen: dict[str, tuple[float, float]] = {}  # of each builder its last sign of life, and since when
         self._stop = threading.Event()
         self._thread = threading.Thread(target=self._beat, name="leases", daemon=True)
 
@@ -150,6 +152,17 @@ class Leases(ABC):
     @abstractmethod
     def clear(self) -> None:
         """Remove what dead builders left behind, and nothing of a live one."""
+
+    def _unchanged(self, owner: Owner, sign: float, at: float) -> float:
+        """For how many seconds a builder's last sign of life is known to have been the last.
+
+        sign: its time, by the clock of the place. at: when it was read, by a clock of this machine that nobody sets.
+        """
+        known, since = self._seen.get(owner.token, (None, at))
+        if sign != known:
+            self._seen[owner.token] = sign, at
+            return 0.0
+        return at - since
 
     def _leases(self, name: str) -> list[str]:
         """The leases of a name: the last one counts, and earlier ones were taken over."""
@@ -270,12 +283,14 @@ class FolderLeases(Leases):
         owner = self._owner_of(name)
         if owner is None or owner == NOBODY:
             return None
+        at = time.monotonic()
         try:
             # After it was opened, because that makes an NFS client ask the server.
             touched = (self._folder / name).stat().st_mtime
         except FileNotFoundError:
             return None
-        return None if ended(owner) or self._touch() - touched > owner.seconds else owner
+        silent = max(self._touch() - touched, self._unchanged(owner, touched, at))
+        return None if ended(owner) or silent > owner.seconds else owner
 
     def _make(self, lease: str) -> bool:
         self._touch()

@@ -115,7 +115,7 @@ def test_rm_and_gc_leave_a_live_builder_alone(mine):
     with mine.writing():
         (mine.path / "scratch/x").mkdir()
         age(mine.path / "scratch/x")
-        refused(f"rm {mine.key} --yes", "is being built by")
+        refused(f"rm {mine.key} --yes", "is being built or pushed by")
         assert Cache(mine.path).views == (0, 1)
         assert collect("gc --delete")["found"] == [] and (mine.path / "scratch/x").exists()
     assert run(f"rm {mine.key} --yes").exit_code == 0

@@ -20,6 +20,7 @@ import os
 import stat
 import sys
 import threading
+import time
 from collections.abc import Callable
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -36,6 +37,18 @@ GROWING = frozenset({"open", "os.mkdir", "os.link", "os.symlink"})
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 MINUTE = 61.0  # seconds: after so many without a sign of life a builder counts as dead
 _MOST_WAITS = 12
+_waited = 0.0  # seconds, by all processes
+
+
+def monotonic() -> float:
+    """What time.monotonic gives to commands that wait."""
+    return time.monotonic() + _waited
+
+
+def since(sign: float) -> float:
+    """A file's time as it was before files got older because commands wait."""
+    return round(sign + _waited, 3)
+
 
 running: list[Process] = []  # those that run, the one whose turn it is at the end
 _numbers = itertools.count(1)
@@ -157,7 +170,9 @@ class Process:
 
     def wait(self) -> None:
         """What time.sleep does where a command waits for others."""
+        global _waited
         self._waits += 1
+        _waited += MINUTE
         assert self._waits < _MOST_WAITS, f"{self.who} waits for somebody who will never come"
         self._age(MINUTE)
         for lease in self.leases:

@@ -5,7 +5,10 @@ import shutil
 import pytest
 
 from kdcache.cache import Cache
+from kdcache.tests.machines.buckets import BucketWorld
 from kdcache.tests.machines.folders import damage
+from kdcache.tests.machines.processes import Fate
+from kdcache.tests.machines.server import Server, served
 from kdcache.tests.machines.world import VIEWS, World, toy
 
 
@@ -43,3 +46,24 @@ def test_a_file_in_the_place_of_a_folder_of_builders_is_cleared_away(world, name
     (world.cache("a") / name).write_bytes(b"")
     world.heal("a", "a")
     assert len(Cache(world.cache("a")).views) == VIEWS
+
+
+@pytest.mark.parametrize("step", [133, 250])
+def test_nobody_waits_for_the_dead_until_a_clock_is_right_again(made, tmp_path, step):
+    """A builder died, then the clock was set back: others waited for its lease for as many hours."""
+    died = Fate("killed", step)
+    world = World(made, tmp_path)
+    assert world.run("a", lambda: world.build(2, "shared"), died) == "ended"
+    assert list((world.cache("shared") / "leases").glob("*-p000?.0"))
+    world.pass_time(-36_000.0)
+    assert world.run("b", lambda: world.build(2, "shared")) == "done"
+
+
+def test_nobody_waits_for_the_dead_of_a_bucket_either(made, tmp_path):
+    server = Server()
+    with served(server):
+        world = BucketWorld(made, tmp_path, server)
+        assert world.run("a", lambda: world.build(2, "shared"), Fate("killed", 178)) == "ended"
+        assert [name for name in server.names("leases") if name.endswith("v00000-p0000.0")]
+        world.pass_time(-36_000.0)
+        assert world.run("b", lambda: world.build(2, "shared")) == "done"

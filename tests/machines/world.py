@@ -42,7 +42,19 @@ from kdcache.pipeline.ffcv.read import FFCVFile
 from kdcache.pipeline.pack import pack, unpack
 from kdcache.pipeline.verify import verify
 from kdcache.tests.helpers.caches import same
-from kdcache.tests.machines.processes import LIVES, Fate, Killed, Process, Serial, hook, running, sync, unwatched
+from kdcache.tests.machines.processes import (
+    LIVES,
+    Fate,
+    Killed,
+    Process,
+    Serial,
+    hook,
+    monotonic,
+    running,
+    since,
+    sync,
+    unwatched,
+)
 
 # 64 images in two parts of 32; two batches a part. The teacher is a real network, which answers once for all machines.
 MODULE = """
@@ -133,6 +145,10 @@ def _simulate(patch: pytest.MonkeyPatch) -> None:
     patch.setattr(secrets, "token_hex", lambda n=32: hashlib.sha256(b"%d" % next(tokens)).hexdigest()[: 2 * n])
     patch.setattr(builder, "time", _Clock(lambda _: running[-1].wait()))
     patch.setattr(network, "time", _Clock(lambda _: None))
+    for module in (leases, bucket_leases):
+        patch.setattr(module, "time", _Waiting())
+    unchanged = leases.Leases._unchanged
+    patch.setattr(leases.Leases, "_unchanged", lambda self, who, sign, at: unchanged(self, who, since(sign), at))
     patch.setattr(build_module.provenance, "writer", lambda *a: {"host": "toy", "torch": "toy", "time": "toy"})
     patch.setattr(build_module, "probe", lambda *a: (1e9, 1.0))
     patch.setattr(spool, "SPOOL_SECONDS", 0.0)
@@ -160,6 +176,12 @@ class _Clock:
     def sleep(self, seconds: float) -> None:
         self._slept += seconds
         self._sleep(seconds)
+
+
+class _Waiting:
+    """The module `time`, in which the time that commands wait passes too."""
+
+    strftime, gmtime, monotonic = time.strftime, time.gmtime, staticmethod(monotonic)
 
 
 def _remembered_answers(real):

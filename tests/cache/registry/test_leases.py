@@ -7,6 +7,7 @@ from concurrent.futures import ThreadPoolExecutor
 
 import pytest
 
+from kdcache.cache import care
 from kdcache.cache import errors as e
 from kdcache.cache.registry import leases as module
 from kdcache.cache.registry.backends import open_objects
@@ -193,10 +194,23 @@ def test_gc_finds_what_builders_left_in_a_bucket_after_an_hour(objects, bucket, 
     assert there(objects) == {f"{KEY}/first.json", f"{KEY}/{NAME}.0"}  # it lives by the server's clock
 
 
-def test_a_cache_that_somebody_builds_in_a_bucket_is_not_removed(objects, bucket, tmp_path):
-    push(Filled(tmp_path / "built", about()).cache.path, bucket, say=quiet)
+def test_a_cache_that_somebody_builds_in_a_bucket_or_pushes_is_not_removed(objects, bucket, tmp_path, monkeypatch):
+    """What was put there after the removal had begun would stay, as commits of chunks that are gone."""
+    create, met = type(objects).create, []
+
+    def removed(self, path, data):
+        if path.endswith("commits/labels.json"):
+            with pytest.raises(e.BusyError, match="is being built or pushed by"):
+                care.remove(*care.find(KEY, bucket))
+            met.append(path)
+        return create(self, path, data)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(type(objects), "create", removed)
+        push(Filled(tmp_path / "built", about()).cache.path, bucket, say=quiet)
+    assert len(met) == 2 and there(objects) == set()
     with builder(objects, "other"):
-        refused(f"rm {KEY} --registry {bucket} --yes", f"{bucket}/caches/{KEY} is being built by")
+        refused(f"rm {KEY} --registry {bucket} --yes", f"{bucket}/caches/{KEY} is being built or pushed by")
     leave(objects, "dead", process=2**31 - 1)
     assert run(f"rm {KEY} --registry {bucket} --yes").exit_code == 0
     assert there(objects) == set() and objects.sizes("caches") == {}

@@ -143,6 +143,20 @@ def test_clocks_do_not_matter(tmp_path, monkeypatch, age):
         assert second.take(NAME) == (age == 100)
 
 
+@pytest.mark.parametrize("alive", [False, True])
+def test_a_sign_of_life_from_the_future_counts_no_longer_than_any_other(tmp_path, alive):
+    """It is one where the clock was set back since. Whoever lives gives another one, whatever its time."""
+    leave(tmp_path, "first", -7200.0, machine="another", seconds=0.3)
+    with builder(tmp_path, "second") as second:
+        assert not second.take(NAME)
+        time.sleep(0.2)
+        if alive:
+            os.utime(tmp_path / "leases" / "first.json", (0, time.time() + 3600))
+        assert not second.take(NAME)
+        time.sleep(0.2)
+        assert second.take(NAME) != alive
+
+
 @pytest.mark.parametrize("left", ["nothing", "a dead lease", "one that is given back", "nothing, a is taken for dead"])
 def test_one_builder_takes_over_in_every_interleaving(memory, monkeypatch, left):
     stepwise(monkeypatch)
