@@ -104,6 +104,7 @@ clean:
 INSTALL = PYTHONUNBUFFERED=1 $(BIN)/python -m pip install --disable-pip-version-check --no-compile -c constraints.txt \
     -e '.[$(1)]' 2>$(2) | sed -nu -E '/^ *(Downloading|Using cached) .* (MB|GB)\)/p'
 HAVE_FFCV_LIBRARIES = { command -v c++ && pkg-config --exists opencv4 libturbojpeg; } >/dev/null 2>&1
+HAVE_BROWSER = command -v chromium >/dev/null
 
 # __init__.py holds the version, which the installed metadata repeats.
 $(READY): pyproject.toml constraints.txt __init__.py
@@ -120,16 +121,18 @@ $(READY): pyproject.toml constraints.txt __init__.py
 	@$(PYTHON) -c 'import sys; v = sys.version_info; v >= (3, 11) or sys.exit(f"kdcache needs Python 3.11 or later, $(PYTHON) is {v[0]}.{v[1]}: make PYTHON=python3.11")'
 	@echo "setting up .venv (some minutes the first time)"
 	@$(PYTHON) -m venv .venv
-	@if ! $(HAVE_FFCV_LIBRARIES) && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "installing what FFCV compiles against with apt-get: $(FFCV_PACKAGES)"; \
+	@if [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null && ! { $(HAVE_FFCV_LIBRARIES) && $(HAVE_BROWSER); }; then \
 	    export DEBIAN_FRONTEND=noninteractive; \
-	    { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(FFCV_PACKAGES) >/dev/null; } || true; \
-	fi
-	@if ! command -v chromium >/dev/null && [ "$$(id -u)" = 0 ] && command -v apt-get >/dev/null; then \
-	    echo "installing the browser of some tests with apt-get: $(BROWSER_PACKAGES)"; \
-	    export DEBIAN_FRONTEND=noninteractive; \
-	    { apt-get -qq update && apt-get -qq install -y --no-install-recommends $(BROWSER_PACKAGES) >/dev/null; } || \
-	        echo "going on without it: tests that look at pages in a browser are skipped"; \
+	    apt-get -qq update || true; \
+	    if ! $(HAVE_FFCV_LIBRARIES); then \
+	        echo "installing what FFCV compiles against with apt-get: $(FFCV_PACKAGES)"; \
+	        apt-get -qq install -y --no-install-recommends $(FFCV_PACKAGES) >/dev/null || true; \
+	    fi; \
+	    if ! $(HAVE_BROWSER); then \
+	        echo "installing the browser of some tests with apt-get: $(BROWSER_PACKAGES)"; \
+	        apt-get -qq install -y --no-install-recommends $(BROWSER_PACKAGES) >/dev/null || \
+	            echo "going on without it: tests that look at pages in a browser are skipped"; \
+	    fi; \
 	fi
 	@if ! { $(HAVE_FFCV_LIBRARIES) && $(call INSTALL,dev$(,)ffcv,.venv/ffcv-errors); }; then \
 	    echo "going on without FFCV; for it: sudo apt-get install $(FFCV_PACKAGES); then make clean test"; \
