@@ -148,7 +148,7 @@ def by_two_processes(work: Path) -> dict[str, Any]:
 
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/build.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/build.json")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as folder:
         work = Path(folder)

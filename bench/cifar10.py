@@ -208,7 +208,7 @@ def main() -> None:
         "cached_beside_online": compared,
         "seconds": time.perf_counter() - started,
     }
-    out = a.out or Path("bench/results") / setting.out
+    out = a.out or Path(__file__).parent / "results" / setting.out
     out.parent.mkdir(parents=True, exist_ok=True)
     out.write_text(json.dumps(result, indent=2) + "\n")
     print(json.dumps(result, indent=2))

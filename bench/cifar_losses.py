@@ -60,7 +60,7 @@ def main() -> None:
     parser.add_argument("--epochs", type=int, default=3)
     parser.add_argument("--batch-size", type=int, default=64)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cifar_losses.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/cifar_losses.json")
     a = parser.parse_args()
     os.environ["KDCACHE_HOME"] = str(a.work / "home")
 

@@ -114,7 +114,7 @@ def share(place: Path, views: int) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--views", type=int, default=160)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/cluster.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/cluster.json")
     a = parser.parse_args()
     logging.getLogger("werkzeug").setLevel(logging.ERROR)  # the server's line for each request
     with tempfile.TemporaryDirectory() as place:

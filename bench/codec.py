@@ -332,7 +332,7 @@ def plot(result: dict[str, Any], path: Path) -> None:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logits", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/codec.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/codec.json")
     a = parser.parse_args()
     torch.set_num_threads(1)
     truth = Truth.load(a.logits)

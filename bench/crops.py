@@ -243,7 +243,7 @@ def fastest(work: Callable[[], object]) -> float:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--seconds", type=float, default=420)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/crops.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/crops.json")
     a = parser.parse_args()
     result: dict[str, Any] = {
         "machine": {**machine(), "torchvision": torchvision.__version__, "device": str(CPU)},

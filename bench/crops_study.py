@@ -92,7 +92,7 @@ def main() -> None:
     what.add_argument("--data", type=Path, metavar="NPZ")
     what.add_argument("--quick", action="store_true")
     parser.add_argument("--seeds", type=int, default=5)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/crops_study.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/crops_study.json")
     a = parser.parse_args()
     os.environ["KDCACHE_HOME"] = str(a.work / "home")
     if a.data:

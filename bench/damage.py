@@ -212,7 +212,7 @@ def content(path: Path) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--every", type=int, default=1, help="do one of so many cases")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/damage.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/damage.json")
     a = parser.parse_args()
     torch.set_num_threads(1)
     counts: dict[str, collections.Counter[tuple[str, str]]] = collections.defaultdict(collections.Counter)

@@ -63,7 +63,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=50_000)
     parser.add_argument("--images", type=int, default=480)
     parser.add_argument("--rounds", type=int, default=9)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/data.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/data.json")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as place:
         result = measure(Path(place), a.samples, a.images, a.rounds)

@@ -93,7 +93,7 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=1_281_167)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--before", default=BEFORE)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/draws.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/draws.json")
     a = parser.parse_args()
     works = cases(a.samples, a.before)
     for name in ("rrc,flip", "crop,flip"):

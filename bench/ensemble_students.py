@@ -199,7 +199,7 @@ def main() -> None:
     parser.add_argument("--seeds", type=int, default=3)
     parser.add_argument("--no-pairs", action="store_true", help="leave out the mixes of two teachers")
     parser.add_argument("--amp", choices=["bf16"], help="teach and ask the teachers in bfloat16")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/ensemble_students.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/ensemble_students.json")
     a = parser.parse_args()
     if a.report:
         PAGE.write_text(filled(PAGE.read_text(), tables(json.loads(a.out.read_text()))))

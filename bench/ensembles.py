@@ -80,7 +80,7 @@ def errors(views: list[Records], truth: Tensor) -> dict[str, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("logits", type=Path)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/ensembles.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/ensembles.json")
     a = parser.parse_args()
     started = time.monotonic()
     with np.load(a.logits) as file:

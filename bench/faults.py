@@ -293,7 +293,7 @@ PARTS: dict[str, Callable[[Bench], dict[str, Any]]] = {
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--only", action="append", choices=sorted(PARTS))
-    parser.add_argument("--out", type=Path, default=Path("bench/results/faults.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/faults.json")
     a = parser.parse_args()
     torch.set_num_threads(1)  # others would not live on in a forked child
     result = json.loads(a.out.read_text()) if a.out.exists() else {}

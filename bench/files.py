@@ -82,7 +82,7 @@ def in_turns(source: Source) -> dict[str, float]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--work", type=Path, required=True, help="an empty folder")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/files.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/files.json")
     a = parser.parse_args()
     os.environ["KDCACHE_HOME"] = str(a.work / "home")
     folder, weights, classes = a.work / "images", a.work / "teacher.safetensors", a.work / "classes.json"

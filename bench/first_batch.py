@@ -217,7 +217,7 @@ def main() -> None:
     parser.add_argument("--size", default="imagenet-1k", help=f"some of {','.join(SIZES)}")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--work", type=Path, help="where caches are made and stay")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/first_batch.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/first_batch.json")
     parser.add_argument("--rank", nargs=4, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.rank:

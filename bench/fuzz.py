@@ -250,7 +250,7 @@ def main() -> None:
     parser.add_argument("--seed", type=int, default=0, help="of each parser's first case")
     parser.add_argument("--processes", type=int, default=2)
     parser.add_argument("--show", action="store_true", help="print cases and tracebacks")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/fuzz.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/fuzz.json")
     a = parser.parse_args()
     chosen = shares(a.cases, a.seed, a.parser)
     if a.show:

@@ -319,7 +319,7 @@ def main() -> None:
     parser.add_argument("--flips", type=int, default=1000)
     parser.add_argument("--cases", type=int, default=10_000)
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/fuzz_caches.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/fuzz_caches.json")
     a = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {

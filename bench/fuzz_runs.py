@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--flips", type=int, default=200, help="of each kind of file")
     parser.add_argument("--seed", type=int, default=0)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/fuzz_runs.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/fuzz_runs.json")
     a = parser.parse_args()
     torch.set_num_threads(1)
     result: dict[str, Any] = {

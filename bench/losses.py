@@ -169,7 +169,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logits", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=15)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/losses.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/losses.json")
     a = parser.parse_args()
     torch.set_num_threads(1)
     measured = {"machine": machine(), "command": f"python bench/losses.py --logits {a.logits.name} --rounds {a.rounds}"}

@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=30_000)
     parser.add_argument("--before", help="a commit")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/memory.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/memory.json")
     parser.add_argument("--case", nargs=4, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.case:

@@ -117,7 +117,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--threads", type=int, default=os.cpu_count() or 1)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/operations.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/operations.json")
     a = parser.parse_args()
     torch.set_num_threads(a.threads)
     result: dict[str, Any] = {

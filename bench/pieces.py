@@ -228,7 +228,7 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", default="1281167,14200000")
     parser.add_argument("--before", default=BEFORE)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/pieces.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/pieces.json")
     parser.add_argument("--case", nargs=2, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.case:

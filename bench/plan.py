@@ -70,7 +70,7 @@ def main() -> None:
     parser.add_argument("--only", nargs="+", choices=CASES, default=list(CASES))
     parser.add_argument("--seconds", type=float, default=60, help="of each plan, about")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/plan.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/plan.json")
     a = parser.parse_args()
     result: dict[str, Any] = {"machine": machine(), "command": "python bench/plan.py --cifar PATH"}
     with tempfile.TemporaryDirectory() as name:

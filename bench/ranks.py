@@ -55,7 +55,7 @@ def random_images(split: str) -> tuple[Any, Any]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--rounds", type=int, default=6, help="epochs of each kind")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/ranks.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/ranks.json")
     a = parser.parse_args()
     with tempfile.TemporaryDirectory() as home:
         os.environ["KDCACHE_HOME"] = home

@@ -159,7 +159,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, required=True)
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--epochs", type=int, default=200)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/reading.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/reading.json")
     a = parser.parse_args()
     torch.set_num_threads(1)
     a.work.mkdir(parents=True, exist_ok=True)

@@ -357,7 +357,7 @@ def main() -> None:
     parts = ("crowd", "pull", "train", "faults")
     parser.add_argument("--only", action="append", choices=parts)
     parser.add_argument("--minutes", type=float, default=3.0, help="of the crowd")
-    parser.add_argument("--out", type=Path, default=Path("bench/results/registry.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/registry.json")
     a = parser.parse_args()
     result = json.loads(a.out.read_text()) if a.out.exists() else {}
     result |= {"machine": machine(), "command": "python bench/registry.py", "load": os.getloadavg()}

@@ -83,7 +83,7 @@ def stability(truth: Truth) -> Iterator[dict[str, Any]]:
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--logits", type=Path, required=True)
-    parser.add_argument("--out", type=Path, default=Path("bench/results/rounding.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/rounding.json")
     parser.add_argument("--sharper", type=float, nargs="+", default=[1.0])
     a = parser.parse_args()
     torch.set_num_threads(1)

@@ -292,7 +292,7 @@ def main() -> None:
     parser.add_argument("--work", type=Path, help="a folder for the caches, by default a temporary one")
     parser.add_argument("--rows", type=int, default=PART // 4, help="samples a part; fewer are soon built")
     parser.add_argument("--scenes", default=",".join(SCENES))
-    parser.add_argument("--out", type=Path, default=Path("bench/results/scale.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/scale.json")
     parser.add_argument("--case", nargs=7, help=argparse.SUPPRESS)
     a = parser.parse_args()
     if a.case:

@@ -329,7 +329,7 @@ def main() -> None:
     parser.add_argument("--data", default="cifar10")
     parser.add_argument("--rounds", type=int, default=7)
     parser.add_argument("--only", nargs="+", choices=PARTS, default=list(PARTS))
-    parser.add_argument("--out", type=Path, default=Path("bench/results/views.json"))
+    parser.add_argument("--out", type=Path, default=Path(__file__).parent / "results/views.json")
     a = parser.parse_args()
     torch.set_num_threads(CORES)
     data = open_data(a.data, "train")
