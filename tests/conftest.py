@@ -1,6 +1,5 @@
 """Fixtures of several files: a home of one's own, one thread, and empty registries of each kind that can be written."""
 
-import gc
 import os
 import signal
 import tempfile
@@ -98,13 +97,6 @@ def pytest_collection_modifyitems(items):
     for item in items:
         if item.nodeid.removeprefix("tests/").startswith(SLOW):
             item.add_marker("slow")
-
-
-def pytest_collection_finish():
-    """What was imported and collected stays: no collection of garbage looks through it, nor copies it in a process
-    that is forked, where each page that is touched is copied."""
-    gc.collect()
-    gc.freeze()
 
 
 @pytest.fixture
