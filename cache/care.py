@@ -10,7 +10,6 @@ from __future__ import annotations
 import os
 import re
 import secrets
-import shutil
 import stat
 import time
 from collections.abc import Callable, Iterator, Sequence
@@ -136,16 +135,16 @@ def _remove_folder(cache: Cache) -> None:
     with FolderLeases(path, secrets.token_hex(8), lambda _: None) as leases:
         _require_alone(leases, str(path))
         for file in _in_order(cache):
-            (path / file).unlink(missing_ok=True)
+            files.discard(path / file)  # damage may have put a folder there
         for name in ("commits", "eval/commits"):
             if (path / name).is_dir():
                 files.sync_folder(path / name)  # before the bytes that they name are removed
         for name in (*_PARTS, *strays):
-            _drop(path / name)
+            files.discard(path / name)
         _require_alone(leases, str(path))
-    _drop(path / "leases")
-    _drop(path / "scratch")
-    (path / _LAST).unlink(missing_ok=True)
+    files.discard(path / "leases")
+    files.discard(path / "scratch")
+    files.discard(path / _LAST)
     path.rmdir()
 
 
@@ -162,14 +161,6 @@ def _in_order(cache: Cache) -> list[str]:
     """The commits in the order of removal: the last view first, view 0 and what every reader needs at the end."""
     last_first = cache.commits()[::-1]
     return sorted(last_first, key=lambda file: (not _is_shard(file), file.startswith("eval/")))
-
-
-def _drop(path: Path) -> None:
-    """Remove a file, a link, or a folder and all in it."""
-    if path.is_dir() and not path.is_symlink():
-        shutil.rmtree(path)
-    else:
-        path.unlink(missing_ok=True)
 
 
 def leavings(days: float, registry: str | None = None, store_bytes: int | None = None) -> Iterator[Leaving]:

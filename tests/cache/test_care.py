@@ -123,7 +123,7 @@ def test_rm_and_gc_leave_a_live_builder_alone(mine):
 
 def test_rm_that_is_stopped_anywhere_shows_no_corrupt_cache_and_is_finished(tmp_path, monkeypatch):
     """By every step at which it can stop; so far as the cache is still there, it is a sound one with fewer views."""
-    unlink, rmtree = Path.unlink, care.shutil.rmtree
+    unlink, rmtree = Path.unlink, files.shutil.rmtree
     for stop in range(200):
         cache, steps = Filled(tmp_path / "c", about()).cache, iter(range(stop))
 
@@ -134,7 +134,7 @@ def test_rm_that_is_stopped_anywhere_shows_no_corrupt_cache_and_is_finished(tmp_
 
         with monkeypatch.context() as patch:
             patch.setattr(Path, "unlink", lambda path, step=step, **o: step(unlink, path, **o))
-            patch.setattr(care.shutil, "rmtree", lambda path, step=step, **o: step(rmtree, path, **o))
+            patch.setattr(files.shutil, "rmtree", lambda path, step=step, **o: step(rmtree, path, **o))
             with contextlib.suppress(KeyboardInterrupt):
                 care.remove(cache)
         if not cache.path.exists():
@@ -150,14 +150,14 @@ def test_rm_that_is_stopped_anywhere_shows_no_corrupt_cache_and_is_finished(tmp_
 
 
 def _die_removing(path):
-    rmtree = care.shutil.rmtree
+    rmtree = files.shutil.rmtree
 
     def die(folder, **options):
         if Path(folder).name == "views":
             os.kill(os.getpid(), signal.SIGKILL)
         rmtree(folder, **options)
 
-    care.shutil.rmtree = die
+    files.shutil.rmtree = die
     care.remove(Cache(path))
 
 

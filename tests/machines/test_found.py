@@ -67,3 +67,10 @@ def test_nobody_waits_for_the_dead_of_a_bucket_either(made, tmp_path):
         assert [name for name in server.names("leases") if name.endswith("v00000-p0000.0")]
         world.pass_time(-36_000.0)
         assert world.run("b", lambda: world.build(2, "shared")) == "done"
+
+
+def test_a_cache_with_a_folder_in_the_place_of_a_commit_is_removed(world):
+    """rm ended with IsADirectoryError."""
+    damage(world.cache("a") / "commits" / "labels.json", "folder", 0, [], None)
+    assert world.run("a", lambda: world.remove("a")) == "done"
+    assert not world.cache("a").exists()

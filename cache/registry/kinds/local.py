@@ -64,7 +64,7 @@ class FolderObjects:
 
     def remove(self, paths: list[str]) -> None:
         for path in paths:
-            self.at(path).unlink(missing_ok=True)
+            files.discard(self.at(path))
 
     def sizes(self, folder: str) -> dict[str, int]:
         top, found = self.folder(folder), {}

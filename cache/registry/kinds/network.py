@@ -323,8 +323,8 @@ class Remote(ZarrChunks):
 
     def distrust(self, file: str) -> bool:
         kept = self._mirror / file
-        there = kept.is_file()
-        kept.unlink(missing_ok=True)
+        there = files.is_there(kept)
+        files.discard(kept)
         return there
 
     def require(self, file: str, stored: StoredFile) -> None:
