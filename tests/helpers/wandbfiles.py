@@ -2,6 +2,7 @@
 
 import json
 import struct
+import time
 from pathlib import Path
 from typing import Any
 
@@ -29,9 +30,17 @@ def records(file: Path) -> list[Any]:
 
 
 def offline(folder: Path) -> list[Any]:
-    """The records of all starts of the run in a folder, in order."""
-    files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
-    return [record for file in files for record in records(file)]
+    """The records of all starts of the run in a folder, in order.
+
+    wandb's own process writes them, and its last ones only after it has answered: they are waited for.
+    """
+    until = time.monotonic() + 5
+    while True:
+        files = sorted((folder / "wandb").glob("offline-run-*/*.wandb"), key=lambda file: file.stat().st_mtime_ns)
+        found = [records(file) for file in files]
+        if all(some and some[-1].HasField("exit") for some in found) or time.monotonic() > until:
+            return [record for some in found for record in some]
+        time.sleep(0.01)
 
 
 def history(folder: Path, pictures: bool = False) -> list[dict[str, Any]]:
