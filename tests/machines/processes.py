@@ -65,12 +65,13 @@ class Fate:
     kind: "lives", "killed", "power" (the machine loses it), "full" (the disk is, from then on), "interrupted" (Ctrl-C),
     "lost", "busy" and "away" (of a bucket's server: its answer to one request is, it refuses some, it is from then on)
     or "overtaken".
-    then: the command that overtakes it.
+    then: the command that overtakes it. only: the kind of steps that count, such as "put"; all, if empty.
     """
 
     kind: str = "lives"
     step: int = 0
     then: Callable[[], object] | None = None
+    only: str = ""
 
 
 LIVES = Fate()
@@ -94,9 +95,10 @@ class Process:
         if self.dead:
             raise Killed
         self._note_opened()
-        self.passed += 1
-        if self.passed == self.fate.step:
-            self._meet(event)
+        if self.fate.only in ("", event):
+            self.passed += 1
+            if self.passed == self.fate.step:
+                self._meet(event)
         if self.full and event in GROWING:
             raise OSError(errno.ENOSPC, os.strerror(errno.ENOSPC), path)
         if event == "open":
