@@ -5,6 +5,7 @@ from collections.abc import Callable
 from kdcache.cache.secrecy import hide
 
 _LONGEST = 3000  # characters of a message
+_MOST = 300  # of what other people's code says, which may name a file by a long path
 
 
 class KdcacheError(Exception):
@@ -86,5 +87,5 @@ def kind_and_message(error: BaseException) -> str:
 
 def first_sentence(error: BaseException) -> str:
     """An error of other people's code in short: its class and the beginning of its message, which can be pages long."""
-    text = hide(" ".join(str(error).split())).split(". ")[0][:160]
+    text = hide(" ".join(str(error).split())).split(". ")[0][:_MOST]
     return f"{type(error).__name__}: {text}" if text else type(error).__name__
