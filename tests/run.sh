@@ -9,6 +9,7 @@ TMPDIR=$(mktemp -d -p "$place" kdcache-tests.XXXXXX)
 trap 'rm -rf "$TMPDIR"' EXIT
 
 # A process a core and one more, since many tests wait for others to end; a file at a time; threads of so many would only
-# wait for each other.
+# wait for each other. The cores are counted first, because nproc tells what OMP_NUM_THREADS says.
+processes=$(($(nproc) + 1))
 export TMPDIR OMP_NUM_THREADS=1
-"$1/python" -m pytest -n "$(($(nproc) + 1))" --maxprocesses 8 --dist loadfile "${@:2}"
+"$1/python" -m pytest -n "$processes" --maxprocesses 8 --dist loadfile "${@:2}"
