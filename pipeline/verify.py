@@ -131,7 +131,7 @@ class _Look:
                 for file, content in store.metadata(name):
                     if file not in described:
                         described.add(file)
-                        self._metadata(store, file, content())
+                        self._metadata(store, name, file, content())
         self.report.unknown += redrawn.unknown
         # Where not one is as it should be, it is the identity that is damaged.
         for foreign, own in zip(self.foreign, (self.sound, redrawn.fitting), strict=True):
@@ -186,8 +186,15 @@ class _Look:
             _ = self.cache.prior
         return store.examine(name)
 
-    def _metadata(self, store: SplitStore, file: str, content: bytes) -> None:
-        error = _try(self.report, partial(store.require_metadata, file, content))
+    def _metadata(self, store: SplitStore, name: str, file: str, content: bytes) -> None:
+        def check() -> None:
+            try:
+                store.require_metadata(file, content)
+            except NotFoundError:
+                if store.has(name):  # else the build that commits it writes the file too
+                    raise
+
+        error = _try(self.report, check)
         if self.repair and isinstance(error, (CorruptError, NotFoundError)):
             store.write_metadata(file, content)
             self.report.mended.append(f"wrote {file} again")

@@ -161,11 +161,17 @@ class CommitReader:
 
     def require_metadata(self, file: str, content: bytes) -> None:
         """CorruptError or NotFoundError unless a file for plain zarr, if this kind of place has it, says that."""
-        found = self._place.metadata(file)
+        where, advice = self._place.where, self._place.remedy(file)
+        if self._place.writable:
+            advice = f"kdcache verify {where} --repair writes it again"
+        try:
+            found = self._place.metadata(file)
+        except (NotFoundError, CorruptError) as e:
+            raise type(e)(f"{e}; {advice}") from None
         if found is not None and not chunks.same_metadata(found, content):
             raise CorruptError(
                 f"{self._place.locate(file)} does not describe what lies there: plain zarr would go wrong, though "
-                "it means nothing to kdcache"
+                f"it means nothing to kdcache; {advice}"
             )
 
     def _each(

@@ -5,6 +5,7 @@ import shutil
 import pytest
 
 from kdcache.cache import Cache
+from kdcache.pipeline.verify import verify
 from kdcache.tests.machines.buckets import BucketWorld
 from kdcache.tests.machines.folders import damage
 from kdcache.tests.machines.processes import Fate
@@ -74,3 +75,17 @@ def test_a_cache_with_a_folder_in_the_place_of_a_commit_is_removed(world):
     damage(world.cache("a") / "commits" / "labels.json", "folder", 0, [], None)
     assert world.run("a", lambda: world.remove("a")) == "done"
     assert not world.cache("a").exists()
+
+
+def test_verify_of_a_cache_that_is_hardly_begun_says_to_build_it(made, tmp_path):
+    """It said too that files were missing which the build makes, and not what helps."""
+    world = World(made, tmp_path)
+    begun = []
+    for step in range(30, 90, 4):
+        shutil.rmtree(world.cache("a"), ignore_errors=True)
+        world.run("a", lambda: world.build(1), Fate("killed", step))
+        if (world.cache("a") / "identity.json").exists():
+            problems = verify(Cache(world.cache("a"))).problems
+            assert all("run kdcache build again" in problem for problem in problems), problems
+            begun.append(len(problems))
+    assert max(begun) > 1

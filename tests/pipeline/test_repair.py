@@ -152,6 +152,7 @@ def test_metadata_for_plain_zarr_is_compared_with_the_identity_and_written_again
     (path / "tail_sums" / "zarr.json").write_bytes(b"[" * 100_000)
     problems = verify(Cache(path)).problems
     assert len(problems) == 7 and all("zarr.json" in problem for problem in problems)
+    assert all(problem.endswith(f"kdcache verify {path} --repair writes it again") for problem in problems)
     assert verify(Cache(path), contents=False).passed  # which reads no such file
     report = verify(Cache(path), repair=True)
     assert report.repaired == [] and len(report.mended) == 7
