@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import os
+from contextlib import suppress
 from functools import cache
+from ipaddress import ip_address, ip_network
 from typing import Any
 from urllib.parse import urlsplit
 from urllib.request import getproxies, proxy_bypass
@@ -12,6 +14,7 @@ from obstore import exceptions as oe
 from obstore.store import ObjectStore, from_url
 
 from kdcache.cache.errors import InputError
+from kdcache.cache.registry.kinds.relay import is_below, relay
 from kdcache.cache.secrecy import remember
 
 # A stalled connection is given up after read_timeout. A whole request may take long, since a chunk may have 2 GB.
@@ -56,20 +59,56 @@ def _fence(endpoints: list[str]) -> dict[str, str]:
     """Options by which no request comes to another host than the bucket's and those that hand out credentials.
 
     A request that a server redirects takes the session token along, and obstore cannot be told not to follow. So all
-    other hosts are reached by way of a proxy that nobody can reach, and nothing is sent. A proxy of the environment
-    goes before: then there is no such fence.
+    other hosts are reached by way of a proxy that refuses them: one at an address where nothing can listen, or, where
+    a proxy of the environment carries the requests, a relay to that one.
     """
-    hosts = [urlsplit(one).hostname or "" for one in endpoints] or [_AMAZON]
-    proxies = getproxies()
-    through = {urlsplit(one).scheme for one in endpoints} or {"https"}
-    carried = any(proxies.get(scheme) or proxies.get("all") for scheme in through)
-    if carried and not all(proxy_bypass(host) for host in hosts):
-        return {}
-    more = [urlsplit(os.environ[name]).hostname or "" for name in _MORE if os.environ.get(name)]
+    named = [urlsplit(one) for one in [*endpoints, *filter(None, map(os.environ.get, _MORE))]]
+    if not endpoints:
+        named.append(urlsplit(f"https://{_AMAZON}"))
     if os.environ.get("AWS_WEB_IDENTITY_TOKEN_FILE"):
         region = os.environ.get("AWS_REGION") or os.environ.get("AWS_DEFAULT_REGION") or "us-east-1"
-        more += [f"sts.{region}.{_AMAZON}", f"sts.{_AMAZON}"]
-    return {"proxy_url": f"http://{NOWHERE}", "proxy_excludes": ",".join([*hosts, *_MACHINE, *filter(None, more)])}
+        named += [urlsplit(f"https://{host}") for host in (f"sts.{region}.{_AMAZON}", f"sts.{_AMAZON}")]
+    schemes = {one.hostname: one.scheme for one in named if one.hostname}
+    proxies = getproxies()
+    carried = [host for host, scheme in schemes.items() if _is_carried(host, scheme, proxies)]
+    # A part of a host's names may go without a proxy, such as one region's.
+    parts = [one for one in _entries(proxies) if is_below(one, carried)]
+    direct = [*(host for host in schemes if host not in carried), *parts, *_MACHINE]
+    through = relay(carried, proxies) if carried else f"http://{NOWHERE}"
+    return {"proxy_url": through, "proxy_excludes": ",".join(direct)}
+
+
+def _is_carried(host: str, scheme: str, proxies: dict[str, str]) -> bool:
+    """Whether a proxy of the environment carries requests to a host. InputError if it is of another kind (socks5)."""
+    proxy = proxies.get(scheme) or proxies.get("all")
+    if not proxy or proxy_bypass(host) or _is_in_networks(host, _entries(proxies)):
+        return False
+    if "://" in proxy and not proxy.startswith(("http://", "https://")):
+        kind = proxy.partition("://")[0]
+        raise InputError(
+            f"the environment's proxy for {scheme} is one of {kind}, and requests to a bucket go through those of http "
+            f"and https only: name such a one in {scheme.upper()}_PROXY, or add {host} to NO_PROXY"
+        )
+    return True
+
+
+def _entries(proxies: dict[str, str]) -> list[str]:
+    """The hosts and networks of NO_PROXY."""
+    entries = (one.strip().lstrip(".") for one in proxies.get("no", "").split(","))
+    return [one for one in entries if one not in ("", "*")]
+
+
+def _is_in_networks(host: str, entries: list[str]) -> bool:
+    """Whether a host is an address in a network of NO_PROXY (10.0.0.0/8), which Python itself does not look at."""
+    try:
+        address = ip_address(host)
+    except ValueError:
+        return False
+    for one in entries:
+        with suppress(ValueError):
+            if address in ip_network(one, strict=False):
+                return True
+    return False
 
 
 def _profile() -> dict[str, Any]:

@@ -13,6 +13,7 @@ from typing import Literal, NamedTuple
 from obstore import exceptions as oe
 
 from kdcache.cache.registry.kinds.client import NOWHERE
+from kdcache.cache.registry.kinds.relay import ELSEWHERE, UNREACHABLE, last_refusal
 from kdcache.cache.secrecy import hide, is_part_of_one
 
 Kind = Literal["missing", "no bucket", "final", "garbled", "passing"]
@@ -53,6 +54,7 @@ _ADVICE = {
 _ELSEWHERE = (
     "the server sends requests elsewhere, which is not followed: set AWS_ENDPOINT_URL and AWS_REGION for the bucket"
 )
+_AWAY = f"{_ELSEWHERE}; another host would be given the credentials"
 _BY_STATUS = {
     401: "the credentials do not allow this",
     403: "the credentials do not allow this",
@@ -65,7 +67,7 @@ _BY_STATUS = {
 _CONNECTION: tuple[tuple[str, Kind, str], ...] = (
     ("Content-Length Header missing", "final", "the server does not tell how long its answers are (Content-Length)"),
     ("Header missing from response", "final", "the server's answer lacks a header"),
-    (f" {NOWHERE},", "final", f"{_ELSEWHERE}; another host would be given the credentials"),
+    (f" {NOWHERE},", "final", _AWAY),
     ("without LOCATION", "final", f"the server sends requests elsewhere without saying where; perhaps {_REGION}"),
     ("TooManyRedirects", "final", "the server sends requests from one address to the next without end"),
     ("error following redirect", "final", "the server sends requests to an address that is not followed"),
@@ -77,6 +79,7 @@ _CONNECTION: tuple[tuple[str, Kind, str], ...] = (
     ("TimedOut", "passing", "there was no answer in time"),
     ("HTTP error:", "passing", "the connection broke off"),
 )
+_NO_TUNNEL = "TunnelUnsuccessful"  # all that is told of a proxy that makes no connection
 _DUMP = "\n\nDebug source:"  # by which obstore's own errors end
 
 
@@ -111,6 +114,8 @@ def failure(e: Exception) -> Failure:
 
 
 def _of_answer(status: int | None, code: str | None) -> Failure:
+    if code in (ELSEWHERE, UNREACHABLE):
+        return _of_proxy(code)
     said = " ".join([*([str(status)] if status else ()), *([f"({code})" if status else code] if code else ())])
     if code in _PASSING_CODES or (status in _PASSING and code not in _ADVICE):
         return Failure("passing", f"the server answers {said}")
@@ -124,6 +129,8 @@ def _of_connection(e: Exception, text: str) -> Failure:
         return Failure("final", "the request is none that this kind of server takes")
     if isinstance(e, OSError) and e.strerror:
         return Failure("passing", e.strerror)
+    if _NO_TUNNEL in text:
+        return _of_proxy(last_refusal())
     for words, kind, reason in _CONNECTION:
         if words in text:
             return Failure(kind, reason)
@@ -131,3 +138,17 @@ def _of_connection(e: Exception, text: str) -> Failure:
         return Failure("garbled", "the server's answer makes no sense")
     lines = [line.strip() for line in hide(text).splitlines() if line.strip()]
     return Failure("passing", (lines[0] if lines else type(e).__name__)[:300])
+
+
+def _of_proxy(reason: str | None) -> Failure:
+    """By what a proxy of the environment made no connection; reason: as last_refusal gives it."""
+    if reason == ELSEWHERE:
+        return Failure("final", _AWAY)
+    if reason == UNREACHABLE:
+        return Failure("passing", "the environment's proxy (HTTPS_PROXY) cannot be reached")
+    if reason is None:
+        return Failure("passing", "the environment's proxy (HTTPS_PROXY) makes no connection to the server")
+    if int(reason) in _PASSING:
+        return Failure("passing", f"the environment's proxy (HTTPS_PROXY) answers {reason}")
+    advice = _BY_STATUS[407] if reason == "407" else "ask who runs it, or name the server's host in NO_PROXY"
+    return Failure("final", f"the environment's proxy (HTTPS_PROXY) answers {reason}: {advice}")

@@ -192,14 +192,6 @@ def test_a_redirection_on_the_same_host_is_followed(monkeypatch):
         assert open_registry(at).objects.read("x", 100) == b"there"
 
 
-def test_a_proxy_of_the_environment_is_gone_through(monkeypatch):
-    """Then kdcache cannot tell hosts apart, and docs/sharing.md says so."""
-    with answering(lambda handler, _: send(handler, 200, b"there", ETag='"x"')) as proxy:
-        monkeypatch.setenv("AWS_ENDPOINT_URL", "http://nowhere.invalid")
-        monkeypatch.setenv("http_proxy", proxy)
-        assert open_registry("s3://bucket/kd").objects.read("x", 100) == b"there"
-
-
 def test_profiles_are_known_and_their_trouble_is_one_line(monkeypatch, tmp_path):
     pytest.importorskip("boto3", reason="the extra s3 is not installed")
     for name in CREDENTIALS:
