@@ -3,10 +3,13 @@
 from __future__ import annotations
 
 import math
+import signal
 import sys
+import threading
 import time
-from collections.abc import Callable
-from typing import TYPE_CHECKING, TextIO
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import TYPE_CHECKING, Any, TextIO
 
 from kdcache.pipeline.process.rank import this_rank
 from kdcache.pipeline.process.screen import Verbosity, is_live, safe, take_screen, verbosity
@@ -117,18 +120,21 @@ class _Bar:
     def draw(self, title: str, text: str, part: float) -> None:
         self._title, self._text, self._part = title, text, part
         if self._line.is_started:
-            self._line.refresh()
+            with _ctrl_c_held_back():
+                self._line.refresh()
         elif not self._is_hidden:
             self.show()
 
     def show(self) -> None:
         self._is_hidden = False
-        self._line.start(refresh=True)
-        self._console.show_cursor(True)
+        with _ctrl_c_held_back():
+            self._line.start(refresh=True)
+            self._console.show_cursor(True)
 
     def hide(self) -> None:
         self._is_hidden = True
-        self._line.stop()
+        with _ctrl_c_held_back():
+            self._line.stop()
 
     def _row(self) -> Table | Text:
         from rich.cells import cell_len
@@ -146,6 +152,23 @@ class _Bar:
         bar = ProgressBar(total=1.0, completed=self._part, width=min(room, _WIDEST))
         grid.add_row(Text(self._title), bar, Text(self._text))
         return grid
+
+
+@contextmanager
+def _ctrl_c_held_back() -> Iterator[None]:
+    """Within, Ctrl-C waits for the end: a frame that it breaks off is written again, and one of the two stays."""
+    usual = signal.getsignal(signal.SIGINT)
+    if not callable(usual) or threading.current_thread() is not threading.main_thread():
+        yield
+        return
+    pressed: list[Any] = []
+    signal.signal(signal.SIGINT, lambda *of: pressed.append(of))
+    try:
+        yield
+    finally:
+        signal.signal(signal.SIGINT, usual)
+        if pressed:
+            usual(*pressed[0])
 
 
 def duration(seconds: float) -> str:

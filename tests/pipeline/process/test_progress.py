@@ -3,8 +3,10 @@
 import io
 import itertools
 import re
+import signal
 import warnings
 
+import pyte
 import pytest
 
 from kdcache.pipeline.process import screen
@@ -131,6 +133,28 @@ def test_ctrl_c_leaves_a_clean_terminal(tmp_path):
     terminal.until(lambda text: "of 40" in text)
     terminal.type("\x03")
     assert "of 40" not in terminal.finish() and not terminal.cursor_is_hidden
+
+
+@pytest.mark.parametrize("write", [1, 2, 3, 4])
+def test_ctrl_c_while_a_frame_is_drawn(write, clock, monkeypatch):
+    """It comes once the terminal has the frame, and before rich knows of it."""
+    out, shown = File(True), pyte.Screen(100, 5)
+    writes = itertools.count(1)
+
+    def flush():
+        if next(writes) == write:
+            signal.raise_signal(signal.SIGINT)
+
+    def work():
+        with Progress("build", 40, "steps", out) as progress:
+            for _ in range(40):
+                progress.advance(1)
+
+    monkeypatch.setattr(out, "flush", flush)
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    pyte.Stream(shown).feed(out.getvalue().replace("\n", "\r\n"))
+    assert "build" in out.getvalue() and not "".join(shown.display).strip(), shown.display
 
 
 @pytest.mark.parametrize(
