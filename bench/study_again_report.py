@@ -110,6 +110,21 @@ def beside_before(results: Results, before: Mapping[str, Any]) -> str:
     return markdown(["top-1, points", "taught on the cache's views", "on views of its own"], rows) if rows else NOT_YET
 
 
+def exact(results: Results) -> str:
+    """In how many pairs a student from float32 records has the very weights of one with the teacher in every step."""
+    runs = sections()["core"].runs
+    done = [
+        {run.seed: results[run.name] for run in runs[f"nkd, {how}"] if run.name in results}
+        for how in ("float32", "online")
+    ]
+    pairs = [(done[0][seed]["weights"], done[1][seed]["weights"]) for seed in done[0].keys() & done[1].keys()]
+    same = sum(a == b for a, b in pairs)
+    return (
+        "From float32 records a student ends with the very weights, bit by bit, that the teacher in every step gives, "
+        f"in {same} of {len(pairs)} seeds."
+    )
+
+
 def heads_table(results: Results) -> str:
     """Heads by classes and preset: top-1 and KL, and the paired difference to gamma 1.5 at T = 1."""
     rows = []
@@ -134,6 +149,7 @@ def tables(results: Results, before: Mapping[str, Any]) -> dict[str, str]:
         "before": beside_before(results, before),
         **{name: means_table(results, section) for name, section in of.items()},
         **{f"{name}-pairs": pairs_table(results, section) for name, section in of.items()},
+        "exact": exact(results),
         "thrives": thrives(results),
         "heads": heads_table(results),
     }
@@ -180,10 +196,11 @@ def write(results: dict[str, Any], out: Path, docs: Path) -> None:
     }  # fmt: skip
     write_json(results, protocol, {name: numbers(results, section) for name, section in sections().items()}, out)
     page, parts = docs / "study-views.md", tables(results, before)
-    plots = (
+    plots = [
         ("spread", plot_spread, "Top-1 by the number of views, random and spread"),
         ("strong", plot_strong, "Top-1 by views and loss"),
-    )
+    ]
+    plots = [one for one in plots if parts[one[0]] != NOT_YET]
     parts |= {name: f"![{text}](study/{name}.png)\n\n{parts[name]}" for name, _, text in plots}
     page.write_text(filled(page.read_text(), parts))
     for name, draw, _ in plots:
