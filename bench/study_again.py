@@ -8,6 +8,7 @@ and nkd are what its held-out images chose with its own teacher. The teacher is 
 views from a stream of its own. Groups of runs, each seed by seed:
 
 core      ce, kd and nkd; and nkd with the teacher in the loop and from float32 records
+views     nkd from the first V views, as the front page shows it
 spread    nkd from the first V of random and of spread views
 strong    ce, kd and nkd in plain, stronger and mixed views, a view for each of twice as many epochs
 presets   two gammas by two temperatures of nkd
@@ -61,6 +62,7 @@ LOSSES = {"ce": "ce", "kd": KD, "nkd": NKD}
 PRESETS = tuple(f"nkd:gamma={gamma},temperature={t}" for gamma in (1.5, 3.5) for t in (1, 3))
 CLASSES = (10, 30, 100, 300, 1000)
 VIEWS = (1, 2, 4, 8, 16)
+FEW = VIEWS[:-1]
 STRONG = (AUGMENT, f"{AUGMENT},trivial", f"{AUGMENT},mixup(0.2),cutmix(1)")
 LONG = 2 * EPOCHS
 SEEDS, MANY_SEEDS = range(5), range(10)
@@ -155,6 +157,7 @@ GROUPS: dict[str, list[Run]] = {
             Student(NKD, seed, online=True),
         )
     ],
+    "views": [Student(NKD, seed, views=v) for seed in SEEDS for v in FEW],
     "presets": [small(loss, seed) for seed in SEEDS for loss in PRESETS],
     "spread": [
         small(NKD, seed, cache=cache, views=v) for seed in MANY_SEEDS for v in VIEWS for cache in RANDOM_OR_SPREAD
@@ -268,7 +271,7 @@ def main() -> None:
         parser.error(f"unknown groups {', '.join(unknown)}: take some of {', '.join(GROUPS)}")
     a.work = a.work.absolute()
     if a.report:
-        from study_again_report import write  # matplotlib is an extra
+        from study_again_report import write  # which takes the groups from here
 
         write(collected(a.work, a.out), a.out, a.docs)
         return

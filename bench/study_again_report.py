@@ -1,16 +1,14 @@
-"""The tables and plots of docs/study-views.md, from the results of study_again.py alone."""
+"""The tables of docs/study-views.md, from the results of study_again.py alone."""
 
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
 import study
 import study_again as again
-from matplotlib import pyplot
-from matplotlib.axes import Axes
 from study_protocol import EPOCHS, SMALL_STUDENT, STUDENT, TEACHER, TEACHER_EPOCHS
 from study_report import (
     NOT_YET,
@@ -30,6 +28,10 @@ from study_report import (
 )
 
 Results = Mapping[str, Mapping[str, Any]]
+PLOTS = {
+    "spread": "Top-1 by the number of views, random and spread",
+    "strong": "Top-1 by views and loss",
+}
 KINDS = {again.STRONG[0]: "plain", again.STRONG[1]: "trivial", again.STRONG[2]: "mixed"}
 BASE = again.NKD
 
@@ -45,6 +47,9 @@ def sections() -> dict[str, Section]:
     core["nkd, float32"] = where("core", cache=again.EXACT)
     core["nkd, online"] = where("core", online=True)
     learnt = [("kd", "ce"), ("nkd", "ce"), ("nkd", "kd"), ("nkd", "nkd, online"), ("nkd, float32", "nkd, online")]
+
+    views = {f"V = {v}": where("views", views=v) for v in again.FEW} | {f"V = {EPOCHS}": core["nkd"]}
+    online = {"online": core["nkd, online"]}
 
     spread = {
         f"{v} {cache.sequence}": where("spread", views=v, cache=cache)
@@ -65,6 +70,7 @@ def sections() -> dict[str, Section]:
     presets = {label_of(spec): where("presets", loss=spec) for spec in again.PRESETS}
     return {
         "core": Section(core, learnt),
+        "views": Section(views | online, [(label, "online") for label in views]),
         "spread": Section(spread, equal + doubled),
         "strong": Section(strong, gains + by_views),
         "presets": Section(presets, [(label, label_of(BASE)) for label in presets if label != label_of(BASE)]),
@@ -110,18 +116,22 @@ def beside_before(results: Results, before: Mapping[str, Any]) -> str:
     return markdown(["top-1, points", "taught on the cache's views", "on views of its own"], rows) if rows else NOT_YET
 
 
-def exact(results: Results) -> str:
-    """In how many pairs a student from float32 records has the very weights of one with the teacher in every step."""
+def same_weights(results: Results) -> tuple[int, int]:
+    """How many students from float32 records have the weights that the teacher in every step gives, and of how many."""
     runs = sections()["core"].runs
-    done = [
-        {run.seed: results[run.name] for run in runs[f"nkd, {how}"] if run.name in results}
+    cached, online = (
+        {run.seed: results[run.name]["weights"] for run in runs[f"nkd, {how}"] if run.name in results}
         for how in ("float32", "online")
-    ]
-    pairs = [(done[0][seed]["weights"], done[1][seed]["weights"]) for seed in done[0].keys() & done[1].keys()]
-    same = sum(a == b for a, b in pairs)
+    )
+    seeds = cached.keys() & online.keys()
+    return sum(cached[seed] == online[seed] for seed in seeds), len(seeds)
+
+
+def exact(results: Results) -> str:
+    same, pairs = same_weights(results)
     return (
         "From float32 records a student ends with the very weights, bit by bit, that the teacher in every step gives, "
-        f"in {same} of {len(pairs)} seeds."
+        f"in {same} of {pairs} seeds."
     )
 
 
@@ -155,38 +165,6 @@ def tables(results: Results, before: Mapping[str, Any]) -> dict[str, str]:
     }
 
 
-def plot_spread(results: Results, axes: Axes) -> None:
-    runs = sections()["spread"].runs
-    for sequence, color in (("random", "tab:grey"), ("spread", "tab:blue")):
-        found = {v: [*by_seed(results, runs[f"{v} {sequence}"], "top1").values()] for v in again.VIEWS}
-        _line(axes, [v for v in found if found[v]], [found[v] for v in found if found[v]], sequence, color)
-    axes.set(xscale="log", xlabel=f"views in the cache, of {EPOCHS} epochs", ylabel="top-1, %")
-    axes.set_xticks(again.VIEWS, map(str, again.VIEWS))
-    axes.minorticks_off()
-    axes.legend()
-    axes.grid(alpha=0.3)
-
-
-def plot_strong(results: Results, axes: Axes) -> None:
-    runs = sections()["strong"].runs
-    colors = {"ce": "tab:grey", "kd": "tab:orange", "nkd": "tab:blue"}
-    for shift, (loss, color) in zip((-0.06, 0.0, 0.06), colors.items(), strict=True):
-        found = [[*by_seed(results, runs[f"{loss}, {kind}"], "top1").values()] for kind in KINDS.values()]
-        done = [i for i, values in enumerate(found) if values]
-        _line(axes, [i + shift for i in done], [found[i] for i in done], loss, color)
-    axes.set_xticks(range(len(KINDS)), [f"{kind}\n{augment}" for augment, kind in KINDS.items()], fontsize=8)
-    axes.set_ylabel("top-1, %")
-    axes.legend()
-    axes.grid(alpha=0.3)
-
-
-def _line(axes: Axes, places: Sequence[float], values: Sequence[Sequence[float]], label: str, color: str) -> None:
-    means = [estimate([100 * v for v in some]) for some in values]
-    axes.errorbar(
-        places, [e.mean for e in means], [e.half or 0 for e in means], marker="o", capsize=4, label=label, color=color
-    )
-
-
 def write(results: dict[str, Any], out: Path, docs: Path) -> None:
     """The results as JSON, the page's tables and its plots."""
     before = json.loads(study.RESULTS.read_text())["summary"]
@@ -196,15 +174,10 @@ def write(results: dict[str, Any], out: Path, docs: Path) -> None:
     }  # fmt: skip
     write_json(results, protocol, {name: numbers(results, section) for name, section in sections().items()}, out)
     page, parts = docs / "study-views.md", tables(results, before)
-    plots = [
-        ("spread", plot_spread, "Top-1 by the number of views, random and spread"),
-        ("strong", plot_strong, "Top-1 by views and loss"),
-    ]
-    plots = [one for one in plots if parts[one[0]] != NOT_YET]
-    parts |= {name: f"![{text}](study/{name}.png)\n\n{parts[name]}" for name, _, text in plots}
+    for name, text in PLOTS.items():
+        if parts[name] != NOT_YET:
+            from study_again_plots import draw  # matplotlib is an extra
+
+            draw(name, results, docs / "study")
+            parts[name] = f"![{text}](study/{name}.png)\n\n{parts[name]}"
     page.write_text(filled(page.read_text(), parts))
-    for name, draw, _ in plots:
-        figure, axes = pyplot.subplots(figsize=(7, 4.2), constrained_layout=True)
-        draw(results, axes)
-        figure.savefig(docs / "study" / f"{name}.png", dpi=110, metadata={"Software": None})
-        pyplot.close(figure)
