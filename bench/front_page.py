@@ -1,6 +1,6 @@
-"""What the README shows: its table and sentences, its plot and its picture, from the results of the study.
+"""What the README shows: its table and sentences, its plot and its picture, from the results of the second study.
 
-    python bench/front_page.py            # from bench/results/study.json; the plot needs the extra `report`
+    python bench/front_page.py            # from bench/results/study_again.json; the plot needs the extra `report`
 
 The table and the sentences stand between marks in README.md. The plot and the picture of the two stages are SVG, each
 for light and for dark pages. The picture for light pages is drawn by hand; the dark one is the same in other colours.
@@ -17,14 +17,16 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from study_protocol import EPOCHS, Results, Run, choose
-from study_report import EXACT, Estimate, Section, by_seed, differences, estimate, filled, markdown, plain, sections
+from study_again import LONG, PLAIN, Student
+from study_again_report import Results, same_weights, sections
+from study_protocol import EPOCHS
+from study_report import Estimate, Section, by_seed, differences, estimate, filled, markdown, plain
 from study_report import signed as with_interval
 
 from kdcache.pipeline.process.progress import duration, size
 
 ROOT = Path(__file__).parent.parent
-RESULTS = ROOT / "bench" / "results" / "study.json"
+RESULTS = ROOT / "bench" / "results" / "study_again.json"
 README = ROOT / "README.md"
 PICTURES = ROOT / "docs" / "front"
 # Of the picture and the plot: on a light page and on a dark one.
@@ -42,62 +44,57 @@ COLOURS = {
 STUDENTS = range(7)  # how many the plot of costs goes up to
 
 
-def of_core(section: dict[str, Section]) -> dict[str, list[Run]]:
+def of_core(section: Section) -> dict[str, list[Student]]:
     """The rows of the table: runs by what they are called there."""
-    core, online = section["core"].runs, section["views"].runs["online"]
     return {
-        "ce: labels alone, no teacher": core["ce"],
-        "kd, from the cache": core["kd"],
-        "nkd, from the cache": core["nkd"],
-        "nkd, the teacher in every step": online,
+        "ce: labels alone, no teacher": section.runs["ce"],
+        "kd, from the cache": section.runs["kd"],
+        "nkd, from the cache": section.runs["nkd"],
+        "nkd, the teacher in every step": section.runs["nkd, online"],
     }
 
 
-def cost(results: Results, runs: Sequence[Run]) -> float:
+def cost(results: Results, runs: Sequence[Student]) -> float:
     """The median of a run's core-seconds, with its start and its evaluations."""
     return statistics.median(results[run.name]["cpu_seconds"] for run in runs if run.name in results)
 
 
-def table(results: Results, section: dict[str, Section]) -> str:
+def table(results: Results, core: Section) -> str:
     rows = []
-    for label, runs in of_core(section).items():
+    for label, runs in of_core(core).items():
         top1, nll, ece = ([*by_seed(results, runs, metric).values()] for metric in ("top1", "nll", "ece"))
         figures = plain(estimate(top1), 100, 2), f"{statistics.fmean(nll):.3f}", f"{statistics.fmean(ece):.3f}"
         rows.append([label, *figures, duration(cost(results, runs))])
-    teacher = results["build-dense"]["test"]
+    teacher = results[PLAIN.name]["test"]
     figures = [f"{100 * teacher['top1']:.2f}", f"{teacher['nll']:.3f}", f"{teacher['ece']:.3f}"]
     rows.append(["*the teacher, a resnet56*", *figures, ""])
     return markdown(["resnet20 trained with", "top-1, %", "NLL", "ECE", "core time a student"], rows)
 
 
-def sentences(results: Results, section: dict[str, Section]) -> str:
+def sentences(results: Results, core: Section) -> str:
     """What the table does not say by itself: differences seed by seed, what float16 changes, and what a cache costs."""
-    core, views = section["core"].runs, section["views"].runs
-    gain = differences(results, core["nkd"], core["ce"], "top1")
-    rounding = differences(results, views[f"V = {EPOCHS}"], views[EXACT], "top1")
-    online = {run.seed: run.name for run in views["online"]}
-    pairs = [(run.name, online[run.seed]) for run in views[EXACT] if run.seed in online]
-    same = sum(results[a]["weights"] == results[b]["weights"] for a, b in pairs)
-    saved = cost(results, of_core(section)["nkd, the teacher in every step"]) - cost(results, core["nkd"])
-    paid = results["build-dense"]["cpu_seconds"] / saved
+    runs = core.runs
+    gain = differences(results, runs["nkd"], runs["ce"], "top1")
+    rounding = differences(results, runs["nkd"], runs["nkd, online"], "top1")
+    same, pairs = same_weights(results)
+    saved = cost(results, runs["nkd, online"]) - cost(results, runs["nkd"])
+    paid = results[PLAIN.name]["cpu_seconds"] / saved
     found = [
         f"**The teacher helps.** Seed by seed, nkd gains {with_interval(gain, 100, 2)} points of top-1 over ce (95% "
         f"interval, {len(gain)} seeds).",
         "**The cache is the teacher.** From float32 records a student ends with the very weights, bit by bit, that the "
-        f"teacher in every step gives, in {same} of {len(pairs)} seeds. From float16 records, the default, top-1 "
+        f"teacher in every step gives, in {same} of {pairs} seeds. From float16 records, the default, top-1 "
         f"differs by {with_interval(rounding, 100, 2)} points ({len(rounding)} seeds).",
-        f"**It is small, and soon paid for.** {EPOCHS} views take {size(results['build-dense']['bytes'])}, and "
-        f"building them takes the core time that {paid:.1f} students save.",
+        f"**It is small, and soon paid for.** {LONG} views take {size(results[PLAIN.name]['bytes'])}, and building "
+        f"them takes the core time that {paid:.1f} students save. These students read {EPOCHS} of them.",
     ]
     return "\n".join(textwrap.fill(f"- {text}", 120, subsequent_indent="  ") for text in found)
 
 
 def parts(results: Results) -> dict[str, str]:
     """Every generated part of the README, by its marker's name."""
-    if (chosen := choose(results)) is None:
-        raise SystemExit(f"{RESULTS} does not hold the whole study: python bench/study.py makes it")
-    section = sections(chosen)
-    return {"results": table(results, section), "findings": sentences(results, section)}
+    core = sections()["core"]
+    return {"results": table(results, core), "findings": sentences(results, core)}
 
 
 def plotted(results: Results) -> dict[str, Any]:
@@ -106,16 +103,13 @@ def plotted(results: Results) -> dict[str, Any]:
     views: top-1 in percent by number of views, as [mean, half of the 95% interval]; ce and online the same. minutes:
     what N students take of one core from the cache, which is built first, and with the teacher in every step.
     """
-    chosen = choose(results)
-    assert chosen
-    section = sections(chosen)
-    core, views = section["core"].runs, section["views"].runs
+    core, views = sections()["core"].runs, sections()["views"].runs
 
-    def top1(runs: Sequence[Run]) -> list[float]:
+    def top1(runs: Sequence[Student]) -> list[float]:
         found: Estimate = estimate([100 * value for value in by_seed(results, runs, "top1").values()])
         return [round(found.mean, 3), round(found.half or 0, 3)]
 
-    build, cached = results["build-dense"]["cpu_seconds"] / 60, cost(results, core["nkd"]) / 60
+    build, cached = results[PLAIN.name]["cpu_seconds"] / 60, cost(results, core["nkd"]) / 60
     online = cost(results, views["online"]) / 60
     return {
         "views": {label.split()[-1]: top1(runs) for label, runs in views.items() if label.startswith("V = ")},
