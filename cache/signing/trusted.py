@@ -7,6 +7,7 @@ from collections.abc import Iterable, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
+import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import files
@@ -88,6 +89,9 @@ class TrustedPlace:
 
     def rows(self, file: str, stored: StoredFile, chunk: Chunk, out: NDArray[Any] | None = None) -> NDArray[Any]:
         return self.inner.rows(file, stored, chunk, out)
+
+    def some_rows(self, file: str, stored: StoredFile, chunk: Chunk, rows: NDArray[np.int64]) -> NDArray[Any]:
+        return self.inner.some_rows(file, stored, chunk, rows)
 
     def remedy(self, file: str) -> str:
         return self.inner.remedy(file)

@@ -34,6 +34,7 @@ if TYPE_CHECKING:  # torch takes seconds to import, and much that is done with a
 # Blosc takes no more than this at once.
 MAX_CHUNK_BYTES = 2**31 - 17
 _CRC_BYTES = 4
+_STORED = 2  # the flag in Blosc's head of what could not be compressed
 # Fields of zarr.json that some versions of zarr leave out where they are empty.
 _MAY_BE_EMPTY = ("attributes", "storage_transformers", "consolidated_metadata", "configuration", "dimension_names")
 
@@ -163,17 +164,7 @@ def encode_part(spec: ArraySpec, part: int, data: NDArray[Any]) -> bytes:
 
 def decode_part(spec: ArraySpec, part: int, data: Content, where: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
     """The rows of a part, in `out` if given; CorruptError naming the file where the bytes are not such a chunk."""
-    # Blosc's header declares how much it will write and read. Blosc checks neither, so both are checked here.
-    if len(data) < 16 + _CRC_BYTES:
-        raise CorruptError(f"{where}: {len(data)} bytes are too few for a chunk")
-    writes, reads = (int.from_bytes(data[i : i + 4], "little") for i in (4, 12))
-    if writes != spec.chunk_bytes:
-        raise CorruptError(f"{where}: declares {writes} bytes of data where {spec.chunk_bytes} belong")
-    if reads != len(data) - _CRC_BYTES:
-        raise CorruptError(f"{where}: declares {reads} compressed bytes and has {len(data) - _CRC_BYTES}")
-    content = np.frombuffer(data, np.uint8)[:-_CRC_BYTES]  # no copy
-    if google_crc32c.value(content) != int.from_bytes(data[-_CRC_BYTES:], "little"):
-        raise CorruptError(f"{where}: its checksum does not match its bytes")
+    content = _frame(spec, data, where)
     # zarr is not used here: its code around blosc takes several times as long as blosc itself.
     rows, dtype = spec.interval(part), np.dtype(spec.dtype).newbyteorder("<")
     direct = out is not None and len(out) == spec.chunk_shape[0] and out.dtype == dtype and out.flags.c_contiguous
@@ -188,6 +179,67 @@ def decode_part(spec: ArraySpec, part: int, data: Content, where: str, out: NDAr
     return filled(out, chunk[: rows.stop - rows.start].astype(spec.dtype, copy=False))
 
 
+def decode_rows(spec: ArraySpec, part: int, data: Content, where: str, rows: NDArray[np.int64]) -> NDArray[Any]:
+    """Those rows of a part, ascending, as `decode_part` gives all of them. Only blocks that hold them are decompressed.
+
+    Blosc cuts a chunk into blocks and compresses each by itself.
+    """
+    frame, row = _frame(spec, data, where), spec.chunk_bytes // spec.chunk_shape[0]
+    block = max(1, int.from_bytes(frame[8:12].data, "little"))
+    count = -(-spec.chunk_bytes // block)
+    first, last = rows * row // block, ((rows + 1) * row - 1) // block
+    held = np.bincount(first, minlength=count + 1) - np.bincount(last + 1, minlength=count + 1)
+    wanted = np.flatnonzero(held.cumsum())
+    if frame[2] & _STORED or not 0 < 2 * len(wanted) <= count:
+        return decode_part(spec, part, data, where)[rows]
+    try:
+        content = blosc.decompress(_with_blocks(frame, spec.chunk_bytes, block, wanted, where))
+    except RuntimeError as e:
+        raise CorruptError(f"{where}: {e}") from e
+    starts = np.searchsorted(wanted, first) * block + rows * row % block
+    found = np.lib.stride_tricks.sliding_window_view(np.frombuffer(content, np.uint8), row)[starts]
+    typed: NDArray[Any] = found.view(np.dtype(spec.dtype).newbyteorder("<")).astype(spec.dtype, copy=False)
+    return typed.reshape(-1, *spec.shape[1:])
+
+
+def _with_blocks(
+    frame: NDArray[np.uint8], nbytes: int, block: int, wanted: NDArray[np.int64], where: str
+) -> NDArray[np.uint8]:
+    """What Blosc would have made of these blocks alone, in ascending order; CorruptError where they are not in it.
+
+    Blosc's README_CHUNK_FORMAT: after 16 bytes of head an int32 for each block says where it begins. Blocks may lie in
+    any order, and only the last one may be short.
+    """
+    count = -(-nbytes // block)
+    starts = frame[16:][: 4 * count].view("<i4").astype(np.int64) if len(frame) > 16 + 4 * count else np.zeros(1, int)
+    in_order = np.sort(starts)
+    if in_order[0] < 16 + 4 * count or in_order[-1] >= len(frame):
+        raise CorruptError(f"{where}: its blocks do not lie within it")
+    stops = np.append(in_order[1:], len(frame))[np.searchsorted(in_order, starts)]
+    sizes = (stops - starts)[wanted]
+    begins = 16 + 4 * len(wanted) + np.cumsum(sizes) - sizes
+    writes = len(wanted) * block - (count * block - nbytes if wanted[-1] == count - 1 else 0)
+    head = np.array([writes, block, begins[-1] + sizes[-1], *begins], "<u4").view(np.uint8)
+    blocks = (frame[start:stop] for start, stop in zip(starts[wanted], stops[wanted], strict=True))
+    return np.concatenate([frame[:4], head, *blocks])
+
+
+def _frame(spec: ArraySpec, data: Content, where: str) -> NDArray[np.uint8]:
+    """What Blosc made of a chunk, without a copy; CorruptError where it is damaged or of another size."""
+    # Blosc's header declares how much it will write and read. Blosc checks neither, so both are checked here.
+    if len(data) < 16 + _CRC_BYTES:
+        raise CorruptError(f"{where}: {len(data)} bytes are too few for a chunk")
+    writes, reads = (int.from_bytes(data[i : i + 4], "little") for i in (4, 12))
+    if writes != spec.chunk_bytes:
+        raise CorruptError(f"{where}: declares {writes} bytes of data where {spec.chunk_bytes} belong")
+    if reads != len(data) - _CRC_BYTES:
+        raise CorruptError(f"{where}: declares {reads} compressed bytes and has {len(data) - _CRC_BYTES}")
+    content = np.frombuffer(data, np.uint8)[:-_CRC_BYTES]
+    if google_crc32c.value(content) != int.from_bytes(data[-_CRC_BYTES:], "little"):
+        raise CorruptError(f"{where}: its checksum does not match its bytes")
+    return content
+
+
 def filled(out: NDArray[Any] | None, rows: NDArray[Any]) -> NDArray[Any]:
     """The rows, in `out` if given."""
     if out is None:
@@ -198,6 +250,8 @@ def filled(out: NDArray[Any] | None, rows: NDArray[Any]) -> NDArray[Any]:
 
 def unsound(name: str, rows: NDArray[Any], classes: int) -> str | None:
     """Which values the array of that name holds that no teacher's answer can give; None if there are none."""
+    if not len(rows):
+        return None
     low, high = rows.min(), rows.max()  # both are NaN where one value is
     if name == "classes":
         return f"a class id above {classes - 1}" if int(high) >= classes else None

@@ -146,6 +146,9 @@ class PackedFile:
             raise CorruptError(f"{where} is not what was committed")
         return chunks.filled(out, rows)
 
+    def some_rows(self, file: str, stored: StoredFile, chunk: Chunk, rows: NDArray[np.int64]) -> NDArray[Any]:
+        return self.rows(file, stored, chunk)[rows]
+
     def remedy(self, file: str) -> str:
         return f"copy {self.where} again, or remove it and pack the cache again"
 

@@ -164,6 +164,11 @@ class SplitLayout:
         """Whether the commits of a view also name the part's share of the prior."""
         return view == 0 and self.has_prior
 
+    @property
+    def view_bytes(self) -> int:
+        """What the records of a view take once they are decompressed."""
+        return self.parts * sum(spec.chunk_bytes for spec in self.records)
+
     def commit_file(self, name: str) -> str:
         """The file of a commit, from the cache's folder."""
         return f"{self.prefix}commits/{name}.json"

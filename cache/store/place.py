@@ -11,6 +11,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import Any, Literal, Protocol
 
+import numpy as np
 from numpy.typing import NDArray
 
 from kdcache.cache import files
@@ -67,6 +68,9 @@ class Place(Protocol):
     def rows(self, file: str, stored: StoredFile, chunk: Chunk, out: NDArray[Any] | None = None) -> NDArray[Any]:
         """The rows of a committed chunk, in `out` if given; CorruptError unless they are what was committed."""
 
+    def some_rows(self, file: str, stored: StoredFile, chunk: Chunk, rows: NDArray[np.int64]) -> NDArray[Any]:
+        """Those of a committed chunk's rows, ascending places in it; CorruptError unless it is what was committed."""
+
     def distrust(self, file: str) -> bool:
         """Remove what was kept here of a commit that lies elsewhere; whether there was anything."""
 
@@ -107,6 +111,10 @@ class ZarrChunks:
     def rows(self, file: str, stored: StoredFile, chunk: Chunk, out: NDArray[Any] | None = None) -> NDArray[Any]:
         content = self.content(file, stored, chunk)
         return chunks.decode_part(chunk.spec, chunk.part, content, self.locate(file), out)
+
+    def some_rows(self, file: str, stored: StoredFile, chunk: Chunk, rows: NDArray[np.int64]) -> NDArray[Any]:
+        content = self.content(file, stored, chunk)
+        return chunks.decode_rows(chunk.spec, chunk.part, content, self.locate(file), rows)
 
 
 class Folder(ZarrChunks):

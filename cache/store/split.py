@@ -267,7 +267,8 @@ class SplitReader(CommitReader):
         """All records of a view, checked, in memory as they are stored. out: records whose memory is used again.
 
         samples: places in ascending order, to read the records of these alone. Parts that hold none of them are not
-        read. Every other part is checked as a whole, and each thread holds one array of one part at a time.
+        read. The bytes of every other part are checked as a whole, but only what holds them is decompressed. Each
+        thread holds one array of one part at a time.
         """
         missing = set(range(self.parts)) - self.committed().get(view, set())
         if missing:
@@ -304,9 +305,9 @@ class SplitReader(CommitReader):
         """Some rows of each array of records in a shard, in `out` if given, checked like `check_shard`'s."""
 
         def chosen(file: str, stored: StoredFile, chunk: Chunk) -> NDArray[Any]:
-            name, whole = chunk.spec.name, self._place.rows(file, stored, chunk)
-            self._require_sound(view, part, name, whole)
-            return np.take(whole, rows, 0, out.get(name), mode="clip")  # which, unlike "raise", needs no buffer
+            name, found = chunk.spec.name, self._place.some_rows(file, stored, chunk, rows)
+            self._require_sound(view, part, name, found)
+            return chunks.filled(out.get(name), found)
 
         names = [spec.name for spec in self.layout.records]
         return dict(zip(names, self._each(shard_name(view, part), chosen, names), strict=True))

@@ -72,7 +72,7 @@ class SlabsFromTheTeacher:
     def compare(self, view, drawn, hurry):
         pass
 
-    def read(self, wanted, drawn, spare, hurry):
+    def read(self, wanted, drawn, spare, hurry, samples=None):
         rows = range(len(self._source.train))
         batches = record_batches(self._source, "train", wanted.view, rows, 256)
         parts = [records for records, _ in batches]

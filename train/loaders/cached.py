@@ -33,6 +33,8 @@ from kdcache.pipeline.views.render import RENDERER, Renderer, normalised
 from kdcache.train.loaders.order import EpochOrder, Epochs
 from kdcache.train.loaders.slabs import Held, Slabs, Wanted
 
+_LARGE = 1 << 29  # bytes of a view's records, which take a core more than a second
+
 
 def require_data(cache: Stored, data: Dataset) -> None:
     """MismatchError, field by field, unless `data` is the split that the cache was built from.
@@ -173,7 +175,8 @@ class CachedLoader(Epochs):
             torch.tensor(v, device=self._device).view(1, 3, 1, 1) * 255 for v in (self.data.mean, self.data.std)
         )
         self._reader = _Reader(cache, self.data, self._order, self._views_of, world, self._renderer.size, self._device)
-        self._slabs = Slabs(self._reader, reuse=self._device.type == "cpu")
+        large = cache.train.layout.view_bytes >= _LARGE
+        self._slabs = Slabs(self._reader, reuse=self._device.type == "cpu", large=large)
 
     def __iter__(self) -> Iterator[tuple[Tensor, Tensor, Records]]:
         for images, labels, records in self.steps():
@@ -182,11 +185,11 @@ class CachedLoader(Epochs):
     def steps(self, start: int = 0) -> Iterator[tuple[Tensor, Tensor, Records]]:
         """Yield the same batches with uint8 images, not normalised. start: skip so many batches without rendering."""
         epoch, begun = self._order.next_epoch, False
-        with self._slabs.taken(self._reader.wanted(epoch), self._reader.after(epoch)) as slabs:
-            batches = self._reader.batches(epoch, lambda: slabs[0].parameters)[start:]
+        wanted, after = self._reader.wanted(epoch), self._reader.after(epoch)
+        with self._slabs.taken(wanted, after, lambda drawn: self._reader.batches(epoch, drawn)[start:]) as taken:
             # Pixels first: the records of a first epoch are still being read.
-            rendered = self._renderer.crops([slab.parameters for slab in slabs], batches)
-            for images, (labels, records) in zip(rendered, slabs[0].gathered(batches, *slabs[1:]), strict=True):
+            rendered = self._renderer.crops([slab.parameters for slab in taken.slabs], taken.batches)
+            for images, (labels, records) in zip(rendered, taken.gathered(), strict=True):
                 if not begun:
                     self._order.begin(epoch)
                     begun = True
@@ -240,12 +243,16 @@ class _Reader:
     def compare(self, view: int, drawn: Parameters, hurry: bool) -> None:
         require_as_built(self._cache, view, drawn, _threads(hurry))
 
-    def read(self, wanted: Wanted, drawn: Callable[[], Parameters], spare: Records | None, hurry: bool) -> Held:
-        if wanted.epoch is None:
-            records, samples = self._cache.read(wanted.view, spare), None
-        else:
+    def read(
+        self, wanted: Wanted, drawn: Callable[[], Parameters], spare: Records | None, hurry: bool,
+        samples: NDArray[np.int64] | None = None,
+    ) -> Held:  # fmt: skip
+        if samples is None and wanted.epoch is not None:
             epochs = range(wanted.epoch, wanted.epoch + self._order.crops)
             samples = np.sort(np.concatenate([batch for epoch in epochs for batch in self.batches(epoch, drawn)]))
+        if samples is None:
+            records = self._cache.read(wanted.view, spare)
+        else:
             spare = spare if spare is not None and len(spare) == len(samples) else None
             records = self._cache.read(wanted.view, spare, samples, _threads(hurry))
         if self._cache.identity.views.mixed:

@@ -1,7 +1,8 @@
 """Keeps the slabs that epochs take their batches from: those of this epoch and, read ahead in threads, of the next.
 
 A process alone holds whole views. Each of several ranks holds those records alone that stand in its own parts of the
-epoch's batches, so that all ranks together hold a view once, on whatever devices and machines they are.
+epoch's batches, so that all ranks together hold a view once, on whatever devices and machines they are. Where views are
+large, the first batches of a run have their records before the view is decompressed.
 """
 
 from __future__ import annotations
@@ -21,6 +22,8 @@ from kdcache.cache.records.records import Records
 from kdcache.pipeline.views.parameters import Parameters
 from kdcache.train.loaders.order import gathered
 
+_FIRST = 16  # batches that may come before their slabs are whole
+
 
 class Wanted(NamedTuple):
     """What a slab holds: the records of a view, all of them, or with an epoch those that this rank uses in it.
@@ -37,6 +40,17 @@ class Held(NamedTuple):
 
     records: Records
     samples: NDArray[np.int64] | None = None
+
+
+class _Views(NamedTuple):
+    """A view's parameters, once they are drawn, and None, once they were compared with those of the build."""
+
+    drawn: Future[Parameters]
+    compared: Future[None]
+
+
+# Gives an epoch's batches of samples. It is given what gives the parameters of its first view.
+Order = Callable[[Callable[[], Parameters]], Sequence[NDArray[np.int64]]]
 
 
 @dataclass(frozen=True, eq=False)
@@ -93,6 +107,31 @@ class Slab:
         return self._drawn, self._compared, self._held
 
 
+@dataclass(frozen=True, eq=False)
+class Taken:
+    """What an epoch takes its batches from. slabs: one for each view that its samples are in. batches: samples."""
+
+    slabs: Sequence[Slab]
+    batches: Sequence[NDArray[np.int64]]
+    _first: Sequence[Slab]  # of the samples of the first batches alone, if these are read sooner
+
+    def gathered(self) -> Iterator[tuple[Tensor, Records]]:
+        """Labels and records of each batch. The first one is waited for.
+
+        Where there are several slabs, the records of a sample follow each other.
+        """
+        sooner = 0
+        if self._first:
+            sooner = _FIRST
+            for slab in self._first:
+                slab.settle()
+            if any(slab.failed for slab in self._first):  # then the whole ones fail too, and are not taken again
+                for slab in self.slabs:
+                    slab.settle()
+            yield from self._first[0].gathered(self.batches[:sooner], *self._first[1:])
+        yield from self.slabs[0].gathered(self.batches[sooner:], *self.slabs[1:])
+
+
 class Reader(Protocol):
     """What reads slabs."""
 
@@ -102,22 +141,26 @@ class Reader(Protocol):
     def compare(self, view: int, drawn: Parameters, hurry: bool) -> None:
         """MismatchError unless the view was built with these parameters. hurry: whether somebody waits."""
 
-    def read(self, wanted: Wanted, drawn: Callable[[], Parameters], spare: Records | None, hurry: bool) -> Held:
+    def read(
+        self, wanted: Wanted, drawn: Callable[[], Parameters], spare: Records | None, hurry: bool,
+        samples: NDArray[np.int64] | None = None,
+    ) -> Held:  # fmt: skip
         """The records of a view.
 
         drawn: gives the view's parameters, which may have to be waited for. spare: records that nobody needs any more,
-        whose memory is to be used again. hurry: whether somebody waits.
+        whose memory is to be used again. hurry: whether somebody waits. samples: ascending, to read these alone.
         """
 
 
 class Slabs:
     """Reads slabs, one after the other in threads, and keeps those that were asked for last.
 
-    reuse: whether memory of slabs that nobody needs any more is to be used again, as on a CPU.
+    reuse: whether memory of slabs that nobody needs any more is to be used again, as on a CPU. large: whether an epoch
+    that would have to wait for its slabs is given the records of its first batches before.
     """
 
-    def __init__(self, reader: Reader, reuse: bool) -> None:
-        self._reader, self._reuse = reader, reuse
+    def __init__(self, reader: Reader, reuse: bool, large: bool = False) -> None:
+        self._reader, self._reuse, self._large = reader, reuse, large
         self._drawing, self._reading = (
             ThreadPoolExecutor(1, thread_name_prefix=f"kdcache-{name}") for name in ("views", "slab")
         )
@@ -125,41 +168,55 @@ class Slabs:
         self._in_use = Counter[Wanted]()
 
     @contextmanager
-    def taken(self, now: Sequence[Wanted], after: Sequence[Wanted]) -> Iterator[list[Slab]]:
-        """The slabs `now`, perhaps still to be waited for. They are in use until the end of the block.
+    def taken(self, now: Sequence[Wanted], after: Sequence[Wanted], order: Order) -> Iterator[Taken]:
+        """The slabs `now`, perhaps still to be waited for, with the epoch's batches. They are in use until the end.
 
         Those `after` are read as soon as these are there. All others are forgotten.
         """
         spare = self._forget_others({*now, *after})
-        first = [self._get(wanted, (), spare) for wanted in now]
+        begun = {wanted: self._views(wanted, ()) for wanted in now if wanted not in self._slabs}
+        batches = order(begun[now[0]].drawn.result if now[0] in begun else lambda: self._slabs[now[0]].parameters)
+        sooner = begun if self._large and len(batches) > _FIRST and len(begun) == len(now) else {}
+        first = [self._first(wanted, views, batches[:_FIRST]) for wanted, views in sooner.items()]
+        for wanted, views in begun.items():
+            self._slabs[wanted] = self._read(wanted, views, (), spare)
+        slabs = [self._slabs[wanted] for wanted in now]
         for wanted in after:
-            self._get(wanted, first, spare)
+            if wanted not in self._slabs:
+                self._slabs[wanted] = self._read(wanted, self._views(wanted, slabs), slabs, spare)
         self._in_use.update(now)
         try:
-            yield first
+            yield Taken(slabs, batches, first)
         finally:
             self._in_use.subtract(now)
 
-    def _get(self, wanted: Wanted, first: Sequence[Slab], spare: list[Records]) -> Slab:
-        """The slab, which is being read from now on if it was not yet. first: those that are read before."""
-        if wanted in self._slabs:
-            return self._slabs[wanted]
-        reader, memory = self._reader, spare.pop() if spare else None
+    def _views(self, wanted: Wanted, before: Sequence[Slab]) -> _Views:
+        """The parameters of a view, which are being drawn from now on. before: slabs that are read before."""
 
         def draw() -> Parameters:
-            for other in first:
+            for other in before:
                 other.settle()
-            return reader.draw(wanted.view)
-
-        def read() -> Held:
-            for other in first:
-                other.settle()
-            return reader.read(wanted, drawn.result, memory, hurry=not first)
+            return self._reader.draw(wanted.view)
 
         drawn = self._drawing.submit(draw)
-        compared = self._drawing.submit(lambda: reader.compare(wanted.view, drawn.result(), hurry=not first))
-        slab = self._slabs[wanted] = Slab(drawn, compared, self._reading.submit(read))
-        return slab
+        hurry = not before
+        return _Views(drawn, self._drawing.submit(lambda: self._reader.compare(wanted.view, drawn.result(), hurry)))
+
+    def _read(self, wanted: Wanted, views: _Views, before: Sequence[Slab], spare: list[Records]) -> Slab:
+        """The slab, which is being read from now on."""
+        memory = spare.pop() if spare else None
+
+        def read() -> Held:
+            for other in before:
+                other.settle()
+            return self._reader.read(wanted, views.drawn.result, memory, not before)
+
+        return Slab(*views, self._reading.submit(read))
+
+    def _first(self, wanted: Wanted, views: _Views, batches: Sequence[NDArray[np.int64]]) -> Slab:
+        """The records of the first batches, which are being read from now on."""
+        samples = np.sort(np.concatenate(batches))
+        return Slab(*views, self._reading.submit(self._reader.read, wanted, views.drawn.result, None, True, samples))
 
     def _forget_others(self, wanted: set[Wanted]) -> list[Records]:
         """Forget all other slabs and those that could not be read; return the records whose memory can be reused."""

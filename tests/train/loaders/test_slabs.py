@@ -33,7 +33,7 @@ class Reader:
     def compare(self, view, drawn, hurry):
         assert self.may_compare.wait(20)
 
-    def read(self, wanted, drawn, spare, hurry):
+    def read(self, wanted, drawn, spare, hurry, samples=None):
         self.seen.append(wanted.view)
         self.spares.append(None if spare is None else int(spare.gaps[0, 0]))
         if wanted.view in self.bad:
@@ -46,6 +46,10 @@ def wanted(*views):
     return [Wanted(view) for view in views]
 
 
+def taken(slabs, now, after=(), batches=()):
+    return slabs.taken(now, after, lambda drawn: batches)
+
+
 def values(slabs):
     return [int(slab.held.records.gaps[0, 0]) for slab in slabs]
 
@@ -53,23 +57,23 @@ def values(slabs):
 def test_several_views_are_held_at_once_and_those_that_follow_are_read_ahead():
     reader = Reader()
     slabs = Slabs(reader, reuse=False)
-    with slabs.taken(wanted(3, 1), wanted(1, 2)) as now:
-        assert values(now) == [3, 1] and sorted(values(slabs._slabs.values())) == [1, 2, 3]
-    with slabs.taken(wanted(1, 2), []) as now:
-        assert values(now) == [1, 2] and values(slabs._slabs.values()) == [1, 2]
+    with taken(slabs, wanted(3, 1), wanted(1, 2)) as now:
+        assert values(now.slabs) == [3, 1] and sorted(values(slabs._slabs.values())) == [1, 2, 3]
+    with taken(slabs, wanted(1, 2)) as now:
+        assert values(now.slabs) == [1, 2] and values(slabs._slabs.values()) == [1, 2]
     assert sorted(reader.seen) == [1, 2, 3]
 
 
 def test_memory_is_used_again_once_nobody_takes_batches_from_it():
     reader = Reader()
     slabs = Slabs(reader, reuse=True)
-    with slabs.taken(wanted(0), []) as first:
+    with taken(slabs, wanted(0)) as first:
         for view in (1, 2):  # by iterators that have overtaken the first one
-            with slabs.taken(wanted(view), []) as other:
-                assert values([*other, *first]) == [view, 0]
+            with taken(slabs, wanted(view)) as other:
+                assert values([*other.slabs, *first.slabs]) == [view, 0]
     assert reader.spares == [None, None, 1]
-    with slabs.taken(wanted(5, 6), []) as both:
-        assert values(both) == [5, 6]
+    with taken(slabs, wanted(5, 6)) as both:
+        assert values(both.slabs) == [5, 6]
     assert reader.spares[3:] == [2, None]
 
 
@@ -77,14 +81,14 @@ def test_what_could_not_be_read_is_in_nobodys_use_and_read_again():
     reader = Reader()
     reader.bad = {1}
     slabs = Slabs(reader, reuse=True)
-    with pytest.raises(InputError, match="no view 1"), slabs.taken(wanted(0, 1), []) as both:
-        values(both)
+    with pytest.raises(InputError, match="no view 1"), taken(slabs, wanted(0, 1)) as both:
+        values(both.slabs)
     reader.bad = set()
-    with slabs.taken(wanted(0, 1), []) as both:
-        assert values(both) == [0, 1]
+    with taken(slabs, wanted(0, 1)) as both:
+        assert values(both.slabs) == [0, 1]
     assert reader.seen == [0, 1, 1]
-    with slabs.taken(wanted(2, 3), []) as both:
-        assert values(both) == [2, 3]
+    with taken(slabs, wanted(2, 3)) as both:
+        assert values(both.slabs) == [2, 3]
     assert sorted(reader.spares[3:]) == [0, 1]
 
 
@@ -92,9 +96,10 @@ def test_pixels_can_be_rendered_before_the_records_are_there_and_records_come_wi
     reader = Reader()
     reader.may_compare.clear()
     slabs = Slabs(reader, reuse=False)
-    with slabs.taken(wanted(0), wanted(1)) as (slab,):
+    with taken(slabs, wanted(0), wanted(1), [np.array([2, 0])]) as now:
+        (slab,) = now.slabs
         assert len(slab.parameters) == 4 and not slab.done
-        batches = slab.gathered([np.array([2, 0])])  # asks for nothing yet
+        batches = now.gathered()  # asks for nothing yet
         threading.Timer(0.05, reader.may_compare.set).start()
         (_, records), *rest = batches
         assert slab.done and not rest and records.gaps.tolist() == [[0, 0], [0, 0]]
@@ -137,8 +142,8 @@ def slabs_of(loader, epoch=None):
     """What a loader holds, of an epoch if one is given."""
     if epoch is None:
         return [slab.held for slab in loader._slabs._slabs.values()]
-    with loader._slabs.taken(loader._reader.wanted(epoch), loader._reader.wanted(epoch + 1)) as (slab,):
-        return [slab.held]
+    with taken(loader._slabs, loader._reader.wanted(epoch), loader._reader.wanted(epoch + 1)) as now:
+        return [slab.held for slab in now.slabs]
 
 
 def test_a_ranks_memory_is_used_again(tmp_path):
