@@ -2,7 +2,7 @@
 
 A process alone holds whole views. Each of several ranks holds those records alone that stand in its own parts of the
 epoch's batches, so that all ranks together hold a view once, on whatever devices and machines they are. Where views are
-large, the first batches of a run have their records before the view is decompressed.
+large, the first batch of a run has its records before the views are decompressed.
 """
 
 from __future__ import annotations
@@ -21,8 +21,6 @@ from torch import Tensor
 from kdcache.cache.records.records import Records
 from kdcache.pipeline.views.parameters import Parameters
 from kdcache.train.loaders.order import gathered
-
-_FIRST = 16  # batches that may come before their slabs are whole
 
 
 class Wanted(NamedTuple):
@@ -113,23 +111,23 @@ class Taken:
 
     slabs: Sequence[Slab]
     batches: Sequence[NDArray[np.int64]]
-    _first: Sequence[Slab]  # of the samples of the first batches alone, if these are read sooner
+    _first: Sequence[Slab]  # of the samples of the first batch alone, if these are read before
 
     def gathered(self) -> Iterator[tuple[Tensor, Records]]:
         """Labels and records of each batch. The first one is waited for.
 
         Where there are several slabs, the records of a sample follow each other.
         """
-        sooner = 0
+        batches = self.batches
         if self._first:
-            sooner = _FIRST
             for slab in self._first:
                 slab.settle()
             if any(slab.failed for slab in self._first):  # then the whole ones fail too, and are not taken again
                 for slab in self.slabs:
                     slab.settle()
-            yield from self._first[0].gathered(self.batches[:sooner], *self._first[1:])
-        yield from self.slabs[0].gathered(self.batches[sooner:], *self.slabs[1:])
+            yield from self._first[0].gathered(batches[:1], *self._first[1:])
+            batches = batches[1:]
+        yield from self.slabs[0].gathered(batches, *self.slabs[1:])
 
 
 class Reader(Protocol):
@@ -156,7 +154,7 @@ class Slabs:
     """Reads slabs, one after the other in threads, and keeps those that were asked for last.
 
     reuse: whether memory of slabs that nobody needs any more is to be used again, as on a CPU. large: whether an epoch
-    that would have to wait for its slabs is given the records of its first batches before.
+    that would have to wait for its slabs is given the records of its first batch before.
     """
 
     def __init__(self, reader: Reader, reuse: bool, large: bool = False) -> None:
@@ -176,8 +174,8 @@ class Slabs:
         spare = self._forget_others({*now, *after})
         begun = {wanted: self._views(wanted, ()) for wanted in now if wanted not in self._slabs}
         batches = order(begun[now[0]].drawn.result if now[0] in begun else lambda: self._slabs[now[0]].parameters)
-        sooner = begun if self._large and len(batches) > _FIRST and len(begun) == len(now) else {}
-        first = [self._first(wanted, views, batches[:_FIRST]) for wanted, views in sooner.items()]
+        alone = begun if self._large and len(batches) > 1 and len(begun) == len(now) else {}
+        first = [self._first(wanted, views, batches[0]) for wanted, views in alone.items()]
         for wanted, views in begun.items():
             self._slabs[wanted] = self._read(wanted, views, (), spare)
         slabs = [self._slabs[wanted] for wanted in now]
@@ -213,9 +211,9 @@ class Slabs:
 
         return Slab(*views, self._reading.submit(read))
 
-    def _first(self, wanted: Wanted, views: _Views, batches: Sequence[NDArray[np.int64]]) -> Slab:
-        """The records of the first batches, which are being read from now on."""
-        samples = np.sort(np.concatenate(batches))
+    def _first(self, wanted: Wanted, views: _Views, batch: NDArray[np.int64]) -> Slab:
+        """The records of the first batch, which are being read from now on."""
+        samples = np.sort(batch)
         return Slab(*views, self._reading.submit(self._reader.read, wanted, views.drawn.result, None, True, samples))
 
     def _forget_others(self, wanted: set[Wanted]) -> list[Records]:

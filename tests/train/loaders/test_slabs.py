@@ -7,7 +7,9 @@ import numpy as np
 import pytest
 import torch
 
+from kdcache.cache import Cache
 from kdcache.cache.errors import InputError, KdcacheError
+from kdcache.cache.packing import pack_hdf5
 from kdcache.cache.records.records import Records
 from kdcache.pipeline.views.parameters import evaluation_view
 from kdcache.tests.helpers.ffcv import Drawn
@@ -20,12 +22,14 @@ from kdcache.train.loaders.slabs import Held, Slabs, Wanted
 class Reader:
     """Reads small slabs, in which every gap is the view's number. A view that is `bad` cannot be read.
 
-    may_compare: parameters are compared once this is set.
+    may_compare: parameters are compared once this is set. may_read: whole slabs are read once it is.
     """
 
     def __init__(self):
         self.seen, self.spares, self.bad, self.may_compare = [], [], set(), threading.Event()
         self.may_compare.set()
+        self.may_read = threading.Event()
+        self.may_read.set()
 
     def draw(self, view):
         return evaluation_view(np.full((4, 2), 8, np.int32), whole=True)
@@ -34,12 +38,14 @@ class Reader:
         assert self.may_compare.wait(20)
 
     def read(self, wanted, drawn, spare, hurry, samples=None):
-        self.seen.append(wanted.view)
+        self.seen.append(wanted.view if samples is None else samples.tolist())
+        assert samples is not None or self.may_read.wait(20)
         self.spares.append(None if spare is None else int(spare.gaps[0, 0]))
         if wanted.view in self.bad:
             raise InputError(f"no view {wanted.view}")
         gaps = torch.full((4, 2), float(wanted.view)) if spare is None else spare.gaps.fill_(wanted.view)
-        return Held(Records(None, gaps, gaps[:, :1], gaps[:, :0], gaps[:, :1], 2, ()))
+        gaps = gaps if samples is None else gaps[: len(samples)]
+        return Held(Records(None, gaps, gaps[:, :1], gaps[:, :0], gaps[:, :1], 2, ()), samples)
 
 
 def wanted(*views):
@@ -105,6 +111,33 @@ def test_pixels_can_be_rendered_before_the_records_are_there_and_records_come_wi
         assert slab.done and not rest and records.gaps.tolist() == [[0, 0], [0, 0]]
 
 
+def test_of_large_views_the_first_batch_is_there_before_they_are():
+    reader, batches = Reader(), [np.array([3, 1]), np.array([0, 2])]
+    reader.may_read.clear()
+    slabs = Slabs(reader, reuse=False, large=True)
+    with taken(slabs, wanted(0, 1), wanted(2), batches) as now:
+        answers = now.gathered()
+        assert next(answers)[1].gaps.tolist() == [[0, 0], [1, 1]] * 2
+        assert not any(slab.done for slab in now.slabs)
+        reader.may_read.set()
+        assert next(answers)[1].gaps.tolist() == [[0, 0], [1, 1]] * 2 and all(slab.done for slab in now.slabs)
+    with taken(slabs, wanted(2), batches=batches) as now:  # which were read ahead
+        assert len(list(now.gathered())) == 2
+    assert reader.seen == [[1, 3], [1, 3], 0, 1, 2]
+
+
+def test_a_first_batch_that_cannot_be_read_leaves_nothing_that_failed():
+    reader, batches = Reader(), [np.array([3, 1]), np.array([0, 2])]
+    reader.bad = {1}
+    slabs = Slabs(reader, reuse=False, large=True)
+    with pytest.raises(InputError, match="no view 1"), taken(slabs, wanted(0, 1), batches=batches) as now:
+        next(now.gathered())
+    reader.bad = set()
+    with taken(slabs, wanted(0, 1), batches=batches) as now:
+        assert len(list(now.gathered())) == 2
+    assert reader.seen == [[1, 3], [1, 3], 0, 1, 1]
+
+
 POLICIES = {"crop,flip": {"precision": "uint8"}, "flip,mixup(0.2),cutmix(1)": {"mixed": True, "k": None}}
 
 
@@ -144,6 +177,33 @@ def slabs_of(loader, epoch=None):
         return [slab.held for slab in loader._slabs._slabs.values()]
     with taken(loader._slabs, loader._reader.wanted(epoch), loader._reader.wanted(epoch + 1)) as now:
         return [slab.held for slab in now.slabs]
+
+
+@pytest.mark.parametrize(("policy", "crops"), [(policy, 1) for policy in POLICIES] + [("crop,flip", 3)])
+def test_the_first_batch_of_large_views_is_what_it_always_is(policy, crops, tmp_path, monkeypatch):
+    """In one process and on several ranks, from a folder and from an HDF5 file, which is decompressed as a whole."""
+    data, batch, read = arrays_data(250, 6, 9), 36, []
+    cache = Drawn(tmp_path / "c", data, policy, views=3, part=64, **POLICIES[policy]).cache
+    want = [list(CachedLoader(cache, data, batch, rank, 2, crops_per_decode=crops).steps()) for rank in range(2)]
+    alone = list(CachedLoader(cache, data, batch, crops_per_decode=crops).steps())
+    monkeypatch.setattr(cached, "_LARGE", 0)
+    inner = cached._Reader.read
+
+    def seen(reader, wanted, drawn, spare, hurry, samples=None):
+        read.append(samples)
+        return inner(reader, wanted, drawn, spare, hurry, samples)
+
+    monkeypatch.setattr(cached._Reader, "read", seen)
+    pack_hdf5(cache, tmp_path / "c.h5", cache.views)
+    for place in (cache, Cache(tmp_path / "c.h5")):
+        for expected, of in ((want[0], (0, 2)), (want[1], (1, 2)), (alone, (0, 1))):
+            read.clear()
+            found = list(CachedLoader(place, data, batch, *of, crops_per_decode=crops).steps())
+            first = [len(samples) for samples in read if samples is not None]
+            assert first == [len(expected[0][1]) // crops] * crops
+            for one, other in zip(found, expected, strict=True):
+                one, other = everything(*one), everything(*other)
+                assert one.keys() == other.keys() and all(torch.equal(of, other[name]) for name, of in one.items())
 
 
 def test_a_ranks_memory_is_used_again(tmp_path):
