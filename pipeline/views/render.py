@@ -8,6 +8,7 @@ from __future__ import annotations
 
 from collections import deque
 from collections.abc import Iterator, Sequence
+from contextlib import closing
 from functools import partial
 from weakref import WeakKeyDictionary, WeakValueDictionary
 
@@ -290,22 +291,24 @@ class Renderer:
         loader = self._workers_for(tables[0], workers, ahead, (max(cuts, default=0), max(counts, default=0)))
         # No other call may have it before this one is through.
         self._idle = None
-        done = loader.run(tasks(), cuts_each, 2 * max(counts, default=0))
-        for number, (rows, places) in enumerate(batches):
-            ready = [_ready(loader.next(done), self.device) for _ in range(counts[number])]
-            travelled = [pixels for pixels in ready if pixels is not None]
-            drawn, at = under_way.popleft()
-            if at is not None:
-                pixels = loader.taken(at, (len(rows), len(places), *self.size, 3))
-            else:
-                pixels = travelled[0] if len(travelled) == 1 else torch.cat(travelled)
-            if not there and self._policy.operations:
-                everyone, views = np.arange(len(rows)), zip(pixels.unbind(1), drawn, strict=True)
-                pixels = _side_by_side(
-                    [self._policy.apply(view.permute(0, 3, 1, 2), of.drawn, everyone) for view, of in views]
-                )
-            yield pixels
-            del pixels  # so that its memory can be used again when who asked has let go of it
+        # Tasks hold the workers, as these hold them: the workers of a call that is given up would end seconds late.
+        with closing(tasks()) as making:
+            done = loader.run(making, cuts_each, 2 * max(counts, default=0))
+            for number, (rows, places) in enumerate(batches):
+                ready = [_ready(loader.next(done), self.device) for _ in range(counts[number])]
+                travelled = [pixels for pixels in ready if pixels is not None]
+                drawn, at = under_way.popleft()
+                if at is not None:
+                    pixels = loader.taken(at, (len(rows), len(places), *self.size, 3))
+                else:
+                    pixels = travelled[0] if len(travelled) == 1 else torch.cat(travelled)
+                if not there and self._policy.operations:
+                    everyone, views = np.arange(len(rows)), zip(pixels.unbind(1), drawn, strict=True)
+                    pixels = _side_by_side(
+                        [self._policy.apply(view.permute(0, 3, 1, 2), of.drawn, everyone) for view, of in views]
+                    )
+                yield pixels
+                del pixels  # so that its memory can be used again when who asked has let go of it
         self._idle = loader
 
     def _workers_for(self, table: Table, workers: int, ahead: int, batch: tuple[int, int]) -> Workers:

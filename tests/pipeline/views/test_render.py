@@ -127,6 +127,22 @@ def folder(tmp_path):
     return tmp_path / "images"
 
 
+def test_workers_of_a_call_that_is_given_up_end_at_once(folder, tmp_path):
+    """Not seconds later, when Python collects cycles and torch waits in vain for each of them."""
+    data, batches = open_data(f"imagefolder:{folder}", "train", home=tmp_path), [np.arange(i, i + 2) for i in range(16)]
+    before, renderer = set(active_children()), Renderer(data, 32, CPU, workers=2)
+    gc.disable()
+    try:
+        rendered = renderer.batches(evaluation_view(data.sizes, whole=False), batches)
+        next(rendered)
+        assert len(set(active_children()) - before) == 2
+        rendered.close()
+        assert set(active_children()) == before
+    finally:
+        gc.enable()
+    assert len(list(renderer.batches(evaluation_view(data.sizes, whole=False), batches))) == 16
+
+
 def test_files_render_alike_with_any_number_of_workers_and_threads(folder, tmp_path):
     data = open_data(f"imagefolder:{folder}", "train", home=tmp_path)
     parameters = draw("rrc,flip", 0, 1, range(len(data)), data.sizes)
