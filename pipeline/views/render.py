@@ -7,7 +7,7 @@ and train on the same renderer and CPU class, with any number of workers.
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from contextlib import closing
 from functools import partial
 from weakref import WeakKeyDictionary, WeakValueDictionary
@@ -275,7 +275,7 @@ class Renderer:
         # The parameters of each batch that is not through, and where its pixels go.
         under_way: deque[tuple[list[ViewParameters], int | None]] = deque()
 
-        def tasks() -> Iterator[Task]:
+        def tasks() -> Generator[Task]:
             drawn_ahead = _drawn(tables, batches)
             for (rows, _), step, drawn in zip(batches, steps, drawn_ahead, strict=True):
                 samples = tables[0].samples_of(rows)
