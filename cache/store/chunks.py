@@ -164,13 +164,18 @@ def encode_part(spec: ArraySpec, part: int, data: NDArray[Any]) -> bytes:
 
 def decode_part(spec: ArraySpec, part: int, data: Content, where: str, out: NDArray[Any] | None = None) -> NDArray[Any]:
     """The rows of a part, in `out` if given; CorruptError naming the file where the bytes are not such a chunk."""
-    content = _frame(spec, data, where)
+    return _decompressed(spec, part, _frame(spec, data, where), where, out)
+
+
+def _decompressed(
+    spec: ArraySpec, part: int, frame: NDArray[np.uint8], where: str, out: NDArray[Any] | None = None
+) -> NDArray[Any]:
     # zarr is not used here: its code around blosc takes several times as long as blosc itself.
     rows, dtype = spec.interval(part), np.dtype(spec.dtype).newbyteorder("<")
     direct = out is not None and len(out) == spec.chunk_shape[0] and out.dtype == dtype and out.flags.c_contiguous
     chunk = out if direct else np.empty(spec.chunk_shape, dtype)
     try:
-        blosc.decompress(content, chunk)
+        blosc.decompress(frame, chunk)
     except RuntimeError as e:
         raise CorruptError(f"{where}: {e}") from e
     assert chunk is not None
@@ -191,7 +196,7 @@ def decode_rows(spec: ArraySpec, part: int, data: Content, where: str, rows: NDA
     held = np.bincount(first, minlength=count + 1) - np.bincount(last + 1, minlength=count + 1)
     wanted = np.flatnonzero(held.cumsum())
     if frame[2] & _STORED or not 0 < 2 * len(wanted) <= count:
-        return decode_part(spec, part, data, where)[rows]
+        return _decompressed(spec, part, frame, where)[rows]
     if wanted[0] == count - 1:
         wanted = np.array([count - 2, count - 1])  # Blosc reads no chunk that is shorter than a block
     try:
